@@ -1,0 +1,350 @@
+"""Every knob: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
+
+`load_config("llama-3.1-8b-finance", ["train.learning_rate=2e-4"])` finds a preset by name or a
+file by path, applies the overrides, checks everything at once and returns a `Config`. An unknown
+key is an error that names the nearest known one.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fintune.errors import ConfigError
+from fintune.files import sha256_json
+
+SEVEN_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+FORMER_NAMES = {
+    "group_by_length": "train.plan=bucketed",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "num_train_epochs": "train.epochs",
+    "max_seq_length": "data.max_length_cap",
+    "max_length": "data.max_length_cap",
+    "evaluation_strategy": "train.eval_steps",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "lora_r": "train.lora.r",
+    "lora_alpha": "train.lora.alpha",
+    "lora_dropout": "train.lora.dropout",
+    "optim": "train.optimizer",
+    "lr": "train.learning_rate",
+}
+"""Words of other trainers, so that a copied key gets an answer instead of a shrug."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model: its public name, and where its files are."""
+
+    id: str = Field("fintune/nano", description="public id, written into adapter and card")
+    revision: str | None = Field(
+        None, description="commit of the base; a local base without one gets its weights' sha256"
+    )
+    path: Path | None = Field(
+        None, description="folder to load from; absent: the hub id (or the bundled nano base)"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="how the frozen base is held (bitsandbytes)"
+    )
+
+
+class ChatConfig(Section):
+    """How a conversation becomes text."""
+
+    date_string: str = Field(
+        "26 Jul 2024",
+        min_length=1,
+        description="date the template prints; pinned, so that labels do not depend on the day",
+    )
+
+
+class DataConfig(Section):
+    """Rows: where from, which stay, how they are split."""
+
+    source: str = Field("", description="file, folder or hub id")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    out: Path | None = Field(None, description="folder of the prepared data; absent: OUT/data")
+    max_train_rows: int = Field(40_000, ge=1, description="cap of training rows")
+    max_validation_rows: int = Field(
+        4_000, ge=2, description="cap of validation rows, both parts together"
+    )
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="share of rows held out, by hash, before the caps"
+    )
+    min_tokens: int = Field(
+        30, ge=0, description="fewest tokens of system, user and assistant text, template apart"
+    )
+    filter_english_only: bool = Field(True, description="drop rows that are not English")
+    min_english_ratio: float = Field(
+        0.9, ge=0, le=1, description="smallest share of ASCII characters of an English row"
+    )
+    max_length_cap: int = Field(
+        2048, ge=64, description="most tokens of a conversation; the adaptive length stays below"
+    )
+    max_length_keep: float = Field(
+        0.99, gt=0, le=1, description="share of rows that the adaptive length must keep"
+    )
+
+
+class LoraConfig(Section):
+    """The adapter's shape; names and meaning as in peft."""
+
+    r: int = Field(64, ge=1, description="rank")
+    alpha: float = Field(128, gt=0, description="scale is alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases trained beside")
+    target_modules: tuple[str, ...] = Field(
+        SEVEN_PROJECTIONS, min_length=1, description="projections that get an adapter"
+    )
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    out: Path | None = Field(None, description="folder of the run; absent: OUT/run")
+    lora: LoraConfig = Field(LoraConfig(), description="the adapter")
+    epochs: int = Field(5, ge=1, description="passes over the training rows")
+    max_steps: int = Field(-1, ge=-1, description="stop after this many updates; -1: all epochs")
+    micro_batch_size: int = Field(16, ge=1, description="examples of one forward pass")
+    accumulation: int = Field(4, ge=1, description="forward passes of one update")
+    plan: Literal["stratified", "bucketed", "random"] = Field(
+        "stratified", description="how examples become batches"
+    )
+    bucket_boundaries: tuple[int, ...] | None = Field(
+        None, description="lengths that end a bucket (plan=bucketed); absent: chosen"
+    )
+    buckets: int = Field(8, ge=1, description="buckets to choose where no boundaries are given")
+    optimizer: str = Field("adamw_torch", description="transformers' name of the optimiser")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    schedule: str = Field("cosine", description="transformers' name of the schedule")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
+    eval_steps: int = Field(50, ge=1, description="updates between evaluations")
+    save_steps: int = Field(100, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    eval_rows: int = Field(
+        1_000, ge=1, description="most `select` rows of an evaluation while training, by hash"
+    )
+    log_steps: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the device has it (and it is faster), else fp16/fp32"
+    )
+    activation_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="recompute activations in the backward pass to save memory"
+    )
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as trackio")
+
+
+class EvalConfig(Section):
+    """Base against adapter."""
+
+    out: Path | None = Field(None, description="folder of the evaluation; absent: OUT/eval")
+    max_items: int = Field(
+        400, ge=1, description="most checkable `decide` rows that are answered, by hash"
+    )
+    judged_items: int = Field(50, ge=1, description="items of the judged set, by hash")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer")
+    batch_size: int = Field(32, ge=1, description="prompts answered at once")
+
+
+class ReleaseConfig(Section):
+    """What leaves the house."""
+
+    out: Path | None = Field(None, description="folder of the release; absent: OUT/release")
+    name: str | None = Field(None, description="name on the card; absent: the config's name")
+    training_args_bin: bool = Field(
+        False, description="also write training_args.bin (a pickle, as the seed's release has)"
+    )
+
+
+class Config(Section):
+    """The whole tree. Every verb takes it; each stage reads its own section."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    out: Path = Field(Path("runs/run"), description="root folder of the four stages")
+    seed: int = Field(42, ge=0, description="seed of everything random")
+    model: ModelConfig = Field(ModelConfig(), description="the base")
+    chat: ChatConfig = Field(ChatConfig(), description="conversation format")
+    data: DataConfig = Field(DataConfig(), description="rows")
+    train: TrainConfig = Field(TrainConfig(), description="training")
+    eval: EvalConfig = Field(EvalConfig(), description="evaluation")
+    release: ReleaseConfig = Field(ReleaseConfig(), description="release")
+
+    @field_validator("out")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "Config":
+        boundaries = self.train.bucket_boundaries
+        if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
+            raise ValueError("train.bucket_boundaries must increase")
+        return self
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of the prepared data."""
+        return self.data.out or self.out / "data"
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the training run."""
+        return self.train.out or self.out / "run"
+
+    @property
+    def eval_dir(self) -> Path:
+        """Folder of the evaluation."""
+        return self.eval.out or self.out / "eval"
+
+    @property
+    def release_dir(self) -> Path:
+        """Folder of the release."""
+        return self.release.out or self.out / "release"
+
+    def section_hash(self, *names: str) -> str:
+        """sha256 of the named sections without their `out` folders, so a run can be moved."""
+        tree = self.model_dump(mode="json")
+        for value in tree.values():
+            if isinstance(value, dict):
+                value.pop("out", None)
+        return sha256_json({name: tree[name] for name in names})
+
+
+def preset_dir() -> Path:
+    """Folder of the shipped presets: in the installed package, or beside `src` in a checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "presets"
+
+
+def presets() -> list[str]:
+    """Names that `--config` finds without a path."""
+    return sorted(path.stem for path in preset_dir().glob("*.yaml"))
+
+
+def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a preset by name or a YAML file by path, apply `key.sub=value` overrides, validate.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key, a wrong value; all problems at once.
+    """
+    tree = _read_yaml(_find(name))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--set {override}: not of the form key=value",
+                fix="for example --set train.learning_rate=2e-4",
+            )
+        _place(tree, key.strip(), _scalar(value, override))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"config {name}: " + "\n  ".join(lines)) from None
+
+
+def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key with its description, in order; the reference page is made from this."""
+    keys: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= dotted_keys(inner, f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = field.description or ""
+    return keys
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML, every key written out."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _find(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(
+                f"no config file at {path}", fix=f"or a preset: {', '.join(presets())}"
+            )
+        return path
+    preset = preset_dir() / f"{name}.yaml"
+    if not preset.is_file():
+        near = difflib.get_close_matches(str(name), presets(), n=1)
+        raise ConfigError(
+            f"no config file and no preset called {name!r}",
+            fix=f"did you mean {near[0]}?" if near else f"presets: {', '.join(presets())}",
+        )
+    return preset
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a key written twice is an error instead of a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"written twice: {', '.join(sorted(twice))}")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
+    return tree
+
+
+def _scalar(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+
+
+def _place(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {key}: {parent} is a value, not a section")
+    tree[last] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{key}: {problem['msg']} (given: {problem['input']!r})"
+    last = key.rsplit(".", 1)[-1]
+    if last in FORMER_NAMES:
+        return f"{key}: unknown key; here it is {FORMER_NAMES[last]}"
+    known = list(dotted_keys())
+    near = difflib.get_close_matches(key, known, n=1) or [
+        name for name in known if name.rsplit(".", 1)[-1] == last
+    ]
+    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")

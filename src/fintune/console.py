@@ -1,0 +1,116 @@
+"""What a person or a program sees: rich on a terminal, plain lines elsewhere, JSON on request.
+
+Results go to standard output, everything else to standard error, so `--json` stays parseable.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+T = TypeVar("T")
+PLAIN_INTERVAL_S = 10.0
+"""Seconds between plain progress lines where there is no terminal (a log stays readable)."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line of progress or notice, to standard error."""
+    err.print(escape(text))
+
+
+def heading(text: str) -> None:
+    """The start of a stage, to standard error."""
+    err.print(f"[bold cyan]{escape(text)}[/]")
+
+
+def warn(text: str) -> None:
+    """Something a user should read but that does not stop the run."""
+    err.print(f"[yellow]note:[/] {escape(text)}")
+
+
+def fail(text: str) -> None:
+    """The one message of a failed command."""
+    err.print(f"[bold red]error:[/] {escape(text)}")
+
+
+def result(text: str) -> None:
+    """A command's result, to standard output."""
+    out.print(escape(text))
+
+
+def emit_json(value: Any) -> None:
+    """A command's result for programs: one JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A small table; columns after the first are right-aligned, as numbers read best."""
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    out.print(grid)
+
+
+class Meter:
+    """Progress of one piece of work: `advance` per item, `note` for the text on the right."""
+
+    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
+        self._label, self._total, self._progress = label, total, progress
+        self._count, self._note = 0, ""
+        self._start = self._printed = time.monotonic()
+        self._task = progress.add_task(label, total=total, note="") if progress else None
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count `count` more items done."""
+        self._count += count
+        self._note = self._note if note is None else note
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._count, note=escape(self._note))
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            self._printed = time.monotonic()
+            say(self._plain())
+
+    def _plain(self) -> str:
+        rate = self._count / max(time.monotonic() - self._start, 1e-9)
+        left = (self._total - self._count) / max(rate, 1e-9)
+        return (
+            f"{self._label} {self._count}/{self._total}  {rate:.1f}/s  {left:.0f} s left"
+            f"  {self._note}".rstrip()
+        )
+
+
+@contextmanager
+def meter(label: str, total: int) -> Iterator[Meter]:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
+    if not err.is_terminal:
+        yield Meter(label, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield Meter(label, total, progress)

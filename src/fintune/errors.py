@@ -1,0 +1,71 @@
+"""The error tree. Every error that a user can meet says what happened, why it matters, what to do.
+
+FintuneError            exit code 1
+├── ConfigError         1   a config key or value
+├── DataError           1   rows, files, columns
+├── ModelError          1   base, tokenizer, template, adapter
+├── OutputError         1   an output folder that is taken, unfinished or another run's
+├── GateRefused         3   a gate or a budget said no
+├── NotFinite           65  a loss, gradient or weight is not finite
+├── NoSpace             74  no space left after waiting
+└── Stopped             75  stopped on request, can be continued
+
+The command line catches FintuneError and nothing else: any other exception is a defect of ours
+and keeps its traceback.
+"""
+
+
+class FintuneError(Exception):
+    """A problem the user can act on.
+
+    Args:
+        what: what happened, with the values concerned.
+        why: why it matters, where that is not plain from `what`.
+        fix: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        self.what, self.why, self.fix = what, why, fix
+        super().__init__("\n  ".join(part for part in (what, why, fix) if part))
+
+
+class ConfigError(FintuneError):
+    """A config file, key or value cannot be used."""
+
+
+class DataError(FintuneError):
+    """Rows, files or columns cannot be used."""
+
+
+class ModelError(FintuneError):
+    """A base model, tokenizer, chat template or adapter cannot be used."""
+
+
+class OutputError(FintuneError):
+    """An output folder is taken, unfinished, damaged or belongs to another run."""
+
+
+class GateRefused(FintuneError):
+    """A release gate, a verification or a budget said no."""
+
+    exit_code = 3
+
+
+class NotFinite(FintuneError):
+    """A loss, gradient or weight is NaN or infinite."""
+
+    exit_code = 65
+
+
+class NoSpace(FintuneError):
+    """The output volume has no room, also after waiting."""
+
+    exit_code = 74
+
+
+class Stopped(FintuneError):
+    """Stopped on request; the same command continues."""
+
+    exit_code = 75

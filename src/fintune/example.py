@@ -1,0 +1,55 @@
+"""The records every stage speaks: a message, an example, a dropped row, an encoded conversation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+IGNORE = -100
+"""Label of a token that is not trained; torch's cross_entropy default `ignore_index`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row that is still in: where it came from and what it says.
+
+    `line` is 1-based in its file. `row_sha256` hashes the raw row's canonical JSON (or, for
+    a line that was no JSON, its bytes).
+    """
+
+    source: str
+    line: int
+    row_sha256: str
+    messages: tuple[Message, ...]
+
+    @property
+    def example_id(self) -> str:
+        """Stable name of the row: the first 16 hex digits of its content's hash."""
+        return self.row_sha256[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is out, with the one reason that decided."""
+
+    source: str
+    line: int
+    row_sha256: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a conversation and its labels (`IGNORE` where not trained), equally long."""
+
+    input_ids: list[int]
+    labels: list[int]

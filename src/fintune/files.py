@@ -1,0 +1,141 @@
+"""Files on disk: atomic writes, JSON and JSON Lines, hashes, folders that appear whole or never.
+
+Nothing here is half-written under its final name: a file is written beside its place, synced and
+renamed. JSON never contains NaN (`allow_nan=False`), because `NaN` is not JSON and hides failures.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Version of every JSON file written here; a reader refuses a number it does not know."""
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's content, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values: sorted keys, no spaces. Used wherever JSON is hashed."""
+    return json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a value's canonical JSON. A lone surrogate is hashed as its escape."""
+    return sha256_bytes(canonical_json(value).encode("utf-8", "backslashreplace"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable (fsync of the directory itself)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: a temporary name beside it, fsync, mode 0644, rename, folder fsync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole (see `write_bytes`)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as readable JSON with its format number. Raises ValueError on NaN."""
+    text = json.dumps({"format": FORMAT, **value}, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object written by `write_json`. Raises OSError or ValueError."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines whole (see `write_bytes`); meant for files that fit in memory."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file that we wrote; blank lines are skipped."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy content (never mode or times) through `write_bytes`."""
+    write_bytes(target, source.read_bytes())
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Build a folder beside its place and rename it into a free name when the block succeeds.
+
+    On any exception the staging folder is removed and `final` never appears. Leftovers of killed
+    builds of the same folder are removed first.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(f".staging-{final.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".staging-{final.name}-"))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        for path in [*staging.rglob("*")]:
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            else:
+                sync_folder(path)
+        sync_folder(staging)
+        os.rename(staging, final)
+        sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the volume that would hold `path`, whether or not it exists yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,279 @@
+"""Base and adapter: where the files are, loading, precision, quantisation, device."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub_errors
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from fintune import nano
+from fintune.config import LoraConfig, ModelConfig
+from fintune.errors import ModelError, NoSpace
+from fintune.files import free_bytes, read_json, sha256_bytes, sha256_file
+
+PrecisionName = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+"""All of a hub base but its weights; no *.py: code of a hub is never run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model on this machine: its public name and the folder that holds it."""
+
+    id: str
+    revision: str
+    folder: Path
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def precision(choice: str, on: torch.device) -> PrecisionName:
+    """Resolve `auto`: bf16 where the device has it (a CPU: where faster), else fp16 or fp32."""
+    if choice == "fp16" and on.type == "cpu":
+        raise ModelError(
+            "precision fp16 on a CPU",
+            why="the gradient scaler that fp16 needs works on CUDA only",
+            fix="use --set train.precision=auto",
+        )
+    if choice != "auto":
+        return choice  # type: ignore[return-value]
+    if on.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if _bf16_is_faster() else "fp32"
+
+
+def _bf16_is_faster(size: int = 512, rounds: int = 3) -> bool:
+    """Time a product in both precisions: bf16 is 4 times faster with AMX, slower when emulated."""
+    best: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times[1:])
+    return best[torch.bfloat16] < best[torch.float32]
+
+
+def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
+    """Find a base on disk or fetch it from the hub.
+
+    Args:
+        weights: also the weights; without them only configuration and tokenizer are fetched.
+
+    Raises:
+        ModelError: missing, gated, without weights, or with code hooks in its configuration.
+        NoSpace: too little disk for the weights.
+    """
+    if config.path is None and config.id == nano.NANO_ID:
+        folder = nano.base_dir()
+    elif config.path is not None:
+        folder = config.path.expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"model.path: no folder at {folder}", fix="give the base's folder")
+    else:
+        folder = _fetch(config, weights)
+    _check_folder(folder, weights)
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    revision = commit or config.revision or _weights_sha256(folder)
+    return Base(config.id, revision, folder)
+
+
+def _fetch(config: ModelConfig, weights: bool) -> Path:
+    patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
+    try:
+        if weights:
+            _check_room(config)
+        path = huggingface_hub.snapshot_download(
+            config.id, revision=config.revision, allow_patterns=patterns
+        )
+    except hub_errors.GatedRepoError:
+        raise ModelError(
+            f"{config.id} is gated: its licence must be accepted first",
+            fix=f"accept it at https://huggingface.co/{config.id} and set HF_TOKEN to a read token",
+        ) from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise ModelError(
+            f"the hub knows no model {config.id}",
+            fix="check model.id; a private or gated one needs HF_TOKEN; a local one model.path",
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise ModelError(f"{config.id} has no revision {config.revision}") from None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{config.id} is not on this machine and the hub cannot be reached"
+            f" ({type(error).__name__})",
+            fix="check the network, or set model.path to a folder that holds it",
+        ) from None
+    return Path(path)
+
+
+def _check_room(config: ModelConfig) -> None:
+    info = huggingface_hub.model_info(config.id, revision=config.revision, files_metadata=True)
+    sizes = [
+        file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors")
+    ]
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    needed, free = sum(sizes), free_bytes(cache)
+    present = cache / f"models--{config.id.replace('/', '--')}" / "snapshots"
+    if needed > free and not present.is_dir():
+        raise NoSpace(
+            f"{config.id} needs {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
+            fix="free some space, or point HF_HOME to another volume",
+        )
+
+
+def _check_folder(folder: Path, weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no model folder: config.json is missing")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    hooks = [key for key in config if key == "auto_map" or key.endswith("_internal")]
+    if hooks:
+        raise ModelError(
+            f"{folder / 'config.json'} asks to run its own code ({', '.join(hooks)})",
+            why="a base is data here; code found in a model folder is never run",
+            fix="use a base whose architecture transformers itself has",
+        )
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no weights (*.safetensors)",
+            why="pickled weights (.bin, .pt) are never read",
+            fix="download the base again, or convert it to safetensors",
+        )
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
+    hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The base's fast tokenizer, with a padding token that is not its end of turn.
+
+    Padding with the end-of-turn token would hide every true end of turn from a loss that
+    ignores padding; Llama 3 keeps `<|finetune_right_pad_id|>` free for this.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer in {base.folder} does not load: {str(error)[:200]}",
+            fix="its folder needs tokenizer.json and tokenizer_config.json",
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{base.id} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        free = [
+            t
+            for t in ("<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>")
+            if t in tokenizer.get_vocab()
+        ]
+        tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    base: Base, quantization: str, dtype: PrecisionName, *, attention: str | None = None
+) -> Any:
+    """Load the base's weights onto this process's device, frozen.
+
+    Args:
+        quantization: none, 8bit or 4bit (bitsandbytes; nf4 with double quantisation).
+        dtype: precision of what is not quantised.
+        attention: transformers' name of the attention implementation.
+    """
+    quantised: dict[str, Any] = {}
+    if quantization == "4bit":
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+    elif quantization == "8bit":
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=DTYPES[dtype],
+            device_map={"": device()},
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            **quantised,
+        )
+    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"the base in {base.folder} does not load: {str(error)[:300]}",
+            fix="compare its files' checksums with the source, or download it again",
+        ) from None
+    model.requires_grad_(False)
+    return model
+
+
+def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
+    """Put a fresh adapter on a base: peft's initialisation, seeded, fp32 weights.
+
+    Raises:
+        ModelError: a target module that the base does not have.
+    """
+    torch.manual_seed(seed)
+    try:
+        peft = get_peft_model(model, peft_config(config), autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelError(
+            f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}",
+            fix="name the base's own projections, such as q_proj, v_proj",
+        ) from None
+    return peft
+
+
+def peft_config(config: LoraConfig) -> PeftLoraConfig:
+    """peft's own configuration object for ours."""
+    return PeftLoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        bias=config.bias,
+        target_modules=sorted(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_adapter(model: Any, folder: Path) -> PeftModel:
+    """Put a saved adapter on a base, for inference."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is no adapter folder: {name} is missing")
+    try:
+        peft = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the adapter in {folder} does not load: {str(error)[:300]}") from None
+    return peft.eval()
+
+
+def end_token_ids(base: Base, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the generation_config's list and the tokenizer's own."""
+    path = base.folder / "generation_config.json"
+    listed = read_json(path).get("eos_token_id", []) if path.is_file() else []
+    ids = set([listed] if isinstance(listed, int) else listed)
+    return sorted(ids | {tokenizer.eos_token_id})

@@ -1,0 +1,124 @@
+"""What makes a stage's folder finished: `done.json`, written last.
+
+It holds the size and sha256 of every file of the folder and the hashes of what the stage read.
+A folder without it is unfinished and no later stage reads it. The same command again keeps a
+finished stage whose inputs are unchanged, and refuses when they differ, naming them.
+"""
+
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from fintune.errors import OutputError
+from fintune.files import read_json, sha256_file, sha256_json, write_json
+
+DONE = "done.json"
+INPUTS = "inputs.json"
+
+
+class State(Enum):
+    """What a stage's folder is before the stage starts."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+def seal(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last."""
+    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _files(folder)}
+    write_json(folder / DONE, done)
+
+
+def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
+    """Return a finished folder's `done.json`.
+
+    Args:
+        folder: the folder a later stage wants to read.
+        stage: its name in the message, such as "prepared data".
+        make: the command that makes it.
+
+    Raises:
+        OutputError: when the folder is absent, unfinished, or a file in it changed since.
+    """
+    if not (folder / DONE).is_file():
+        state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
+        raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
+    done = read_json(folder / DONE)
+    for name, fact in done["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != fact["bytes"]:
+            raise OutputError(
+                f"{stage}: {path} is missing or has another size than when it was finished",
+                why="a later stage must read exactly what the earlier one wrote",
+                fix=f"move {folder} away and run: {make}",
+            )
+    return done
+
+
+def state(folder: Path, inputs: dict[str, Any], *, command: str) -> State:
+    """Say whether a stage has to run, may be skipped, or must be refused.
+
+    Raises:
+        OutputError: the folder holds the result of other inputs, or files that are not ours.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return State.NEW
+    for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
+        if (folder / name).is_file():
+            differing = differences(read_json(folder / name)["inputs"], inputs)
+            if differing:
+                raise OutputError(
+                    f"{folder} holds the result of other inputs; these differ: "
+                    + "; ".join(differing),
+                    why="mixing two runs in one folder would make both unaccountable",
+                    fix=f"choose another folder (--set out=...), or: {command} --fresh",
+                )
+            return found
+    raise OutputError(
+        f"{folder} holds files that are not of this stage",
+        fix=f"choose another folder (--set out=...), or: {command} --fresh (moves it aside)",
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the dotted keys whose values differ, as `key: old -> new`, shortened."""
+    rows: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            rows += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            rows.append(f"{prefix}{key}: {str(before)[:60]} -> {str(after)[:60]}")
+    return rows
+
+
+def start(folder: Path, inputs: dict[str, Any]) -> None:
+    """Mark a folder that grows in place as begun, with what it reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / INPUTS).is_file():
+        write_json(folder / INPUTS, {"inputs": inputs})
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename an existing folder to the first free `NAME.old-K`; nothing is deleted."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    shutil.move(folder, aside)
+    return aside
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder but the seal itself."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != DONE
+    }
