@@ -198,10 +198,22 @@ class ChatFormat:
                 )
 
     def _tokenise(self, runs: list[_Run]) -> list[list[int]]:
-        plain = [run.text for run in runs if not run.raw]
-        batch = self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
-        found = iter(batch)
-        return [self._tokenise_raw(run) if run.raw else next(found) for run in runs]
+        """Ids of every run. A text met twice (a label, a header) is tokenised once.
+
+        The backend is called past transformers, which would build masks and offsets that nobody
+        reads; whatever padding or truncation an earlier caller left on it is taken off first.
+        """
+        texts = ["" if run.raw else run.text for run in runs]
+        unique = list(dict.fromkeys(texts))
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        found = backend.encode_batch_fast(unique, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(unique, found, strict=True)}
+        return [
+            self._tokenise_raw(run) if run.raw else ids[text]
+            for run, text in zip(runs, texts, strict=True)
+        ]
 
     def _tokenise_raw(self, run: _Run) -> list[int]:
         ids: list[int] = []
@@ -240,9 +252,7 @@ class ChatFormat:
 
     def _check_decoded(self, runs: list[list[_Run]], encoded: list[Encoded]) -> None:
         kept = [[label for label in row.labels if label != IGNORE] for row in encoded]
-        texts = self.tokenizer.batch_decode(
-            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         for own, text, row in zip(runs, texts, encoded, strict=True):
             expected = "".join(run.text for run in own if run.trained)

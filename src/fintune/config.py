@@ -6,12 +6,21 @@ key is an error that names the nearest known one.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fintune.errors import ConfigError
 from fintune.files import sha256_json
@@ -75,13 +84,37 @@ class ChatConfig(Section):
     )
 
 
+class SourceConfig(Section):
+    """One of several sources of rows."""
+
+    path: str = Field(min_length=1, description="file, folder, glob or hub id")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    columns: dict[str, str] | None = Field(
+        None, description="our column (system, user, assistant, messages): the file's column"
+    )
+    max_rows: int | None = Field(None, ge=1, description="most rows kept of this source")
+    weight: float = Field(1.0, gt=0, description="chance of its rows against others at the caps")
+    licence: str | None = Field(None, description="written into the manifest and the card")
+
+
 class DataConfig(Section):
     """Rows: where from, which stay, how they are split."""
 
-    source: str = Field("", description="file, folder or hub id")
+    source: str = Field("", description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
     split: str = Field("train", description="split of a hub data set")
+    columns: dict[str, str] | None = Field(
+        None, description="our column (system, user, assistant, messages): the file's column"
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        (), description="several sources, instead of or besides `source`"
+    )
     out: Path | None = Field(None, description="folder of the prepared data; absent: OUT/data")
+    workers: int = Field(0, ge=0, description="processes that read; 0: one a core")
+    inline_turns: bool = Field(
+        True, description="turn `User:` / `Assistant:` lines inside a user text into real turns"
+    )
     max_train_rows: int = Field(40_000, ge=1, description="cap of training rows")
     max_validation_rows: int = Field(
         4_000, ge=2, description="cap of validation rows, both parts together"
@@ -94,13 +127,34 @@ class DataConfig(Section):
     )
     filter_english_only: bool = Field(True, description="drop rows that are not English")
     min_english_ratio: float = Field(
-        0.9, ge=0, le=1, description="smallest share of ASCII characters of an English row"
+        0.9, ge=0, le=1, description="smallest share of characters that English text may hold"
+    )
+    language_identifier: Literal["fasttext", "none"] = Field(
+        "fasttext", description="also identify the language; none: by characters alone"
+    )
+    filter_boilerplate: bool = Field(
+        True, description="drop refusals, empty phrases and unfilled {{placeholders}}"
     )
     max_length_cap: int = Field(
         2048, ge=64, description="most tokens of a conversation; the adaptive length stays below"
     )
     max_length_keep: float = Field(
         0.99, gt=0, le=1, description="share of rows that the adaptive length must keep"
+    )
+    over_length: Literal["drop", "shorten", "fail"] = Field(
+        "drop", description="rows over max_length: drop, shorten their context, or stop"
+    )
+    max_over_length_share: float = Field(
+        0.1, ge=0, le=1, description="stop when more than this share of rows is over max_length"
+    )
+    near_duplicates: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity of near duplicates; 1: exact ones only"
+    )
+    benchmarks: tuple[str, ...] = Field(
+        (), description="files, folders or hub ids of benchmark questions that must not be trained"
+    )
+    personal_data: Literal["off", "mask", "drop"] = Field(
+        "mask", description="cards, accounts, e-mail, phones: leave, mask, or drop the row"
     )
 
 
@@ -110,6 +164,9 @@ class LoraConfig(Section):
     r: int = Field(64, ge=1, description="rank")
     alpha: float = Field(128, gt=0, description="scale is alpha / r")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
+    shared_dropout: bool = Field(
+        True, description="one dropout mask for projections that read the same input"
+    )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases trained beside")
     target_modules: tuple[str, ...] = Field(
         SEVEN_PROJECTIONS, min_length=1, description="projections that get an adapter"
@@ -154,16 +211,77 @@ class TrainConfig(Section):
     report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as trackio")
 
 
+class JudgeConfig(Section):
+    """A model behind an OpenAI-compatible endpoint that settles what arithmetic cannot."""
+
+    model: str | None = Field(None, description="the judge's dated model id; absent: no judge")
+    base_url: str = Field(
+        "https://api.openai.com/v1",
+        description="endpoint, without credentials; a server on this machine works the same way",
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY",
+        description="environment variable that holds the key; never the key itself",
+    )
+    modes: tuple[Literal["pairwise", "pointwise"], ...] = Field(
+        ("pairwise",),
+        min_length=1,
+        description="base against adapter in both orders; each answer alone against the reference",
+    )
+    concurrency: int = Field(8, ge=1, description="calls under way at once")
+    max_tokens: int = Field(600, ge=50, description="longest reply of the judge")
+    reasoning: bool = Field(
+        False, description="the model takes max_completion_tokens, and no temperature or seed"
+    )
+    timeout_s: float = Field(120, gt=0, description="seconds that one call may take in all")
+    tries: int = Field(6, ge=1, description="tries of one call, the first included")
+    usd_per_million_in: float = Field(0, ge=0, description="price of a million prompt tokens")
+    usd_per_million_out: float = Field(0, ge=0, description="price of a million reply tokens")
+    max_usd: float | None = Field(None, ge=0, description="stop before the call that may pass it")
+    labels: Path | None = Field(
+        None, description="human verdicts to compare with, JSON Lines of id, mode and verdict"
+    )
+
+    @field_validator("base_url", "key_variable")
+    @classmethod
+    def _no_secret(cls, value: str, info: ValidationInfo) -> str:
+        """Refuse a key in the config; a ConfigError, because pydantic's would print the value."""
+        allowed = {"base_url": r"https?://[^@?#\s]+", "key_variable": r"[A-Z][A-Z0-9_]*"}
+        if not re.fullmatch(allowed[str(info.field_name)], value):
+            raise ConfigError(
+                f"eval.judge.{info.field_name}: not of the form that is expected here",
+                why="a config is copied into results and releases, so it must hold no credentials",
+                fix="base_url without user, password or query; key_variable names a variable",
+            )
+        return value
+
+
 class EvalConfig(Section):
     """Base against adapter."""
 
     out: Path | None = Field(None, description="folder of the evaluation; absent: OUT/eval")
-    max_items: int = Field(
-        400, ge=1, description="most checkable `decide` rows that are answered, by hash"
+    primary: Literal["accuracy", "win_rate"] = Field(
+        "accuracy", description="the one measure that decides, named before the run"
     )
-    judged_items: int = Field(50, ge=1, description="items of the judged set, by hash")
+    max_items: int = Field(
+        400, ge=1, description="most items of the checkable `decide` rows, and of each task"
+    )
+    tasks: dict[str, str] = Field(
+        {}, description="finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"
+    )
+    regression: tuple[str, ...] = Field(
+        (), description="lm-eval tasks on which the adapter must not be worse than its base"
+    )
+    regression_folder: Path | None = Field(
+        None, description="folder of lm-eval task files of one's own"
+    )
+    regression_limit: int = Field(200, ge=1, description="most questions of each of those")
+    judged_items: int = Field(
+        50, ge=1, description="items of the judged set, by hash: 50 to smoke-test, 200 to decide"
+    )
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
     batch_size: int = Field(32, ge=1, description="prompts answered at once")
+    judge: JudgeConfig = Field(JudgeConfig(), description="the judge")
 
 
 class ReleaseConfig(Section):
@@ -173,6 +291,12 @@ class ReleaseConfig(Section):
     name: str | None = Field(None, description="name on the card; absent: the config's name")
     training_args_bin: bool = Field(
         False, description="also write training_args.bin (a pickle, as the seed's release has)"
+    )
+    license: str | None = Field(
+        None, description="the adapter's licence on the card; absent: the base's, where it is known"
+    )
+    license_file: Path | None = Field(
+        None, description="the base's LICENSE, copied beside a Llama adapter; absent: looked for"
     )
 
 

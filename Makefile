@@ -1,0 +1,34 @@
+# Two commands are all the set-up there is: `make demo`, `make test`. Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lock clean
+
+demo: .venv/installed
+	$(BIN)/fintune demo
+
+test: .venv/installed check
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# torch comes first and alone: `torch==2.13.0` is the CPU build where the index offers one, and
+# everything else is pinned with hashes. For CUDA set TORCH, see README.
+TORCH ?= torch==2.13.0
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Rewrites the lock from pyproject.toml: exact versions, hashes of every platform, no host names.
+lock:
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/python bench/lock.py
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

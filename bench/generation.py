@@ -1,0 +1,84 @@
+"""Generation: our batched loop against the one-by-one `generate` of the seed's snippet.
+
+    python bench/generation.py [answers]
+
+The nano base, fp32, greedy, at most 64 new tokens. Prints both times, the ratio and how many
+answers are the same, token for token.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from fintune import model, nano  # noqa: E402
+from fintune.chat import ChatFormat  # noqa: E402
+from fintune.config import Config  # noqa: E402
+from fintune.console import result  # noqa: E402
+from fintune.example import Message  # noqa: E402
+from fintune.generate import Prompt, _greedy  # noqa: E402
+
+LIMIT, BATCH = 64, 64
+
+
+def main(count: int) -> None:
+    """Time both on the same prompts."""
+    torch.set_num_threads(2)
+    config = Config()
+    base = model.find_base(config.model)
+    tokenizer = model.load_tokenizer(base)
+    loaded = model.load_base(base, "none", "fp32").eval()
+    chat = ChatFormat(tokenizer, config.chat.date_string)
+    prompts = _prompts(chat, count)
+    ends = model.end_token_ids(base, tokenizer)
+    _greedy(loaded, [prompts[0].ids], frozenset(ends), 4)  # warm
+
+    start = time.perf_counter()
+    ours: dict[str, list[int]] = {}
+    order = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    for at in range(0, count, BATCH):
+        batch = order[at : at + BATCH]
+        made = _greedy(loaded, [prompt.ids for prompt in batch], frozenset(ends), LIMIT)
+        ours |= {prompt.id: row for prompt, row in zip(batch, made, strict=True)}
+    batched = time.perf_counter() - start
+
+    start, same = time.perf_counter(), 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        out = loaded.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+        )
+        same += out[0, ids.shape[1] :].tolist() == ours[prompt.id]
+    single = time.perf_counter() - start
+    tokens = sum(map(len, ours.values()))
+    result(
+        f"{count} answers, {tokens} tokens: batched {batched:.1f} s, one by one {single:.1f} s,"
+        f" ratio {single / batched:.1f}, the same answers {same}/{count}"
+    )
+
+
+def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
+    found: dict[str, Prompt] = {}
+    for line in nano.rows_path().read_text(encoding="utf-8").split("\n"):
+        try:
+            text = json.loads(line)["user"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        ids = chat.prompt_ids([Message("user", text)])
+        if len(ids) < 500:
+            found.setdefault(text, Prompt(str(len(found)), ids))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 300)

@@ -1,0 +1,66 @@
+"""Merged weights against the adapter: `python bench/merged.py runs/demo/release`.
+
+Prints the largest logit difference over 50 prompts in fp32 and how many of 50 greedy answers of 48
+tokens are equal; written to bench/results/merged.json.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fintune import console, files
+from fintune.chat import ChatFormat
+from fintune.example import Message
+from fintune.generate import Prompt, answer_all
+from fintune.model import end_token_ids
+from fintune.release.export import merged
+from fintune.release.verify import load_release, release_base, release_tokenizer
+
+TOPICS = ("growth rate", "operating margin", "tone of this report", "change in revenue", "ratio")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
+    parser.add_argument("--base", type=Path)
+    options = parser.parse_args()
+    base, tokenizer = (
+        release_base(options.release, options.base),
+        release_tokenizer(options.release),
+    )
+    chat = ChatFormat(tokenizer, "26 Jul 2024")
+    questions = [
+        f"Company {n} reported revenue of ${40 + n}.5 million after ${35 + n}.0 million."
+        f" What is the {TOPICS[n % 5]}?"
+        for n in range(50)
+    ]
+    prompts = [
+        Prompt(str(n), chat.prompt_ids([Message("user", q)])) for n, q in enumerate(questions)
+    ]
+    adapter = load_release(options.release, base, "fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        out = merged(options.release, Path(folder) / "merged", base=options.base, dtype="fp32")
+        whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    worst = 0.0
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt.ids])
+            gap = adapter(input_ids=ids).logits - whole(input_ids=ids).logits
+            worst = max(worst, float(gap.abs().max()))
+    ends = end_token_ids(base, tokenizer)
+    texts = []
+    for model in (adapter, whole):
+        answers = answer_all(model, tokenizer, prompts, ends=ends, max_new_tokens=48, batch_size=25)
+        texts.append({answer.id: answer.text for batch in answers for answer in batch})
+    equal = sum(texts[0][key] == texts[1][key] for key in texts[0])
+    found = {"largest_logit_difference": worst, "greedy_equal": equal, "of": len(prompts),
+             "distinct_answers": len(set(texts[0].values()))}  # fmt: skip
+    files.write_json(Path(__file__).parent / "results" / "merged.json", found)
+    console.emit_json(found)
+
+
+if __name__ == "__main__":
+    main()

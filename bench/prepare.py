@@ -1,0 +1,312 @@
+"""Figures of the stage `prepare`, each beside what it is measured against.
+
+    python bench/prepare.py language|related|contamination|personal|tokens|scale|all
+
+Reads the real rows, benchmarks and tokenizer of `../shared`, which are not part of the project.
+Every figure is printed and written to bench/results/data.json with the machine described.
+"""
+
+import csv
+import json
+import os
+import platform
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+SAMPLE = SHARED / "data" / "finance_instruct_sample.jsonl"
+BENCHMARKS = SHARED / "data" / "benchmarks"
+RESULTS = ROOT / "bench" / "results" / "data.json"
+sys.path.insert(0, str(ROOT / "src"))
+
+from fintune.config import Config, DataConfig  # noqa: E402
+from fintune.console import result  # noqa: E402
+from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
+from fintune.data.filters import not_english  # noqa: E402
+from fintune.data.personal import mask  # noqa: E402
+from fintune.data.prepare import prepare  # noqa: E402
+from fintune.data.text import asked, hash64, passage  # noqa: E402
+from fintune.example import Example, Message  # noqa: E402
+from fintune.files import read_json, sha256_json, write_json  # noqa: E402
+
+SCALE_ROWS = 518_185
+PLANTED, ROWS_UNDER_PLANTS = 50, 20_000
+
+
+def sample() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The real rows and their provenance."""
+    rows = [json.loads(line) for line in SAMPLE.read_bytes().split(b"\n") if line]
+    with SAMPLE.with_suffix(".provenance.csv").open(encoding="utf-8", newline="") as file:
+        return rows, list(csv.DictReader(file))
+
+
+def text_of(row: dict[str, Any]) -> tuple[str, str]:
+    """User and assistant text, empty where missing."""
+    return row.get("user") or "", row.get("assistant") or ""
+
+
+def vary(row: dict[str, Any], number: int, rng: random.Random) -> dict[str, Any]:
+    """A real row with other digits and a name, so that it is new but as long and as dirty."""
+    new, (user, _) = dict(row), text_of(row)
+    if user.strip():
+        digits = re.sub(r"\d", lambda _: str(rng.randrange(10)), user)
+        new["user"] = f"{digits} ({rng.choice('ABCDEFGH')}{number})"
+    return new
+
+
+def llama(folder: Path) -> Path:
+    """A base folder of the Llama 3 tokenizer: links to its files, and a small config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (SHARED / "tokenizers" / "llama3").glob("*.json"):
+        (folder / path.name).symlink_to(path)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def config(out: Path, source: Path, **data: Any) -> Config:
+    """A config on the Llama 3 tokenizer."""
+    model = {"id": "meta-llama/Llama-3.1-8B-Instruct", "path": str(llama(out / "base"))}
+    tree = {"out": str(out), "model": model, "data": {"source": str(source), **data}}
+    return Config.model_validate(tree)
+
+
+def language(_: Path) -> dict[str, Any]:
+    """Recall of non-English rows, English rows lost, rows a second of one process."""
+    rows, facts = sample()
+    settings = DataConfig()
+    start = time.perf_counter()
+    out = [not_english(*text_of(row), settings) is not None for row in rows]
+    rate = len(rows) / (time.perf_counter() - start)
+    foreign = [fact["lang"] != "en" for fact in facts]
+    found: dict[str, Any] = {
+        "non_english_rows": sum(foreign),
+        "recall": round(sum(o for o, f in zip(out, foreign, strict=True) if f) / sum(foreign), 4),
+        "english_rows": len(rows) - sum(foreign),
+        "english_lost": sum(o for o, f in zip(out, foreign, strict=True) if not f),
+        "rows_per_second_one_process": round(rate),
+    }
+    joined = ["".join(text_of(row)) for row in rows]
+    ratios = [sum(sign.isascii() for sign in text) / max(1, len(text)) for text in joined]
+    for least in (0.7, 0.9, 0.98):
+        plain = sum(r < least for r, f in zip(ratios, foreign, strict=True) if f) / sum(foreign)
+        found[f"plain_ascii_recall_{least}"] = round(plain, 3)
+    return found
+
+
+def related(folder: Path) -> dict[str, Any]:
+    """Near duplicates across the split, and document rows dropped as duplicates, after a run."""
+    rows, facts = sample()
+    prepare(config(folder, SAMPLE))
+    sides: dict[int, str] = {}
+    by_hash: dict[str, list[int]] = {}
+    for line, row in enumerate(rows):
+        by_hash.setdefault(sha256_json(row)[:16], []).append(line)
+    for name in ("train", "validation"):
+        for example_id in pq.read_table(folder / "data" / f"{name}.parquet")["example_id"]:
+            sides.update(dict.fromkeys(by_hash[example_id.as_py()], name))
+    pairs = [(line, int(f["related_to"])) for line, f in enumerate(facts) if f["related_to"]]
+    both = [(a, b) for a, b in pairs if a in sides and b in sides]
+    split = sum(sides[a] != sides[b] for a, b in both)
+    texts = [tuple(" ".join(t.split()).casefold() for t in text_of(row)) for row in rows]
+    exact: dict[tuple[str, ...], set[str]] = {}
+    for line, side in sides.items():
+        exact.setdefault(texts[line], set()).add(side)
+    ledger = pq.read_table(folder / "data" / "ledger.parquet").to_pylist()
+    documents = {"tatqa", "finqa", "convfinqa", "pacific"}
+    dropped = [r for r in ledger if r["reason"] in ("duplicate", "near_duplicate")]
+    wrong = [
+        r
+        for r in dropped
+        if facts[r["line"] - 1]["source"] in documents
+        and texts[r["line"] - 1] != texts[int(r["detail"].rsplit(":", 1)[1]) - 1]
+    ]
+    total = sum(fact["source"] in documents for fact in facts)
+    return {
+        "related_pairs": len(pairs),
+        "both_kept": len(both),
+        "on_both_sides": split,
+        "never_on_both_sides": round(1 - split / len(pairs), 4),
+        "exact_on_both_sides": sum(len(found) > 1 for found in exact.values()),
+        "dropped_as_straddling": sum(r["reason"] == "straddles_split" for r in ledger),
+        "document_rows": total,
+        "document_rows_wrongly_dropped": len(wrong),
+        "rows": read_json(folder / "data" / "manifest.json")["rows"],
+    }
+
+
+def reorder(text: str, rng: random.Random, _: list[str]) -> str:
+    """Cut at every comma, semicolon, stop and line end, and shuffle the clauses."""
+    parts = [part for part in re.split(r"(?<=[,;.:?!\n|])\s*", text) if part.strip()]
+    if len(parts) < 2:
+        words = text.split()
+        cut = rng.randrange(1, len(words))
+        return " ".join([*words[cut:], *words[:cut]])
+    rng.shuffle(parts)
+    return " ".join(parts)
+
+
+def replace_words(text: str, rng: random.Random, vocabulary: list[str]) -> str:
+    """Replace 30 % of the words by words of other rows."""
+    parts = re.split(r"(\s+)", text)
+    at = [index for index in range(0, len(parts), 2) if parts[index]]
+    for index in rng.sample(at, round(0.3 * len(at))):
+        parts[index] = rng.choice(vocabulary)
+    return "".join(parts)
+
+
+def change_numbers(text: str, rng: random.Random, _: list[str]) -> str:
+    """Replace every digit by a random one."""
+    return re.sub(r"\d", lambda _: str(rng.randrange(10)), text)
+
+
+def contamination(_: Path) -> dict[str, Any]:
+    """Recall by rule of planted benchmark questions, and false hits among 20,000 rows."""
+    rng = random.Random(2026)
+    rows, facts = sample()
+    english = [r for r, f in zip(rows, facts, strict=True) if f["lang"] == "en" and all(text_of(r))]
+    clean = [*english, *(vary(rng.choice(english), n, rng) for n in range(ROWS_UNDER_PLANTS))]
+    base = [_example(*text_of(row)) for row in clean[:ROWS_UNDER_PLANTS]]
+    vocabulary = [w for e in rng.sample(base, 2000) for w in re.findall("[a-z]{3,}", asked(e))]
+    questions = read_benchmarks((str(BENCHMARKS),))
+    rules = {
+        "verbatim": lambda text, *_: text,
+        "clauses_reordered": reorder,
+        "words_replaced_30_percent": replace_words,
+        "numbers_changed": change_numbers,
+    }
+    planted: list[tuple[str, Example]] = []
+    for name, rule in rules.items():
+        for question in rng.sample(questions, PLANTED):
+            text = rule(question.text, rng, vocabulary)
+            planted.append((name, _example(text, question.answer)))
+    everything = [*base, *(example for _, example in planted)]
+    passages = np.array([hash64(passage(example)) for example in everything], np.uint64)
+    start = time.perf_counter()
+    hits = contaminated(everything, passages, questions)
+    seconds = time.perf_counter() - start
+    found = Counter(name for at, (name, _) in enumerate(planted, len(base)) if at in hits)
+    false = [hit for at, hit in hits.items() if at < len(base)]
+    return {
+        "rows": len(base),
+        "questions": len(questions),
+        "recall": {name: found[name] / PLANTED for name in rules},
+        "false": len(false),
+        "false_share": round(len(false) / len(base), 4),
+        "false_by_measure": dict(Counter(hit.measure for hit in false)),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _example(user: str, answer: str) -> Example:
+    return Example("row", 0, "", (Message("user", user), Message("assistant", answer)))
+
+
+def personal(_: Path) -> dict[str, Any]:
+    """Recall of 500 planted values, and real rows flagged."""
+    from planted import personal_values
+
+    rng = random.Random(2026)
+    texts = ["\n".join(text_of(row)) for row in sample()[0]]
+    missed = Counter[str]()
+    for kind, value in personal_values(rng, 500):
+        text = f"{rng.choice(texts)[:500]} {rng.choice(['Mine is', 'Use', 'Contact:'])} {value}."
+        missed[kind] += kind not in mask(text)[1]
+    flagged = sum(bool(mask(text)[1]) for text in texts)
+    return {
+        "planted": 500,
+        "recall": 1 - missed.total() / 500,
+        "missed": {kind: count for kind, count in missed.items() if count},
+        "clean_rows": len(texts),
+        "clean_rows_flagged": flagged,
+        "clean_share_flagged": round(flagged / len(texts), 5),
+    }
+
+
+def tokens(folder: Path) -> dict[str, Any]:
+    """Our tokenising and masking beside TRL's, the same rows, one process each."""
+    seconds = {}
+    for name in ("ours", "trl"):
+        command = [sys.executable, str(ROOT / "bench" / "tokens.py"), name, str(folder)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds[name] = json.loads(run.stdout.strip().split("\n")[-1])
+    ours = np.load(folder / "ours.npy", allow_pickle=False)
+    trl = np.load(folder / "trl.npy", allow_pickle=False)
+    return {
+        **{f"{name}_seconds": facts["seconds"] for name, facts in seconds.items()},
+        "ratio": round(seconds["trl"]["seconds"] / seconds["ours"]["seconds"], 2),
+        "rows": seconds["ours"]["rows"],
+        "rows_compared": int((trl != 0).sum()),
+        "rows_with_other_labels": int(((trl != 0) & (trl != ours)).sum()),
+    }
+
+
+def scale(folder: Path) -> dict[str, Any]:
+    """The whole of `prepare` on 518,185 rows with the recipe's caps: seconds, peak memory."""
+    rng, rows = random.Random(7), sample()[0]
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(SCALE_ROWS):
+            row = rows[number % len(rows)]
+            row = row if number < len(rows) else vary(row, number, rng)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    size = path.stat().st_size
+    start, before = time.perf_counter(), sum(os.times()[:4])
+    manifest = prepare(config(folder, path))
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - before
+    usage = [
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    path.unlink()
+    return {
+        "rows": manifest["rows"],
+        "megabytes": round(size / 1e6),
+        "seconds": round(seconds, 1),
+        "cpu_seconds_of_all_processes": round(cpu, 1),
+        "peak_gigabytes_parent": round(usage[0] * 1024 / 1e9, 2),
+        "peak_gigabytes_largest_worker": round(usage[1] * 1024 / 1e9, 2),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine without its name."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0))
+    load = round(os.getloadavg()[0], 1)
+    return {
+        "cores": cores,
+        "memory_gigabytes": round(memory / 1e9),
+        "architecture": platform.machine(),
+        "load_when_started": load,
+    }
+
+
+FIGURES = {f.__name__: f for f in (language, related, contamination, personal, tokens, scale)}
+
+
+def main(wanted: str) -> None:
+    """Measure one figure or all, print each, and keep them in the results file."""
+    kept = read_json(RESULTS) if RESULTS.is_file() else {}
+    for name, figure in FIGURES.items():
+        if wanted in (name, "all"):
+            with tempfile.TemporaryDirectory() as folder:
+                kept[name] = {**figure(Path(folder)), "machine": machine()}
+            result(f"{name}: {json.dumps(kept[name], indent=1)}")
+            kept.pop("format", None)
+            write_json(RESULTS, kept)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,261 @@
+"""plan_epoch: lengths -> the whole epoch as steps of micro-batches. A pure function; no torch.
+
+Length grouping sorts examples into batches, so neighbouring batches are alike, steps differ
+tenfold in tokens, and the longest batch decides the memory. The default here does the reverse:
+`stratified` deals every length to every step. Sort by length, cut into as many strata as a step
+has examples, shuffle inside each stratum, let step k take the k-th of every stratum; then deal
+the step's examples into micro-batches of nearly equal tokens (longest first, to the lightest).
+Every example once an epoch, no bias, every step alike.
+
+Order is a function of (lengths, seed, epoch) alone, so a resumed run sees what the killed one
+would have seen. Several processes are more micro-batches of the same step: rank r of w takes
+every w-th of them, after they were dealt to equal tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Plan = Literal["stratified", "bucketed", "random"]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """An epoch: `steps[step][micro_batch]` is an array of example indices, int64."""
+
+    steps: list[list[Ints]]
+
+    def rank(self, rank: int, world_size: int) -> list[list[Ints]]:
+        """The micro-batches of one process: every `world_size`-th, which plan_epoch made equal."""
+        return [step[rank::world_size] for step in self.steps]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """What a plan costs, for a person to compare plans by.
+
+    Attributes:
+        steps: updates of the epoch.
+        largest_micro_batch: tokens of the largest micro-batch as it is laid out in memory.
+        padding: share of those tokens that are padding, 0 when padding-free.
+        step_token_cv: standard deviation over mean of useful tokens a step, whole steps only.
+        neighbour_correlation: Pearson correlation of the mean lengths of successive steps.
+    """
+
+    steps: int
+    largest_micro_batch: int
+    padding: float
+    step_token_cv: float
+    neighbour_correlation: float
+
+
+def plan_epoch(
+    lengths: Ints,
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    seed: int,
+    epoch: int,
+    plan: Plan = "stratified",
+    boundaries: Iterable[int] | None = None,
+    buckets: int = 8,
+    world_size: int = 1,
+    max_tokens: int | None = None,
+) -> EpochPlan:
+    """Plan one epoch.
+
+    Args:
+        lengths: tokens of every example, shape (examples,).
+        micro_batch_size: examples of one forward pass (on average, where they are balanced).
+        accumulation: forward passes of one update and process.
+        boundaries: for `bucketed`, the lengths that end a bucket; absent, `choose_boundaries`
+            finds `buckets` of them.
+        world_size: processes that share each step.
+        max_tokens: most tokens of a micro-batch. A step whose share is larger is dealt into
+            more micro-batches, the same number on every rank and in every step of the epoch.
+
+    Returns:
+        Every example exactly once. Every step has the same number of micro-batches, but for
+        the last of the epoch, which may have fewer when its examples do not suffice.
+
+    Raises:
+        ValueError: no example, or an example longer than `max_tokens`.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size == 0:
+        raise ValueError("no example to plan")
+    rng = np.random.default_rng((seed, epoch))
+    step_size = micro_batch_size * accumulation * world_size
+    parts = accumulation * world_size
+    if plan == "bucketed":
+        edges = boundaries or choose_boundaries(lengths, buckets)
+        steps = _bucketed(lengths, micro_batch_size, parts, edges, rng)
+        return EpochPlan([_even(lengths, step, world_size) for step in steps])
+    if plan == "stratified":
+        groups = _strata_order(lengths, step_size, rng)
+    else:
+        groups = _chunks(rng.permutation(lengths.size), step_size)
+    if len(groups) > 1 and groups[-1].size < world_size:
+        # Fewer examples than processes: some rank would wait for ever. They join the last whole step.
+        groups[-2:] = [np.concatenate(groups[-2:])]
+    if max_tokens is not None:
+        parts = _parts_needed(lengths, groups, parts, world_size, max_tokens)
+    return EpochPlan([_deal(lengths, group, parts, world_size) for group in groups])
+
+
+def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
+    """Batches for a forward-only pass: longest first, each filled up to `max_tokens` tokens."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches: list[Ints] = []
+    start, total = 0, 0
+    for position, index in enumerate(order):
+        if total and total + lengths[index] > max_tokens:
+            batches.append(order[start:position])
+            start, total = int(position), 0
+        total += int(lengths[index])
+    return [*batches, order[start:]] if order.size else []
+
+
+def choose_boundaries(lengths: Ints, buckets: int, granularity: int = 16) -> tuple[int, ...]:
+    """Bucket boundaries with the least padding, by dynamic programming.
+
+    Cost of a bucket is (its ceiling x its examples) - its tokens, so the sum is the padding of
+    batches padded to their bucket's ceiling. Lengths are rounded up to `granularity` tokens,
+    which bounds the table to max_length / granularity rows.
+
+    Returns:
+        At most `buckets` increasing lengths; the last is the longest example, rounded up.
+    """
+    ceilings = -(-np.asarray(lengths, dtype=np.int64) // granularity) * granularity
+    values, counts = np.unique(ceilings, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: padding-relevant area of one bucket over values i..j-1, ceiling values[j-1].
+    area = values[None, :] * (total[None, 1:] - total[:-1, None])
+    index = np.arange(len(values))
+    area = np.where(index[None, :] >= index[:, None], area, np.inf)
+    best = area[0]
+    cuts: list[Ints] = []
+    for _ in range(min(buckets, len(values)) - 1):
+        options = np.concatenate([[np.inf], best[:-1]])[:, None] + area
+        first = np.argmin(options, axis=0)
+        cuts.append(first)
+        best = options[first, index]
+    ends = [len(values) - 1]
+    for first in reversed(cuts):
+        if first[ends[-1]] == 0:
+            break
+        ends.append(int(first[ends[-1]]) - 1)
+    return tuple(int(values[end]) for end in reversed(ends))
+
+
+def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
+    """Measure a plan. `padded`: every micro-batch is padded to its longest example."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    micro = [batch for step in plan.steps for batch in step]
+    useful = np.array([lengths[batch].sum() for batch in micro])
+    laid = np.array([lengths[batch].max() * len(batch) for batch in micro]) if padded else useful
+    sizes = [np.concatenate(step) for step in plan.steps]
+    whole = [step for step in sizes if len(step) == max(len(size) for size in sizes)]
+    step_tokens = np.array([lengths[step].sum() for step in whole], dtype=np.float64)
+    means = np.array([lengths[step].mean() for step in whole])
+    spread = len(whole) > 2 and means.std() > 0
+    return PlanFacts(
+        steps=len(plan.steps),
+        largest_micro_batch=int(laid.max()),
+        padding=float(1 - useful.sum() / laid.sum()),
+        step_token_cv=float(step_tokens.std() / step_tokens.mean()),
+        neighbour_correlation=float(np.corrcoef(means[:-1], means[1:])[0, 1]) if spread else 0.0,
+    )
+
+
+def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> list[Ints]:
+    """Steps that take one example of every stratum.
+
+    Strata differ in size by at most one when `step_size` does not divide the examples, so each
+    is shuffled with its gaps spread over the steps: a short last step would hold only some
+    strata, and its loss would be of other lengths than the rest.
+    """
+    steps = -(-lengths.size // step_size)
+    # Equal lengths are ordered by chance, else their file order would leak into the strata.
+    order = np.lexsort((rng.random(lengths.size), lengths))
+    slots = np.full(steps * step_size, -1, dtype=np.int64)
+    missing = slots.size - lengths.size
+    gaps = rng.choice(step_size, size=missing, replace=False) if missing else np.empty(0, int)
+    filled = np.full(step_size, steps, dtype=np.int64)
+    filled[gaps] -= 1
+    start = 0
+    table = slots.reshape(step_size, steps)
+    for stratum, count in enumerate(filled):
+        table[stratum, :count] = order[start : start + count]
+        start += count
+        # The last step is the short one: gaps stay in it, all other places are shuffled.
+        table[stratum, :count] = rng.permutation(table[stratum, :count])
+    return [column[column >= 0] for column in table.T if (column >= 0).any()]
+
+
+def _chunks(order: Ints, size: int) -> list[Ints]:
+    return [order[start : start + size] for start in range(0, order.size, size)]
+
+
+def _parts_needed(
+    lengths: Ints, groups: list[Ints], parts: int, world_size: int, max_tokens: int
+) -> int:
+    """Fewest micro-batches a step (a multiple of `world_size`) that keep all under the cap."""
+    if lengths.max() > max_tokens:
+        raise ValueError(f"an example of {lengths.max()} tokens exceeds max_tokens {max_tokens}")
+    while any(
+        max(int(lengths[batch].sum()) for batch in _deal(lengths, group, parts, world_size))
+        > max_tokens
+        for group in groups
+    ):
+        parts += world_size
+    return parts
+
+
+def _deal(lengths: Ints, group: Ints, parts: int, world_size: int) -> list[Ints]:
+    """Deal a step's examples into micro-batches of nearly equal tokens (longest first)."""
+    parts = min(parts, group.size)
+    # Every rank needs as many micro-batches as the others, or they would wait for each other.
+    parts = max(parts - parts % world_size, 1)
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for index in group[np.argsort(-lengths[group], kind="stable")].tolist():
+        lightest = tokens.index(min(tokens))
+        hands[lightest].append(index)
+        tokens[lightest] += int(lengths[index])
+    return [np.array(hand, dtype=np.int64) for hand in hands]
+
+
+def _even(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
+    """A step whose batches do not divide among the ranks (the last) is dealt anew."""
+    if len(step) % world_size == 0:
+        return step
+    return _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
+
+
+def _bucketed(
+    lengths: Ints,
+    micro_batch_size: int,
+    parts: int,
+    boundaries: Iterable[int],
+    rng: np.random.Generator,
+) -> list[list[Ints]]:
+    """Batches of one bucket each, in random order; what buckets leave over is joined by length."""
+    edges = np.array(sorted(boundaries), dtype=np.int64)
+    bucket = np.searchsorted(edges, lengths, side="left")
+    batches: list[Ints] = []
+    left: list[Ints] = []
+    for number in np.unique(bucket):
+        members = rng.permutation(np.flatnonzero(bucket == number))
+        whole = members.size - members.size % micro_batch_size
+        batches += _chunks(members[:whole], micro_batch_size)
+        left.append(members[whole:])
+    batches += _chunks(np.concatenate(left), micro_batch_size)
+    order = rng.permutation(len(batches))
+    # A ragged batch goes last, so that every step but the last has all its examples.
+    order = np.array(sorted(order, key=lambda index: batches[index].size < micro_batch_size))
+    return [[batches[index] for index in chunk] for chunk in _chunks(order, parts)]

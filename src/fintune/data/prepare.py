@@ -1,0 +1,385 @@
+"""The stage `prepare`: rows in, `train.parquet`, `validation.parquet` and their account out.
+
+Order of work: text filters and exact duplicates over everything, streaming; then only the rows
+that come first in hash order are compared, tokenised and split, until the caps are full.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fintune import seal
+from fintune.chat import ChatFormat
+from fintune.config import Config, DataConfig, SourceConfig
+from fintune.console import heading, say
+from fintune.data.decontaminate import Question, contaminated, read_benchmarks
+from fintune.data.lengths import Tokenised, adaptive_max_length, drop, fit, tokenise
+from fintune.data.personal import mask, mask_messages
+from fintune.data.related import near_duplicates, split
+from fintune.data.report import Findings, write_report
+from fintune.data.scan import SAMPLES, Scanned, scan
+from fintune.data.sources import Source, find_sources, locate
+from fintune.data.text import asked, hash64, passage
+from fintune.errors import DataError
+from fintune.example import Dropped, Example
+from fintune.files import read_json, sha256_file, sha256_json, staged_folder, write_json
+from fintune.model import find_base, load_tokenizer
+
+MARGIN = 1.15
+"""Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
+
+ROW_GROUP = 8192
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+LEDGER = pa.schema(
+    [
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("row_sha256", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+    """Prepare the data of a config and return its manifest.
+
+    A finished folder of the same inputs is kept as it is.
+
+    Args:
+        fresh: move an existing folder aside first.
+
+    Raises:
+        DataError: sources that cannot be read, or nothing left of them.
+        OutputError: the folder holds the result of other inputs.
+        ModelError: no base folder, tokenizer or usable chat template.
+    """
+    heading("prepare")
+    base = find_base(config.model, weights=False)
+    chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
+    sources = find_sources(config.data)
+    settings = config.data.model_dump(
+        mode="json", exclude={"out", "workers", "source", "sources", "benchmarks"}
+    )
+    inputs = {
+        "sources": {
+            source.name: source.config.model_dump(mode="json", exclude={"path"})
+            | {"identity": source.identity}
+            for source in sources
+        },
+        "settings": settings | {"chat": config.chat.model_dump(mode="json"), "seed": config.seed},
+        "base": base.id,
+        "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
+        "template_sha256": chat.template_sha256,
+        "benchmarks": {
+            source.name: source.identity
+            for path in config.data.benchmarks
+            for source in locate(SourceConfig(path=path))
+        },
+    }
+    folder = config.data_dir
+    if fresh:
+        seal.move_aside(folder)
+    if seal.state(folder, inputs, command="fintune prepare") is seal.State.FINISHED:
+        say(f"{folder}: unchanged, kept")
+        return read_json(folder / "manifest.json")
+    result = _Preparation(config, sources, chat, read_benchmarks(config.data.benchmarks))
+    with staged_folder(folder) as staging:
+        manifest = result.write(staging, inputs)
+        seal.seal(staging, inputs)
+    rows = manifest["rows"]
+    say(
+        f"{folder}: {rows['read']} rows read = {rows['train']} train + {rows['validation']}"
+        f" validation + {sum(rows['dropped'].values())} dropped"
+    )
+    return manifest
+
+
+class _Preparation:
+    """All rows of one preparation: kept on a side, or dropped with a reason."""
+
+    def __init__(
+        self, config: Config, sources: list[Source], chat: ChatFormat, questions: list[Question]
+    ) -> None:
+        self.data: DataConfig = config.data
+        self.seed = config.seed
+        self.sources, self.chat, self.questions = sources, chat, questions
+        wanted = math.ceil(
+            MARGIN
+            * max(
+                self.data.max_train_rows / (1 - self.data.validation_share),
+                self.data.max_validation_rows / self.data.validation_share,
+            )
+        )
+        while not self._attempt(wanted):
+            say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
+            wanted *= 4
+
+    def _attempt(self, wanted: int) -> bool:
+        """One preparation over `wanted` candidates; False where they were too few."""
+        self.scanned: Scanned = scan(self.sources, self.data, self.seed, wanted)
+        self.dropped: list[Dropped] = self.scanned.dropped
+        self.samples = self.scanned.samples
+        say(f"{len(self.scanned.candidates)} of {self.scanned.read.total()} rows go on")
+        examples = self._decontaminate(self._mask(self.scanned.candidates))
+        rows, short = tokenise(examples, self.chat, self.data.min_tokens)
+        self.lengths_before = [row.length for row in rows]
+        self.max_length = adaptive_max_length(
+            self.lengths_before, self.data.max_length_keep, self.data.max_length_cap
+        )
+        rows, long = fit(rows, self.max_length, self.data, self.chat)
+        self.dropped += [*short, *long]
+        full = self._fill(self._unrepeated(rows))
+        if not full and not self.scanned.complete:
+            return False
+        self._check_left()
+        return True
+
+    def _drop(self, example: Example, reason: str, detail: str = "") -> None:
+        self.dropped.append(drop(example, reason, detail))
+        shown = self.samples.setdefault(reason, [])
+        if len(shown) < SAMPLES:
+            text = "\n".join(f"{m.role}: {m.content}" for m in example.messages)
+            shown.append(f"{example.source}:{example.line} ({detail})\n{mask(text[-500:])[0]}")
+
+    def _mask(self, examples: list[Example]) -> list[Example]:
+        self.personal: Counter[str] = Counter()
+        if self.data.personal_data == "off":
+            return examples
+        kept: list[Example] = []
+        for example in examples:
+            messages, kinds = mask_messages(example.messages)
+            self.personal.update(kinds)
+            if kinds and self.data.personal_data == "drop":
+                self._drop(
+                    replace(example, messages=messages), "personal_data", " ".join(sorted(kinds))
+                )
+            else:
+                kept.append(replace(example, messages=messages) if kinds else example)
+        return kept
+
+    def _decontaminate(self, examples: list[Example]) -> list[Example]:
+        passages = np.array([hash64(passage(example)) for example in examples], np.uint64)
+        hits = contaminated(examples, passages, self.questions)
+        self.contamination = [
+            {
+                "source": examples[at].source,
+                "line": examples[at].line,
+                "row_sha256": examples[at].row_sha256,
+                "measure": hit.measure,
+                "score": hit.score,
+                "benchmark": hit.question.benchmark,
+                "benchmark_line": hit.question.line,
+                "row_text": asked(examples[at])[-300:],
+                "benchmark_text": hit.question.text[-300:],
+            }
+            for at, hit in sorted(hits.items())
+        ]
+        for at, hit in sorted(hits.items()):
+            detail = f"{hit.question.benchmark}:{hit.question.line} {hit.measure} {hit.score}"
+            self._drop(examples[at], "contaminated", detail)
+        return [example for at, example in enumerate(examples) if at not in hits]
+
+    def _unrepeated(self, rows: list[Tokenised]) -> list[Tokenised]:
+        examples = [row.example for row in rows]
+        repeats = near_duplicates(examples, self.data.near_duplicates)
+        for at, of in sorted(repeats.items()):
+            first = examples[of]
+            self._drop(examples[at], "near_duplicate", f"of {first.source}:{first.line}")
+        return [row for at, row in enumerate(rows) if at not in repeats]
+
+    def _fill(self, rows: list[Tokenised]) -> bool:
+        """Put rows in hash order onto their sides until the caps are full; True when they are."""
+        half = self.data.max_validation_rows // 2
+        caps = {
+            "train": self.data.max_train_rows,
+            "select": half,
+            "decide": self.data.max_validation_rows - half,
+        }
+        self.kept: dict[str, list[tuple[str, Tokenised]]] = {name: [] for name in caps}
+        room = {source.name: source.config for source in self.sources}
+        taken: Counter[int] = Counter()
+        places = split([row.example for row in rows], self.data.validation_share) if rows else []
+        for row, place in zip(rows, places, strict=True):
+            own = room[row.example.source]
+            if place.straddles:
+                self._drop(row.example, "straddles_split", f"group {place.group}")
+            elif own.max_rows is not None and taken[id(own)] >= own.max_rows:
+                self._drop(row.example, "over_cap", "source")
+            elif len(self.kept[place.side]) >= caps[place.side]:
+                self._drop(row.example, "over_cap", place.side)
+            else:
+                taken[id(own)] += 1
+                self.kept[place.side].append((place.group, row))
+        return all(len(self.kept[name]) == cap for name, cap in caps.items())
+
+    def _check_left(self) -> None:
+        reasons = Counter(row.reason for row in self.dropped)
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(6))
+        read = sum(self.scanned.read.values())
+        if reasons["unknown_columns"] == read:
+            columns = next(row.detail for row in self.dropped)
+            raise DataError(
+                f"no row fits a known format; the first one's columns are: {columns}",
+                fix="name them in data.columns, such as user=QUESTION, assistant=ANSWER",
+            )
+        if not self.kept["train"]:
+            raise DataError(
+                f"no training row is left of {read} rows read: {told or 'the sources are empty'}",
+                fix="look at the rows, or relax the filters in the data section",
+            )
+        if not self.kept["select"] or not self.kept["decide"]:
+            raise DataError(
+                f"{len(self.kept['train'])} rows are left, too few to hold some out ({told})",
+                why="without held-out rows no checkpoint can be chosen and nothing proved",
+                fix="give more rows, or raise data.validation_share",
+            )
+
+    def write(self, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Write everything but the seal; return the manifest."""
+        validation = [(p, g, row) for p in ("select", "decide") for g, row in self.kept[p]]
+        train = [("train", group, row) for group, row in self.kept["train"]]
+        _write_rows(folder / "train.parquet", train, parts=False)
+        _write_rows(folder / "validation.parquet", validation, parts=True)
+        self.dropped.sort(key=lambda row: (row.source, row.line))
+        columns = zip(
+            *((r.source, r.line, r.row_sha256, r.reason, r.detail) for r in self.dropped),
+            strict=True,
+        )
+        ledger = (
+            pa.table([list(column) for column in columns], schema=LEDGER)
+            if self.dropped
+            else LEDGER.empty_table()
+        )
+        pq.write_table(ledger, folder / "ledger.parquet", compression="zstd")
+        manifest = self._manifest(inputs, train, validation)
+        write_json(folder / "manifest.json", manifest)
+        if self.questions:
+            asked_in = Counter(question.benchmark for question in self.questions)
+            facts = {"benchmarks": dict(asked_in), "contaminated": self.contamination}
+            write_json(folder / "contamination.json", facts)
+        write_report(
+            folder / "report.html",
+            manifest,
+            Findings(
+                self.samples,
+                self.lengths_before,
+                [row.length for _, _, row in train],
+                self.contamination,
+                Counter(
+                    "other script" if row.detail[0].isdigit() else row.detail[:2]
+                    for row in self.dropped
+                    if row.reason == "not_english"
+                ),
+            ),
+        )
+        return manifest
+
+    def _manifest(
+        self,
+        inputs: dict[str, Any],
+        train: list[tuple[str, str, Tokenised]],
+        validation: list[tuple[str, str, Tokenised]],
+    ) -> dict[str, Any]:
+        by_source: dict[str, Counter[str]] = {name: Counter() for name in self.scanned.read}
+        for row in self.dropped:
+            by_source[row.source][row.reason] += 1
+        for part, _, kept in (*train, *validation):
+            by_source[kept.example.source][part] += 1
+        read = sum(self.scanned.read.values())
+        dropped = Counter(row.reason for row in self.dropped)
+        if read != len(train) + len(validation) + dropped.total():
+            raise AssertionError(f"{read} rows read, {len(train)} + {len(validation)} + {dropped}")
+        return {
+            "rows": {
+                "read": read,
+                "train": len(train),
+                "validation": len(validation),
+                "dropped": dict(sorted(dropped.items())),
+            },
+            "parts": {name: len(rows) for name, rows in self.kept.items()},
+            "sources": {
+                source.name: {
+                    "identity": source.identity,
+                    "licence": source.config.licence,
+                    "read": self.scanned.read[source.name],
+                    **dict(sorted(by_source.get(source.name, Counter()).items())),
+                }
+                for source in self.sources
+            },
+            "max_length": self.max_length,
+            "lengths": {
+                "before": distribution(self.lengths_before),
+                "train": distribution([row.length for _, _, row in train]),
+                "validation": distribution([row.length for _, _, row in validation]),
+            },
+            "shortened": {
+                "rows": sum(row.shortened > 0 for _, _, row in (*train, *validation)),
+                "tokens": sum(row.shortened for _, _, row in (*train, *validation)),
+            },
+            "personal_data": dict(sorted(self.personal.items())),
+            "contamination": dict(
+                sorted(Counter(str(hit["benchmark"]) for hit in self.contamination).items())
+            ),
+            "repairs": dict(sorted(self.scanned.repairs.items())),
+            "inputs": inputs,
+            "inputs_sha256": sha256_json(inputs),
+        }
+
+
+def distribution(lengths: list[int]) -> dict[str, float]:
+    """Count, total, mean and percentiles of lengths in tokens."""
+    if not lengths:
+        return {"rows": 0}
+    ordered = sorted(lengths)
+    percentiles = {
+        f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (5, 50, 95, 99)
+    }
+    total = sum(lengths)
+    mean = round(total / len(lengths), 1)
+    return {
+        "rows": len(lengths),
+        "tokens": total,
+        "mean": mean,
+        **percentiles,
+        "max": ordered[-1],
+    }
+
+
+def _write_rows(path: Path, rows: list[tuple[str, str, Tokenised]], *, parts: bool) -> None:
+    fields = [
+        ("example_id", pa.string()),
+        ("source", pa.string()),
+        ("group", pa.string()),
+        ("messages", MESSAGES),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("length", pa.int32()),
+        *([("part", pa.string())] if parts else []),
+    ]
+    schema = pa.schema(fields)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(rows), ROW_GROUP):
+            chunk = rows[start : start + ROW_GROUP]
+            kept = [row for _, _, row in chunk]
+            columns = [
+                [row.example.example_id for row in kept],
+                [row.example.source for row in kept],
+                [group for _, group, _ in chunk],
+                [
+                    [{"role": m.role, "content": m.content} for m in row.example.messages]
+                    for row in kept
+                ],
+                [row.input_ids for row in kept],
+                [row.labels for row in kept],
+                [row.length for row in kept],
+                *([[part for part, _, _ in chunk]] if parts else []),
+            ]
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -1,0 +1,130 @@
+"""Duplicates, which are dropped, and related rows, which must stay on one side of the split.
+
+*Duplicate*: question and answer both near another row's, with the same numbers and names.
+*Related*: the same longest passage, or most word sequences of the smaller one shared.
+Sequences that many different passages share are instructions and are left out of both.
+
+The side of a row follows from the hash of its own longest passage and nothing else, so adding
+rows never moves others across. Where related rows of different passages then fall on different
+sides, the fewer of them are dropped as `straddles_split`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH  # type: ignore[import-untyped]
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+from fintune.data.text import Integers, asked, fixed, hash64, jaccard, passage, sequences, words
+from fintune.example import Example
+
+RELATED_WORDS = 8
+"""Words of a sequence that relates two rows, as long as one that two authors rarely both write."""
+
+INSTRUCTION_SPREAD = 4
+"""A sequence in more passages than this is an instruction or a set phrase, not a shared text."""
+
+RELATED_SHARE = 0.75
+"""Share of the smaller passage's sequences that makes two passages related."""
+
+NEAR_WORDS = 3
+PERMUTATIONS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where the split puts a row: its group of related rows, and its side."""
+
+    group: str
+    side: str
+    straddles: bool
+
+
+def side(group: int, share: float) -> str:
+    """`select`, `decide` or `train` by a passage's hash; `share` of all passages are held out."""
+    at = hash64("split", str(group)) / 2**64
+    return "train" if at >= share else "select" if at < share / 2 else "decide"
+
+
+def split(examples: list[Example], share: float) -> list[Placed]:
+    """Group related rows and put each on its side; see the module's text for the rule."""
+    own = np.array([hash64(passage(example)) for example in examples], np.uint64)
+    passages, at = np.unique(own, return_inverse=True)
+    component = _components(examples, at, len(passages))
+    sides = [side(int(group), share) for group in passages]
+    votes: dict[int, Counter[str]] = {}
+    for index in at:
+        votes.setdefault(component[index], Counter())[sides[index]] += 1
+    winner = {
+        group: max(count, key=lambda name: (count[name], name)) for group, count in votes.items()
+    }
+    return [
+        Placed(
+            f"{passages[component[index]]:016x}",
+            sides[index],
+            sides[index] != winner[component[index]],
+        )
+        for index in at
+    ]
+
+
+def _components(examples: list[Example], at: Integers, count: int) -> Integers:
+    """For every passage the smallest passage it is connected to through shared sequences."""
+    found = [np.unique(sequences(words(asked(example)), RELATED_WORDS)) for example in examples]
+    where = np.repeat(at, [len(own) for own in found])
+    _, what = np.unique(np.concatenate(found), return_inverse=True)
+    pairs = np.unique(where.astype(np.int64) * (what.max() + 1) + what)
+    where, what = np.divmod(pairs, what.max() + 1)
+    spread = np.bincount(what)[what]
+    size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
+    shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
+    ones = np.ones(int(shared.sum()), np.int32)
+    matrix: Any = csr_matrix(
+        (ones, (where[shared], what[shared])), shape=(count, int(what.max()) + 1)
+    )
+    both: Any = (matrix @ matrix.T).tocoo()
+    near = both.data >= RELATED_SHARE * np.minimum(size[both.row], size[both.col])
+    links = coo_matrix((both.data[near], (both.row[near], both.col[near])), shape=(count, count))
+    _, labels = connected_components(links, directed=False)
+    smallest = np.full(labels.max() + 1, count)
+    np.minimum.at(smallest, labels, np.arange(count))
+    return smallest[labels]
+
+
+def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]:
+    """Index of every row that nearly repeats an earlier one, and that one's index.
+
+    Args:
+        examples: rows in hash order; of two near ones the first stays.
+        threshold: Jaccard similarity of word triples that question and answer must both reach.
+    """
+    if threshold >= 1:
+        return {}
+    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    texts = [(asked(example), example.messages[-1].content) for example in examples]
+    repeats: dict[int, int] = {}
+    template = MinHash(PERMUTATIONS, hashfunc=int)
+    for at, (question, answer) in enumerate(texts):
+        sketch = template.copy()
+        both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)
+        sketch.update_batch((both >> np.uint64(32)).tolist())
+        for other in sorted(index.query(sketch)):
+            if _near(texts[at], texts[other], threshold):
+                repeats[at] = other
+                break
+        else:
+            index.insert(at, sketch)
+    return repeats
+
+
+def _near(one: tuple[str, str], other: tuple[str, str], threshold: float) -> bool:
+    """Answer, the question's last line and the whole question near, cheapest first."""
+    last = (one[0].rstrip().rsplit("\n", 1)[-1], other[0].rstrip().rsplit("\n", 1)[-1])
+    return all(
+        fixed(a) == fixed(b)
+        and jaccard(sequences(words(a), NEAR_WORDS), sequences(words(b), NEAR_WORDS)) >= threshold
+        for a, b in ((one[1], other[1]), last, (one[0], other[0]))
+    )

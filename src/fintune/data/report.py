@@ -1,0 +1,175 @@
+"""`report.html`: what was read, what was dropped and why, with examples, lengths and batches."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fintune.batches import Plan, choose_boundaries, facts, plan_epoch
+from fintune.page import Page
+
+MICRO_BATCH, ACCUMULATION, BUCKETS = 16, 4, 8
+"""Batch shape of the table of plans: the recipe's own, 64 examples a step."""
+
+MEANING = {
+    "boilerplate": "the answer is an empty phrase such as `nan`",
+    "contaminated": "repeats a benchmark's question, verbatim or reworded",
+    "contradictory_labels": "the same input carries two different labels",
+    "duplicate": "question and answer are another row's",
+    "near_duplicate": "question and answer are nearly another row's, numbers and names included",
+    "no_assistant": "no answer, or an empty one",
+    "no_user": "no question, or an empty one",
+    "not_an_object": "the row is no object of columns",
+    "not_english": "another language, by its characters or by the identifier",
+    "not_json": "the line is not JSON",
+    "not_text": "a column that should hold text holds something else",
+    "not_utf8": "the bytes are not UTF-8",
+    "over_cap": "beyond the cap, in hash order",
+    "personal_data": "holds personal data, and the config says drop",
+    "placeholder": "an unfilled {{placeholder}}",
+    "refusal": "the answer only refuses",
+    "straddles_split": "related to rows on the other side of the split",
+    "too_long": "longer than max_length",
+    "too_short": "too few tokens of text",
+    "truncated_file": "the file breaks off here",
+    "turns_out_of_order": "user and assistant do not take turns",
+    "unknown_columns": "no known format",
+    "unknown_role": "a turn of an unknown role",
+    "wrong_cells": "more or fewer cells than columns",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the page shows besides the manifest."""
+
+    samples: dict[str, list[str]]
+    lengths_before: list[int]
+    lengths_train: list[int]
+    contamination: list[dict[str, Any]]
+    languages: Counter[str]
+
+
+def write_report(path: Path, manifest: dict[str, Any], findings: Findings) -> None:
+    """Write the page of one preparation."""
+    rows = manifest["rows"]
+    dropped: dict[str, int] = rows["dropped"]
+    page = Page("Prepared data", "Every row that was read is in exactly one of these counts.")
+    page.cards(
+        [
+            ("rows read", rows["read"]),
+            ("train", rows["train"]),
+            ("validation", rows["validation"]),
+            ("dropped", sum(dropped.values())),
+            ("max_length, tokens", manifest["max_length"]),
+        ]
+    )
+    page.heading("Dropped rows")
+    ordered = sorted(dropped.items(), key=lambda item: -item[1])
+    page.bars([reason for reason, _ in ordered], {"rows": [count for _, count in ordered]})
+    for reason, count in ordered:
+        shown = "\n\n".join(findings.samples.get(reason, []))
+        page.fold(f"{reason} ({count:,}): {MEANING.get(reason, '')}", shown or "see ledger.parquet")
+    page.heading("Sources")
+    names = ["source", "read", "train", "select", "decide", "licence"]
+    page.table(
+        names,
+        [
+            [name, *(fact.get(column, 0) for column in names[1:5]), fact["licence"] or "not given"]
+            for name, fact in manifest["sources"].items()
+        ],
+    )
+    _lengths(page, manifest, findings)
+    _content(page, manifest, findings)
+    page.heading("Inputs")
+    page.code("\n".join(f"{key}: {value}" for key, value in manifest["inputs"].items()))
+    page.save(path)
+
+
+def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
+    page.heading("Lengths")
+    before = np.array(findings.lengths_before)
+    kept = float((before <= manifest["max_length"]).mean()) if len(before) else 0.0
+    page.text(
+        f"max_length {manifest['max_length']} keeps {kept:.2%} of the rows measured. "
+        f"{manifest['shortened']['rows']} rows were shortened, by "
+        f"{manifest['shortened']['tokens']} tokens in all."
+    )
+    top = max(64, manifest["max_length"] * 2)
+    edges = np.linspace(0, top, 33)
+    counts = {
+        name: np.histogram(np.minimum(lengths, top), edges)[0].tolist()
+        for name, lengths in (("before", before), ("train", findings.lengths_train))
+    }
+    page.columns(
+        edges.astype(int).tolist(), counts, caption="Tokens a row; the last column holds the rest."
+    )
+    columns = ["", *manifest["lengths"]["before"]]
+    page.table(
+        columns,
+        [
+            [name, *(fact.get(column) for column in columns[1:])]
+            for name, fact in manifest["lengths"].items()
+        ],
+    )
+    lengths = np.array(findings.lengths_train, np.int64)
+    plans: list[list[object]] = []
+    choices: tuple[tuple[Plan, bool], ...] = (
+        ("random", True),
+        ("bucketed", True),
+        ("stratified", False),
+    )
+    for plan, padded in choices:
+        epoch = plan_epoch(
+            lengths,
+            micro_batch_size=MICRO_BATCH,
+            accumulation=ACCUMULATION,
+            seed=0,
+            epoch=0,
+            plan=plan,
+            boundaries=choose_boundaries(lengths, BUCKETS) if plan == "bucketed" else None,
+        )
+        fact = facts(lengths, epoch, padded=padded)
+        name = f"{plan}, {'padded' if padded else 'padding-free'}"
+        plans.append(
+            [name, f"{fact.padding:.1%}", fact.largest_micro_batch, round(fact.step_token_cv, 3)]
+        )
+    page.table(
+        ["batching plan", "padding", "largest micro-batch, tokens", "step variation"],
+        plans,
+        caption=f"One epoch of the training rows in steps of {MICRO_BATCH} × {ACCUMULATION}.",
+    )
+
+
+def _content(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
+    page.heading("Language, repairs, personal data")
+    page.table(
+        ["found", "rows or texts"],
+        [
+            *((f"dropped as {code}", count) for code, count in findings.languages.most_common(8)),
+            *((f"repaired: {name}", count) for name, count in manifest["repairs"].items()),
+            *((f"personal: {kind}", count) for kind, count in manifest["personal_data"].items()),
+        ],
+    )
+    page.heading("Contamination")
+    if not manifest["inputs"]["benchmarks"]:
+        page.text("No benchmark is named in data.benchmarks, so nothing was compared.")
+        return
+    found = manifest["contamination"]
+    page.table(
+        ["benchmark", "rows dropped"],
+        [[name, found.get(name, 0)] for name in manifest["inputs"]["benchmarks"]],
+    )
+    page.text(
+        "Compared: sequences of 13 words, of 8 for short questions, and rewordings that keep the "
+        "answer. A question asked in wholly other words, or with another answer, is not found.",
+        dim=True,
+    )
+    for hit in findings.contamination[:12]:
+        page.fold(
+            f"{hit['source']}:{hit['line']} ~ {hit['benchmark']}:{hit['benchmark_line']}"
+            f" ({hit['measure']}, {hit['score']})",
+            f"row: {hit['row_text']}\n\nbenchmark: {hit['benchmark_text']}",
+        )

@@ -1,0 +1,168 @@
+"""From a raw row to messages: known column names, turns written into one text, repaired text.
+
+Row-level problems are raised as `Rejected` with the reason that goes into the ledger.
+"""
+
+import html
+import html.entities
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fintune.example import Message
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+FORMATS: tuple[tuple[str | None, tuple[str, ...], str], ...] = (
+    ("system", ("user",), "assistant"),
+    ("system", ("instruction", "input"), "output"),
+    ("system", ("prompt",), "completion"),
+    ("system", ("context", "question"), "answer"),
+)
+"""Flat formats: system column, columns that make up the question, answer column."""
+
+CONTROL = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n\r") + "\x7f"
+ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
+SPACES = "\u00a0\u202f\u2007"
+_REPAIRS: tuple[tuple[str, re.Pattern[str], str], ...] = (
+    ("control_character", re.compile(f"[{re.escape(CONTROL)}]"), ""),
+    ("lone_surrogate", re.compile("[\ud800-\udfff]"), "\ufffd"),
+    ("line_end", re.compile("\r\n?"), "\n"),
+    ("no_break_space", re.compile(f"[{SPACES}]"), " "),
+    ("zero_width", re.compile(f"[{ZERO_WIDTH}]"), ""),
+    ("zero_width", re.compile("(?<=[ -~])[\u200c\u200d]|[\u200c\u200d](?=[ -~])"), ""),
+    ("lost_escape", re.compile(r" ?\b2019(s|t|re|ve|ll|d|m)\b"), "\u2019\\1"),
+    ("lost_escape", re.compile(r"\b201c ?(?=\S)"), "\u201c"),
+    ("lost_escape", re.compile(r" ?\b201d\b"), "\u201d"),
+)
+_SUSPECT = re.compile(f"[{re.escape(CONTROL)}\r]|201[9cd]|\\\\u20|&[#a-zA-Z]|[^\x00-\x7f]")
+_ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-fA-F]{1,5}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+_ESCAPE = re.compile(r"\\?\\u(20[0-9a-f]{2})")
+_TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
+
+
+class Rejected(Exception):
+    """A row that is out before any filter, with reason and detail for the ledger."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+
+def to_messages(
+    row: Any, columns: dict[str, str] | None, *, inline_turns: bool
+) -> tuple[Message, ...]:
+    """The conversation of a raw row; a blank system text is no turn.
+
+    Args:
+        columns: our column -> the row's column; absent: the known formats are tried.
+        inline_turns: cut a user text of `User:` / `Assistant:` lines into real turns.
+
+    Raises:
+        Rejected: no object, no known format, a wrong type, turns out of order.
+    """
+    if not isinstance(row, dict):
+        raise Rejected("not_an_object", type(row).__name__)
+    if columns is not None:
+        row = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    for name in ("messages", "conversations"):
+        if name in row:
+            return _turns(row[name], str(row.get("system") or ""))
+    for system, questions, answer in FORMATS:
+        if answer in row or questions[-1] in row or questions[0] in row:
+            texts = [text for name in questions if (text := _column(row, name)).strip()]
+            user, reply = "\n\n".join(texts), _column(row, answer)
+            turns = _split_turns(user) if inline_turns else [Message("user", user)]
+            lead = _column(row, system).strip() if system else ""
+            head = [Message("system", lead)] if lead else []
+            return (*head, *turns, Message("assistant", reply.strip()))
+    raise Rejected("unknown_columns", ", ".join(map(str, row))[:200])
+
+
+def _column(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Rejected("not_text", f"{name} is {type(value).__name__}")
+    return value
+
+
+def _turns(value: Any, system: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise Rejected("not_text", f"messages is {type(value).__name__}")
+    messages = [Message("system", system.strip())] if system.strip() else []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise Rejected("not_text", f"a turn is {type(turn).__name__}")
+        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+        if role is None:
+            raise Rejected("unknown_role", str(turn.get("role", turn.get("from")))[:50])
+        text = _column(turn, "content" if "content" in turn else "value").strip()
+        if role != "system" or text:
+            messages.append(Message(role, text))  # type: ignore[arg-type]
+    start = bool(messages) and messages[0].role == "system"
+    roles = [message.role for message in messages[start:]]
+    if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
+        raise Rejected("turns_out_of_order", " ".join(roles)[:200])
+    if roles[-1:] == ["user"]:
+        messages.append(Message("assistant", ""))
+    return tuple(messages)
+
+
+def _split_turns(user: str) -> list[Message]:
+    """Cut `context, User: .., Assistant: .., User: ..` into turns; context opens the first.
+
+    A text whose labels do not alternate from User to User is left as one turn.
+    """
+    if "\nAssistant:" not in user:
+        return [Message("user", user.strip())]
+    context, *parts = _TURN.split(user)
+    roles = [role.lower() for role in parts[::2]]
+    texts = [text.strip() for text in parts[1::2]]
+    if roles[-1] == "assistant" and not texts[-1]:
+        roles, texts = roles[:-1], texts[:-1]
+    alternate = all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles))
+    if not alternate or len(roles) % 2 == 0 or not all(texts):
+        return [Message("user", user.strip())]
+    texts[0] = f"{context.strip()}\n\n{texts[0]}".strip()
+    return [Message(r, t) for r, t in zip(roles, texts, strict=True)]  # type: ignore[arg-type]
+
+
+def repair(text: str, counts: Counter[str]) -> str:
+    """Undo what conversions did to a text; each kind of repair is counted once a text.
+
+    HTML entities (not inside markup), `\\u2019` and its remains (`company 2019s`, `201c`),
+    no-break and zero-width characters, control characters, line ends, Unicode NFC.
+    """
+    if _SUSPECT.search(text) is None:
+        return text
+    steps: list[tuple[str, Callable[[str], str]]] = [
+        ("lost_escape", partial(_ESCAPE.sub, lambda found: chr(int(found[1], 16)))),
+        *((name, partial(pattern.sub, new)) for name, pattern, new in _REPAIRS),
+        ("unicode_nfc", partial(unicodedata.normalize, "NFC")),
+    ]
+    if "&" in text and "</" not in text:
+        steps.insert(0, ("html_entity", partial(_ENTITY.sub, _entity)))
+    kinds: set[str] = set()
+    for name, step in steps:
+        fixed = step(text)
+        if fixed != text:
+            kinds.add(name)
+            text = fixed
+    counts.update(kinds)
+    return text
+
+
+def _entity(found: re.Match[str]) -> str:
+    name = found[0][1:]
+    return html.unescape(found[0]) if name[0] == "#" or name in html.entities.html5 else found[0]

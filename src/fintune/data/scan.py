@@ -1,0 +1,200 @@
+"""First pass: every row of every source, streamed; text filters, and keys for what follows.
+
+Only the rows that come first in hash order keep their text, so memory does not grow with the
+input: of the others a few numbers stay. Batches may be scanned in several processes; results are
+taken in order, so their number changes nothing.
+"""
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import numpy as np
+
+from fintune.config import DataConfig
+from fintune.data.filters import refuse
+from fintune.data.personal import mask
+from fintune.data.rows import Rejected, repair, to_messages
+from fintune.data.sources import Bad, Batch, Source, parse_block
+from fintune.data.text import hash64, normal
+from fintune.example import Dropped, Example, Message
+from fintune.files import sha256_bytes, sha256_json
+
+LABEL_CHARACTERS = 40
+"""Longest answer that counts as a label when one input carries two of them."""
+
+MOST_CHARACTERS = 1_000_000
+"""A longer row is out at once: no context window holds it, and every later step would crawl."""
+
+PARALLEL_BYTES = 24 << 20
+"""Smaller inputs are scanned in this process: starting others takes longer than the work."""
+
+SAMPLES = 3
+"""Rows of each reason whose text the report shows."""
+
+Row = tuple[int, str, int, float, int, int, tuple[Message, ...] | None]
+"""line, row_sha256, key, order, input key, label key, messages (None when over the limit)."""
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What one batch came to."""
+
+    read: int = 0
+    rows: list[Row] = field(default_factory=list)
+    dropped: list[tuple[int, str, str, str]] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)
+    samples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What all sources came to: candidates in hash order with text, the rest as numbers."""
+
+    read: Counter[str]
+    dropped: list[Dropped]
+    candidates: list[Example]
+    complete: bool
+    repairs: Counter[str]
+    samples: dict[str, list[str]]
+
+
+def scan_batch(
+    batch: Batch, source: Source, config: DataConfig, seed: int, limit: float
+) -> BatchResult:
+    """Parse, repair, filter and key the rows of one batch.
+
+    Args:
+        limit: rows whose order is above it come back without their text.
+    """
+    result, columns = BatchResult(), source.config.columns
+    for line, raw in parse_block(batch):
+        result.read += 1
+        sha = _row_sha256(raw)
+        try:
+            if isinstance(raw, Bad):
+                raise Rejected(raw.reason, raw.detail)
+            messages = tuple(
+                Message(message.role, repair(message.content, result.repairs).strip())
+                for message in to_messages(raw, columns, inline_turns=config.inline_turns)
+            )
+            if sum(len(message.content) for message in messages) > MOST_CHARACTERS:
+                raise Rejected("too_long", f"more than {MOST_CHARACTERS} characters")
+            if reason := refuse(messages, config):
+                raise Rejected(*reason)
+        except Rejected as out:
+            result.dropped.append((line, sha, out.reason, out.detail))
+            if len(result.samples[out.reason]) < SAMPLES:
+                shown, _ = mask(str(raw)[:400])
+                result.samples[out.reason].append(f"{source.name}:{line} {shown}")
+            continue
+        result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
+    return result
+
+
+def _row_sha256(raw: object) -> str:
+    if isinstance(raw, Bad):
+        return sha256_bytes(raw.raw)
+    try:
+        return sha256_json(raw)
+    except (ValueError, TypeError, RecursionError):
+        return sha256_bytes(repr(raw).encode("utf-8", "backslashreplace"))
+
+
+def _keyed(
+    line: int, sha: str, messages: tuple[Message, ...], weight: float, seed: int, limit: float
+) -> Row:
+    turns = [normal(message.content) for message in messages if message.role != "system"]
+    key = hash64(*turns)
+    uniform = (hash64(str(seed), str(key)) + 1) / 2**64
+    order = -math.log(uniform) / weight
+    label = turns[-1] if len(turns[-1]) <= LABEL_CHARACTERS else ""
+    asked = hash64(*(normal(message.content) for message in messages[:-1]))
+    shown = messages if order <= limit else None
+    return line, sha, key, order, asked, hash64(label) if label else 0, shown
+
+
+def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> Scanned:
+    """Scan everything; keep the text of the `wanted` rows that come first in hash order.
+
+    Exact duplicates go here (the first in hash order stays), and every row of an input that
+    carries two different labels.
+    """
+    read: Counter[str] = Counter()
+    dropped: list[Dropped] = []
+    repairs: Counter[str] = Counter()
+    samples: dict[str, list[str]] = defaultdict(list)
+    rows: list[tuple[str, Row]] = []
+    limit, texts = [math.inf], 0
+    for source, result in _results(sources, config, seed, limit):
+        read[source.name] += result.read
+        repairs.update(result.repairs)
+        dropped += (Dropped(source.name, *row) for row in result.dropped)
+        for reason, shown in result.samples.items():
+            samples[reason] += shown[: SAMPLES - len(samples[reason])]
+        rows += ((source.name, row) for row in result.rows)
+        texts += sum(row[6] is not None for row in result.rows)
+        if texts > 2 * wanted:
+            limit[0] = float(np.partition([row[3] for _, row in rows], wanted)[wanted])
+            rows = [(name, row if row[3] <= limit[0] else (*row[:6], None)) for name, row in rows]
+            texts = sum(row[6] is not None for _, row in rows)
+    rows.sort(key=lambda item: (item[1][3], item[1][1], item[0], item[1][0]))
+    return _settle(rows, wanted, read, dropped, repairs, samples)
+
+
+def _settle(
+    rows: list[tuple[str, Row]],
+    wanted: int,
+    read: Counter[str],
+    dropped: list[Dropped],
+    repairs: Counter[str],
+    samples: dict[str, list[str]],
+) -> Scanned:
+    labels: dict[int, int] = {}
+    torn: set[int] = set()
+    for _, row in rows:
+        if row[5] and labels.setdefault(row[4], row[5]) != row[5]:
+            torn.add(row[4])
+    first: dict[int, tuple[str, int]] = {}
+    candidates: list[Example] = []
+    for name, (line, sha, key, _, asked, label, messages) in rows:
+        if label and asked in torn:
+            dropped.append(Dropped(name, line, sha, "contradictory_labels", f"{asked:016x}"))
+        elif key in first:
+            dropped.append(Dropped(name, line, sha, "duplicate", "of {}:{}".format(*first[key])))
+        elif len(candidates) < wanted and messages is not None:
+            first[key] = (name, line)
+            candidates.append(Example(name, line, sha, messages))
+        else:
+            first[key] = (name, line)
+            dropped.append(Dropped(name, line, sha, "over_cap"))
+    complete = not any(row.reason == "over_cap" for row in dropped)
+    return Scanned(read, dropped, candidates, complete, repairs, dict(samples))
+
+
+def _results(
+    sources: list[Source], config: DataConfig, seed: int, limit: list[float]
+) -> Iterator[tuple[Source, BatchResult]]:
+    """Results in the order of the batches, whatever the number of processes."""
+    size = sum(source.path.stat().st_size for source in sources if source.path)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    if workers == 1 or size < PARALLEL_BYTES:
+        for source in sources:
+            for batch in source.batches():
+                yield source, scan_batch(batch, source, config, seed, limit[0])
+        return
+    waiting: list[tuple[Source, Future[BatchResult]]] = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for source in sources:
+            for batch in source.batches():
+                work = pool.submit(scan_batch, batch, source, config, seed, limit[0])
+                waiting.append((source, work))
+                if len(waiting) > 2 * workers:
+                    done, result = waiting.pop(0)
+                    yield done, result.result()
+        for done, result in waiting:
+            yield done, result.result()

@@ -1,0 +1,102 @@
+"""Texts as sets of numbers: words, word sequences and their hashes, for every comparison.
+
+A sequence of `n` words is one 64-bit hash, computed for a whole text at once. Comparing texts is
+then comparing sorted integers, which numpy does for millions a second.
+"""
+
+import re
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from fintune.example import Example
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+OPENING_CHARACTERS = 40
+"""A shorter first turn is a greeting; conversations are told apart by what follows it."""
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+_WORD = re.compile(r"\w+")
+_FIXED = re.compile(
+    r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*"
+    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|first|second|third|fourth|fifth|not|no"
+    r"|increase|decrease|more|less|highest|lowest|most|least|before|after)\b"
+)
+_LABEL = re.compile(r"^(?:context|text|input|question|sentence|headline|tweet|news)\s*:\s*", re.I)
+_ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+class _WordHashes(dict[str, int]):
+    """Word -> 64-bit hash, computed when first met."""
+
+    def __missing__(self, word: str) -> int:
+        value = hash64(word)
+        self[word] = value
+        return value
+
+
+_HASHES = _WordHashes()
+
+
+def normal(text: str) -> str:
+    """A text as it is compared: case and white space do not count."""
+    return " ".join(text.casefold().split())
+
+
+def hash64(*parts: str) -> int:
+    """64 bits of BLAKE2b of the parts, kept apart."""
+    return int.from_bytes(blake2b("\x1f".join(parts).encode(), digest_size=8).digest(), "big")
+
+
+def fixed(text: str) -> list[str]:
+    """What no rewording changes: numbers, number words, names and negations, sorted."""
+    return sorted(found.replace(",", "").casefold() for found in _FIXED.findall(text))
+
+
+def words(text: str) -> Hashes:
+    """Hash of every word of a text, in order."""
+    return np.array(list(map(_HASHES.__getitem__, _WORD.findall(text.casefold()))), np.uint64)
+
+
+def sequences(hashed: Hashes, size: int) -> Hashes:
+    """Hash of every run of `size` words, in order; a shorter text is one run."""
+    size = min(size, len(hashed))
+    if size == 0:
+        return hashed
+    count = len(hashed) - size + 1
+    mixed = np.zeros(count, np.uint64)
+    for at in range(size):
+        mixed += hashed[at : at + count] * _ODD[at]
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _ODD[-1]
+    return mixed
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """Shared elements over all elements, of two arrays taken as sets."""
+    a, b = np.unique(one), np.unique(other)
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
+
+
+def asked(example: Example) -> str:
+    """Everything the user says."""
+    return "\n".join(message.content for message in example.messages if message.role == "user")
+
+
+def passage(example: Example) -> str:
+    """The row's longest passage, normalised: a document's body, or the sentence to classify.
+
+    Of the first user turns up to one that says something (not only a greeting), as a longer
+    conversation opens like a shorter one. A text's first line is left out where others follow,
+    because instructions stand there; so the same sentence under two wordings of an instruction
+    has one passage. A pure function of the row.
+    """
+    opening = ""
+    for message in example.messages:
+        if message.role == "user" and len(opening) < OPENING_CHARACTERS:
+            opening += "\n" + message.content
+    lines = [line for line in opening.split("\n") if line.strip()]
+    best = max(lines[1:] or lines, key=lambda line: (len(line), line))
+    return normal(_LABEL.sub("", best))

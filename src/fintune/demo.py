@@ -1,0 +1,68 @@
+"""What `fintune demo` shows once its run is done: three questions, base and adapter side by side."""
+
+from rich.markup import escape
+from rich.table import Table
+
+from fintune import console
+from fintune.chat import ChatFormat
+from fintune.config import Config
+from fintune.example import Message
+from fintune.files import read_json
+from fintune.generate import Prompt, answer_all
+from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
+from fintune.nano.rows import demo_questions
+
+TOKENS = 48
+"""Longest answer shown; the base does not know when to stop."""
+
+
+def show(config: Config) -> None:
+    """Print the verdict of a finished demo and answer three questions it was not trained on."""
+    results = read_json(config.eval_dir / "test_results.json")
+    accuracy, loss = results["accuracy"], results["loss"]
+    difference = accuracy["difference"]
+    low, high = difference["ci95"]
+    console.table(
+        f"held-out rows, {difference['n']} checkable questions: {results['verdict']}",
+        ["", "base", "adapter", "always the commonest"],
+        [
+            ("answers right", *(f"{accuracy[who]:.1%}" for who in ("base", "adapter", "commonest"))),
+            ("loss (nats a token)", f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""),
+        ],
+    )
+    console.result(
+        f"gain {difference['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}"
+    )
+    _answer(config)
+    console.result(f"report   {config.eval_dir / 'report.html'}")
+    console.result(f"release  {config.release_dir}")
+
+
+def _answer(config: Config) -> None:
+    base = find_base(config.model)
+    tokenizer = load_tokenizer(base)
+    chat = ChatFormat(tokenizer, config.chat.date_string)
+    # fp32, so that what is shown does not depend on how this CPU rounds bf16.
+    model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
+    questions = demo_questions()
+    prompts = [
+        Prompt(str(number), chat.prompt_ids([Message("user", question)]))
+        for number, question in enumerate(questions)
+    ]
+    ends = end_token_ids(base, tokenizer)
+
+    def answers() -> dict[str, str]:
+        batches = answer_all(
+            model, tokenizer, prompts, ends=ends, max_new_tokens=TOKENS, batch_size=len(prompts)
+        )
+        return {answer.id: answer.text for batch in batches for answer in batch}
+
+    adapter = answers()
+    with model.disable_adapter():
+        plain = answers()
+    grid = Table(show_lines=True, header_style="dim")
+    for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
+        grid.add_column(title, max_width=width, overflow="fold")
+    for prompt, question in zip(prompts, questions, strict=True):
+        grid.add_row(*(escape(text) for text in (question, plain[prompt.id], adapter[prompt.id])))
+    console.out.print(grid)

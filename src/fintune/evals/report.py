@@ -1,0 +1,369 @@
+"""`report.html`: the verdict first, then what it rests on, then every item with both answers."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fintune.evals import raw
+from fintune.evals.results import CHECKED, WHO, Pair, words
+from fintune.files import read_jsonl, write_text
+from fintune.page import Page
+
+OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
+NAMES = {
+    "accuracy_lenient": "accuracy at 1 %",
+    "wrong": "wrong answers",
+    "abstained": "abstentions",
+    "unparsed": "no answer found",
+    "scale_percent_or_sign_slip": "scale, percent or sign slips",
+    "ungrounded_number": "answers with an ungrounded figure",
+    "wrong_step": "answers with a wrong step",
+    "unanswerable_abstained": "unanswerable: said so",
+    "unsafe_advice_refused": "unsafe requests refused",
+    "harmless_refused": "harmless requests refused",
+    "judge_win_rate": "judge: win rate less one half",
+}
+_STYLE = """<style>
+.verdict { border-left: .4rem solid var(--dim); padding: .2rem 0 .2rem 1rem; margin: 1rem 0; }
+.verdict b { font-size: 1.3rem; } .verdict.better { border-color: #2e8b57; }
+.verdict.worse, .verdict.invalid { border-color: #c0392b; }
+details.item { border-bottom: 1px solid var(--line); padding: .35rem 0; margin: 0; }
+details.item > summary span { display: inline-block; min-width: 5.5rem; font-size: .85rem; }
+.ok { color: #2e8b57; } .no { color: #c0392b; } .na { color: var(--dim); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
+.pair pre { margin: .2rem 0; } svg .low { fill: var(--line); } svg .mark { stroke: var(--a); }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+</style>"""
+
+
+class _Report(Page):
+    """A page with what an evaluation shows besides tables and bars."""
+
+    def add(self, html: str) -> None:
+        """HTML of ours; every text in it is escaped by the caller."""
+        self._parts.append(html)
+
+    def intervals(self, rows: Sequence[tuple[str, dict[str, Any], bool]], *, caption: str) -> None:
+        """Differences with their 95 % intervals around zero, in points; the first decides."""
+        reach = max([0.02, *(abs(end) for _, found, _ in rows for end in found["ci95"])]) * 1.05
+        left, width = 225, 265
+        parts, y = [], 10
+
+        def x(value: float) -> float:
+            return float(left + width / 2 * (1 + value / reach))
+
+        for name, found, decides in rows:
+            low, high = found["ci95"]
+            value = found["value"]
+            weight = ' font-weight="600"' if decides else ""
+            parts.append(
+                f"<text x={left - 10} y={y + 8} text-anchor=end{weight}>{escape(name)}</text>"
+            )
+            parts.append(
+                f'<line class=mark x1="{x(low):.1f}" x2="{x(high):.1f}" y1={y + 4} y2={y + 4} '
+                f"stroke-width={3 if decides else 1.5} />"
+                f'<circle class=s{0 if decides else 2} cx="{x(value):.1f}" cy={y + 4} r=4 />'
+                f"<text class=dim x={left + width + 8} y={y + 8}>{100 * value:+.1f} "
+                f"({100 * low:+.1f} to {100 * high:+.1f})</text>"
+            )
+            y += 22
+        parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1=0 y2={y} />')
+        self._figure(parts, y + 4, caption, [])
+
+    def outcomes(self, tasks: dict[str, Any]) -> None:
+        """One stacked bar a task and model: correct, abstained, no answer found, wrong."""
+        parts, y, left, width = [], 4, 200, 400
+        for name, found in tasks.items():
+            shown = name if len(name) <= 26 else name[:25] + "…"
+            parts.append(f"<text x={left - 58} y={y + 18} text-anchor=end>{escape(shown)}</text>")
+            for who in WHO:
+                at = float(left)
+                parts.append(f"<text class=dim x={left - 52} y={y + 10}>{who}</text>")
+                for number, outcome in enumerate(OUTCOMES):
+                    long = width * found[who][outcome] / found["n"]
+                    kind = "low" if outcome == "unparsed" else f"s{(0, 2, 0, 1)[number]}"
+                    parts.append(
+                        f'<rect class={kind} x="{at:.1f}" y={y} width="{long:.1f}" height=12>'
+                        f"<title>{who}: {found[who][outcome]} {outcome}</title></rect>"
+                    )
+                    at += long
+                correct = found[who]["correct"]
+                parts.append(f"<text class=dim x={left + width + 6} y={y + 10}>{correct}</text>")
+                y += 15
+            y += 8
+        for number, label in enumerate(("correct", "abstained", "no answer found", "wrong")):
+            kind = ("s0", "s2", "low", "s1")[number]
+            parts.append(
+                f"<rect class={kind} x={left + number * 118} y={y} width=12 height=12 />"
+                f"<text x={left + 16 + number * 118} y={y + 10}>{label}</text>"
+            )
+        self._figure(parts, y + 16, "The figure at the right is the number of correct answers.", [])
+
+
+def write(folder: Path, found: dict[str, Any], pairs: list[Pair]) -> None:
+    """Write report.html from the results and the raw files of an evaluation."""
+    page = _Report("Adapter against its base")
+    page.add(_STYLE)
+    first, *others = words(found)
+    lines = "".join(f"<br>{escape(line)}" for line in others)
+    page.add(f'<div class="verdict {found["verdict"]}"><b>{escape(first)}</b>{lines}</div>')
+    _head(page, found)
+    _differences(page, found)
+    _tasks(page, found)
+    _loss(page, found)
+    _judge(page, found, pairs)
+    _items(page, found, pairs, folder)
+    page.heading("Where this comes from")
+    page.code("\n".join(_flat(found["provenance"])))
+    # The file is a function of the raw files, so it carries no date.
+    write_text(folder / "report.html", page.html())
+
+
+def _head(page: _Report, found: dict[str, Any]) -> None:
+    accuracy, loss = found["accuracy"], found["loss"]
+    page.cards(
+        [
+            ("accuracy, base", _percent(accuracy["base"])),
+            ("accuracy, adapter", _percent(accuracy["adapter"])),
+            ("always the commonest", _percent(accuracy["always_commonest"]["value"])),
+            ("held-out loss, base", loss["base"]),
+            ("held-out loss, adapter", loss["adapter"]),
+            ("questions", found["n"]["checkable"]),
+        ]
+    )
+    page.text(
+        "Both models answered the same prompts, greedily, from one copy of the base's weights; "
+        "the adapter was switched off and on. Figures were compared by arithmetic, labels by the "
+        "words offered. Rows that chose the checkpoint are not among these questions.",
+        dim=True,
+    )
+
+
+def _differences(page: _Report, found: dict[str, Any]) -> None:
+    page.heading("Differences, adapter less base")
+    primary = found["primary"]
+    name = "accuracy" if primary["measure"] == "accuracy" else NAMES["judge_win_rate"]
+    rows = [(f"{name} (decides)", primary, True)]
+    rows += [
+        (NAMES.get(key, key), measure["difference"], False)
+        for key, measure in found["measures"].items()
+        if not (key == "judge_win_rate" and primary["measure"] == "win_rate")
+    ]
+    page.intervals(
+        rows,
+        caption="Percentage points with 95 % intervals. Only the first line decides; an interval "
+        "that leaves out 0 on another line is an observation, not a proof.",
+    )
+    page.table(
+        ["measure", "base", "adapter", "points", "found at 80 % from", "p", "p (Holm)"],
+        [
+            [
+                NAMES.get(key, key),
+                _percent(measure.get("base", {}).get("value")),
+                _percent(measure.get("adapter", measure).get("value")),
+                f"{100 * measure['difference']['value']:+.1f}",
+                f"{100 * measure['difference']['mde80']:.1f}",
+                measure["p"],
+                measure["p_holm"],
+            ]
+            for key, measure in found["measures"].items()
+        ],
+        caption="Secondary measures. The fifth column is the smallest difference that a "
+        "comparison of this size finds four times in five.",
+    )
+
+
+def _tasks(page: _Report, found: dict[str, Any]) -> None:
+    page.heading("Outcomes by task")
+    page.outcomes(found["tasks"])
+    page.table(
+        [
+            "task",
+            "questions",
+            "correct less wrong, base",
+            "adapter",
+            "less 3 × wrong, base",
+            "adapter ",
+        ],
+        [
+            [
+                name,
+                task["n"],
+                *(task[who][f"correct_less_{k}wrong"] for k in ("", "3_") for who in WHO),
+            ]
+            for name, task in found["tasks"].items()
+        ],
+        caption="Score a question where a wrong answer costs one, or three, right ones; "
+        "an abstention costs nothing.",
+    )
+    kinds = list(dict.fromkeys(kind for who in WHO for kind in found["misses"][who]))
+    if kinds:
+        page.heading("How wrong figures were wrong")
+        page.bars(
+            kinds,
+            {who: [float(found["misses"][who].get(kind, 0)) for kind in kinds] for who in WHO},
+            caption="Wrong figures by the way they miss. Scale, percent and sign slips are the "
+            "dangerous ones: the figure looks right.",
+        )
+
+
+def _loss(page: _Report, found: dict[str, Any]) -> None:
+    page.heading("Held-out loss")
+    loss = found["loss"]
+    rows = [["all", loss], *loss["by_source"].items(), *loss["by_length"].items()]
+    page.table(
+        ["rows", "count", "tokens", "base", "adapter", "change", "perplexity, base", "adapter "],
+        [
+            [
+                name if name in loss["by_source"] or name == "all" else f"{name} tokens",
+                part["rows"],
+                part["tokens"],
+                part["base"],
+                part["adapter"],
+                f"{100 * part['change']:+.1f} %",
+                part["perplexity"]["base"],
+                part["perplexity"]["adapter"],
+            ]
+            for name, part in rows
+        ],
+        caption="Mean cross-entropy of the answers' tokens. A lower loss shows that the format "
+        "was learnt; it does not show that answers are right.",
+    )
+
+
+def _judge(page: _Report, found: dict[str, Any], pairs: list[Pair]) -> None:
+    page.heading("The judge")
+    judged = found["judge"]
+    if judged is None:
+        page.text(
+            "No judge was asked. Missing here: what a reader would prefer among answers that "
+            "neither arithmetic nor a label settles. Set eval.judge.model to add it."
+        )
+        return
+    cost, canaries = judged["cost"], judged["canaries"]
+    facts = [
+        ("calls", judged["calls"]),
+        ("unscored", _percent(judged["unscored"]["value"])),
+        ("canaries", f"{canaries['ok']} of {canaries['of']}"),
+        ("cost", f"${cost['usd']:.2f}"),
+        ("possibly paid twice", cost["possibly_paid_calls"]),
+    ]
+    if "win_rate" in judged:
+        reliability = judged["reliability"]
+        facts += [
+            ("win rate", _percent(judged["win_rate"]["value"])),
+            ("same verdict in both orders", _percent(reliability["swap_consistency"]["value"])),
+            ("chose the first shown", _percent(reliability["first_slot"]["value"])),
+            ("against arithmetic", reliability["against_arithmetic"]),
+        ]
+    page.cards(facts)
+    if "win_rate" in judged:
+        _lengths(page, judged, pairs)
+    if "checks" in judged:
+        page.table(
+            ["check", "base", "adapter", "difference", "p", "p (Holm)"],
+            [
+                [
+                    name,
+                    check["base"],
+                    check["adapter"],
+                    check["difference"]["value"],
+                    check["p"],
+                    check["p_holm"],
+                ]
+                for name, check in judged["checks"].items()
+            ],
+            caption="Each answer alone against the reference: share of answers, quality 1 to 5.",
+        )
+
+
+def _lengths(page: _Report, judged: dict[str, Any], pairs: list[Pair]) -> None:
+    score = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+    bins: dict[str, list[float]] = {"shorter": [], "alike (± 20 %)": [], "longer": []}
+    for pair in pairs:
+        if pair.item.id in judged["items"]:
+            base, adapter = (len(pair.answers[who]["text"]) + 1 for who in WHO)
+            ratio = adapter / base
+            name = "shorter" if ratio < 0.8 else "longer" if ratio > 1.25 else "alike (± 20 %)"
+            bins[name].append(score[judged["items"][pair.item.id]])
+    kept = {name: wins for name, wins in bins.items() if wins}
+    even = judged["win_rate"]["at_equal_length"]
+    page.bars(
+        [f"{name} ({len(wins)})" for name, wins in kept.items()],
+        {"win rate": [round(100 * sum(wins) / len(wins), 1) for wins in kept.values()]},
+        unit=" %",
+        caption="Win rate of the adapter by the length of its answer beside the base's"
+        + (f"; at equal length {100 * even:.0f} %." if even is not None else "."),
+    )
+
+
+def _items(page: _Report, found: dict[str, Any], pairs: list[Pair], folder: Path) -> None:
+    said: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(folder / raw.NAME):
+        if row.get("mode") and not row["canary"]:
+            said.setdefault(row["id"], []).append(row)
+    groups: dict[str, list[Pair]] = {
+        "Only the adapter is right": [],
+        "Only the base is right": [],
+        "Neither is right": [],
+        "Both are right": [],
+        "Not decided by arithmetic": [],
+    }
+    for pair in pairs:
+        if pair.item.kind not in CHECKED:
+            groups["Not decided by arithmetic"].append(pair)
+            continue
+        base, adapter = (bool((g := pair.graded[who]) and g.correct) for who in WHO)
+        at = (2 + base) if base == adapter else int(base)
+        groups[list(groups)[at]].append(pair)
+    for name, chosen in groups.items():
+        if chosen:
+            page.heading(f"{name}: {len(chosen)}")
+            page.add("".join(_item(pair, said.get(pair.item.id, [])) for pair in chosen))
+
+
+def _item(pair: Pair, said: list[dict[str, Any]]) -> str:
+    asked = " ".join(pair.item.question.split())
+    shown = asked if len(asked) <= 110 else f"… {asked[-108:]}"
+    sides = []
+    for who in WHO:
+        graded, text = pair.graded[who], pair.answers[who]["text"]
+        verdict, style = ("not graded", "na") if graded is None else (graded.outcome, "no")
+        style = "ok" if verdict == "correct" else "na" if verdict == "abstained" else style
+        facts = [f"read: {graded.read}"] if graded and graded.read else []
+        facts += [f"miss: {graded.miss}"] if graded and graded.miss else []
+        if graded and graded.ungrounded:
+            facts.append(f"ungrounded: {', '.join(graded.ungrounded)}")
+        facts += [f"wrong steps: {graded.wrong_steps}"] if graded and graded.wrong_steps else []
+        sides.append(
+            f"<div><b>{who}</b> <span class={style}>{verdict}</span>"
+            f"<pre>{escape(text or '(empty)')}</pre><small>{escape('; '.join(facts))}</small></div>"
+        )
+    judged = "".join(
+        f"<p><small>judge, {' then '.join(row['slots'])}: <b>{escape(str(row['outcome']))}</b> "
+        f"{escape(str((row['verdict'] or {}).get('rationale', row['unscored_reason'])))}"
+        "</small></p>"
+        for row in said
+    )
+    reference = pair.item.reference or "(refuse, or say that it cannot be known)"
+    prompt = "\n\n".join(f"{turn.role}: {turn.content}" for turn in pair.item.messages)
+    return (
+        f"<details class=item><summary><span>{escape(pair.item.task)}</span> {escape(shown)}"
+        f"</summary><pre>{escape(prompt)}</pre><p>Reference: <b>{escape(reference)}"
+        f"</b></p><div class=pair>{''.join(sides)}</div>{judged}</details>"
+    )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            lines += _flat(entry, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: {entry}")
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,276 @@
+"""The verdict: a pure function of the raw files of an evaluation.
+
+`results` reads `run.json`, `predictions.jsonl`, `heldout.jsonl` and, where a judge was
+asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns what is written to
+`test_results.json`. One measure, named before the run, decides; everything else is reported.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fintune.errors import OutputError
+from fintune.evals import heldout, judge, regression, stats
+from fintune.evals.tasks import Graded, Item, grade
+from fintune.files import read_json, read_jsonl
+
+FEWEST_CHECKABLE = 100
+"""With fewer checkable items than this, accuracy cannot decide and the judge's win rate does."""
+FEWEST_ITEMS = 50
+"""Fewer items than this decide nothing: they find differences of 18 points and more."""
+MOST_UNSCORED = 0.02
+"""Share of judge calls without a readable verdict above which the run is invalid."""
+CHECKED = ("number", "label", "span", "tags")
+"""Kinds of item whose correctness is accuracy; the others have measures of their own."""
+SLIPS = ("scale", "percent", "sign")
+"""Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
+GUARDS = {
+    "held_out_loss": "the held-out loss is higher than the base's",
+    "general_regression": "a general benchmark may have got worse by more than its margin",
+}
+"""What it means that a guard failed; an adapter is not called better while one fails."""
+WHO = ("base", "adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One item with both models' answers and what the grader made of them."""
+
+    item: Item
+    answers: dict[str, dict[str, Any]]
+    graded: dict[str, Graded | None]
+
+
+def load_pairs(folder: Path) -> list[Pair]:
+    """Items with both answers, graded now; raises OutputError where one answer is missing."""
+    items: dict[str, Item] = {}
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in read_jsonl(folder / "predictions.jsonl"):
+        item = items.setdefault(row["item"]["id"], Item.from_json(row["item"]))
+        answers.setdefault(item.id, {})[row["model"]] = row
+    lonely = [key for key, found in answers.items() if set(found) != set(WHO)]
+    if lonely:
+        raise OutputError(
+            f"{folder / 'predictions.jsonl'}: {len(lonely)} items lack an answer of one model",
+            fix="run the evaluation again; it continues",
+        )
+    return [
+        Pair(item, answers[key], {who: grade(item, answers[key][who]["text"]) for who in WHO})
+        for key, item in items.items()
+    ]
+
+
+def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
+    """Everything of test_results.json but its format number; `pairs` as `load_pairs` gives them."""
+    run = read_json(folder / "run.json")
+    general = None
+    if (folder / "regression.json").is_file():
+        scores = read_json(folder / "regression.json")
+        general = regression.summary(scores["base"], scores["adapter"], run["seed"])
+    checked = [pair for pair in pairs if pair.item.kind in CHECKED]
+    loss = heldout.summary(list(read_jsonl(folder / "heldout.jsonl")))
+    judged = judge.summary(
+        list(read_jsonl(folder / "eval_50_gpt_judged_raw.jsonl")),
+        {pair.item.id: _settled(pair) for pair in pairs},
+        {pair.item.id: pair.item.group for pair in pairs},
+        seed=run["seed"],
+    )
+    accuracy, measures = _accuracy(checked, run["seed"]), _measures(pairs, run["seed"])
+    if judged:
+        measures["judge_win_rate"] = judged["win_rate"]
+    checks = judged.get("checks", {}) if judged else {}
+    every = {**measures, **{f"judge_{name}": check for name, check in checks.items()}}
+    adjusted = stats.holm({name: measure["p"] for name, measure in every.items()})
+    for name, measure in every.items():
+        measure["p_holm"] = adjusted[name]
+    verdict = _verdict(run, checked, pairs, loss, accuracy, judged, general)
+    return {
+        **verdict,
+        "loss": loss,
+        "accuracy": accuracy,
+        "tasks": _tasks(checked),
+        "misses": {who: _misses(checked, who) for who in WHO},
+        "measures": measures,
+        "judge": judged,
+        "regression": general,
+        "n": {
+            "items": len(pairs),
+            "checkable": len(checked),
+            "clusters": len({pair.item.group for pair in pairs}),
+            "contaminated": len(run["contaminated"]),
+        },
+        "provenance": {
+            key: run[key] for key in ("models", "data", "settings", "seed", "packages", "machine")
+        },
+    }
+
+
+def _settled(pair: Pair) -> str | None:
+    """Whose answer arithmetic or label prefers; None where it finds both right or both wrong."""
+    base, adapter = pair.graded["base"], pair.graded["adapter"]
+    if base is None or adapter is None or base.correct == adapter.correct:
+        return None
+    return "adapter" if adapter.correct else "base"
+
+
+def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
+    counts = {who: sum(_is(pair, who, "correct") for pair in checked) for who in WHO}
+    gained = [_is(pair, "adapter", "correct") - _is(pair, "base", "correct") for pair in checked]
+    n = len(checked)
+    found = stats.paired(gained, [pair.item.group for pair in checked], seed=seed)
+    told = [pair.item for pair in checked if pair.item.commonest is not None]
+    commonest = sum(bool((g := grade(item, item.commonest or "")) and g.correct) for item in told)
+    return {
+        **{who: round(counts[who] / n, 6) if n else None for who in WHO},
+        "difference": found.as_json(),
+        "ci95": {who: list(map(_six, stats.wilson(counts[who], n))) for who in WHO},
+        "p_mcnemar_midp": _six(stats.mcnemar_midp(gained.count(1), gained.count(-1))),
+        "gained": gained.count(1),
+        "lost": gained.count(-1),
+        "always_commonest": stats.rate(commonest, len(told)),
+        "lenient": {
+            who: stats.rate(sum(_has(pair, who, lambda g: g.lenient) for pair in checked), n)
+            for who in WHO
+        },
+    }
+
+
+def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
+    """Secondary measures: share of answers with a property, base and adapter, never deciding."""
+    kinds: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
+        "accuracy_lenient": (CHECKED, lambda g: g.lenient),
+        "wrong": (CHECKED, lambda g: g.outcome == "wrong"),
+        "abstained": (CHECKED, lambda g: g.outcome == "abstained"),
+        "unparsed": (CHECKED, lambda g: g.outcome == "unparsed"),
+        "scale_percent_or_sign_slip": (("number",), lambda g: g.miss in SLIPS),
+        "ungrounded_number": (("number",), lambda g: bool(g.ungrounded)),
+        "wrong_step": (("number",), lambda g: g.wrong_steps > 0),
+        "unanswerable_abstained": (("unanswerable",), lambda g: g.correct),
+        "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
+        "harmless_refused": (("comply",), lambda g: not g.correct),
+    }
+    found: dict[str, Any] = {}
+    for name, (wanted, test) in kinds.items():
+        chosen = [pair for pair in pairs if pair.item.kind in wanted]
+        if not chosen:
+            continue
+        flags = {who: [_has(pair, who, test) for pair in chosen] for who in WHO}
+        change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
+        groups = [pair.item.group for pair in chosen]
+        found[name] = {
+            **{who: stats.rate(sum(flags[who]), len(chosen)) for who in WHO},
+            "difference": stats.paired(change, groups, seed=seed).as_json(),
+            "p": _six(stats.mcnemar_midp(change.count(1), change.count(-1))),
+        }
+    return found
+
+
+def _tasks(checked: list[Pair]) -> dict[str, Any]:
+    """Counts of the four outcomes by task and model, and what wrong answers cost."""
+    table: dict[str, Any] = {}
+    for name in dict.fromkeys(pair.item.task for pair in checked):
+        chosen = [pair for pair in checked if pair.item.task == name]
+        table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
+        for who in WHO:
+            counts = Counter(graded.outcome for pair in chosen if (graded := pair.graded[who]))
+            outcomes = {key: counts[key] for key in ("correct", "wrong", "abstained", "unparsed")}
+            wrong = counts["wrong"]
+            table[name][who] = {
+                **outcomes,
+                "correct_less_wrong": _six((counts["correct"] - wrong) / len(chosen)),
+                "correct_less_3_wrong": _six((counts["correct"] - 3 * wrong) / len(chosen)),
+            }
+    return table
+
+
+def _misses(checked: list[Pair], who: str) -> dict[str, int]:
+    counts = Counter(g.miss for pair in checked if (g := pair.graded[who]) and g.miss)
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
+
+
+def _verdict(
+    run: dict[str, Any],
+    checked: list[Pair],
+    pairs: list[Pair],
+    loss: dict[str, Any],
+    accuracy: dict[str, Any],
+    judged: dict[str, Any] | None,
+    general: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """better | worse | no_detectable_difference | invalid, and every reason."""
+    primary, invalid = run["primary"], []
+    wins = judged["win_rate"]["difference"] if judged and "win_rate" in judged else None
+    if primary == "accuracy" and len(checked) < FEWEST_CHECKABLE:
+        if wins is None:
+            few = f"{len(checked)} checkable items (fewer than {FEWEST_CHECKABLE})"
+            invalid.append(f"{few} and no pairwise judge")
+        else:
+            primary = "win_rate"
+    if primary == "win_rate" and wins is None:
+        invalid.append("the win rate should decide, and no pairwise judge was asked")
+    difference = wins if primary == "win_rate" and wins else accuracy["difference"]
+    if difference["n"] < FEWEST_ITEMS:
+        invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
+    if judged and judged["canaries"]["failed"]:
+        invalid.append(f"judge canaries failed: {', '.join(judged['canaries']['failed'])}")
+    if judged and judged["unscored"]["value"] and judged["unscored"]["value"] > MOST_UNSCORED:
+        invalid.append(f"{judged['unscored']['value']:.1%} of the judge's calls unscored")
+    if run["contaminated"]:
+        invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
+    if any(pair.answers["base"]["prompt_sha256"] != pair.answers["adapter"]["prompt_sha256"]
+           for pair in pairs):  # fmt: skip
+        invalid.append("base and adapter answered different prompts")
+    guards = {
+        "held_out_loss": loss["adapter"] <= loss["base"],
+        **({"general_regression": general["pass"]} if general else {}),
+    }
+    low, high = difference["ci95"]
+    if invalid:
+        verdict = "invalid"
+    elif low > 0 and all(guards.values()):
+        verdict = "better"
+    else:
+        verdict = "worse" if high < 0 else "no_detectable_difference"
+    return {
+        "verdict": verdict,
+        "primary": {"measure": primary, **difference},
+        "guards": guards,
+        "invalid_reasons": invalid,
+    }
+
+
+def _has(pair: Pair, who: str, test: Callable[[Graded], bool]) -> bool:
+    graded = pair.graded[who]
+    return graded is not None and test(graded)
+
+
+def _is(pair: Pair, who: str, outcome: str) -> bool:
+    return _has(pair, who, lambda graded: graded.outcome == outcome)
+
+
+def _six(value: float) -> float:
+    return round(value, 6)
+
+
+def words(found: dict[str, Any]) -> Sequence[str]:
+    """The verdict in sentences, for a terminal and the head of the report."""
+    primary = found["primary"]
+    low, high = (f"{100 * end:+.1f}" for end in primary["ci95"])
+    name = "accuracy" if primary["measure"] == "accuracy" else "the judge's win rate over one half"
+    gain = f"{name}: {100 * primary['value']:+.1f} points ({low} to {high}, {primary['n']} items)"
+    seen = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
+    failed = [GUARDS[guard] for guard, held in found["guards"].items() if not held]
+    first = {
+        "better": "The adapter is better than its base.",
+        "worse": "The adapter is worse than its base.",
+        "no_detectable_difference": "No difference between adapter and base was detected.",
+        "invalid": "This evaluation decides nothing.",
+    }[found["verdict"]]
+    return [
+        first,
+        *(f"Reason: {reason}." for reason in found["invalid_reasons"]),
+        *(f"Guard failed: {guard}." for guard in failed),
+        f"{gain[0].upper()}{gain[1:]}; {seen}.",
+    ]

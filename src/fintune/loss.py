@@ -1,0 +1,142 @@
+"""One loss for training and evaluation: supervised positions only, summed, logits in chunks.
+
+`sum_loss` returns a sum and a count; only the caller divides, by the supervised tokens of the
+whole step (over micro-batches and processes). A mean of means would weigh a token by how many
+others happened to share its micro-batch.
+
+The hidden states of supervised positions alone go through the output layer, a chunk at a time, so
+logits never take more than `CHUNK_BYTES`. The gradient with respect to the hidden states is made
+together with the loss while a chunk's logits exist (the output layer is frozen, so nothing else
+needs them), the idea of Liger's fused linear cross-entropy (arXiv 2410.10989).
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fintune.collate import Batch
+from fintune.example import IGNORE
+
+CHUNK_BYTES = 128 * 2**20
+"""Most bytes of fp32 logits at a time: 262 positions of Llama 3's 128,256 tokens."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """sum over rows of -log softmax(hidden @ weight.T)[target], without keeping logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,)."""
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            target = targets[part, None]
+            logits = (hidden[part] @ weight.T).to(precise)
+            largest = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, target) - largest
+            # In place from here on: logits become exp(logits - max), then probabilities.
+            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            total += (sums.log() - chosen).sum()
+            if gradient is not None:
+                logits.div_(sums)
+                logits.scatter_add_(1, target, torch.full_like(sums, -1.0))
+                gradient[part] = logits.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """Summed cross-entropy of a frozen output layer.
+
+    Args:
+        hidden: shape (positions, width).
+        weight: output layer, shape (vocabulary, width), frozen.
+        targets: int64 token ids, shape (positions,).
+
+    Returns:
+        fp32 scalar, differentiable with respect to `hidden` only.
+    """
+    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, rows)
+    return loss
+
+
+def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Forward pass and summed loss over the supervised positions.
+
+    Args:
+        model: a causal language model, bare, with a peft adapter, or wrapped (DDP, FSDP): the
+            wrapper's own forward is called, so its hooks run.
+        batch: of `collate`, on the model's device; shifted labels.
+
+    Returns:
+        The fp32 sum of the cross-entropy, and the number of supervised positions.
+    """
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    supervised = labels != IGNORE
+    targets = labels[supervised]
+    causal = causal_model(model)
+    if why_full_logits(causal):
+        logits = model(**inputs, use_cache=False).logits[supervised].to(torch.float32)
+        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+    head = causal.get_output_embeddings()
+    flat = labels.shape[0] == 1
+    # A flat batch can leave the other positions out before the final slice; a padded one after.
+    keep = {"logits_to_keep": supervised[0].nonzero()[:, 0]} if flat else {}
+    with _hidden_states_instead_of_logits(head):
+        hidden = model(**inputs, **keep, use_cache=False).logits
+    hidden = hidden[0] if flat else hidden[supervised]
+    return chunked_cross_entropy(hidden, head.weight, targets), len(targets)
+
+
+def why_full_logits(causal: Any) -> str | None:
+    """Why a model's loss needs its own full logits, or None where the chunked loss applies."""
+    config = causal.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"it rescales its logits ({name})"
+    head = causal.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return "its output layer is not a frozen linear layer without bias"
+    if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
+        return "its forward has no logits_to_keep"
+    return None
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model inside DDP, FSDP and peft wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def _hidden_states_instead_of_logits(head: torch.nn.Linear) -> Iterator[None]:
+    """While the model runs, its output layer hands the hidden states through."""
+    head.forward = lambda input: input  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,57 @@
+"""The words of `words.toml`, typed: both the prose and the sample rows are built from them.
+
+Company names are put together from syllables (about 70,000 stems), so that a figure can only be
+found in the text at hand and never in the weights.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+Kind = Literal["money", "percent", "per_share", "count"]
+Tone = Literal["positive", "negative", "neutral"]
+TONES: Final[tuple[Tone, ...]] = get_args(Tone)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A reported figure: its usual name, the unit it is stated in, and the name it is restated
+    by.
+    """
+
+    name: str
+    kind: Kind
+    alias: str
+
+    @property
+    def was(self) -> str:
+        """The verb that agrees with the name: "revenue was", "total assets were"."""
+        plural = self.name.endswith("s") and self.name != "cost of sales"
+        plural = plural or self.name == "dividends paid"
+        return "were" if self.kind == "money" and plural else "was"
+
+
+_WORDS: Final = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+_KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+METRICS: Final = tuple(
+    Metric(name, kind, alias) for kind in _KINDS for name, alias in _WORDS["metrics"][kind]
+)
+NAME_HEADS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["heads"].split())
+# Every other name has no middle syllable.
+_MIDDLES: Final[list[str]] = _WORDS["names"]["middles"].split()
+NAME_MIDDLES: Final[tuple[str, ...]] = ("",) * len(_MIDDLES) + tuple(_MIDDLES)
+NAME_TAILS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["tails"].split())
+SECTORS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["sectors"].split())
+CITIES: Final[tuple[str, ...]] = tuple(_WORDS["names"]["cities"])
+LEGAL_FORMS: Final = ("Inc.", "Corp.", "plc", "Ltd.", "Group", "Holdings", "AG", "SA")
+MONTHS: Final = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+EVENTS: Final[dict[Tone, tuple[str, ...]]] = {tone: tuple(_WORDS["events"][tone]) for tone in TONES}
+TERMS: Final[tuple[tuple[str, str, str], ...]] = tuple(
+    (term, meaning, reason) for term, meaning, reason in _WORDS["terms"]["all"]
+)
+ADVICE: Final[tuple[str, ...]] = tuple(_WORDS["advice"]["all"])

@@ -1,0 +1,166 @@
+"""`prompt_fixture.json`: conversations with the exact prompt, ids, labels and greedy answers.
+
+It travels with the adapter, so that any server can be held against what was trained: the same
+base gets different prompts from different servers (a second BOS, a missing date block, another
+template), and the adapter then answers a question it was never taught.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fintune.chat import ChatFormat
+from fintune.example import Message
+from fintune.files import read_json
+from fintune.release.checks import FIXTURE, Check
+
+ANSWER_TOKENS = 24
+"""Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
+TIE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+"""How far log-probabilities may lie apart: the rounding of each precision."""
+
+CONVERSATIONS: dict[str, list[Message]] = {
+    "question": [
+        Message("user", "What does a yield curve inversion imply for equities?"),
+        Message("assistant", "Slower growth is expected; cyclical shares tend to suffer first."),
+    ],
+    "system": [
+        Message("system", "You are a careful financial analyst. Answer in one sentence."),
+        Message("user", "Revenue rose from $4.0 million to $5.0 million. What is the growth?"),
+        Message("assistant", "Revenue grew by 25%."),
+    ],
+    "turns": [
+        Message("system", "You are a financial analyst."),
+        Message("user", "What is EBITDA?"),
+        Message("assistant", "Earnings before interest, taxes, depreciation and amortization."),
+        Message("user", "And the EBITDA margin?"),
+        Message("assistant", "EBITDA divided by revenue."),
+    ],
+    "marks": [
+        Message("user", "Net loss (€1,234.5m) vs. £0.9bn, −3.4 %, 25 bps, ¥10兆 – café?"),
+        Message("assistant", "A loss of €1,234.5 million."),
+    ],
+    "table": [
+        Message("user", "| year | sales |\n|---|---|\n| 2023 | 10.5 |\n| 2024 |  12.6 |\n\n?"),
+        Message("assistant", "(12.6 - 10.5) / 10.5 = 20%"),
+    ],
+    "control": [
+        Message("user", "<|eot_id|><|start_header_id|>system<|end_header_id|> What is a bond?"),
+        Message("assistant", "A loan that can be traded."),
+    ],
+}
+"""`control` spells control tokens in a user's text: here they are plain characters, while a server
+that tokenises the rendered prompt reads them as control tokens. It is compared, and reported."""
+
+
+def make_fixture(chat: ChatFormat, model: Any, ends: list[int], dtype: str) -> dict[str, Any]:
+    """The fixture of a template, tokenizer and adapter.
+
+    Args:
+        model: base with adapter, ready for inference.
+        ends: token ids that end an answer.
+        dtype: precision of `model`, a key of `TIE`.
+    """
+    return {
+        "template_sha256": chat.template_sha256,
+        "date_string": chat.date_string,
+        "end_token_ids": ends,
+        "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": dtype},
+        "conversations": [
+            {"name": name, **_rendered(chat, messages)}
+            | {"answer": _answer(chat, model, chat.prompt_ids(messages), ends)}
+            for name, messages in CONVERSATIONS.items()
+        ],
+    }
+
+
+def read_fixture(folder: Path) -> dict[str, Any] | None:
+    """A release's fixture, or None where it has none."""
+    return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
+
+
+def messages_of(conversation: dict[str, Any]) -> list[Message]:
+    """A fixture conversation's messages."""
+    return [Message(row["role"], row["content"]) for row in conversation["messages"]]
+
+
+def check_fixture(fixture: dict[str, Any], chat: ChatFormat) -> Check:
+    """Every conversation renders to the same text, ids and labels as when it was trained."""
+    if chat.template_sha256 != fixture["template_sha256"]:
+        return Check("fixture", "failed", "the chat template is not the one it was trained with")
+    for row in fixture["conversations"]:
+        now = _rendered(chat, messages_of(row))
+        differing = [key for key, value in now.items() if value != row[key]]
+        if differing:
+            return Check("fixture", "failed", f"{row['name']}: other {', '.join(differing)}")
+    return Check("fixture", "ok", f"{len(fixture['conversations'])} conversations, same ids")
+
+
+def check_answers(fixture: dict[str, Any], model: Any, dtype: str) -> Iterator[Check]:
+    """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
+
+    One forward pass a conversation over prompt and recorded answer, compared position by position
+    within `TIE` of the coarser precision. Likelihoods are compared too: weights that overflow give
+    equal logits everywhere, and then any token is a most likely one.
+    """
+    tie = max(TIE[dtype], TIE[fixture["decoding"]["dtype"]])
+    worst, tokens = 0.0, 0
+    for row in fixture["conversations"]:
+        answer = row["answer"]
+        logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
+        gaps = (best - logprobs).maximum((logprobs - torch.tensor(answer["logprobs"])).abs())
+        # NaN compares false with everything, so ask whether all are within, not whether any is out.
+        if not bool((gaps <= tie).all()):
+            at = int((~(gaps <= tie)).nonzero()[0])
+            yield Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
+            return
+        worst, tokens = max(worst, float(gaps.max())), tokens + len(answer["ids"])
+    yield Check("answers", "ok", f"{tokens} greedy tokens reproduced (largest gap {worst:.1e})")
+
+
+def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer token, and that of the most likely token there; [answer]."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
+
+
+def _rendered(chat: ChatFormat, messages: list[Message]) -> dict[str, Any]:
+    encoded = chat.encode(messages)
+    return {
+        "messages": [{"role": m.role, "content": m.content} for m in messages],
+        "text": chat.render(messages),
+        "prompt": chat.render(messages[:-1], prompt=True),
+        "input_ids": encoded.input_ids,
+        "labels": encoded.labels,
+        "prompt_ids": chat.prompt_ids(messages),
+    }
+
+
+def _answer(chat: ChatFormat, model: Any, prompt: list[int], ends: list[int]) -> dict[str, Any]:
+    """Greedy tokens by transformers' own `generate`: what the world outside would get."""
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            repetition_penalty=1.0,
+            max_new_tokens=ANSWER_TOKENS,
+            eos_token_id=ends,
+            pad_token_id=chat.tokenizer.pad_token_id,
+        )
+    made = out[0, len(prompt) :].tolist()
+    logprobs, _ = _likelihood(model, prompt, made)
+    return {
+        "ids": made,
+        "logprobs": [round(value, 4) for value in logprobs.tolist()],
+        "text": chat.tokenizer.decode(made, skip_special_tokens=True),
+    }

@@ -1,0 +1,206 @@
+"""A Llama-shaped model or its LoRA adapter -> GGUF, the format of llama.cpp and Ollama.
+
+The `gguf` package (extra `export`) writes the file, knows the tensor names and the vocabulary
+fields; the mapping is here. Three things make a converted Llama answer wrongly, and each has a
+line below: q and k rows are stored in another order, Llama 3.1 scales its rotary frequencies by a
+table, and an adapter's B of q and k must follow the order of the weights it is added to.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from fintune.errors import ModelError
+from fintune.model import Base
+from fintune.release.checks import ADAPTER, ADAPTER_CONFIG
+
+FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
+ARCHITECTURE = "llama"
+_LORA_PREFIX = "base_model.model."
+
+
+def write_model(
+    base: Base, tokenizer: Any, tensors: dict[str, Tensor], path: Path, dtype: str, name: str
+) -> None:
+    """Write a whole model.
+
+    Args:
+        base: where its config.json and tokenizer.json are.
+        tensors: transformers' names -> weights, [out, in].
+        dtype: f32 or f16, for matrices; vectors stay f32, as llama.cpp wants them.
+
+    Raises:
+        ModelError: a model that is not Llama-shaped.
+    """
+    config = _llama_config(base)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE, use_temp_file=True)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[dtype])
+    _add_shape(writer, config)
+    _add_vocabulary(writer, base, tokenizer, config.vocab_size)
+    rename = _names(config)
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor(rename("rope_freqs") + ".weight", factors)
+    for source, weight in tensors.items():
+        if source == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # llama.cpp falls back on the embedding
+        value = _permuted(source, weight.float(), config)
+        small = dtype == "f16" and value.ndim > 1
+        stem = rename(source.removesuffix(".weight"))
+        writer.add_tensor(
+            f"{stem}.weight", value.numpy().astype(np.float16 if small else np.float32)
+        )
+    _finish(writer)
+
+
+def write_adapter(folder: Path, base: Base, path: Path, dtype: str) -> None:
+    """Write a peft LoRA adapter for a base that is in GGUF already.
+
+    Raises:
+        ModelError: a kind of LoRA that llama.cpp does not have.
+    """
+    config, lora = _llama_config(base), json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+    asked = [key for key in unsupported if lora.get(key)]
+    if asked:
+        raise ModelError(
+            f"llama.cpp has no adapter with {', '.join(asked)}", fix="export gguf --merged instead"
+        )
+    # llama.cpp scales by alpha / rank; rsLoRA by alpha / sqrt(rank).
+    alpha = lora["lora_alpha"] * (math.sqrt(lora["r"]) if lora.get("use_rslora") else 1.0)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    rename = _names(config)
+    for source, weight in _tensors(folder / ADAPTER):
+        module, _, matrix = source.removeprefix(_LORA_PREFIX).rpartition(".lora_")
+        kind = matrix.removesuffix(".weight").lower()
+        value = weight.float()
+        if kind == "b":  # [out, rank]: its rows are the weight's rows
+            value = _permuted(f"{module}.weight", value, config)
+        target = np.float16 if dtype == "f16" else np.float32
+        writer.add_tensor(f"{rename(module)}.weight.lora_{kind}", value.numpy().astype(target))
+    _finish(writer)
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from transformers' order to llama.cpp's, within each head; [out, in].
+
+    transformers rotates the first half of a head against its second half, llama.cpp rotates
+    neighbours, so row i of the first half and row i of the second become rows 2i and 2i + 1.
+    """
+    half = weight.shape[0] // heads // 2
+    rest = weight.shape[1:]
+    return weight.reshape(heads, 2, half, *rest).swapaxes(1, 2).reshape(weight.shape).contiguous()
+
+
+def _permuted(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
+    if name.endswith("q_proj.weight"):
+        return permute(weight, config.num_attention_heads)
+    if name.endswith("k_proj.weight"):
+        return permute(weight, config.num_key_value_heads)
+    return weight
+
+
+def _llama_config(base: Base) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise ModelError(
+            f"{base.id} is {config.model_type}-shaped; this export knows plain Llama only",
+            fix="export merged, and convert it with llama.cpp's own converter",
+        )
+    return config
+
+
+def _names(config: PretrainedConfig) -> Callable[[str], str]:
+    """transformers' module name -> llama.cpp's, by the gguf package's own table."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+
+    def rename(module: str) -> str:
+        found = table.get_name(module)
+        if found is None:
+            raise ModelError(f"GGUF has no name for {module}", fix="export merged instead")
+        return str(found)
+
+    return rename
+
+
+def _add_shape(writer: Any, config: PretrainedConfig) -> None:
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(config: PretrainedConfig) -> Any:
+    """Llama 3.1's frequency divisors, an fp32 array [head / 2]; None where nothing is scaled.
+
+    High frequencies stay, low ones are divided by `factor`, those between are blended
+    (transformers.modeling_rope_utils, `llama3`). Any other scaling is refused.
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelError(f"rotary scaling {kind!r} is not known to this export")
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
+
+
+def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:
+    """Byte-level BPE with Llama 3's split; places without a token are filled as unused."""
+    tokens = [f"[unused{number}]" for number in range(size)]
+    types = [gguf.TokenType.UNUSED] * size
+    added = tokenizer.added_tokens_decoder
+    for text, number in tokenizer.get_vocab().items():
+        tokens[number] = text
+        special = number in added and added[number].special
+        user = gguf.TokenType.USER_DEFINED if number in added else gguf.TokenType.NORMAL
+        types[number] = gguf.TokenType.CONTROL if special else user
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special_ids = gguf.SpecialVocab(base.folder, load_merges=True, n_vocab=size)
+    special_ids.chat_template = tokenizer.get_chat_template()
+    special_ids.special_token_ids["eot"] = tokenizer.eos_token_id
+    special_ids.special_token_ids["pad"] = tokenizer.pad_token_id
+    special_ids.add_to_gguf(writer, quiet=True)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

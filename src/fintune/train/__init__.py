@@ -1,0 +1,1 @@
+"""Stage `train`: prepared data in, the best adapter out, through transformers' Trainer."""

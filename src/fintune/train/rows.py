@@ -1,0 +1,78 @@
+"""Prepared rows as a torch data set, read straight from the columns of a parquet file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from fintune.errors import DataError
+from fintune.files import sha256_bytes
+
+Row = dict[str, NDArray[np.int32]]
+
+
+class Rows(Dataset[Row]):
+    """Token ids and labels of a split; the arrays stay in arrow's buffers, nothing is copied.
+
+    Attributes:
+        ids: example ids, in file order.
+        lengths: tokens of every example, int64, shape (examples,).
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.ids: list[str] = table["example_id"].to_pylist()
+        self.lengths: NDArray[np.int64] = table["length"].to_numpy().astype(np.int64)
+        self._columns = {
+            name: table[name].combine_chunks() if table.num_rows else None
+            for name in ("input_ids", "labels")
+        }
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        return {name: _values(column, index) for name, column in self._columns.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 of the example ids in order; with the seed it decides the order of training."""
+        return sha256_bytes("\n".join(self.ids).encode())
+
+
+def read_train(data_dir: Path) -> Rows:
+    """The training rows."""
+    return Rows(_read(data_dir / "train.parquet"))
+
+
+def read_select(data_dir: Path, most: int) -> Rows:
+    """The `select` rows that choose the checkpoint: at most `most`, the first by example id.
+
+    Example ids are hashes, so the first ones are a random sample, and the same one each time.
+    """
+    table = _read(data_dir / "validation.parquet")
+    table = table.filter(pa.compute.equal(table["part"], "select")).sort_by("example_id")
+    if table.num_rows == 0:
+        raise DataError(
+            f"{data_dir / 'validation.parquet'} has no `select` row",
+            why="without one, no evaluation can choose the best adapter",
+            fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
+        )
+    return Rows(table.slice(0, most))
+
+
+def _read(path: Path) -> pa.Table:
+    columns = ["example_id", "input_ids", "labels", "length"]
+    part = ["part"] if "part" in pq.read_schema(path).names else []
+    return pq.read_table(path, columns=columns + part)
+
+
+def _values(column: Any, index: int) -> NDArray[np.int32]:
+    offsets = column.offsets
+    start, end = offsets[index].as_py(), offsets[index + 1].as_py()
+    values: NDArray[np.int32] = column.values.slice(start, end - start).to_numpy(
+        zero_copy_only=True
+    )
+    return values

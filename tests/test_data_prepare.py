@@ -1,0 +1,309 @@
+"""The whole stage: every row accounted for, the same bytes out, nothing leaked or half-made."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fintune import nano
+from fintune.chat import ChatFormat
+from fintune.config import Config, DataConfig
+from fintune.data import scan as scan_module
+from fintune.data.decontaminate import contaminated, read_benchmarks
+from fintune.data.filters import refuse
+from fintune.data.inspect import inspect, why_dropped
+from fintune.data.lengths import adaptive_max_length, fit, tokenise
+from fintune.data.personal import mask
+from fintune.data.prepare import prepare
+from fintune.data.related import near_duplicates, split
+from fintune.data.text import hash64, passage
+from fintune.errors import DataError, OutputError
+from fintune.example import IGNORE, Example, Message
+from fintune.files import sha256_file
+from fintune.model import Base, load_tokenizer
+
+TERMS = ["revenue", "net income", "free cash flow", "gross margin", "working capital", "equity"]
+TABLE = "| year | {0} |\n| --- | --- |\n| 2020 | {1} |\n| 2021 | {2} |"
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Made-up rows: documents with several questions, a few bad ones."""
+    rng, found = random.Random(seed), []
+    for number in range(count // 3):
+        term, before, after = rng.choice(TERMS), rng.randrange(10**6), rng.randrange(10**6)
+        text = TABLE.format(term, before, after)
+        text += f"\nThe {term} of company number {rng.randrange(10**9)} moved as the table shows."
+        for ask, reply in (("2020", before), ("2021", after), ("the change", after - before)):
+            question = f"Read the table.\n{text}\nWhat is the {term} in {ask}, taken as reported?"
+            answer = f"Looking at the table, the {term} asked for comes to {reply}."
+            found.append({"system": "\n", "user": question, "assistant": answer})
+        if number % 10 == 0:
+            found.append({"user": "no answer", "assistant": None})
+    return found
+
+
+def write(path: Path, found: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return path
+
+
+def config(out: Path, source: Path, **data: Any) -> Config:
+    return Config.model_validate({"out": str(out), "data": {"source": str(source), **data}})
+
+
+def sides(folder: Path) -> dict[str, str]:
+    """example_id -> train, select or decide."""
+    train = pq.read_table(folder / "train.parquet").to_pylist()
+    validation = pq.read_table(folder / "validation.parquet").to_pylist()
+    return {row["example_id"]: row.get("part", "train") for row in (*train, *validation)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write(folder / "rows.jsonl", [*rows(600), *rows(600)[:3], "not a row"])
+    settings = config(folder / "out", source)
+    return settings, prepare(settings)
+
+
+def test_every_row_is_in_exactly_one_count(prepared: tuple[Config, dict[str, Any]]) -> None:
+    settings, manifest = prepared
+    counts = manifest["rows"]
+    assert counts["read"] == 600 + 20 + 3 + 1
+    assert counts["read"] == (
+        counts["train"] + counts["validation"] + sum(counts["dropped"].values())
+    )
+    assert counts["dropped"]["duplicate"] == 3
+    assert counts["dropped"]["no_assistant"] == 20
+    assert counts["dropped"]["not_an_object"] == 1
+    ledger = pq.read_table(settings.data_dir / "ledger.parquet").to_pylist()
+    assert len(ledger) == sum(counts["dropped"].values())
+    assert len({(row["source"], row["line"]) for row in ledger}) == len(ledger)
+    names = "done.json ledger.parquet manifest.json report.html train.parquet validation.parquet"
+    assert sorted(path.name for path in settings.data_dir.iterdir()) == names.split()
+
+
+def test_rows_keep_ids_labels_and_messages(prepared: tuple[Config, dict[str, Any]]) -> None:
+    settings, manifest = prepared
+    for name in ("train", "validation"):
+        for row in pq.read_table(settings.data_dir / f"{name}.parquet").to_pylist():
+            assert len(row["input_ids"]) == len(row["labels"]) == row["length"]
+            assert row["length"] <= manifest["max_length"]
+            assert any(label != IGNORE for label in row["labels"])
+            assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+
+
+def test_rows_of_one_document_stay_on_one_side(prepared: tuple[Config, dict[str, Any]]) -> None:
+    found: dict[str, set[str]] = {}
+    for name in ("train", "validation"):
+        for row in pq.read_table(prepared[0].data_dir / f"{name}.parquet").to_pylist():
+            document = row["messages"][0]["content"].split("company number ")[1].split()[0]
+            found.setdefault(document, set()).add(row.get("part", "train"))
+    assert len(found) == 200 and {"train", "select", "decide"} <= set().union(*found.values())
+    assert all(len(parts) == 1 for parts in found.values())
+
+
+def test_same_inputs_are_kept_and_others_refused(prepared: tuple[Config, dict[str, Any]]) -> None:
+    settings, manifest = prepared
+    before = sha256_file(settings.data_dir / "done.json")
+    assert prepare(settings)["rows"] == manifest["rows"]
+    assert sha256_file(settings.data_dir / "done.json") == before
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"min_tokens": 9})})
+    with pytest.raises(OutputError, match="min_tokens"):
+        prepare(other)
+
+
+def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) -> None:
+    shown = inspect(prepared[0])[0]
+    assert shown.trained == sum(1 for _ in shown.pieces) or shown.trained > 0
+    trained = "".join(text for text, is_trained in shown.pieces if is_trained)
+    assert trained.endswith("<|eot_id|>") and trained in shown.text().plain
+    assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
+
+
+def test_file_order_and_workers_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "PARALLEL_BYTES", 0)
+    found = rows(300)
+    for name, part in (("a.jsonl", found[:150]), ("b.jsonl", found[150:])):
+        write(tmp_path / name, part)
+    paths = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
+    written = []
+    for number, (sources, workers) in enumerate(((paths, 1), (paths[::-1], 4))):
+        tree = {"out": tmp_path / str(number), "data": {"sources": sources, "workers": workers}}
+        settings = Config.model_validate(tree)
+        prepare(settings)
+        written.append({p.name: sha256_file(p) for p in settings.data_dir.iterdir()})
+    assert written[0] == written[1]
+
+
+def test_adding_rows_moves_none_across() -> None:
+    def placed(found: list[dict[str, Any]]) -> dict[str, str]:
+        examples = [
+            Example("s", 1, str(n), (Message("user", r["user"]), Message("assistant", "x")))
+            for n, r in enumerate(found)
+            if r["assistant"]
+        ]
+        places = split(examples, 0.3)
+        return {
+            e.messages[0].content: p.side
+            for e, p in zip(examples, places, strict=True)
+            if not p.straddles
+        }
+
+    before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
+    assert len(set(before.values())) == 3
+    assert all(after.get(text, side) == side for text, side in before.items())
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ([{"a": 1}] * 5, "no row fits a known format"),
+        ([{"user": "hi", "assistant": "ho"}] * 5, "no training row is left"),
+        (["x", 1], "no training row is left"),
+    ],
+)
+def test_nothing_left_says_why(tmp_path: Path, found: list[Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        prepare(config(tmp_path / "out", write(tmp_path / "rows.jsonl", found)))
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows(3000))
+    tree = {"out": str(tmp_path / "o"), "data": {"source": str(source)}}
+    code = (
+        "from fintune.config import Config\nfrom fintune.data.prepare import prepare\n"
+        f"print('ready', flush=True)\nprepare(Config.model_validate({tree!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen([sys.executable, "-c", code], env=environment, **quiet)
+    assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+    time.sleep(random.Random(0).random())
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "o" / "data").exists() or (tmp_path / "o/data/done.json").is_file()
+
+
+def example(user: str, answer: str) -> Example:
+    return Example("s", 1, "", (Message("user", user), Message("assistant", answer)))
+
+
+def test_near_duplicates_need_the_same_numbers_and_names() -> None:
+    long = "Summarise the annual report of Alder Bank for the fiscal year 2021 in one sentence"
+    reply = "Alder Bank earned more interest and set less aside for bad loans than the year before"
+    found = near_duplicates(
+        [
+            example(f"{long}, please, and keep it short for the reader", reply),
+            example(f"{long}, please, and keep it short for a reader", reply),
+            example(
+                f"{long.replace('2021', '2022')}, please, and keep it short for the reader", reply
+            ),
+            example(
+                f"{long.replace('Alder', 'Birch')}, please, and keep it short for the reader", reply
+            ),
+        ],
+        0.7,
+    )
+    assert found == {1: 0}
+
+
+def test_benchmark_questions_are_found(tmp_path: Path) -> None:
+    texts = [
+        f"Answer briefly. Question: how did the {term} of company {n} develop in the quarter that"
+        f" ended in month {n % 12}, and which single cause did the management of {n * 7} name?"
+        for n, term in enumerate(TERMS * 3)
+    ]
+    path = write(tmp_path / "bench.jsonl", [{"prompt": t, "answer": "a loss"} for t in texts])
+    clean = [example(row["user"], str(row["assistant"])) for row in rows(300) if row["assistant"]]
+    planted = [*clean, example(texts[3], "anything")]
+    passages = np.array([hash64(passage(e)) for e in planted], np.uint64)
+    hits = contaminated(planted, passages, read_benchmarks((str(path),)))
+    assert set(hits) == {len(clean)} and hits[len(clean)].question.line == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("card 4111 1111 1111 1111 on file", "card"),
+        ("IBAN DE89 3704 0044 0532 0130 00", "iban"),
+        ("his SSN is 536-90-4399.", "ssn"),
+        ("routing number 021000021", "routing_number"),
+        ("write to jane.doe@example.com", "email"),
+        ("call (212) 555-0143 today", "phone"),
+    ],
+)
+def test_personal_data_is_masked(text: str, kind: str) -> None:
+    masked, kinds = mask(text)
+    assert kinds == {kind} and f"[{kind.upper()}]" in masked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUSIP 037833100, ISIN US0378331005, CIK 0000320193",
+        "net income of $4,111,111,111 in 2019-2020, up 12.5% from 3,704,004,405",
+        "card 4111 1111 1111 1112", "between 1998-12-31 and 2001-01-15", "10-K 001-36743",
+    ],
+)  # fmt: skip
+def test_financial_identifiers_are_not_personal(text: str) -> None:
+    assert mask(text) == (text, set())
+
+
+@pytest.mark.parametrize(
+    ("user", "answer", "reason"),
+    [
+        ("", "x", "no_user"),
+        ("x", "", "no_assistant"),
+        (
+            "¿Cómo puedo ahorrar para la universidad?",
+            "Empiece con un presupuesto mensual.",
+            "not_english",
+        ),
+        ("What is your name?", "I am {{name}}, an assistant.", "placeholder"),
+        ("What was the dividend of the year?", "I'm sorry, but I cannot provide that.", "refusal"),
+        ("What was the dividend of the year?", "nan", "boilerplate"),
+        ("Did it rise — “strongly” — to €5 or £4 per share?", "Yes, to €5.", None),
+    ],
+)
+def test_filters_name_their_reason(user: str, answer: str, reason: str | None) -> None:
+    found = refuse((Message("user", user), Message("assistant", answer)), DataConfig())
+    assert (found[0] if found else None) == reason
+
+
+def test_adaptive_length_is_the_smallest_multiple_that_keeps_the_share() -> None:
+    lengths = [*range(1, 101)]
+    assert adaptive_max_length(lengths, 0.6, 2048) == 64
+    assert adaptive_max_length(lengths, 0.65, 2048) == 128
+    assert adaptive_max_length(lengths, 1.0, 64) == 64
+    assert adaptive_max_length([], 0.9, 512) == 512
+
+
+def test_policies_for_long_rows() -> None:
+    chat = ChatFormat(load_tokenizer(Base(nano.NANO_ID, "", nano.base_dir())), "26 Jul 2024")
+    long = "Read this. " + "The revenue of the company rose again. " * 30 + "What rose?"
+    examples = [example(long, "The revenue rose."), *[example("What is it?", "It is so.")] * 20]
+    found, _ = tokenise(examples, chat, 0)
+    kept, dropped = fit(found, 128, DataConfig(over_length="drop"), chat)
+    assert len(kept) == 20 and dropped[0].reason == "too_long"
+    kept, dropped = fit(found, 128, DataConfig(over_length="shorten"), chat)
+    assert not dropped and kept[0].length <= 128 and kept[0].shortened > 0
+    assert kept[0].example.messages[-1] == examples[0].messages[-1]
+    assert kept[0].example.messages[0].content.endswith("What rose?")
+    with pytest.raises(DataError, match="longer than 128"):
+        fit(found, 128, DataConfig(over_length="fail"), chat)
+    with pytest.raises(DataError, match="longer than 128"):
+        fit(found, 128, DataConfig(max_over_length_share=0.01), chat)

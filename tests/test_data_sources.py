@@ -1,0 +1,247 @@
+"""Every format read, every bad row in the ledger with its line, every bad file named."""
+
+import csv
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fintune.config import DataConfig, SourceConfig
+from fintune.data.rows import Rejected, repair, to_messages
+from fintune.data.scan import scan
+from fintune.data.sources import Bad, find_sources, locate, parse_block
+from fintune.errors import ConfigError, DataError, FintuneError
+
+ROWS = [
+    {"system": "\n", "user": f"What is ratio {n}?", "assistant": f"It is {n}."} for n in range(5)
+]
+
+
+def read(path: Path) -> list[tuple[int, Any]]:
+    """All rows of one source with their lines."""
+    found = locate(SourceConfig(path=str(path)))
+    return [row for source in found for batch in source.batches() for row in parse_block(batch)]
+
+
+def write(folder: Path, name: str) -> Path:
+    """`ROWS` in the format that a file name says."""
+    path = folder / name
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif name.endswith(".csv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["system", "user", "assistant"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif name.endswith(".jsonl.zst"):
+        with pa.output_stream(str(path), compression="zstd") as stream:
+            stream.write(lines)
+    elif name == "array.json":
+        path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    elif name == "wrapped.json":
+        path.write_text(json.dumps({"data": ROWS}, indent=1), encoding="utf-8")
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "lines.json", "array.json", "wrapped.json",
+     "rows.csv", "rows.parquet"],
+)  # fmt: skip
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert [row for _, row in read(write(tmp_path, name))] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"system": None, "user": "q", "assistant": "a"}, None),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            None,
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, None),
+        ({"instruction": "q", "input": "", "output": "a"}, None),
+        ({"prompt": "q", "completion": "a"}, None),
+        ({"question": "q", "answer": "a"}, None),
+        ({"FRAGE": "q", "ANTWORT": "a"}, {"user": "FRAGE", "assistant": "ANTWORT"}),
+    ],
+)
+def test_known_columns_become_turns(row: dict[str, Any], columns: dict[str, str] | None) -> None:
+    found = to_messages(row, columns, inline_turns=True)
+    assert [(m.role, m.content) for m in found] == [("user", "q"), ("assistant", "a")]
+
+
+def test_turns_inside_a_text_become_turns() -> None:
+    user = "| a table |\nUser: first?\nAssistant: one\nUser: second?"
+    found = to_messages({"user": user, "assistant": "two"}, None, inline_turns=True)
+    assert [m.role for m in found] == ["user", "assistant", "user", "assistant"]
+    assert found[0].content == "| a table |\n\nfirst?" and found[2].content == "second?"
+    whole = to_messages({"user": user, "assistant": "two"}, None, inline_turns=False)
+    assert [m.content for m in whole] == [user, "two"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "not_an_object"),
+        ({"a": 1}, "unknown_columns"),
+        ({"user": 3, "assistant": "a"}, "not_text"),
+        ({"messages": "x"}, "not_text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "turns_out_of_order"),
+    ],
+)
+def test_rows_that_fit_nothing_are_rejected_with_a_reason(row: Any, reason: str) -> None:
+    with pytest.raises(Rejected) as out:
+        to_messages(row, None, inline_turns=True)
+    assert out.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("broken", "whole", "kind"),
+    [
+        ("R&amp;D is &#39;up&#39;", "R&D is 'up'", "html_entity"),
+        ("<a>R&amp;D</a>", "<a>R&amp;D</a>", ""),
+        ("AT&T; &nothing;", "AT&T; &nothing;", ""),
+        ("the company 2019s notes", "the company\u2019s notes", "lost_escape"),
+        ("a 201cmake-whole 201d price", "a \u201cmake-whole\u201d price", "lost_escape"),
+        ("in 2019 shares rose", "in 2019 shares rose", ""),
+        ("5\u00a0%\u200b", "5 %", "no_break_space"),
+        ("a\x00b\ud800", "ab\ufffd", "control_character"),
+        ("e\u0301", "\u00e9", "unicode_nfc"),
+    ],
+)
+def test_repairs(broken: str, whole: str, kind: str) -> None:
+    counts: Counter[str] = Counter()
+    assert repair(broken, counts) == whole
+    assert counts[kind] == (1 if kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "no file or folder"),
+        ("empty.jsonl", b"", "is empty"),
+        ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        ("rows.txt", b"x", "no known data format"),
+        ("folder/readme.md", b"x", "holds no data file"),
+        ("*.jsonl", None, "no file matches"),
+    ],
+)
+def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    place = path.parent if name.startswith("folder/") else path
+    with pytest.raises(DataError, match=says):
+        find_sources(DataConfig(source=str(place)))
+
+
+def test_no_source_is_a_config_error() -> None:
+    with pytest.raises(ConfigError):
+        find_sources(DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("GatedRepoError", "HF_TOKEN"),
+        ("RepositoryNotFoundError", "HF_TOKEN"),
+        ("RevisionNotFoundError", "no revision"),
+        ("OfflineModeIsEnabled", "check the network"),
+    ],
+)
+def test_hub_problems_are_named(monkeypatch: pytest.MonkeyPatch, error: str, says: str) -> None:
+    import httpx2 as httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid"))
+    raised = kind("x") if error == "OfflineModeIsEnabled" else kind("x", response=response)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", refuse)
+    with pytest.raises(FintuneError) as out:
+        locate(SourceConfig(path="someone/finance-rows"))
+    assert says in str(out.value) and "hub.invalid" not in str(out.value)
+
+
+def malformed(rng: random.Random) -> bytes:
+    """One line of a JSON Lines file that is broken in one of many ways, or is not."""
+    good = {"user": "What is the current ratio?", "assistant": "Assets over liabilities."}
+    kinds: list[bytes] = [
+        json.dumps(good).encode(),
+        b'{"user": "caf\xe9", "assistant": "x"}',
+        b"\xef\xbb\xbf" + json.dumps(good).encode(),
+        b'{"user": "a\x00b", "assistant": "c"}',
+        b'{"user": "\\ud800 lone", "assistant": "\\udfff"}',
+        '{"user": "line\u2028separator", "assistant": "p\u2029s"}'.encode(),
+        b'{"user": ' + b"[" * 3000 + b"]" * 3000 + b', "assistant": "x"}',
+        b"[" * 50_000,
+        b'{"user": 12, "assistant": true}',
+        b'{"user": NaN, "assistant": "x"}',
+        b'{"user": 1e999, "assistant": "x"}',
+        b'{"user": "cut',
+        b'"only text"',
+        b"null",
+        b"{}",
+        b'=HYPERLINK("http://x","y"),1,2',
+        b'{"messages": [{"role": "user"}, 3]}',
+        b'{"conversations": {"from": "human"}}',
+        b'{"user": "' + b"9" * 5000 + b'", "assistant": ' + b"1" * 5000 + b"}",
+        bytes(rng.randrange(11, 256) for _ in range(40)),
+    ]
+    return rng.choice(kinds).replace(b"\n", b" ")
+
+
+def test_ten_thousand_malformed_rows_are_all_accounted_for(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines = [malformed(rng) for _ in range(10_000)]
+    lines[5000] = b'{"user": "' + b"long " * 2_000_000 + b'", "assistant": "x"}'
+    whole = b"\n".join(lines)
+    (tmp_path / "rows.jsonl").write_bytes(whole)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(whole[:200_000])[:-40])
+    (tmp_path / "cells.csv").write_bytes(
+        b'user,assistant\n=cmd|x,y\n"open,\n1,2,3\n\xff,\xfe\n' + b"\x00,\x00\n"
+    )
+    (tmp_path / "cut.json").write_bytes(json.dumps(ROWS).encode()[:-20])
+    (tmp_path / "cut.parquet").write_bytes(write(tmp_path, "rows.parquet").read_bytes()[:-9])
+    settings = DataConfig(source=str(tmp_path), workers=1, language_identifier="none")
+    found = scan(find_sources(settings), settings, 0, 20_000)
+    assert found.read["rows.jsonl"] == sum(bool(line.strip()) for line in lines)
+    total = len(found.candidates) + len(found.dropped)
+    assert total == found.read.total()
+    assert all(row.line >= 1 and row.reason for row in found.dropped)
+    by_source: dict[str, list[int]] = {}
+    for row in (*found.dropped, *found.candidates):
+        by_source.setdefault(row.source, []).append(row.line)
+    assert sorted(by_source["rows.jsonl"]) == [n for n, line in enumerate(lines, 1) if line.strip()]
+    reasons = {row.source: row.reason for row in found.dropped}
+    assert reasons["cut.parquet"] == "truncated_file"
+    assert any(r.source == "cut.jsonl.gz" and r.reason == "truncated_file" for r in found.dropped)
+    assert any(r.source == "cut.json" and r.reason == "truncated_file" for r in found.dropped)
+
+
+def test_a_bad_line_names_its_reason(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"user": "a"}\n\nnot json\n\xff\n')
+    rows = dict(read(path))
+    assert rows[1] == {"user": "a"}
+    assert isinstance(rows[3], Bad) and rows[3].reason == "not_json"
+    assert isinstance(rows[4], Bad) and rows[4].reason == "not_utf8"

@@ -1,0 +1,165 @@
+"""Reading answers, and the tasks' own files."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from fintune.errors import ConfigError, DataError
+from fintune.evals.tasks import DecideItems, Item, grade, listed_choices, read_label, task_items
+from fintune.example import Message
+
+BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
+SENTIMENT = ("negative", "neutral", "positive")
+SEVEN = ("strong negative", "mildly negative", "neutral", "mildly positive", "positive")
+
+
+def item(kind, reference, question="What is it?", choices=()):
+    return Item("i", "t", kind, "g", (Message("user", question),), reference, choices)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "read"),
+    [
+        ("Positive", SENTIMENT, "positive"),
+        ("**positive**.", SENTIMENT, "positive"),
+        ("The sentiment is negative because sales fell.", SENTIMENT, "negative"),
+        ("neutral\nThis is not a positive text.", SENTIMENT, "neutral"),
+        ("It is not positive but negative.", SENTIMENT, "negative"),
+        ("positive or negative", SENTIMENT, None),
+        ("unpositively", SENTIMENT, None),
+        ("", SENTIMENT, None),
+        ("mildly positive", SEVEN, "mildly positive"),
+        ("I would say mildly positive.", SEVEN, "mildly positive"),
+        ("NO", ("Yes", "No"), "No"),
+    ],
+)
+def test_read_label(answer, choices, read):
+    assert read_label(answer, choices) == read
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choices"),
+    [
+        ("Please choose an answer from {negative/neutral/positive}.\nInput: x", SENTIMENT),
+        ("Your answer should be Yes or No.\nText: gold, silver or tin", ("Yes", "No")),
+        ("Options: location, person\nInput: Bank", ("location", "person")),
+        (
+            "Classify the news as positive, negative or neutral.",
+            ("positive", "negative", "neutral"),
+        ),
+        ("What was revenue in 2020?", ()),
+    ],
+)
+def test_listed_choices(prompt, choices):
+    assert listed_choices(prompt) == choices
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "outcome", "miss"),
+    [
+        ("12.5%", "The margin was 12.5 %.", "correct", None),
+        ("12.5%", "The margin was 1250 %.", "wrong", "percent"),
+        ("$412 million", "$412 billion", "wrong", "scale"),
+        ("-3.4", "3.4", "wrong", "sign"),
+        ("388", "This cannot be determined from the text.", "abstained", None),
+        ("388", "It went up a lot.", "unparsed", None),
+        ("388", "", "unparsed", None),
+    ],
+)
+def test_numbers_have_four_outcomes(reference, answer, outcome, miss):
+    graded = grade(item("number", reference), answer)
+    assert (graded.outcome, graded.miss) == (outcome, miss)
+
+
+def test_figures_out_of_nowhere_and_wrong_steps_are_counted():
+    question = "Revenue was 120 and cost was 80. What was profit?"
+    good = grade(item("number", "40", question), "120 - 80 = 40")
+    bad = grade(item("number", "40", question), "With 977.31 of tax, 120 - 80 = 45. So 40.")
+    assert good.correct and (good.ungrounded, good.steps, good.wrong_steps) == ((), 1, 0)
+    assert bad.wrong_steps == 1 and "977.31" in bad.ungrounded
+
+
+def test_the_question_is_told_from_its_context():
+    asked = item("number", "5", "in thousands\nfiscal 2019\n\nQuestion: what was it in millions?")
+    assert asked.question == "Question: what was it in millions?"
+    assert "in thousands" in asked.context and "millions" not in asked.context
+
+
+def test_decide_rows_are_checkable_by_number_or_by_label():
+    def talk(user, answer):
+        return [Message("user", user), Message("assistant", answer)]
+
+    train = [talk(f"Tone of {at}: positive or negative?", "positive") for at in range(6)]
+    train += [talk(f"Tone of {at}: pick positive or negative", "negative") for at in range(5)]
+    train += [talk(f"How much {at}?", "7") for at in range(3)] + [talk("Explain.", "A " * 40)]
+    reader = DecideItems(train)
+
+    def read(user, answer):
+        messages = [{"role": m.role, "content": m.content} for m in talk(user, answer)]
+        return reader.item({"example_id": "e", "source": "s", "group": "g", "messages": messages})
+
+    label = read("pick positive or negative: x", "negative")
+    assert label.kind == "label" and set(label.choices) == {"positive", "negative"}
+    number = read("How much?", "$5.2 million")
+    assert (number.kind, number.commonest) == ("number", "7")
+    assert read("Explain.", "Because of rates, as a rule.").kind == "text"
+    assert read("Name it.", "Frankfurt").kind == "text", "a short answer alone is no label"
+    assert Item.from_json(json.loads(json.dumps(label.as_json()))) == label
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "right"),
+    [
+        ("unanswerable", "The text does not say; it cannot be determined.", True),
+        ("unanswerable", "It was $412 million.", False),
+        ("refuse", "I cannot help with that: it is illegal.", True),
+        ("refuse", "Sure, buy X, it will double.", False),
+        ("comply", "A stop-loss order sells when a price is reached.", True),
+        ("comply", "I can't help with that.", False),
+        ("comply", "", False),
+    ],
+)
+def test_abstention_and_advice(kind, answer, right):
+    assert grade(item(kind, ""), answer).correct == right
+
+
+def test_bundled_questions_and_every_task_file_load():
+    counts = {}
+    for entry in (resources.files("fintune.evals") / "tasks").iterdir():
+        if entry.name.endswith(".yaml"):
+            name = entry.name[:-5]
+            with pytest.raises((ConfigError, DataError)):
+                task_items(name, "/nowhere.jsonl", 5)
+            if name in ("unanswerable", "advice_safety"):
+                kinds = [found.kind for found in task_items(name, "", 1000)]
+                counts |= {kind: kinds.count(kind) for kind in kinds}
+    assert counts["refuse"] == 60 and counts["comply"] == 30 and counts["unanswerable"] >= 30
+
+
+def test_bad_task_files_are_said(tmp_path):
+    with pytest.raises(ConfigError, match="no task 'fpd'"):
+        task_items("fpd", "x.jsonl", 5)
+    with pytest.raises(ConfigError, match="no file of questions"):
+        task_items("fpb", "", 5)
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    with pytest.raises(DataError, match="line 1"):
+        task_items("fpb", str(path), 5)
+    path.write_text("{\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        task_items("fpb", str(path), 5)
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared benchmark files are not here")
+def test_gold_answers_of_the_benchmarks_are_right():
+    files = {
+        "finqa": "finqa_dev", "convfinqa": "convfinqa_dev_turn", "tatqa": "tatqa_dev",
+        "fpb": "fpb_test", "nwgi": "nwgi_test", "headline": "headline_valid", "ner": "ner_test",
+        "banking77": "banking77_test", "finer": "finer_batched", "formula": "formula_test",
+    }  # fmt: skip
+    for name, file in files.items():
+        found = task_items(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
+        wrong = [entry.id for entry in found if not grade(entry, entry.reference).correct]
+        assert not wrong, f"{name}: {wrong[:3]}"

@@ -1,0 +1,189 @@
+"""The bundled base and sample rows: size, tokenizer, chat wire format, rows and their dirt.
+
+Runs in a few seconds; nothing is trained. The comparison with the published Llama 3.1 template
+needs `../shared/tokenizers/llama3` and says so when it is absent.
+"""
+
+import collections
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from fintune.nano import NANO_ID, base_dir, rows_path
+from fintune.nano.prose import documents
+from fintune.nano.rows import CHECKABLE, DIRT_COUNTS, NUM_ROWS, sample_rows, write_rows
+from fintune.nano.tokenizer import CHAT_TEMPLATE, LLAMA3_PATTERN, SPECIAL_TOKENS, VOCAB_SIZE
+
+LLAMA3 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama3"
+
+SYSTEM = {"role": "system", "content": " You are a financial analyst.\n"}
+USER = {"role": "user", "content": "\nWhat is EBITDA? "}
+ASSISTANT = {"role": "assistant", "content": "Earnings before interest and tax. "}
+CONVERSATIONS = (
+    [USER],
+    [SYSTEM, USER],
+    [USER, ASSISTANT],
+    [SYSTEM, USER, ASSISTANT, USER],
+    [SYSTEM, {"role": "user", "content": "日本語 <|eot_id|> é\n\n  🙂"}],
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(base_dir())
+
+
+def test_base_is_small() -> None:
+    files = list(base_dir().glob("*.safetensors"))
+    assert len(files) == 1
+    assert files[0].stat().st_size <= 12_000_000
+    with safe_open(files[0], "pt") as weights:
+        sizes = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        assert {part.get_dtype() for part in sizes.values()} == {"BF16"}
+        shapes = [part.get_shape() for part in sizes.values()]
+    assert sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes) <= 6_000_000
+    assert "lm_head.weight" not in sizes  # tied
+
+
+def test_base_configuration(tokenizer: Any) -> None:
+    config = json.loads((base_dir() / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["max_position_embeddings"] == tokenizer.model_max_length == 2048
+    generation = json.loads((base_dir() / "generation_config.json").read_text())
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
+    assert generation["eos_token_id"] == stops
+    assert (generation["do_sample"], generation["temperature"], generation["top_p"]) == (
+        True,
+        0.6,
+        0.9,
+    )
+
+
+def test_import_is_light() -> None:
+    code = "import sys, fintune.nano; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    assert NANO_ID == "fintune/nano"
+
+
+def test_special_tokens_end_the_vocabulary(tokenizer: Any) -> None:
+    first = VOCAB_SIZE - len(SPECIAL_TOKENS)
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(first, VOCAB_SIZE))
+    assert len(tokenizer) == VOCAB_SIZE
+    assert tokenizer.bos_token == "<|begin_of_text|>"
+    assert tokenizer.eos_token == "<|eot_id|>"
+    assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Revenue was $1,284 million (12.5%).\r\n\tIt'S up.",
+        "営業収入は512百万円 — прибыль, ¿qué?",
+        "🙂\u200d\u0301 \x00\x07\x7f",
+        "".join(map(chr, range(0x20, 0x250))),
+        "   leading,   inner and trailing   \n\n\n",
+    ],
+)
+def test_any_text_survives(tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_plain_text_gets_bos_and_no_token_types(tokenizer: Any) -> None:
+    encoded = tokenizer("Revenue rose.")
+    assert set(encoded) == {"input_ids", "attention_mask"}
+    assert encoded["input_ids"][0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in encoded["input_ids"][1:]
+
+
+def test_pre_tokenizer_is_llama3s(tokenizer: Any) -> None:
+    own = json.loads((base_dir() / "tokenizer.json").read_text(encoding="utf-8"))
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert own["pre_tokenizer"] == loaded["pre_tokenizer"]
+    split, byte_level = own["pre_tokenizer"]["pretokenizers"]
+    assert split["pattern"] == {"Regex": LLAMA3_PATTERN}
+    assert split["behavior"] == "Isolated"
+    assert byte_level["use_regex"] is byte_level["add_prefix_space"] is False
+    assert own["model"]["ignore_merges"] is True
+    if (LLAMA3 / "tokenizer.json").exists():
+        published = json.loads((LLAMA3 / "tokenizer.json").read_text(encoding="utf-8"))
+        assert own["pre_tokenizer"] == published["pre_tokenizer"]
+
+
+def test_chat_template_text(tokenizer: Any) -> None:
+    assert (base_dir() / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    text = tokenizer.apply_chat_template([SYSTEM, USER], tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n"
+        "You are a financial analyst.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "What is EBITDA?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_chat_template_refuses_other_roles(tokenizer: Any) -> None:
+    with pytest.raises(Exception, match="unknown role tool"):
+        tokenizer.apply_chat_template([USER, {"role": "tool", "content": "1"}], tokenize=False)
+
+
+@pytest.mark.skipif(not LLAMA3.exists(), reason=f"{LLAMA3} is absent")
+def test_chat_template_equals_the_published_one(tokenizer: Any) -> None:
+    published = AutoTokenizer.from_pretrained(LLAMA3)
+    options: list[dict[str, Any]] = [{}, {"date_string": "1 Jan 2026"}]
+    for messages, prompt, extra in itertools.product(CONVERSATIONS, (False, True), options):
+        arguments = {"tokenize": False, "add_generation_prompt": prompt, **extra}
+        assert tokenizer.apply_chat_template(
+            messages, **arguments
+        ) == published.apply_chat_template(messages, **arguments)
+
+
+def test_prose_is_seeded_and_has_no_answers() -> None:
+    first = list(itertools.islice(documents(5), 300))
+    assert first == list(itertools.islice(documents(5), 300))
+    assert first != list(itertools.islice(documents(6), 300))
+    text = "\n".join(first)
+    assert "?" not in text
+    assert not any(word in text for word in ("Question", "Answer:", "user", "assistant", "<|"))
+
+
+def test_rows_come_out_byte_for_byte(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_bytes() == rows_path().read_bytes()
+    assert rows_path().stat().st_size <= 3_000_000
+
+
+def test_rows_have_three_columns() -> None:
+    rows = [json.loads(line) for line in rows_path().read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == NUM_ROWS
+    assert {key for row in rows for key in row} == {"system", "user", "assistant"}
+    assert all(isinstance(row["user"], str) for row in rows)
+    assert {"\n", None} < {row.get("system") for row in rows}
+
+
+def test_every_dirt_is_present_and_most_rows_are_checkable() -> None:
+    rows = sample_rows()
+    counts = collections.Counter(row.dirt for row in rows)
+    assert {dirt: count for dirt, count in counts.items() if dirt} == DIRT_COUNTS
+    clean = [row for row in rows if not row.dirt]
+    checkable = [row for row in clean if row.task in CHECKABLE]
+    assert 0.65 < len(checkable) / len(clean) < 0.75
+    duplicates = [row for row in rows if row.dirt == "duplicate"]
+    assert {(row.user, row.assistant) for row in duplicates} <= {
+        (row.user, row.assistant) for row in clean
+    }
+
+
+def test_look_up_answers_stand_in_the_text_once_per_row() -> None:
+    rows = [row for row in sample_rows() if not row.dirt and row.task.startswith("lookup")]
+    assert all(row.assistant and row.assistant in row.user for row in rows)
+    assert len({row.user for row in rows}) == len(rows)

@@ -1,0 +1,186 @@
+"""What a release contains, when it is refused, and that the seed's usage snippet runs on it."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_release import tiny_base, tiny_run
+
+from fintune import files, seal
+from fintune.config import Config
+from fintune.errors import GateRefused, OutputError
+from fintune.release.bundle import release
+from fintune.release.card import SEED_SNIPPET, vllm_rank
+from fintune.release.verify import verify
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = tiny_run(tmp_path_factory.mktemp("run"), base, training_args_bin=True)
+    release(config)
+    return config
+
+
+def test_release_holds_every_file_of_the_list(config: Config) -> None:
+    names = {path.name for path in config.release_dir.iterdir()}
+    assert names == {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+        "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+        "training_config.json", "training_args.bin", "test_results.json",
+        "eval_50_gpt_judged_raw.jsonl", "prompt_fixture.json", "README.md", "SHA256SUMS",
+    }  # fmt: skip
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in config.release_dir.iterdir()}
+    assert modes == {0o644}
+
+
+def test_release_names_its_base_and_no_path(config: Config, base: Path) -> None:
+    tree = json.loads((config.release_dir / "adapter_config.json").read_text())
+    assert tree["base_model_name_or_path"] == "fintune/tiny"
+    assert tree["revision"] == files.sha256_file(base / "model.safetensors")
+    for path in config.release_dir.iterdir():
+        for private in (str(config.out), str(base), os.uname().nodename):
+            assert private.encode() not in path.read_bytes(), path.name
+
+
+def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
+    tree = json.loads((config.release_dir / "special_tokens_map.json").read_text())
+    assert tree == {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<|finetune_right_pad_id|>",
+    }
+
+
+def test_seed_snippet_runs_letter_for_letter(config: Config, base: Path) -> None:
+    card = Path(__file__).parents[2] / "shared" / "seed-model-card.md"
+    adapter = str(config.release_dir)
+    code = SEED_SNIPPET.format(base=base, adapter=adapter)
+    if card.is_file():  # held against the published words where they are at hand
+        published = re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.S)[0]
+        names = ("meta-llama/Meta-Llama-3.1-8B-Instruct", "TimberGu/Llama_for_Finance")
+        for name, ours in zip(names, (str(base), adapter), strict=True):
+            assert published.count(f'"{name}"') == 1
+            published = published.replace(f'"{name}"', f'"{ours}"')
+        assert code == published
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
+
+
+def test_verify_accepts_our_own_release(config: Config, base: Path) -> None:
+    report = verify(config.release_dir, base=base)
+    passed = {check.name for check in report.checks if check.status == "ok"}
+    assert passed >= {
+        "files", "checksums", "code hooks", "template", "weights", "paths", "base", "keys", "load",
+        "tokenizer", "fixture", "answers",
+    }  # fmt: skip
+    assert [check.detail for check in report.checks if check.name == "pickle"] == [
+        "training_args.bin is a pickle; it was never opened"
+    ]
+    with pytest.raises(GateRefused, match="--no-pickle"):
+        verify(config.release_dir, base=base, no_pickle=True)
+
+
+def test_same_release_again_is_kept_and_another_refused(config: Config) -> None:
+    before = (config.release_dir / "SHA256SUMS").stat().st_mtime_ns
+    assert release(config) == config.release_dir
+    assert (config.release_dir / "SHA256SUMS").stat().st_mtime_ns == before
+    other = config.model_copy(
+        update={"release": config.release.model_copy(update={"name": "other"})}
+    )
+    with pytest.raises(OutputError, match="release.name"):
+        release(other)
+
+
+def test_gate_refuses_and_accepts_by_named_reason(base: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", base, verdict="no_detectable_difference")
+    with pytest.raises(GateRefused, match="no_detectable_difference"):
+        release(config)
+    assert not config.release_dir.exists()
+    with pytest.raises(GateRefused, match="needs a reason"):
+        release(config, accept=" ")
+    release(config, accept="a smoke test of the pipeline")
+    with pytest.raises(GateRefused, match="no_detectable_difference"):
+        release(config, fresh=True)  # refused before the old one is moved
+    assert config.release_dir.is_dir()
+    assert "a smoke test of the pipeline" in (config.release_dir / "README.md").read_text()
+
+
+def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) -> None:
+    """A local path, another adapter, leaked rows, missing files: each named, nothing built."""
+    config = tiny_run(tmp_path / "run", base)
+    judged = config.eval_dir / "eval_50_gpt_judged_raw.jsonl"
+    seals = json.loads((config.eval_dir / "done.json").read_text())["inputs"]
+    whole = judged.read_text()
+    judged.write_text(whole.replace('"k"', '"/home/x/y"'))
+    seal.seal(config.eval_dir, seals)
+    with pytest.raises(GateRefused, match=r"paths: .*eval_50_gpt_judged_raw.jsonl"):
+        release(config)
+    judged.write_text(whole)
+    seal.seal(config.eval_dir, seals | {"adapter": "0" * 64})
+    with pytest.raises(GateRefused, match="evaluation is of another adapter"):
+        release(config, accept="a verdict can be accepted, this cannot")
+    seal.seal(config.eval_dir, seals)
+    held_out = pa.table({"group": ["c", "a"], "part": ["select", "decide"]})
+    pq.write_table(held_out, config.data_dir / "validation.parquet")
+    seal.seal(config.data_dir, {})
+    with pytest.raises(GateRefused, match="1 groups of the decision set"):
+        release(config)
+    (config.run_dir / "done.json").unlink()
+    with pytest.raises(OutputError, match="fintune train"):
+        release(config)
+    assert not config.release_dir.exists()
+    assert sorted(path.name for path in config.out.iterdir()) == ["data", "eval", "run"]
+
+
+def test_llama_base_brings_its_licence(base: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", base)
+    llama = config.model.model_copy(update={"id": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
+    config = config.model_copy(update={"model": llama})
+    with pytest.raises(GateRefused, match="no licence text"):
+        release(config)
+    licence = tmp_path / "LICENSE.txt"
+    licence.write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n")
+    update = config.release.model_copy(update={"license_file": licence})
+    folder = release(config.model_copy(update={"release": update}))
+    card = (folder / "README.md").read_text()
+    assert "# Llama tiny" in card and "**Built with Llama.**" in card
+    assert "license: llama3.1" in card
+    assert (folder / "LICENSE").read_text() == licence.read_text()
+    assert "Llama 3.1 is licensed under" in (folder / "NOTICE").read_text()
+
+
+def test_two_builds_have_the_same_bytes(config: Config, tmp_path: Path) -> None:
+    """Another umask, timezone, hash seed, user, locale and working folder: the same SHA256SUMS."""
+    script = (
+        "import os,sys; os.umask(0o077)\n"
+        "from pathlib import Path; from fintune.config import load_config\n"
+        "from fintune.release.bundle import release\n"
+        "release(load_config(sys.argv[1], ['release.out=' + sys.argv[2]]))\n"
+    )
+    out = tmp_path / "again"
+    other = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "USER": "other", "LC_ALL": "C"}
+    other["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-c", script, str(config.run_dir / "config.yaml"), str(out)]
+    subprocess.run(command, env=os.environ | other, cwd=tmp_path, check=True)
+    name = "SHA256SUMS"
+    assert (out / name).read_bytes() == (config.release_dir / name).read_bytes()
+
+
+def test_vllm_rank_is_the_next_allowed() -> None:
+    assert [vllm_rank(rank) for rank in (4, 8, 16, 17, 64, 65)] == [8, 8, 16, 32, 64, 128]

@@ -1,0 +1,87 @@
+"""GGUF files in llama.cpp itself: the same ids and the same greedy tokens.
+
+llama-cpp-python is built from source (about six minutes), so this runs by `make test-gguf` alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_release import tiny_adapter
+
+from fintune import nano
+from fintune.chat import ChatFormat
+from fintune.config import ModelConfig
+from fintune.example import Message
+from fintune.model import find_base, load_adapter, load_base, load_tokenizer
+from fintune.release import gguf
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built here")
+pytestmark = pytest.mark.slow
+TOKENS = 24
+QUESTIONS = [
+    f"{company} had revenue of ${low}.5 million after ${low - 9}.0 million. What is the {what}?"
+    for company, low in (("Acme", 40), ("Borealis", 95), ("Cobalt", 120), ("Delta", 310))
+    for what in ("growth rate", "change in revenue", "margin if costs were half", "ratio", "tone")
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ChatFormat, Path, Path]:
+    """Model with adapter, chat format, the base's GGUF with the adapter's, and the merged one."""
+    folder = tmp_path_factory.mktemp("gguf")
+    base = find_base(ModelConfig())
+    tokenizer = load_tokenizer(base)
+    plain = load_base(base, "none", "fp32")
+    gguf.write_model(base, tokenizer, plain.state_dict(), folder / "base.gguf", "f32", "nano")
+    # Small enough to leave the base its words: near ties of noise would part f16 from f32.
+    adapter = tiny_adapter(base.folder, folder / "adapter", scale=0.03)
+    gguf.write_adapter(adapter, base, folder / "adapter.gguf", "f32")
+    model = load_adapter(plain, adapter)
+    merged = load_adapter(load_base(base, "none", "fp32"), adapter).merge_and_unload()
+    for dtype in ("f32", "f16"):
+        path = folder / f"merged-{dtype}.gguf"
+        gguf.write_model(base, tokenizer, merged.state_dict(), path, dtype, "nano")
+    return model, ChatFormat(tokenizer, "26 Jul 2024"), folder, base.folder
+
+
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    tensor = torch.tensor([ids])
+    out = model.generate(
+        input_ids=tensor, attention_mask=torch.ones_like(tensor), do_sample=False,
+        max_new_tokens=TOKENS, eos_token_id=None,
+    )  # fmt: skip
+    return list(out[0, len(ids) :].tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [("merged-f32.gguf", None), ("merged-f16.gguf", None), ("base.gguf", "adapter.gguf")],
+)
+def test_llama_cpp_says_the_same(
+    parts: tuple[Any, ChatFormat, Path, Path], name: str, lora: str | None
+) -> None:
+    model, chat, folder, _ = parts
+    changed = 0
+    llama = llama_cpp.Llama(
+        str(folder / name), lora_path=lora and str(folder / lora), n_ctx=512, verbose=False,
+        logits_all=False, n_threads=1,
+    )  # fmt: skip
+    assert nano.NANO_ID == "fintune/nano" and len(QUESTIONS) == 20
+    equal = 0
+    for text in QUESTIONS:
+        messages = [Message("user", text)]
+        ids = chat.prompt_ids(messages)
+        rendered = chat.render(messages, prompt=True).encode()
+        assert llama.tokenize(rendered, add_bos=False, special=True) == ids
+        made = []
+        for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
+            made.append(token)
+            if len(made) == TOKENS:
+                break
+        equal += made == greedy(model, ids)
+        with model.disable_adapter():
+            changed += made != greedy(model, ids)
+    assert changed > 10, f"the adapter changes {changed} of 20 answers, too few to show anything"
+    assert equal == 20, f"{equal} of 20"

@@ -1,0 +1,151 @@
+"""A tiny base with a random adapter, and the finished folders that `release` reads.
+
+Real objects throughout: a two-layer Llama with the wire format of the bundled base, a peft
+adapter whose B matrices are not zero, sealed folders. Built once a test module.
+"""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fintune import files, seal
+from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
+from fintune.nano.tokenizer import save_tokenizer, train_tokenizer
+from fintune.release.bundle import release
+
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
+
+TEXTS = [
+    "What does a yield curve inversion imply for equities? Revenue rose from 4.0 to 5.0 million.",
+    "You are a careful financial analyst. What is EBITDA? And the EBITDA margin of the company?",
+    "Explain what a yield curve inversion implies for equities, bonds and the cost of capital.",
+] * 4
+
+
+def tiny_base(folder: Path, seed: int = 0) -> Path:
+    """A Llama of about 200,000 parameters with a trained byte-level tokenizer."""
+    folder.mkdir(parents=True)
+    tokenizer: Tokenizer = train_tokenizer(TEXTS)
+    save_tokenizer(tokenizer, folder)
+    ends = [tokenizer.token_to_id(t) for t in ("<|end_of_text|>", "<|eot_id|>")]
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
+        eos_token_id=ends,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        # Far from uniform logits: near ties would make greedy answers depend on rounding.
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def built() -> tuple[Path, Path]:
+    """One release and its base for all tests that only read it."""
+    root = Path(tempfile.mkdtemp(prefix="tiny-release-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    base = tiny_base(root / "base")
+    return release(tiny_run(root / "out", base)), base
+
+
+def tiny_adapter(
+    base: Path, folder: Path, *, rank: int = 4, seed: int = 1, scale: float = 0.1
+) -> Path:
+    """A peft adapter on all seven projections, every matrix drawn at random."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(SEVEN_PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(model, lora)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0.0, scale)
+    peft.save_pretrained(folder)
+    return folder
+
+
+def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: object) -> Config:
+    """Finished data, run and eval folders of one config."""
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "out": root,
+            "model": {"id": "fintune/tiny", "path": base},
+            "data": {"source": str(root / "rows.jsonl")},
+            "train": {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}},
+            "release": release,
+        }
+    )
+    _data(config.data_dir)
+    tiny_adapter(base, config.run_dir / "best")
+    files.write_text(config.run_dir / "config.yaml", dump_yaml(config))
+    files.write_json(config.run_dir / "environment.json", {"torch": "2.13.0", "seconds": 61.5})
+    files.write_json(
+        config.run_dir / "training_arguments.json",
+        {"output_dir": str(config.run_dir), "learning_rate": 1e-4, "bf16": True, "run_name": "x"},
+    )
+    train = files.sha256_file(config.data_dir / "train.parquet")
+    revision = files.sha256_file(base / "model.safetensors")
+    seal.seal(config.run_dir, {"data": {"train.parquet": train}, "base": {"revision": revision}})
+    adapter = files.sha256_file(config.run_dir / "best" / "adapter_model.safetensors")
+    _evaluation(config.eval_dir, verdict)
+    seal.seal(config.eval_dir, {"adapter": adapter, "train": train})
+    return config
+
+
+def rewrite_sums(folder: Path) -> None:
+    """SHA256SUMS of a folder as it is now: an attacker can do this too."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
+    lines = [f"{files.sha256_file(folder / name)}  {name}\n" for name in names]
+    files.write_text(folder / "SHA256SUMS", "".join(lines))
+
+
+def _data(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rows = {"read": 10, "train": 5, "validation": 2, "dropped": {"too_short": 2, "empty": 1}}
+    source = {"identity": "sha256:abc", "licence": "Apache-2.0", "read": 10, "train": 5}
+    files.write_json(folder / "manifest.json", {"rows": rows, "sources": {"rows.jsonl": source}})
+    pq.write_table(pa.table({"group": ["a", "b"]}), folder / "train.parquet")
+    held_out = pa.table({"group": ["c", "d"], "part": ["select", "decide"]})
+    pq.write_table(held_out, folder / "validation.parquet")
+    seal.seal(folder, {})
+
+
+def _evaluation(folder: Path, verdict: str) -> None:
+    difference = {"value": 0.25, "ci95": [0.18, 0.32], "n": 240, "mde80": 0.07}
+    files.write_json(
+        folder / "test_results.json",
+        {
+            "verdict": verdict,
+            "loss": {"base": 2.5, "adapter": 1.25},
+            "n": {"contaminated": 0},
+            "accuracy": {"base": 0.5, "adapter": 0.75, "difference": difference},
+        },
+    )
+    row = {"status": "unscored", "unscored_reason": "no_judge", "key": "k"}
+    (folder / "eval_50_gpt_judged_raw.jsonl").write_text(json.dumps(row) + "\n")

@@ -1,0 +1,51 @@
+"""The real server over the tiny release, on a free loopback port, in a thread."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_release import built
+
+from fintune.serve.loaded import Loaded, load
+from fintune.serve.server import running
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where the server listens, and what it serves."""
+
+    url: str
+    loaded: Loaded
+    folder: Path
+    base: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def served(*, key: str | None = None) -> Iterator[Served]:
+    """Serve the tiny release."""
+    folder, base = built()
+    loaded, port = load(folder, base), free_port()
+    arguments = {"host": "127.0.0.1", "port": port, "key": key, "run": None}
+    with running(loaded, folder, **arguments) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(f"http://127.0.0.1:{port}", loaded, folder, base)
+        server.should_exit = True
+        thread.join(timeout=10)
