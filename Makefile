@@ -25,10 +25,13 @@ TORCH ?= torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Rewrites the lock from pyproject.toml: exact versions, hashes of every platform, no host names.
-lock:
+# Rewrites the lock from pyproject.toml: exact versions, hashes, no host names; torch apart (above).
+lock: .venv/installed
 	$(BIN)/python -m pip install --quiet pip-tools
-	$(BIN)/python bench/lock.py
+	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --allow-unsafe --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links --no-emit-options \
+		--extra data --extra judge --extra serve --extra export --extra dev -o requirements.lock pyproject.toml
+	sed -i -e '/^#/d' -e '/^torch==/,/^[^ ]/{/^torch==/d;/^ /d}' requirements.lock
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

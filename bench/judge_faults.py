@@ -83,7 +83,7 @@ def kills(rounds: int = 100) -> None:
         with serve(FakeJudge(delay=0.25)) as server:
             code = None
             while code != 0 and killed < rounds:
-                code = _one_child(folder, server.url, rng.uniform(0.0, 1.5))
+                code = _one_child(folder, server.url, rng.uniform(0.0, 3.0))
                 killed += code != 0
                 done, open_ = calls.history(folder)
                 lost += len(keys - done.keys())
@@ -118,6 +118,7 @@ def child(folder: str, url: str) -> None:
     """A run of 400 calls, as the killed process makes it."""
     config = JudgeConfig(model="fake", base_url=url, modes=("pairwise", "pointwise"))
     plan = [call for call in judge.plan(items(100), config, seed=42) if not call.canary]
+    calls._openai()  # seconds to import: kills should meet calls, not the start
     print("ready", flush=True)  # noqa: T201
     calls.ask(Path(folder), plan, config)
 

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,12 @@ def text_of(content: bytes) -> str:
 
 
 async def concurrency(target: Target, distinct: int, clients: int, requests: int) -> dict[str, Any]:
+    # Sampled, each with its own seed: the answers differ, so a mixed one cannot pass for right.
+    bodies = [question(number, temperature=1.0, seed=number) for number in range(distinct)]
     client, alone = Client(target.port), []
     start = time.perf_counter()
-    for number in range(distinct):
-        alone.append(text_of((await client.post(question(number)))[1]))
+    for body in bodies:
+        alone.append(text_of((await client.post(body))[1]))
     one_at_a_time = distinct / (time.perf_counter() - start)
     left, wrong, status = list(range(requests)), 0, dict[int, int]()
 
@@ -92,7 +95,7 @@ async def concurrency(target: Target, distinct: int, clients: int, requests: int
         mine = Client(target.port)
         while left:
             number = left.pop() % distinct
-            code, content = await mine.post(question(number))
+            code, content = await mine.post(bodies[number])
             status[code] = status.get(code, 0) + 1
             wrong += code == 200 and text_of(content) != alone[number]
 
@@ -138,7 +141,7 @@ async def slow_sockets(target: Target, count: int, rounds: int) -> dict[str, Any
         held.append(time.perf_counter() - start)
 
     quiet, beset = [], []
-    for _ in range(3):
+    for _ in range(5):
         quiet.append(await p95(target, rounds))
         sockets = [asyncio.ensure_future(trickle()) for _ in range(count)]
         await asyncio.sleep(0.5)
@@ -203,7 +206,7 @@ async def aborts(target: Target, count: int, at_once: int) -> dict[str, Any]:
     async def once() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        await reader.readuntil(b"data:")
+        await reader.readuntil(b"data: {")
         writer.transport.abort()
 
     async def batch() -> None:
@@ -232,8 +235,9 @@ async def first_token(target: Target, rounds: int) -> dict[str, Any]:
         start = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await reader.readuntil(b"\r\n\r\n")
         for _ in range(2):  # the first event only opens the assistant's turn
-            await reader.readuntil(b"data:")
+            await reader.readuntil(b"data: {")
         times.append(1000 * (time.perf_counter() - start))
         await reader.read()
         writer.close()
@@ -241,17 +245,18 @@ async def first_token(target: Target, rounds: int) -> dict[str, Any]:
             "worst_ms": round(max(times), 1)}  # fmt: skip
 
 
-async def measure(target: Target, scale: float) -> dict[str, Any]:
+async def measure(target: Target, scale: float, only: list[str]) -> dict[str, Any]:
     await p95(target, 10)  # warm up
     many, found = max(8, int(1000 * scale)), dict[str, Any]()
-    for name, work in (
-        ("first_token", first_token(target, 20)),
-        ("concurrency", concurrency(target, max(8, many // 5), 64, many)),
-        ("slow_sockets", slow_sockets(target, 200, max(20, int(60 * scale)))),
-        ("fuzz", fuzz(target, max(50, int(2000 * scale)))),
-        ("aborts", aborts(target, max(20, int(500 * scale)), 20)),
-    ):
-        found[name] = await work
+    works: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
+        "first_token": lambda: first_token(target, 20),
+        "concurrency": lambda: concurrency(target, max(8, many // 5), 64, many),
+        "slow_sockets": lambda: slow_sockets(target, 200, max(20, int(60 * scale))),
+        "fuzz": lambda: fuzz(target, max(50, int(2000 * scale))),
+        "aborts": lambda: aborts(target, max(20, int(500 * scale)), 20),
+    }
+    for name in only or works:
+        found[name] = await works[name]() | {"scale": scale, "load_average_1m": os.getloadavg()[0]}
         console.say(f"{name}: {found[name]}")
     return found
 
@@ -261,6 +266,7 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full counts")
+    parser.add_argument("--only", nargs="*", default=[], help="measure these, keep the others")
     options = parser.parse_args()
     code = (
         "import sys, pathlib; from fintune.serve.server import serve;"
@@ -275,13 +281,14 @@ def main() -> None:
                 break
             except OSError:
                 time.sleep(0.2)
-        found = asyncio.run(measure(Target(options.port, process.pid), options.scale))
+        found = asyncio.run(measure(Target(options.port, process.pid), options.scale, options.only))
     finally:
         process.terminate()
         process.wait(timeout=40)
-    found |= {"exit_code": process.returncode, "scale": options.scale}
-    found["machine"] = {"cores": os.cpu_count(), "load_average_1m": round(os.getloadavg()[0], 2)}
-    files.write_json(Path(__file__).parent / "results" / "serve.json", found)
+    found["machine"] = {"cores": os.cpu_count(), "server_exit_code": process.returncode}
+    path = Path(__file__).parent / "results" / "serve.json"
+    old = files.read_json(path) if options.only and path.is_file() else {}
+    files.write_json(path, old | found)
     console.emit_json(found)
 
 

@@ -156,6 +156,14 @@ def test_a_refusal_stops_after_one_call(tmp_path, status):
         assert len(calls.ask(tmp_path, plan, config(server.url))) == len(plan)
 
 
+def test_a_server_that_is_not_there_is_said(tmp_path):
+    plan = judge.plan(items(4), config(), seed=1)
+    with pytest.raises(ModelError, match="no reply from http://127.0.0.1:9/v1"):
+        calls.ask(tmp_path, plan, config(tries=2, concurrency=1))
+    done, open_ = calls.history(tmp_path)
+    assert not done and not open_, "nothing was sent, so nothing may be paid"
+
+
 def test_the_budget_stops_before_the_call_that_may_pass_it(tmp_path):
     with serve(FakeJudge()) as server:
         plan = judge.plan(items(10), config(server.url), seed=1)

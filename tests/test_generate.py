@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_release import tiny_adapter, tiny_base
 
-from fintune import generate, model
+from fintune import attention, generate, model
 from fintune.errors import NotFinite
 from fintune.generate import Prompt, answer_all, stream
 
@@ -14,7 +14,7 @@ def tiny(tmp_path_factory):
     folder = tiny_base(tmp_path_factory.mktemp("base") / "base")
     base = model.Base("fintune/tiny", "0", folder)
     tokenizer = model.load_tokenizer(base)
-    loaded = model.load_base(base, "none", "fp32").eval()
+    loaded = model.load_base(base, "none", "fp32", attention=attention.NAME).eval()
     return base, tokenizer, loaded, model.end_token_ids(base, tokenizer)
 
 
@@ -72,7 +72,7 @@ def test_adapter_off_is_the_base_and_on_is_not(tiny, tmp_path):
     rows = [prompt.ids for prompt in prompts(4)]
     plain = generate._greedy(loaded, rows, frozenset(ends), 12)
     tiny_adapter(base.folder, tmp_path / "adapter")
-    fresh = model.load_base(base, "none", "fp32")
+    fresh = model.load_base(base, "none", "fp32", attention=attention.NAME)
     both = model.load_adapter(fresh, tmp_path / "adapter")
     with both.disable_adapter():
         assert generate._greedy(both, rows, frozenset(ends), 12) == plain

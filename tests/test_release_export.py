@@ -17,6 +17,7 @@ from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.release import export
 from fintune.release import gguf as writing
+from fintune.release.checks import _template_reaches
 from fintune.release.fixture import CONVERSATIONS
 from fintune.release.verify import load_release, release_base
 
@@ -181,3 +182,15 @@ def test_vllm_and_gguf_refuse_what_they_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 1024, "use_dora": true}')
     with pytest.raises(ModelError, match="use_dora, rank 1024"):
         export.vllm(tmp_path)
+
+
+def test_real_llama_template_passes_and_becomes_ollamas() -> None:
+    folder = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama3"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/tokenizers/llama3")
+    chat = ChatFormat(AutoTokenizer.from_pretrained(folder), DATE)
+    assert _template_reaches(chat.template) == ""
+    template = export.ollama_template(chat)
+    for messages in CONVERSATIONS.values():
+        prompt = chat.render(messages[:-1], prompt=True)
+        assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt

@@ -1,4 +1,4 @@
-"""The terminal chat: who answers, what is remembered, and that nothing but the answer is printed."""
+"""The terminal chat: who answers, what is remembered, and only the answer on standard output."""
 
 import io
 

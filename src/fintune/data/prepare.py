@@ -20,7 +20,7 @@ from fintune.config import Config, DataConfig, SourceConfig
 from fintune.console import heading, say
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.lengths import Tokenised, adaptive_max_length, drop, fit, tokenise
-from fintune.data.personal import mask, mask_messages
+from fintune.data.personal import mask_messages
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
 from fintune.data.scan import SAMPLES, Scanned, scan
@@ -146,7 +146,7 @@ class _Preparation:
         shown = self.samples.setdefault(reason, [])
         if len(shown) < SAMPLES:
             text = "\n".join(f"{m.role}: {m.content}" for m in example.messages)
-            shown.append(f"{example.source}:{example.line} ({detail})\n{mask(text[-500:])[0]}")
+            shown.append(f"{example.source}:{example.line} ({detail})\n{text[-500:]}")
 
     def _mask(self, examples: list[Example]) -> list[Example]:
         self.personal: Counter[str] = Counter()

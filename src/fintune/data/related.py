@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH  # type: ignore[import-untyped]
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
+from fintune.data import optional
 from fintune.data.text import Integers, asked, fixed, hash64, jaccard, passage, sequences, words
 from fintune.example import Example
 
@@ -103,10 +103,11 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
     """
     if threshold >= 1:
         return {}
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    library = optional("datasketch", "data.near_duplicates", "1")
+    index = library.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     texts = [(asked(example), example.messages[-1].content) for example in examples]
     repeats: dict[int, int] = {}
-    template = MinHash(PERMUTATIONS, hashfunc=int)
+    template = library.MinHash(PERMUTATIONS, hashfunc=int)
     for at, (question, answer) in enumerate(texts):
         sketch = template.copy()
         both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)

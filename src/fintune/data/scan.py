@@ -89,7 +89,8 @@ def scan_batch(
         except Rejected as out:
             result.dropped.append((line, sha, out.reason, out.detail))
             if len(result.samples[out.reason]) < SAMPLES:
-                shown, _ = mask(str(raw)[:400])
+                shown = str(raw)[:400]
+                shown = shown if config.personal_data == "off" else mask(shown)[0]
                 result.samples[out.reason].append(f"{source.name}:{line} {shown}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))

@@ -59,6 +59,7 @@ class _State:
     progress: Meter
     spent: float
     reserved: float = 0.0
+    answered: int = 0
     stop: Exception | None = None
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -183,8 +184,16 @@ async def _ask_one(state: _State, client: Any, call: Call) -> None:
     finally:
         state.reserved -= bound
         state.spent += tried.usage["usd"] + tried.possibly_paid * bound
-    if not tried.replies:
-        return  # not done: the next run asks again
+    if not tried.replies:  # not done: the next run asks again
+        if tried.failures and not state.answered:
+            state.stop = state.stop or ModelError(
+                f"judge: no reply from {state.config.base_url}"
+                f" ({tried.failures[-1]['why']}, {len(tried.failures)} tries)",
+                why="no call of this run was answered, so the others would wait in vain",
+                fix="check eval.judge.base_url and the server, then run the same command again",
+            )
+        return
+    state.answered += 1
     row = redacted(
         {
             "row": "done",

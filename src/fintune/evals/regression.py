@@ -29,7 +29,7 @@ def scores(both: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str,
     except ImportError:
         raise ConfigError(
             "eval.regression needs lm-eval-harness, which is not installed",
-            fix="pip install 'fintune[bench]', or leave eval.regression empty",
+            fix="pip install 'fintune[regression]', or leave eval.regression empty",
         ) from None
     folder = str(config.regression_folder) if config.regression_folder else None
     manager = TaskManager(include_path=folder)

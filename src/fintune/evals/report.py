@@ -33,7 +33,8 @@ details.item > summary span { display: inline-block; min-width: 5.5rem; font-siz
 .ok { color: #2e8b57; } .no { color: #c0392b; } .na { color: var(--dim); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
 .pair pre { margin: .2rem 0; } svg .low { fill: var(--line); } svg .mark { stroke: var(--a); }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+figure { overflow-x: auto; }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } svg { min-width: 34rem; } }
 </style>"""
 
 
@@ -95,8 +96,8 @@ class _Report(Page):
         for number, label in enumerate(("correct", "abstained", "no answer found", "wrong")):
             kind = ("s0", "s2", "low", "s1")[number]
             parts.append(
-                f"<rect class={kind} x={left + number * 118} y={y} width=12 height=12 />"
-                f"<text x={left + 16 + number * 118} y={y + 10}>{label}</text>"
+                f"<rect class={kind} x={left + number * 126} y={y} width=12 height=12 />"
+                f"<text x={left + 16 + number * 126} y={y + 10}>{label}</text>"
             )
         self._figure(parts, y + 16, "The figure at the right is the number of correct answers.", [])
 
@@ -164,8 +165,8 @@ def _differences(page: _Report, found: dict[str, Any]) -> None:
                 _percent(measure.get("adapter", measure).get("value")),
                 f"{100 * measure['difference']['value']:+.1f}",
                 f"{100 * measure['difference']['mde80']:.1f}",
-                measure["p"],
-                measure["p_holm"],
+                _probability(measure["p"]),
+                _probability(measure["p_holm"]),
             ]
             for key, measure in found["measures"].items()
         ],
@@ -269,8 +270,8 @@ def _judge(page: _Report, found: dict[str, Any], pairs: list[Pair]) -> None:
                     check["base"],
                     check["adapter"],
                     check["difference"]["value"],
-                    check["p"],
-                    check["p_holm"],
+                    _probability(check["p"]),
+                    _probability(check["p_holm"]),
                 ]
                 for name, check in judged["checks"].items()
             ],
@@ -367,3 +368,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _probability(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -248,12 +248,12 @@ def _analysis(rng: Random) -> SampleRow:
 
 # Share of each task in the clean rows, in percent; 70% can be marked by a program.
 _SHARES: Final[tuple[tuple[Callable[[Random], SampleRow], int], ...]] = (
-    (_lookup_text, 24),
-    (_lookup_table, 15),
-    (_lookup_company, 6),
-    (_tone, 14),
-    (_direction, 9),
-    (_ratio, 2),
+    (_lookup_text, 14),
+    (_lookup_table, 8),
+    (_lookup_company, 3),
+    (_tone, 26),
+    (_direction, 18),
+    (_ratio, 1),
     (_define, 8),
     (_summary, 8),
     (_explain, 8),

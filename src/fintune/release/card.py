@@ -4,6 +4,7 @@ A fact that is not in them is left out. The metadata block goes through huggingf
 ModelCardData, so the hub reads it; the text below is for a person who has to decide.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ answer = out[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ENVIRONMENT = {
     "device": "device",
     "processes": "processes",
@@ -109,7 +111,7 @@ def write_card(facts: Facts) -> str:
         library_name="peft",
         pipeline_tag="text-generation",
         license=licence,
-        datasets=[source] if source.count("/") == 1 and not source.startswith((".", "/")) else None,
+        datasets=[source] if _HUB_ID.fullmatch(source) and source != facts.base.id else None,
         tags=["lora", "finance", "instruction-tuning", "transformers", "adapter"],
     )
     parts = [f"# {facts.title}", *_opening(facts), *_evidence(facts), *_data(facts)]

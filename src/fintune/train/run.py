@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from fintune import attention, batches, seal
@@ -236,7 +235,7 @@ def _train(trainer: LoraTrainer, config: Config, run: Path) -> float:
         with meter("train", total) as bar:
             bar.advance(done)
             trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
-            Trainer.train(trainer, resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.resume(checkpoint) if checkpoint else trainer.train()
             if trainer.stop.asked:
                 raise Stopped(
                     f"stopped at step {trainer.state.global_step} of {total}, saved",

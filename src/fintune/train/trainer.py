@@ -217,7 +217,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for number, batch in enumerate(self._eval_batches):
             if self.stop.asked:
-                self._save(pending_evaluation=True)
+                self._save_whole(pending_evaluation=True)
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
             if number % self.args.world_size != self.args.process_index:
                 continue
@@ -243,10 +243,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.model.train()
         return metrics
 
-    def evaluate_pending(self, checkpoint: Path) -> None:
-        """Repeat the evaluation that a stop cut short, before training goes on."""
+    def resume(self, checkpoint: Path) -> None:
+        """Train on from a checkpoint; an evaluation that a stop cut short is made up for first."""
         if read_json(checkpoint / RESUME)["pending_evaluation"]:
-            self._determine_best_metric(self.evaluate(), trial=None)
+            self.add_callback(_EvaluateFirst(self))
+        self.train(resume_from_checkpoint=str(checkpoint))
 
     def _keep_best(self, loss: float) -> None:
         if not self.args.should_save:
@@ -263,9 +264,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save whole (checkpoints.py)."""
-        self._save(pending_evaluation=False)
+        self._save_whole(pending_evaluation=False)
 
-    def _save(self, *, pending_evaluation: bool) -> None:
+    def _save_whole(self, *, pending_evaluation: bool) -> None:
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             checkpoints.save(
@@ -305,6 +306,16 @@ class _StopAtStep(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stop.asked:
             control.should_save = control.should_training_stop = True
+
+
+class _EvaluateFirst(TrainerCallback):  # type: ignore[misc]
+    """An evaluation between loading a checkpoint and the first update."""
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._determine_best_metric(self._trainer.evaluate(), trial=None)
 
 
 def _refuse_constant(name: str) -> float:

@@ -1,0 +1,110 @@
+"""The batch plan: every example once, equal steps, equal ranks, the same order each time."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fintune.batches import EpochPlan, choose_boundaries, facts, plan_epoch, plan_evaluation
+
+PLANS = ("stratified", "bucketed", "random")
+
+
+def make(lengths: list[int], **changes: object) -> EpochPlan:
+    settings_ = {"micro_batch_size": 4, "accumulation": 2, "seed": 1, "epoch": 0} | changes
+    return plan_epoch(np.array(lengths), **settings_)  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
+    plan=st.sampled_from(PLANS),
+    world_size=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
+def test_every_example_exactly_once(
+    lengths: list[int], plan: str, world_size: int, accumulation: int, epoch: int
+) -> None:
+    planned = make(
+        lengths, plan=plan, world_size=world_size, accumulation=accumulation, epoch=epoch
+    )
+    ranks = [planned.rank(rank, world_size) for rank in range(world_size)]
+    seen = [index for rank in ranks for step in rank for batch in step for index in batch.tolist()]
+    assert sorted(seen) == list(range(len(lengths)))
+    if len(lengths) >= world_size:
+        for step in zip(*ranks, strict=True):
+            assert len({len(batches) for batches in step}) == 1, "a rank would wait for the others"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_order_is_a_function_of_seed_and_epoch(plan: str) -> None:
+    lengths = list(range(20, 220))
+
+    def order(seed: int, epoch: int) -> list[int]:
+        steps = make(lengths, plan=plan, seed=seed, epoch=epoch).steps
+        return [int(index) for batch in chain(*steps) for index in batch]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_stratified_steps_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5, 1, 32_000).astype(int), 20, 2048)
+    stratified = facts(lengths, make(lengths.tolist(), micro_batch_size=16, accumulation=4), padded=False)
+    random = facts(lengths, make(lengths.tolist(), micro_batch_size=16, plan="random"), padded=True)
+    assert stratified.padding == 0
+    assert stratified.step_token_cv <= 0.03
+    assert abs(stratified.neighbour_correlation) < 0.15  # 200 steps: noise is 0.07
+    assert random.padding > 0.5
+    assert random.largest_micro_batch > 5 * stratified.largest_micro_batch
+
+
+def test_ranks_share_tokens_equally() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5, 1, 3_200).astype(int), 20, 2048)
+    planned = make(lengths.tolist(), micro_batch_size=8, accumulation=4, world_size=2)
+    for step in planned.steps:
+        first, second = (sum(lengths[batch].sum() for batch in step[rank::2]) for rank in (0, 1))
+        assert abs(first - second) / (first + second) <= 0.02
+
+
+def test_a_cap_on_tokens_splits_every_step() -> None:
+    lengths = [100] * 60 + [900] * 4
+    planned = make(lengths, micro_batch_size=16, accumulation=2, max_tokens=1000)
+    assert max(sum(lengths[i] for i in batch) for batch in chain(*planned.steps)) <= 1000
+    assert len({len(step) for step in planned.steps}) == 1
+    with pytest.raises(ValueError, match="exceeds max_tokens"):
+        make(lengths, max_tokens=500)
+
+
+def test_chosen_boundaries_pad_least() -> None:
+    lengths = np.array([16] * 100 + [32] * 50 + [160] * 50 + [1600] * 5)
+    assert choose_boundaries(lengths, 4) == (16, 32, 160, 1600)
+    assert choose_boundaries(lengths, 3) == (32, 160, 1600)  # joining 16 with 32 costs least
+    assert choose_boundaries(lengths, 99) == (16, 32, 160, 1600)
+
+
+def test_bucketed_batches_stay_in_their_bucket() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 400, 1_000)
+    planned = make(lengths.tolist(), plan="bucketed", boundaries=(100, 200, 300, 400))
+    whole = [b for b in chain(*planned.steps) if len({(lengths[i] - 1) // 100 for i in b}) == 1]
+    mixed = sum(1 for _ in chain(*planned.steps)) - len(whole)
+    assert mixed <= 4, "only what buckets leave over may be mixed"
+
+
+def test_evaluation_batches_hold_all_within_the_cap() -> None:
+    lengths = np.array([5, 900, 30, 30, 400, 700, 1])
+    batches = plan_evaluation(lengths, 1000)
+    assert sorted(int(i) for batch in batches for i in batch) == list(range(7))
+    assert all(lengths[batch].sum() <= 1000 for batch in batches)
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="no example"):
+        make([])

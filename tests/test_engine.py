@@ -1,0 +1,226 @@
+"""The engine computes what it replaces: loss and every adapter gradient, fp32 and fp64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fintune import attention
+from fintune.batches import plan_epoch
+from fintune.collate import flat_batch, padded_batch
+from fintune.config import SEVEN_PROJECTIONS
+from fintune.example import IGNORE
+from fintune.loss import chunked_cross_entropy, sum_loss
+from fintune.train import lora
+
+LENGTHS = (10, 30, 17, 5)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+DTYPES = list(TOLERANCE)
+
+
+def model(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_implementation=attention.NAME,
+    )
+    base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": list(SEVEN_PROJECTIONS)} | changes
+    peft = get_peft_model(
+        base, LoraConfig(lora_dropout=dropout, init_lora_weights=False, **settings)
+    )
+    return peft.to(dtype).train()
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, list[int]]]:
+    torch.manual_seed(1)
+    ids = [torch.randint(0, 300, (length,)).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": [IGNORE] * 3 + row[3:]} for row in ids]
+
+
+def gradients(peft: PeftModel, *batches: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and adapter gradients of one step over micro-batches, divided by all its tokens."""
+    peft.zero_grad()
+    parts = [sum_loss(peft, batch) for batch in batches]
+    count = sum(tokens for _, tokens in parts)
+    loss = sum(total for total, _ in parts) / count
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
+    assert found and all("lora_" in name for name in found)
+    return float(loss.detach()), found
+
+
+def assert_same(first: Any, second: Any, dtype: torch.dtype) -> None:
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    for name, gradient in first[1].items():
+        scale = max(float(gradient.norm()), 1e-3)
+        assert float((gradient - second[1][name]).norm()) <= TOLERANCE[dtype] * scale, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_free_is_padded(dtype: torch.dtype) -> None:
+    peft = model(dtype)
+    padded, flat = gradients(peft, padded_batch(rows(), 0)), gradients(peft, flat_batch(rows()))
+    assert_same(padded, flat, dtype)
+    assert_same(flat, gradients(peft, flat_batch(rows(), multiple=32)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
+    lengths = tuple(range(6, 38))
+    examples, peft = rows(lengths), model(dtype)
+    step = plan_epoch(lengths, micro_batch_size=8, accumulation=4, seed=0, epoch=0).steps[0]  # type: ignore[arg-type]
+    whole = gradients(peft, flat_batch(examples))
+    dealt = gradients(peft, *(flat_batch([examples[i] for i in batch]) for batch in step))
+    assert len(step) == 4
+    assert_same(whole, dealt, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 300 * 3, 2**20])
+def test_chunked_loss_is_cross_entropy(dtype: torch.dtype, chunk_bytes: int) -> None:
+    torch.manual_seed(0)
+    weight, targets = torch.randn(300, 16, dtype=dtype), torch.randint(0, 300, (20,))
+    hidden = torch.randn(20, 16, dtype=dtype, requires_grad=True)
+    chunked = chunked_cross_entropy(hidden, weight, targets, chunk_bytes)
+    (chunked_gradient,) = torch.autograd.grad(chunked * 0.7, hidden)
+    full = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    (full_gradient,) = torch.autograd.grad(full * 0.7, hidden)
+    assert float(chunked) == pytest.approx(float(full), rel=1e-6)
+    assert float((chunked_gradient - full_gradient).norm()) <= TOLERANCE[dtype] * float(
+        full_gradient.norm()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_lora_is_pefts(dtype: torch.dtype) -> None:
+    peft = model(dtype)
+    before = gradients(peft, flat_batch(rows()))
+    assert not lora.fuse(peft)
+    assert_same(before, gradients(peft, flat_batch(rows())), dtype)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_fused_dropout_is_pefts_given_the_same_masks(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft's dropout modules replay the masks that the fused forward drew."""
+    drawn: list[tuple[int, torch.Tensor]] = []
+    draw: Callable[..., torch.Tensor] = lora.keep_mask
+
+    def record(seed: int, *args: Any) -> torch.Tensor:
+        mask = draw(seed, *args)
+        if not drawn or seed not in {known for known, _ in drawn}:
+            drawn.append((seed, mask))
+        return mask
+
+    monkeypatch.setattr(lora, "keep_mask", record)
+    peft = model(torch.float64, dropout=0.25)
+    lora.fuse(peft, shared_dropout=shared)
+    torch.manual_seed(5)
+    fused = gradients(peft, flat_batch(rows()))
+    masks = iter([mask for _, mask in drawn])
+
+    class Replay(torch.nn.Module):
+        """Takes a mask when called on a new input, the same one for the group's other members."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[int, torch.Tensor] = {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not shared or id(x) not in self.seen:
+                self.seen = {id(x): next(masks)}
+                self.kept = x  # keeps the id from being used again
+            kept = (self.seen[id(x)] != 0).to(x.dtype)
+            return x * kept / (1 - lora.dropped_share(0.25))
+
+    plain, replay = model(torch.float64, dropout=0.25), Replay()
+    for module in plain.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = replay
+    assert_same(fused, gradients(plain, flat_batch(rows())), torch.float64)
+
+
+def test_dropout_keeps_its_share_and_its_scale() -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    mask = lora.keep_mask(7, torch.Size((400, 500)), 0.1, like)
+    kept = lora.masked(torch.ones(400, 500, dtype=torch.bfloat16), mask).float()
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert float(kept.mean()) == pytest.approx(0.9, abs=0.004)
+    assert torch.equal(mask, lora.keep_mask(7, torch.Size((400, 500)), 0.1, like))
+    assert not torch.equal(mask, lora.keep_mask(8, torch.Size((400, 500)), 0.1, like))
+
+
+def test_neighbours_do_not_see_each_other() -> None:
+    """Other tokens in one sequence leave the others' input gradients bit-identical."""
+    peft = model(torch.float32)
+    lora.fuse(peft)
+    examples = rows()
+    changed = [examples[0], {**examples[1], "input_ids": [7] * 30}, *examples[2:]]
+
+    def input_gradients(batch_rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
+        batch = flat_batch(batch_rows)
+        embedded = peft.get_input_embeddings()(batch.pop("input_ids")).requires_grad_()
+        supervised = batch["labels"] != IGNORE
+        batch["labels"][0, 10:40] = IGNORE  # the losses of the *other* sequences
+        logits = peft(inputs_embeds=embedded, **{k: v for k, v in batch.items() if k != "labels"})
+        kept = supervised & (batch["labels"] != IGNORE)
+        loss = F.cross_entropy(logits.logits[kept], batch["labels"][kept], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, embedded)
+        return list(gradient[0].split(LENGTHS))
+
+    first, second = input_gradients(examples), input_gradients(changed)
+    for index in (0, 2, 3):
+        assert torch.equal(first[index], second[index])
+        assert first[index].any()
+    assert not first[1].any(), "a sequence whose loss is left out gets no gradient"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"use_dora": True}, "variant"), ({"lora_bias": True, "bias": "none"}, "bias")],
+)
+def test_what_is_not_covered_stays_with_peft(changes: dict[str, Any], reason: str) -> None:
+    peft = model(torch.float32, **changes)
+    before = gradients(peft, flat_batch(rows()))
+    left = lora.fuse(peft)
+    assert sum(left.values()) == 14
+    assert all(reason in why for why in left)
+    assert_same(before, gradients(peft, flat_batch(rows())), torch.float32)
+
+
+def test_a_switched_off_adapter_is_the_base() -> None:
+    peft = model(torch.float32).eval()
+    lora.fuse(peft)
+    batch = {k: v for k, v in flat_batch(rows()).items() if k != "labels"}
+    with torch.no_grad(), peft.disable_adapter():
+        off = peft(**batch).logits
+    with torch.no_grad():
+        assert not torch.allclose(off, peft(**batch).logits)
+        assert torch.equal(off, peft.unload()(**batch).logits)
+
+
+def test_checkpointing_gives_the_same_gradient() -> None:
+    peft = model(torch.float32, dropout=0.1)
+    lora.fuse(peft)
+
+    def seeded() -> tuple[float, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        return gradients(peft, flat_batch(rows()))
+
+    plain = seeded()
+    peft.get_base_model().activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False}
+    )
+    assert_same(plain, seeded(), torch.float32)

@@ -1,0 +1,95 @@
+"""Files appear whole or not at all; seals tell finished folders from others."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fintune import seal
+from fintune.errors import OutputError
+from fintune.files import read_json, staged_folder, write_bytes, write_json
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def fail(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_nan_is_never_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_staged_folder_appears_whole_or_not(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged_folder(final) as staging:
+        (staging / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged_folder(final) as staging:
+        (staging / "whole").write_text("whole")
+        assert not final.exists()
+    assert (final / "whole").read_text() == "whole"
+    assert final.stat().st_mode & 0o777 == 0o755
+
+
+def test_files_are_readable_by_others_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_bytes(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_seal_tells_new_unfinished_finished_and_foreign(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    inputs = {"data": "a", "config": {"lr": 1}}
+    assert seal.state(folder, inputs, command="x") is seal.State.NEW
+    seal.start(folder, inputs)
+    assert seal.state(folder, inputs, command="x") is seal.State.UNFINISHED
+    (folder / "result").write_text("1")
+    seal.seal(folder, inputs)
+    assert seal.state(folder, inputs, command="x") is seal.State.FINISHED
+    with pytest.raises(OutputError, match=r"config.lr: 1 -> 2"):
+        seal.state(folder, {"data": "a", "config": {"lr": 2}}, command="x")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="not of this stage"):
+        seal.state(foreign, inputs, command="x")
+
+
+def test_a_later_stage_reads_only_what_was_sealed(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with pytest.raises(OutputError, match="does not exist"):
+        seal.read_seal(folder, stage="data", make="fintune prepare")
+    seal.start(folder, {})
+    with pytest.raises(OutputError, match="unfinished"):
+        seal.read_seal(folder, stage="data", make="fintune prepare")
+    (folder / "rows").write_text("12345")
+    seal.seal(folder, {})
+    assert "rows" in seal.read_seal(folder, stage="data", make="x")["files"]
+    (folder / "rows").write_text("1")
+    with pytest.raises(OutputError, match="another size"):
+        seal.read_seal(folder, stage="data", make="x")
+
+
+def test_moving_aside_deletes_nothing(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        write_json(tmp_path / "run" / "x.json", {"content": content})
+        seal.move_aside(tmp_path / "run")
+    kept = [read_json(tmp_path / f"run.old-{k}" / "x.json")["content"] for k in (1, 2)]
+    assert kept == ["first", "second"]

@@ -1,0 +1,302 @@
+"""A run: best kept, damage found, the killed run is the same run, nothing not finite gets out."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from fintune.config import Config, load_config
+from fintune.errors import NotFinite, OutputError, Stopped
+from fintune.files import read_json, read_jsonl, sha256_file
+from fintune.train import checkpoints, trainer
+from fintune.train.run import dry_run, train
+
+STEPS = 8
+
+
+@pytest.fixture
+def config(tmp_path: Path, prepared: Path, tiny_base: Path) -> Config:
+    return load_config("nano", settings(tmp_path, prepared, tiny_base))
+
+
+def settings(root: Path, prepared: Path, base: Path) -> list[str]:
+    values = {
+        "out": root,
+        "data.out": prepared,
+        "model.path": base,
+        "model.id": "test/tiny",
+        "train.micro_batch_size": 2,
+        "train.accumulation": 2,
+        "train.epochs": 1,
+        "train.max_steps": STEPS,
+        "train.eval_steps": 2,
+        "train.save_steps": 2,
+        "train.log_steps": 1,
+        "train.eval_rows": 6,
+        "train.learning_rate": 1e-2,
+        "train.precision": "fp32",
+        "train.lora.dropout": 0.1,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def adapter(config: Config) -> str:
+    return sha256_file(config.run_dir / "best" / "adapter_model.safetensors")
+
+
+def losses(config: Config) -> list[dict[str, Any]]:
+    keep = ("step", "loss", "grad_norm", "eval_loss")
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    return [{key: row[key] for key in keep if key in row} for row in rows]
+
+
+def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `action` at the end of an update."""
+    original = trainer._StopAtStep.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            action()
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer._StopAtStep, "on_step_end", on_step_end)
+
+
+def test_a_run_leaves_what_it_promises(config: Config) -> None:
+    run = train(config)
+    names = {path.name for path in run.iterdir()}
+    assert {"best", "checkpoints", "metrics.jsonl", "curves.png", "done.json"} <= names
+    rows = losses(config)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    evaluated = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert read_json(run / "best" / "best.json")["eval_loss"] == min(evaluated.values())
+    assert evaluated[STEPS] < evaluated[2], "it learns"
+    weights = load_file(run / "best" / "adapter_model.safetensors")
+    ups = [name for name in weights if "lora_B" in name]
+    assert len(ups) == 14
+    assert all(weights[name].abs().max() > 0 for name in ups), "every trained matrix moved"
+    assert read_json(run / "environment.json")["trainable_parameters"] == sum(
+        tensor.numel() for tensor in weights.values()
+    )
+    before = adapter(config)
+    train(config)
+    assert adapter(config) == before, "a finished run is kept"
+
+
+def test_a_killed_run_is_the_same_run(
+    tmp_path: Path, prepared: Path, tiny_base: Path, config: Config
+) -> None:
+    """kill -9 in the middle of a step, then the same command: bit-identical."""
+    train(config)
+    other = load_config("nano", settings(tmp_path / "killed", prepared, tiny_base))
+    victim = os.fork()
+    if victim == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
+            train(other)
+    assert os.WTERMSIG(os.waitpid(victim, 0)[1]) == signal.SIGKILL
+    assert checkpoints.newest(other.run_dir / "checkpoints").name == "checkpoint-4"  # type: ignore[union-attr]
+    train(other)
+    assert losses(other) == losses(config)
+    assert adapter(other) == adapter(config)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_stopped_run_is_the_same_run(
+    step: int,
+    tmp_path: Path,
+    prepared: Path,
+    tiny_base: Path,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGTERM at a step (3) and before an evaluation (4): saved, exit code 75, continued."""
+    train(config)
+    other = load_config("nano", settings(tmp_path / "stopped", prepared, tiny_base))
+    with monkeypatch.context() as patch:
+        at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(Stopped) as caught:
+            train(other)
+    assert caught.value.exit_code == 75
+    assert checkpoints.newest(other.run_dir / "checkpoints").name == f"checkpoint-{step}"  # type: ignore[union-attr]
+    assert not (other.run_dir / "done.json").exists(), "no later stage may read it"
+    train(other)
+    assert losses(other) == losses(config)
+    assert adapter(other) == adapter(config)
+
+
+def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
+    train(config)
+    found = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    assert [path.name for path in found] == ["checkpoint-6", "checkpoint-8"]
+    files = [path for path in found[1].iterdir() if path.name != checkpoints.MANIFEST]
+    assert len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        strange = (found[0] / path.name).read_bytes() + b" "
+        for damaged in (None, b"", whole[: len(whole) // 2], flipped, strange):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert path.name in (checkpoints.damage(found[1]) or "")
+            assert checkpoints.newest(found[1].parent) == found[0]
+            path.write_bytes(whole)
+    assert checkpoints.damage(found[1]) is None
+    shutil.copytree(found[0], tmp_path / "checkpoint-9")
+    assert "step 6" in (checkpoints.damage(tmp_path / "checkpoint-9") or "")
+
+
+def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> None:
+    def write(staging: Path) -> None:
+        (staging / "weights").write_text("good")
+
+    def fail(staging: Path) -> None:
+        (staging / "weights").write_text("ba")
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(tmp_path, 5, write)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save(tmp_path, 10, fail)
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
+    checkpoints.save(tmp_path, 10, write)
+    checkpoints.rotate(tmp_path, keep=1)
+    assert checkpoints.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
+
+
+@pytest.mark.parametrize("best_at", [2, 4, 6, 8])
+def test_the_best_evaluation_is_the_one_kept(
+    best_at: int, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between two saves: evaluation every 2 steps, save every 4."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 4})})
+    kept: dict[int, str] = {}
+    evaluate = trainer.LoraTrainer.evaluate
+
+    def planned(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        step = self.state.global_step
+        self.model.save_pretrained(config.out / f"at-{step}")
+        kept[step] = sha256_file(config.out / f"at-{step}" / "adapter_model.safetensors")
+        shift = 0.0 if step == best_at else 1.0 + step
+        with pytest.MonkeyPatch.context() as patch:
+            real = trainer.sum_loss
+
+            def shifted(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+                total, count = real(model, batch)
+                return total + shift * count, count
+
+            patch.setattr(trainer, "sum_loss", shifted)
+            metrics: dict[str, float] = evaluate(self, *args, **kwargs)
+        return metrics
+
+    monkeypatch.setattr(trainer.LoraTrainer, "evaluate", planned)
+    train(config)
+    assert read_json(config.run_dir / "best" / "best.json")["step"] == best_at
+    assert adapter(config) == kept[best_at]
+
+
+@pytest.mark.parametrize("where", ["train", "evaluation"])
+def test_a_number_that_is_not_finite_stops_the_run(
+    where: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = trainer.sum_loss, {"train": 0, "evaluation": 0}
+
+    def poisoned(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        total, count = real(model, batch)
+        kind = "train" if torch.is_grad_enabled() else "evaluation"
+        calls[kind] += 1
+        return (total * float("nan") if kind == where and calls[kind] >= 6 else total), count
+
+    monkeypatch.setattr(trainer, "sum_loss", poisoned)
+    with pytest.raises(NotFinite) as caught:
+        train(config)
+    assert caught.value.exit_code == 65
+    for path in config.run_dir.rglob("*.json*"):
+        for line in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
+            json.loads(line, parse_constant=trainer._refuse_constant)
+    good = checkpoints.newest(config.run_dir / "checkpoints")
+    assert good is not None
+    weights = load_file(good / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("train.learning_rate=1e-3", "config"),
+        ("train.lora.alpha=99", "config"),
+        ("train.accumulation=1", "config"),
+        ("seed=7", "config"),
+        ("chat.date_string=1 Jan 2020", "config"),
+    ],
+)
+def test_another_config_in_the_same_folder_is_refused(
+    change: str, named: str, config: Config, tmp_path: Path, prepared: Path, tiny_base: Path
+) -> None:
+    (config.run_dir).mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fintune.train.run._train", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    other = load_config("nano", [*settings(tmp_path, prepared, tiny_base), change])
+    with pytest.raises(OutputError, match=named):
+        train(other)
+
+
+def test_overridden_methods_still_have_transformers_signatures() -> None:
+    """The list at the top of trainer.py, at most 8; the pinned transformers calls them so."""
+    own = {name for name in vars(trainer.LoraTrainer) if callable(getattr(Trainer, name, None))}
+    own -= {"__init__"}
+    listed = {line.split()[0] for line in (trainer.__doc__ or "").splitlines() if "   " in line}
+    assert own == listed
+    assert len(own) <= 8
+    for name in own:
+        ours = inspect.signature(getattr(trainer.LoraTrainer, name)).parameters
+        assert list(ours) == list(inspect.signature(getattr(Trainer, name)).parameters), name
+
+
+def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
+    plan = dry_run(load_config("llama-3.1-8b-finance", [f"out={tmp_path}"]))
+    expected = {
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 4,
+        "optim": "paged_adamw_8bit",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # transformers 5: below 1 it is the share of all steps
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "eval_steps": 50,
+        "save_steps": 100,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "bf16": True,
+        "activation_checkpointing": True,
+        "train_sampling_strategy": "group_by_length",
+    }
+    assert {key: plan["training_arguments"][key] for key in expected} == expected
+    lora = plan["lora_config"]
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["bias"]) == (
+        64,
+        128,
+        0.1,
+        "none",
+    )
+    assert lora["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert plan["batches"]["estimated"] is True
+    assert plan["batches"]["steps"] == 3125
+    assert plan["batches"]["boundaries"][-1] == 2048
