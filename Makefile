@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check lock reference clean
 
 demo: .venv/installed
 	$(BIN)/fintune demo
@@ -35,3 +35,6 @@ lock: .venv/installed
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+
+reference: .venv/installed
+	$(BIN)/python bench/reference.py

@@ -101,7 +101,7 @@ def entity_and_number_in_training(demo: Config) -> int:
                 for entity in set(ENTITY.findall(text))
             )
             for pair in load_pairs(demo.eval_dir)
-            for text in [" ".join(m["content"] for m in pair.item.messages)]
+            for text in [" ".join(m.content for m in pair.item.messages)]
         )
         if demo.eval_dir.exists()
         else 0

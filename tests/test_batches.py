@@ -55,7 +55,9 @@ def test_order_is_a_function_of_seed_and_epoch(plan: str) -> None:
 def test_stratified_steps_are_alike() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5, 1, 32_000).astype(int), 20, 2048)
-    stratified = facts(lengths, make(lengths.tolist(), micro_batch_size=16, accumulation=4), padded=False)
+    stratified = facts(
+        lengths, make(lengths.tolist(), micro_batch_size=16, accumulation=4), padded=False
+    )
     random = facts(lengths, make(lengths.tolist(), micro_batch_size=16, plan="random"), padded=True)
     assert stratified.padding == 0
     assert stratified.step_token_cv <= 0.03

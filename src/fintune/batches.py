@@ -100,7 +100,7 @@ def plan_epoch(
     else:
         groups = _chunks(rng.permutation(lengths.size), step_size)
     if len(groups) > 1 and groups[-1].size < world_size:
-        # Fewer examples than processes: some rank would wait for ever. They join the last whole step.
+        # Fewer examples than processes: some rank would wait for ever. They join the step before.
         groups[-2:] = [np.concatenate(groups[-2:])]
     if max_tokens is not None:
         parts = _parts_needed(lengths, groups, parts, world_size, max_tokens)
@@ -189,7 +189,7 @@ def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> li
     filled[gaps] -= 1
     start = 0
     table = slots.reshape(step_size, steps)
-    for stratum, count in enumerate(filled):
+    for stratum, count in enumerate(filled.tolist()):
         table[stratum, :count] = order[start : start + count]
         start += count
         # The last step is the short one: gaps stay in it, all other places are shuffled.

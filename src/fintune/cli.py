@@ -2,13 +2,15 @@
 
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fintune import __version__, console
-from fintune.errors import FintuneError
+from fintune.errors import ConfigError, FintuneError, OutputError
+from fintune.files import write_text
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -22,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+T = TypeVar("T")
 ConfigName = Annotated[
     str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")
 ]
@@ -31,6 +34,10 @@ Overrides = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder aside first.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+BaseFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the base; absent: the bundled one or the hub's.")
+]
 
 DEFAULT = "fintune.yaml"
 """Config file that every verb looks for first; `fintune init` writes it."""
@@ -152,10 +159,161 @@ def release(
         str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
     ] = None,
 ) -> None:
-    """The adapter with its proof: card, prompt fixture, checksums. Refused without a passing gate."""
+    """The adapter with its proof: card, prompt fixture, checksums; needs a passing gate."""
     from fintune.release.bundle import release as stage
 
     stage(_load(config, overrides), fresh=fresh, accept=accept)
+
+
+@app.command()
+def inspect(
+    config: ConfigName = DEFAULT,
+    overrides: Overrides = None,
+    row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
+    part: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 1,
+    dropped: Annotated[bool, typer.Option("--dropped", help="Show the ledger instead.")] = False,
+    reason: Annotated[str | None, typer.Option(help="With --dropped: only this reason.")] = None,
+    line: Annotated[int | None, typer.Option(help="With --dropped: only this line.")] = None,
+) -> None:
+    """A row as the model sees it, trained tokens in green; or why a row was dropped."""
+    from fintune.data import inspect as shown
+
+    loaded = _load(config, overrides)
+    if dropped:
+        rows = shown.why_dropped(loaded, reason=reason, line=line)
+        columns = ["source", "line", "reason", "detail"]
+        console.table(
+            f"{len(rows)} dropped rows",
+            columns,
+            ([found[column] for column in columns] for found in rows[: max(count, 20)]),
+        )
+        return
+    if part not in shown.FILES:
+        raise ConfigError(f"--part {part}", fix=f"one of {', '.join(shown.FILES)}")
+    for found in shown.inspect(loaded, row=row, part=part, count=count):
+        console.out.print(found.text())
+
+
+@app.command()
+def judge(
+    config: ConfigName = DEFAULT,
+    overrides: Overrides = None,
+    max_usd: Annotated[
+        float | None, typer.Option(help="Stop before the call that may pass this sum.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
+    from fintune.evals.evaluate import judge_answers
+
+    budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
+    results = judge_answers(_load(config, [*(overrides or []), *budget]))
+    if as_json:
+        console.emit_json(results)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A release folder, ours or not.")],
+    base: BaseFolder = None,
+    no_pickle: Annotated[
+        bool, typer.Option("--no-pickle", help="Refuse training_args.bin too.")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option(help="Hold a running OpenAI-compatible server against it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
+    from fintune.release.verify import verify as stage
+
+    report = stage(folder, base=base, no_pickle=no_pickle, server=server)
+    if as_json:
+        console.emit_json([asdict(check) for check in report.checks])
+        return
+    rows = [(check.name, check.status, check.detail) for check in report.checks]
+    console.table(f"{folder}: verified", ["check", "", "detail"], rows)
+
+
+@app.command()
+def export(
+    form: Annotated[str, typer.Argument(help="merged, gguf, vllm, ollama or push.")],
+    folder: Annotated[Path, typer.Argument(help="A release folder.")],
+    out: Annotated[Path | None, typer.Option(help="Folder or file to write.")] = None,
+    base: BaseFolder = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="merged: bf16, fp16, fp32; gguf, ollama: f16, f32.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="gguf: the merged model, not the adapter alone.")
+    ] = False,
+    repository: Annotated[str | None, typer.Option(help="push: where to on the hub.")] = None,
+    really: Annotated[
+        bool, typer.Option("--really", help="push: upload, instead of saying what would be.")
+    ] = False,
+) -> None:
+    """A verified release in another form: merged, gguf, vllm, ollama, push."""
+    from fintune.release import export as forms
+
+    chosen: dict[str, Any] = {"base": base} | ({} if dtype is None else {"dtype": dtype})
+    if form not in ("merged", "gguf", "vllm", "ollama", "push"):
+        raise ConfigError(f"no form {form!r}", fix="merged, gguf, vllm, ollama or push")
+    if form == "vllm":
+        console.result(forms.vllm(folder))
+    elif form == "push":
+        target = _needed(repository, "export push needs --repository")
+        console.result(forms.push(folder, target, base=base, really=really))
+    else:
+        target_path = _needed(out, f"export {form} needs --out")
+        if form == "gguf":
+            chosen["whole"] = merged
+        write = {"merged": forms.merged, "gguf": forms.gguf, "ollama": forms.ollama}[form]
+        console.result(str(write(folder, target_path, **chosen)))
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A release folder.")] = Path("runs/demo/release"),
+    base: BaseFolder = None,
+) -> None:
+    """Talk to a release in the terminal, base and adapter in turn."""
+    from fintune.serve.repl import chat as talk
+
+    talk(folder, base=base)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A release folder.")] = Path("runs/demo/release"),
+    base: BaseFolder = None,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
+) -> None:
+    """A page that compares base and adapter, and an OpenAI-compatible server; loopback only."""
+    try:
+        from fintune.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"serving needs {error.name}, which is not installed",
+            fix="pip install 'fintune[serve]'",
+        ) from None
+    run_server(folder, base=base, host=host, port=port)
+
+
+@app.command()
+def init(
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "nano",
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path(DEFAULT),
+) -> None:
+    """Write a commented config to edit. Never over an existing file."""
+    from fintune.config import load_config, preset_dir
+
+    load_config(preset)
+    if out.exists():
+        raise OutputError(f"{out} exists already", fix="give another --out")
+    write_text(out, (preset_dir() / f"{preset}.yaml").read_text(encoding="utf-8"))
+    console.result(f"wrote {out}; next: fintune run --config {out}")
 
 
 def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:
@@ -168,6 +326,12 @@ def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:
     train_stage(config, fresh=fresh)
     evaluate_stage(config, fresh=fresh)
     release_stage(config, fresh=fresh, accept=accept)
+
+
+def _needed(value: T | None, message: str) -> T:
+    if value is None:
+        raise ConfigError(message)
+    return value
 
 
 def _load(name: str, overrides: list[str] | None) -> "Config":
@@ -197,3 +361,5 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # A release names its base's public id; loading it onto a local folder is what we mean to do.
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")

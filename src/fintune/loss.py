@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None
@@ -78,7 +78,9 @@ def chunked_cross_entropy(
         fp32 scalar, differentiable with respect to `hidden` only.
     """
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, rows)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.to(weight.dtype), weight, targets, rows
+    )
     return loss
 
 

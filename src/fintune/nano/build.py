@@ -80,14 +80,20 @@ def model_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 def _stop_ids(tokenizer: Tokenizer) -> list[int]:
     """Llama 3.1 stops at any of three tokens, and so does this base."""
-    return [tokenizer.token_to_id(token) for token in (END, EOM, EOT)]
+    return [_id(tokenizer, token) for token in (END, EOM, EOT)]
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def token_stream(tokenizer: Tokenizer, seed: int) -> Iterator[int]:
     """Documents as ids, each between BOS and the end-of-text token, one after the other without
     padding.
     """
-    bos, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(END)
+    bos, end = _id(tokenizer, BOS), _id(tokenizer, END)
     texts = documents(seed)
     while True:
         block = list(itertools.islice(texts, 512))

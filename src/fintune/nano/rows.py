@@ -341,7 +341,7 @@ def write_rows(path: Path, seed: int = SEED) -> None:
         for row in sample_rows(seed):
             columns: dict[str, str | None] = {"user": row.user, "assistant": row.assistant}
             if row.system is not None:
-                columns = {"system": row.system} | columns
+                columns = {"system": row.system, **columns}
             if row.dirt == "assistant_absent":
                 del columns["assistant"]
             file.write(json.dumps(columns, ensure_ascii=False) + "\n")

@@ -94,7 +94,7 @@ class _Fused(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale, p, seeds, sizes, boost, precise = ctx.facts
         x, down, low, *rest = ctx.saved_tensors
@@ -175,7 +175,7 @@ class _Group:
         seeds = tuple(int(seed) for seed in torch.randint(2**62, (count,)))
         flat = x.reshape(-1, x.shape[-1]).to(matrices[0].dtype)
         with torch.autocast(x.device.type, enabled=False):
-            outputs = _Fused.apply(flat, first.scaling[name], p, seeds, *matrices)
+            outputs = _Fused.apply(flat, first.scaling[name], p, seeds, *matrices)  # type: ignore[no-untyped-call]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
@@ -236,7 +236,7 @@ def _grouped(fusable: dict[str, LoraLinear]) -> list[list[str]]:
 def _install(members: Sequence[LoraLinear], shared_dropout: bool) -> None:
     group = _Group(list(members), shared_dropout)
     for number, member in enumerate(members):
-        member.forward = partial(_forward, group, number, member, member.forward)  # type: ignore[method-assign]
+        member.forward = partial(_forward, group, number, member, member.forward)
 
 
 def _forward(

@@ -1,0 +1,127 @@
+"""The shape of the code: import order, function length, size, instant help, dependencies."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "fintune"
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+SPINE = (
+    "__init__",
+    "errors",
+    "files",
+    "seal",
+    "nano",
+    "config",
+    "example",
+    "console",
+    "numbers",
+    "chat",
+    "model",
+    "batches",
+    "collate",
+    "attention",
+    "loss",
+    "generate",
+    "page",
+)
+"""A module imports only what stands before it; `nano` here is its __init__, which imports none."""
+STAGES = ("data", "train", "evals", "release", "serve", "nano")
+TOP = ("demo", "cli")
+LINES = 14_900
+"""Most lines of src; DESIGN.md says why it is more than the 7,000 first planned."""
+
+
+def place(path: Path) -> str:
+    """The spine module or stage that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[list[str]]:
+    """Dotted fintune modules that a file imports, at any depth of its code."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fintune"):
+            module = (node.module or "").split(".")[1:]
+            if module:
+                names.append(module)
+            names += [[alias.name] for alias in node.names if not module]
+    return [name for name in names if name[0] in (*SPINE, *STAGES, *TOP)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_imports_only_what_stands_before_it(path: Path) -> None:
+    here = place(path)
+    for target in imported(path):
+        if here in TOP:
+            assert target[0] not in TOP[TOP.index(here) :], target
+        elif here in STAGES:
+            bundled = target[0] == "nano" and len(target) == 1
+            assert target[0] in SPINE or target[0] == here or bundled, f"{here} imports {target}"
+        else:
+            assert SPINE.index(target[0]) < SPINE.index(here), f"{here} imports {target}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_cycle_inside_a_stage(stage: str) -> None:
+    graph = {
+        path.stem: {t[1] for t in imported(path) if t[0] == stage and len(t) > 1}
+        for path in (SOURCE / stage).glob("*.py")
+    }
+    while graph:
+        free = [name for name, needs in graph.items() if not needs & graph.keys() - {name}]
+        assert free, f"a cycle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def test_functions_are_short_and_typed() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 70, f"{path.name}: {node.name} has {lines} lines"
+                assert node.returns is not None, f"{path.name}: {node.name} has no return type"
+
+
+def test_the_source_stays_within_its_budget() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= LINES
+
+
+def test_help_is_instant_and_loads_no_torch() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); sys.argv = ['fintune', '--help']\n"
+        "from fintune import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prepare" in done.stdout
+
+
+def test_at_most_twelve_core_dependencies_with_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert len(project["dependencies"]) <= 12
+    assert all(">=" in line and "<" in line for line in project["dependencies"])
+
+
+def test_the_lock_is_exact_and_names_no_host() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    requirements = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    assert all("==" in line for line in requirements)
+    assert "://" not in text
+    assert requirements == sorted(requirements, key=str.lower) or "setuptools" in requirements[-1]
+    blocks = text.split("\n")
+    for first, second in pairwise(blocks):
+        if first and not first.startswith(" "):
+            assert second.lstrip().startswith("--hash=sha256:"), first
