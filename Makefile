@@ -15,12 +15,12 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# torch comes first and alone: `torch==2.13.0` is the CPU build where the index offers one, and
-# everything else is pinned with hashes. For CUDA set TORCH, see README.
+# torch comes first and by itself: which build of it (CPU, CUDA) is the machine's choice, see README;
+# everything else is pinned with hashes.
 TORCH ?= torch==2.13.0
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@

@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,7 +109,7 @@ def entity_and_number_in_training(demo: Config) -> int:
     )
 
 
-def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str, object]:
+def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str, Any]:
     """Accuracy of all four on the same questions, and the adapter's gain over the other three."""
     other = {pair.item.id: pair for pair in control}
     assert set(other) == {pair.item.id for pair in adapter}, "both must answer the same questions"
@@ -127,17 +128,16 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
         ],
     }
     groups = [pair.item.group for pair in adapter]
-    found: dict[str, object] = {"questions": len(adapter)}
+    found: dict[str, Any] = {"questions": len(adapter)}
     lines = []
     for who, own in scores.items():
         share = sum(own) / len(own)
         gain = paired(
             [a - b for a, b in zip(scores["adapter"], own, strict=True)], groups, seed=demo.seed
         )
-        found[who] = {
-            "accuracy": round(share, 4),
-            "gain_ci95": [round(gain.low, 4), round(gain.high, 4)],
-        }
+        found[who] = {"accuracy": round(share, 4)}
+        if who != "adapter":
+            found[who] |= {"adapter_gain_ci95": [round(gain.low, 4), round(gain.high, 4)]}
         interval = (
             "" if who == "adapter" else f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
         )

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from fintune import attention
+from fintune.collate import Collator
 from fintune.config import Config, load_config
 from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.train import checkpoints, trainer
+from fintune.model import Base, attach, load_base
+from fintune.train import checkpoints, memory, trainer
+from fintune.train.rows import read_train
 from fintune.train.run import dry_run, train
 
 STEPS = 8
@@ -300,3 +305,26 @@ def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
     assert plan["batches"]["estimated"] is True
     assert plan["batches"]["steps"] == 3125
     assert plan["batches"]["boundaries"][-1] == 2048
+
+
+def test_recomputing_is_decided_by_measured_memory(
+    tiny_base: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("nano")
+    base = Base("test/tiny", "x", tiny_base)
+    peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
+    rows, collator = read_train(prepared), Collator(flat=True, pad_token_id=0)
+    per_token = memory.activation_bytes_per_token(peft, rows, collator, "fp32")
+    # Two layers keep at least inputs, queries, keys, values and both halves of the gate, in fp32.
+    assert 2 * 4 * (64 + 64 + 2 * 32 + 2 * 128) < per_token < 50_000
+    for free, expected in ((10**12, False), (10**6, True)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        on, why = memory.recompute("auto", peft, rows, collator, "fp32", 5_000)
+        assert on is expected
+        assert "5,000 tokens" in why
+    before = {name: value.clone() for name, value in peft.named_parameters()}
+    state = torch.random.get_rng_state()
+    memory.try_largest(peft, rows, collator, "fp32", np.arange(4))
+    assert torch.equal(torch.random.get_rng_state(), state), "a trial leaves no trace"
+    assert all(torch.equal(value, before[name]) for name, value in peft.named_parameters())
+    assert all(parameter.grad is None for parameter in peft.parameters())

@@ -5,16 +5,18 @@ next token of its own sequence, `IGNORE` at every sequence's end), so that no to
 to predict the first token of a neighbour.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fintune.example import IGNORE
 
 Batch = dict[str, Any]
+Tokens = Sequence[int] | NDArray[np.int32]
 
 
 CPU_MULTIPLE = 32
@@ -26,7 +28,7 @@ micro-batch) and keeps the code, so that freely varying batches take twice the t
 """
 
 
-def flat_batch(rows: Sequence[dict[str, Sequence[int]]], multiple: int = 1) -> Batch:
+def flat_batch(rows: Sequence[Mapping[str, Tokens]], multiple: int = 1) -> Batch:
     """Sequences laid end to end, no padding between them.
 
     Args:
@@ -54,7 +56,7 @@ def flat_batch(rows: Sequence[dict[str, Sequence[int]]], multiple: int = 1) -> B
     }
 
 
-def padded_batch(rows: Sequence[dict[str, Sequence[int]]], pad_token_id: int) -> Batch:
+def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Batch:
     """Sequences padded on the right to the longest, for a model that cannot take flat ones.
 
     Returns:
@@ -86,18 +88,18 @@ class Collator:
             return -(-sum(lengths) // self.multiple) * self.multiple
         return max(lengths) * len(lengths)
 
-    def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> Batch:
+    def __call__(self, rows: Sequence[Mapping[str, Tokens]]) -> Batch:
         return (
             flat_batch(rows, self.multiple) if self.flat else padded_batch(rows, self.pad_token_id)
         )
 
 
-def _shift(labels: Sequence[int]) -> torch.Tensor:
+def _shift(labels: Tokens) -> torch.Tensor:
     shifted = _long(labels).roll(-1)
     shifted[-1] = IGNORE
     return shifted
 
 
-def _long(values: Sequence[int]) -> torch.Tensor:
+def _long(values: Tokens) -> torch.Tensor:
     """A copy as int64: the rows are read-only views of a file's buffers."""
     return torch.from_numpy(np.array(values, dtype=np.int64))

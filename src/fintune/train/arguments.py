@@ -39,6 +39,7 @@ def arguments_dict(
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
         "eval_strategy": "steps",
         "eval_steps": train.eval_steps,
         "save_strategy": "steps",

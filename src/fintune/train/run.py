@@ -30,7 +30,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora
+from fintune.train import checkpoints, lora, memory
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.trainer import BEST, RESUME, LoraTrainer, Order, StopRequest
@@ -184,12 +184,23 @@ def _build(
     left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
-    checkpointing = config.train.activation_checkpointing == "on"
+    collator = Collator(
+        flat=reason is None,
+        pad_token_id=tokenizer.pad_token_id,
+        multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
+    )
+    order = _order(config, rows, int(os.environ.get("WORLD_SIZE", "1")))
+    largest = _largest(order, rows, collator, config.train.epochs)
+    tokens = collator.laid_tokens(rows.lengths[largest].tolist())
+    checkpointing, why = memory.recompute(
+        config.train.activation_checkpointing, peft, rows, collator, name, tokens
+    )
+    say(why)
+    if not checkpointing:
+        memory.try_largest(peft, rows, collator, name, largest)
     keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
     arguments = training_arguments(config.run_dir / "checkpoints", keywords, cpu=on.type == "cpu")
     write_json(config.run_dir / "training_arguments.json", effective(arguments))
-    order = _order(config, rows, arguments.world_size)
-    largest = max(int(rows.lengths[b].sum()) for step in order.epoch(0).steps for b in step)
     trainer = LoraTrainer(
         model=peft,
         args=arguments,
@@ -197,19 +208,23 @@ def _build(
         eval_dataset=rows,
         order=order,
         select=read_select(config.data_dir, config.train.eval_rows),
-        eval_tokens=largest,
+        eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
         sealed={"inputs": inputs, "order_sha256": rows.fingerprint()},
-        collator=Collator(
-            flat=reason is None,
-            pad_token_id=tokenizer.pad_token_id,
-            multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
-        ),
+        collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
     say(f"{on.type}, {name}; {order.steps_per_epoch} steps an epoch, plan {config.train.plan}")
     return trainer
+
+
+def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batches.Ints:
+    """The micro-batch of the whole plan that takes the most tokens in memory."""
+    every = (
+        batch for number in range(epochs) for step in order.epoch(number).steps for batch in step
+    )
+    return max(every, key=lambda batch: collator.laid_tokens(rows.lengths[batch].tolist()))
 
 
 def _train(trainer: LoraTrainer, config: Config, run: Path) -> float:

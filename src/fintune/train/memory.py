@@ -1,0 +1,121 @@
+"""Does the largest micro-batch fit, with or without recomputing activations? Measured.
+
+The bytes that autograd keeps are counted on one short example, forward only. They grow in
+proportion to tokens (attention keeps no tokens x tokens matrix), so the largest micro-batch of the
+whole plan follows from it; then that one is tried before step 0, not met at step 1,000.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fintune.batches import Ints
+from fintune.collate import Batch, Collator
+from fintune.errors import ModelError
+from fintune.loss import sum_loss
+from fintune.model import DTYPES
+from fintune.train.rows import Rows
+
+HEADROOM = 0.7
+"""Share of the free memory that activations may take; their gradients, the optimizer's states and
+fragments of the allocator need the rest."""
+SAMPLE_TOKENS = 256
+"""Length of the example that is measured, about: long enough that fixed costs do not count."""
+
+
+def activation_bytes_per_token(model: Any, rows: Rows, collator: Collator, precision: str) -> float:
+    """Bytes that the forward pass keeps for the backward pass, a token, without recomputation."""
+    index = int(np.argmin(np.abs(rows.lengths - SAMPLE_TOKENS)))
+    batch = _on_device(collator([rows[index]]), model)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.random.fork_rng(), _autocast(model, precision), hooks:
+        # The loss is held until the count is read, so that no storage is freed and used again.
+        loss = sum_loss(model.train(), batch)
+        total = sum(kept.values())
+        del loss
+    return total / int(batch["input_ids"].numel())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the device, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    table = Path("/proc/meminfo")
+    for line in table.read_text().splitlines() if table.exists() else ():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 2**63 - 1  # unknown (not Linux): only the trial of the largest micro-batch decides
+
+
+def recompute(
+    choice: str, model: Any, rows: Rows, collator: Collator, precision: str, largest: int
+) -> tuple[bool, str]:
+    """Resolve `train.activation_checkpointing` and say why.
+
+    Args:
+        largest: tokens of the largest micro-batch of the whole plan.
+    """
+    if choice != "auto":
+        return (
+            choice == "on",
+            f"activations are {'recomputed' if choice == 'on' else 'kept'}, as set",
+        )
+    needed = activation_bytes_per_token(model, rows, collator, precision) * largest
+    free = free_memory(model.device)
+    on = needed > HEADROOM * free
+    verdict = "recomputed" if on else "kept"
+    return on, (
+        f"activations are {verdict}: {needed / 1e9:.2f} GB for the largest micro-batch"
+        f" ({largest:,} tokens), {free / 1e9:.1f} GB free"
+    )
+
+
+def try_largest(model: Any, rows: Rows, collator: Collator, precision: str, batch: Ints) -> None:
+    """Forward and backward of the most expensive micro-batch, once; gradients are thrown away.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    try:
+        with torch.random.fork_rng():
+            with _autocast(model, precision):
+                total, count = sum_loss(
+                    model.train(), _on_device(collator([rows[i] for i in batch]), model)
+                )
+            (total / max(count, 1)).backward()
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"the largest micro-batch ({int(rows.lengths[batch].sum()):,} tokens) does not fit",
+            why="it was tried before step 0, so that it is not met hours later",
+            fix="lower train.micro_batch_size and raise train.accumulation alike, or set"
+            " train.activation_checkpointing=on, or model.quantization=4bit",
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _autocast(model: Any, precision: str) -> Iterator[None]:
+    enabled = precision != "fp32"
+    with torch.autocast(model.device.type, DTYPES[precision] if enabled else None, enabled=enabled):
+        yield
+
+
+def _on_device(batch: Batch, model: Any) -> Batch:
+    return {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
