@@ -264,15 +264,18 @@ async def measure(target: Target, scale: float, only: list[str]) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
+    parser.add_argument("--base", type=Path, help="folder of the base, where it is not found")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full counts")
     parser.add_argument("--only", nargs="*", default=[], help="measure these, keep the others")
     options = parser.parse_args()
     code = (
         "import sys, pathlib; from fintune.serve.server import serve;"
-        " serve(pathlib.Path(sys.argv[1]), port=int(sys.argv[2]))"
+        " serve(pathlib.Path(sys.argv[1]), port=int(sys.argv[2]), base=next(map(pathlib.Path,"
+        " sys.argv[3:]), None))"
     )
     command = [sys.executable, "-c", code, str(options.release), str(options.port)]
+    command += [str(options.base)] if options.base else []
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while True:
@@ -280,11 +283,13 @@ def main() -> None:
                 socket.create_connection(("127.0.0.1", options.port)).close()
                 break
             except OSError:
+                if process.poll() is not None:
+                    raise SystemExit("the server did not start") from None
                 time.sleep(0.2)
         found = asyncio.run(measure(Target(options.port, process.pid), options.scale, options.only))
     finally:
         process.terminate()
-        process.wait(timeout=40)
+        process.wait(timeout=90)
     found["machine"] = {"cores": os.cpu_count(), "server_exit_code": process.returncode}
     path = Path(__file__).parent / "results" / "serve.json"
     old = files.read_json(path) if options.only and path.is_file() else {}
