@@ -6,22 +6,24 @@ Reads the real rows, benchmarks and tokenizer of `../shared`, which are not part
 Every figure is printed and written to bench/results/data.json with the machine described.
 """
 
+import contextlib
 import csv
 import json
 import os
 import platform
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
@@ -252,6 +254,30 @@ def tokens(folder: Path) -> dict[str, Any]:
     }
 
 
+class Peak:
+    """Samples the resident memory of this process and its children, twice a second."""
+
+    def __init__(self) -> None:
+        self.bytes, self._over = 0, threading.Event()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(0.5):
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss
+            self.bytes = max(self.bytes, total)
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
 def scale(folder: Path) -> dict[str, Any]:
     """The whole of `prepare` on 518,185 rows with the recipe's caps: seconds, peak memory."""
     rng, rows = random.Random(7), sample()[0]
@@ -262,21 +288,18 @@ def scale(folder: Path) -> dict[str, Any]:
             row = row if number < len(rows) else vary(row, number, rng)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     size = path.stat().st_size
+    peak = Peak()
     start, before = time.perf_counter(), sum(os.times()[:4])
-    manifest = prepare(config(folder, path))
+    with peak:
+        manifest = prepare(config(folder, path))
     seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - before
-    usage = [
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
     path.unlink()
     return {
         "rows": manifest["rows"],
         "megabytes": round(size / 1e6),
         "seconds": round(seconds, 1),
         "cpu_seconds_of_all_processes": round(cpu, 1),
-        "peak_gigabytes_parent": round(usage[0] * 1024 / 1e9, 2),
-        "peak_gigabytes_largest_worker": round(usage[1] * 1024 / 1e9, 2),
+        "peak_gigabytes_of_all_processes": round(peak.bytes / 1e9, 2),
     }
 
 

@@ -73,11 +73,18 @@ def split(examples: list[Example], share: float) -> list[Placed]:
 
 def _components(examples: list[Example], at: Integers, count: int) -> Integers:
     """For every passage the smallest passage it is connected to through shared sequences."""
-    found = [np.unique(sequences(words(asked(example)), RELATED_WORDS)) for example in examples]
-    where = np.repeat(at, [len(own) for own in found])
-    _, what = np.unique(np.concatenate(found), return_inverse=True)
-    pairs = np.unique(where.astype(np.int64) * (what.max() + 1) + what)
-    where, what = np.divmod(pairs, what.max() + 1)
+    # A passage and 32 bits of a sequence's hash in one number: tens of millions of them at the
+    # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
+    found = [
+        sequences(words(asked(example)), RELATED_WORDS) >> np.uint64(32) | np.uint64(own << 32)
+        for example, own in zip(examples, at.tolist(), strict=True)
+    ]
+    pairs = np.unique(np.concatenate(found))
+    del found
+    where = (pairs >> np.uint64(32)).astype(np.int32)
+    _, what = np.unique(pairs.astype(np.uint32), return_inverse=True)
+    del pairs
+    what = what.astype(np.int32)
     spread = np.bincount(what)[what]
     size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
     shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
