@@ -200,7 +200,7 @@ async def fuzz(target: Target, count: int) -> dict[str, Any]:
 
 
 async def aborts(target: Target, count: int, at_once: int) -> dict[str, Any]:
-    body = question(3, stream=True, max_tokens=400)
+    body = question(3, stream=True, max_tokens=300)
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
     async def once() -> None:

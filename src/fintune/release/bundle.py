@@ -8,6 +8,7 @@ allow-list of `checks.ALLOWED`, and every file is made or copied here by name.
 import io
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -195,12 +196,24 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
+def _interned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_interned(key): _interned(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_interned(part) for part in value]
+    return sys.intern(value) if type(value) is str else value
+
+
 def _pickled(arguments: dict[str, Any]) -> bytes:
     """training_args.bin as the Trainer writes it, from a fresh object; it is never read here."""
     known = set(TrainingArguments.__dataclass_fields__)
     kept = {k: v for k, v in arguments.items() if k in known and v is not None}
-    fresh = TrainingArguments(**kept | {"output_dir": ".", "report_to": [], "use_cpu": True})
+    # transformers would take an absent disable_tqdm from this process's log level.
+    fixed = {"output_dir": ".", "report_to": [], "use_cpu": True}
+    fresh = TrainingArguments(**{"disable_tqdm": False} | kept | fixed)
     fresh.use_cpu = bool(arguments.get("use_cpu", False))
+    # A pickle writes a string once for each object that holds it, so equal strings must be one.
+    fresh.__dict__.update(_interned(vars(fresh)))
     buffer = io.BytesIO()
     torch.save(fresh, buffer)
     return buffer.getvalue()

@@ -7,6 +7,7 @@ or reaches its limit. Positions count from each row's own first token and paddin
 answer does not depend on its neighbours.
 """
 
+import random
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -52,16 +53,13 @@ class Job:
     made: int = 0
     _held: str = ""
     _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
-    _random: torch.Generator | None = None
+    _random: random.Random | None = None
 
-    def choose(self, logits: Tensor) -> int:
-        """Sample from [vocabulary] logits by nucleus sampling (arXiv 1904.09751)."""
+    def draw(self) -> float:
+        """The next random number of this answer, in [0, 1): its seed's own sequence."""
         if self._random is None:
-            self._random = torch.Generator(device=logits.device)
-            self._random.manual_seed(self.seed) if self.seed is not None else self._random.seed()
-        shares, order = (logits.float() / self.temperature).softmax(-1).sort(descending=True)
-        shares[shares.cumsum(-1) - shares >= self.top_p] = 0
-        return int(order[torch.multinomial(shares, 1, generator=self._random)])
+            self._random = random.Random(self.seed)
+        return self._random.random()
 
     def take(self, token: int, tokenizer: Any, ends: frozenset[int]) -> bool:
         """Count one more token and emit what it adds; False when the answer is complete."""
@@ -211,13 +209,14 @@ class Engine:
 
     def _advance(self, rows: range, logits: Tensor) -> None:
         """Choose each row's next token, tell its job, and drop the rows that are complete."""
-        chosen = logits.argmax(-1).tolist()
+        jobs = [self._jobs[row] for row in rows]
+        chosen = logits.argmax(-1)
+        sampled = [at for at, job in enumerate(jobs) if job.temperature > 0]
+        if sampled:
+            chosen[sampled] = _sample(logits[sampled], [jobs[at] for at in sampled])
+        self._next[rows.start :, 0] = chosen
         gone = set()
-        for row, token in zip(rows, chosen, strict=True):
-            job = self._jobs[row]
-            if job.temperature > 0:
-                token = job.choose(logits[row - rows.start])
-            self._next[row] = token
+        for row, job, token in zip(rows, jobs, chosen.tolist(), strict=True):
             if job.cancelled or not job.take(token, self._tokenizer, self._ends):
                 gone.add(row)
         if not gone:
@@ -228,6 +227,19 @@ class Engine:
             index = torch.tensor(kept, device=self._mask.device)
             self._mask, self._next = self._mask[index], self._next[index]
             self._cache.batch_select_indices(index)
+
+
+def _sample(logits: Tensor, jobs: list[Job]) -> Tensor:
+    """Nucleus sampling (arXiv 1904.09751) of [rows, vocabulary], each row with its own draw."""
+    options = torch.tensor([[j.temperature, j.top_p, j.draw()] for j in jobs], device=logits.device)
+    temperature, top_p, draw = options[:, :1], options[:, 1:2], options[:, 2:]
+    shares, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    shares[shares.cumsum(-1) - shares >= top_p] = 0
+    reached = shares.cumsum(-1)
+    place = torch.searchsorted(reached, draw * reached[:, -1:], right=True)
+    # Rounding may put a draw past the last kept token: take that one.
+    last = (shares > 0).sum(-1, keepdim=True) - 1
+    return order.gather(-1, place.minimum(last))[:, 0]
 
 
 def _beginning(text: str, stops: tuple[str, ...]) -> int:
