@@ -38,6 +38,11 @@ class Target:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
+    def cpu_s(self) -> float:
+        """User and system seconds of the server so far: no neighbour on the machine changes them."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 class Client:
     """One keep-alive connection that speaks just enough HTTP."""
@@ -81,36 +86,50 @@ def text_of(content: bytes) -> str:
 
 
 async def concurrency(target: Target, distinct: int, clients: int, requests: int) -> dict[str, Any]:
+    """Five rounds of both kinds in turn, so that a busy machine weighs on both alike."""
     # Sampled, each with its own seed: the answers differ, so a mixed one cannot pass for right.
     bodies = [question(number, temperature=1.0, seed=number) for number in range(distinct)]
-    client, alone = Client(target.port), []
-    start = time.perf_counter()
-    for body in bodies:
-        alone.append(text_of((await client.post(body))[1]))
-    one_at_a_time = distinct / (time.perf_counter() - start)
-    left, wrong, status = list(range(requests)), 0, dict[int, int]()
+    alone, rounds = list[str](), 5
+    wrong, status = 0, dict[int, int]()
+    wall, cpu = [0.0, 0.0], [0.0, 0.0]
 
-    async def worker() -> None:
+    async def worker(left: list[int]) -> None:
         nonlocal wrong
         mine = Client(target.port)
         while left:
-            number = left.pop() % distinct
+            number = left.pop() % len(alone)
             code, content = await mine.post(bodies[number])
             status[code] = status.get(code, 0) + 1
-            wrong += code == 200 and text_of(content) != alone[number]
+            wrong += code != 200 or text_of(content) != alone[number]
+        mine.close()
 
-    start = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(clients)))
-    together = requests / (time.perf_counter() - start)
+    for at in range(rounds):
+        client = Client(target.port)  # the last round's idled out
+        marks = [(time.perf_counter(), target.cpu_s())]
+        for body in bodies[at * distinct // rounds : (at + 1) * distinct // rounds]:
+            alone.append(text_of((await client.post(body))[1]))
+        marks.append((time.perf_counter(), target.cpu_s()))
+        left = list(range(requests // rounds))
+        await asyncio.gather(*(worker(left) for _ in range(clients)))
+        marks.append((time.perf_counter(), target.cpu_s()))
+        for kind in (0, 1):
+            wall[kind] += marks[kind + 1][0] - marks[kind][0]
+            cpu[kind] += marks[kind + 1][1] - marks[kind][1]
+    counts = len(alone), requests // rounds * rounds
+    rates = [counts[kind] / wall[kind] for kind in (0, 1)]
     return {
         "clients": clients,
-        "requests": requests,
+        "requests": counts[1],
         "status": {str(code): count for code, count in sorted(status.items())},
         "wrong_or_mixed": wrong,
         "distinct_answers": len(set(alone)),
-        "requests_per_second_one_at_a_time": round(one_at_a_time, 2),
-        "requests_per_second_together": round(together, 2),
-        "ratio": round(together / one_at_a_time, 2),
+        "requests_per_second_one_at_a_time": round(rates[0], 2),
+        "requests_per_second_together": round(rates[1], 2),
+        "ratio": round(rates[1] / rates[0], 2),
+        "server_cpu_ms_a_request": [
+            round(1000 * c / n, 1) for c, n in zip(cpu, counts, strict=True)
+        ],
+        "ratio_by_server_cpu": round(cpu[0] / counts[0] / (cpu[1] / counts[1]), 2),
     }
 
 

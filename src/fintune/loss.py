@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fintune.collate import Batch
+from fintune.collate import CPU_MULTIPLE, Batch
 from fintune.example import IGNORE
 
 CHUNK_BYTES = 128 * 2**20
@@ -33,19 +33,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,)."""
+        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,), IGNORE
+        where a position does not count (its hidden state gets a gradient that nothing reads)."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            target = targets[part, None]
+            counted = targets[part, None] != IGNORE
+            target = targets[part, None].clamp_min(0)
             logits = (hidden[part] @ weight.T).to(precise)
             largest = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target) - largest
             # In place from here on: logits become exp(logits - max), then probabilities.
             sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += (sums.log() - chosen).sum()
+            total += ((sums.log() - chosen) * counted).sum()
             if gradient is not None:
                 logits.div_(sums)
                 logits.scatter_add_(1, target, torch.full_like(sums, -1.0))
@@ -78,6 +80,10 @@ def chunked_cross_entropy(
         fp32 scalar, differentiable with respect to `hidden` only.
     """
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    if hidden.device.type == "cpu":
+        # Few different sizes, see CPU_MULTIPLE; what is filled up counts for nothing.
+        fill = -len(hidden) % CPU_MULTIPLE
+        hidden, targets = F.pad(hidden, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.to(weight.dtype), weight, targets, rows
     )

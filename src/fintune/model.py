@@ -1,6 +1,7 @@
 """Base and adapter: where the files are, loading, precision, quantisation, device."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,9 @@ def load_base(
         dtype: precision of what is not quantised.
         attention: transformers' name of the attention implementation.
     """
+    # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 128 serve the sizes that
+    # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     quantised: dict[str, Any] = {}
     if quantization == "4bit":
         quantised["quantization_config"] = BitsAndBytesConfig(

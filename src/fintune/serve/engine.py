@@ -111,6 +111,9 @@ class Engine:
         """Queue a job. Raises Busy when too many wait already."""
         with self._wake:
             if len(self._waiting) >= MAX_WAITING:
+                # Clients that hung up hold no place.
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            if len(self._waiting) >= MAX_WAITING:
                 raise Busy
             self._waiting.append(job)
             self._wake.notify()

@@ -82,6 +82,8 @@ def train(config: Config, *, fresh: bool = False) -> Path:
     draw_curves(run / "metrics.jsonl", run / "curves.png")
     write_json(run / "environment.json", _environment(trainer, rows, seconds))
     seal.seal(run, inputs)
+    del trainer
+    memory.give_back()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
     return run

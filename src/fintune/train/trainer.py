@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -161,6 +162,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.order, self.select, self.best, self.stop = order, select, best, stop
         self._sealed = sealed
         self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
+        # On a CPU all evaluation batches take one size, see CPU_MULTIPLE.
+        fill = eval_tokens if collator.multiple > 1 else 1
+        self._eval_collator = replace(collator, multiple=fill)
         self.add_callback(_StopAtStep(stop))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -221,7 +225,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
             if number % self.args.world_size != self.args.process_index:
                 continue
-            inputs = self._prepare_inputs(self.data_collator([self.select[i] for i in batch]))
+            inputs = self._prepare_inputs(self._eval_collator([self.select[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
             sums += torch.tensor([float(total), count], dtype=torch.float64, device=sums.device)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from fintune.console import Meter
 from fintune.files import read_jsonl, write_jsonl
+from fintune.train.memory import give_back
 
 matplotlib.use("Agg")
 
@@ -87,6 +88,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._meter.advance(0, note=note)
             self._useful = self._laid = 0
             self._seconds = 0.0
+            give_back()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
