@@ -186,10 +186,7 @@ def _table_report(rng: Random) -> str:
 
 
 def _ledger(rng: Random) -> str:
-    """A list of names with amounts, printed again in other orders: the shortest form of a look-up.
-
-    It makes the model learn to copy several times sooner than sentences alone.
-    """
+    """Names with amounts, printed again in other orders: the shortest form of a look-up."""
     if rng.randrange(2):
         names = [draw_company(rng).short for _ in range(rng.randrange(3, 9))]
     else:
