@@ -33,7 +33,7 @@ BENCHMARKS = SHARED / "data" / "benchmarks"
 RESULTS = ROOT / "bench" / "results" / "data.json"
 sys.path.insert(0, str(ROOT / "src"))
 
-from fintune.config import Config, DataConfig  # noqa: E402
+from fintune.config import Config, DataConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import not_english  # noqa: E402
@@ -255,23 +255,23 @@ def tokens(folder: Path) -> dict[str, Any]:
 
 
 class Peak:
-    """Samples the resident memory of this process and its children, twice a second."""
+    """Samples the resident memory of all processes below this one, twice a second."""
 
     def __init__(self) -> None:
         self.bytes, self._over = 0, threading.Event()
 
     def _watch(self) -> None:
-        own = psutil.Process()
         while not self._over.wait(0.5):
             total = 0
-            for process in (own, *own.children(recursive=True)):
+            for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     total += process.memory_info().rss
             self.bytes = max(self.bytes, total)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Peak":
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -288,11 +288,14 @@ def scale(folder: Path) -> dict[str, Any]:
             row = row if number < len(rows) else vary(row, number, rng)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     size = path.stat().st_size
-    peak = Peak()
-    start, before = time.perf_counter(), sum(os.times()[:4])
-    with peak:
-        manifest = prepare(config(folder, path))
-    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - before
+    settings = config(folder, path)
+    (folder / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("fintune")), "prepare"]
+    start, before = time.perf_counter(), sum(os.times()[2:4])
+    with Peak() as peak:
+        subprocess.run([*command, "--config", str(folder / "config.yaml")], check=True)
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[2:4]) - before
+    manifest = read_json(settings.data_dir / "manifest.json")
     path.unlink()
     return {
         "rows": manifest["rows"],

@@ -39,7 +39,7 @@ class Target:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
     def cpu_s(self) -> float:
-        """User and system seconds of the server so far: no neighbour on the machine changes them."""
+        """User and system seconds of the server so far; a neighbour does not change them."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

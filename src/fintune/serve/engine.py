@@ -214,9 +214,12 @@ class Engine:
         """Choose each row's next token, tell its job, and drop the rows that are complete."""
         jobs = [self._jobs[row] for row in rows]
         chosen = logits.argmax(-1)
-        sampled = [at for at, job in enumerate(jobs) if job.temperature > 0]
-        if sampled:
-            chosen[sampled] = _sample(logits[sampled], [jobs[at] for at in sampled])
+        for nucleus in (False, True):
+            own = [
+                at for at, j in enumerate(jobs) if j.temperature > 0 and (j.top_p < 1) == nucleus
+            ]
+            if own:
+                chosen[own] = _sample(logits[own], [jobs[at] for at in own], nucleus)
         self._next[rows.start :, 0] = chosen
         gone = set()
         for row, job, token in zip(rows, jobs, chosen.tolist(), strict=True):
@@ -232,17 +235,24 @@ class Engine:
             self._cache.batch_select_indices(index)
 
 
-def _sample(logits: Tensor, jobs: list[Job]) -> Tensor:
-    """Nucleus sampling (arXiv 1904.09751) of [rows, vocabulary], each row with its own draw."""
+def _sample(logits: Tensor, jobs: list[Job], nucleus: bool) -> Tensor:
+    """Sample [rows, vocabulary] with each row's own draw; [rows].
+
+    `nucleus` keeps the most likely tokens that together reach top_p (arXiv 1904.09751). It needs a
+    sort, most of the work, so rows that keep every token go without.
+    """
     options = torch.tensor([[j.temperature, j.top_p, j.draw()] for j in jobs], device=logits.device)
     temperature, top_p, draw = options[:, :1], options[:, 1:2], options[:, 2:]
-    shares, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    shares[shares.cumsum(-1) - shares >= top_p] = 0
+    shares = (logits.float() / temperature).softmax(-1)
+    order = None
+    if nucleus:
+        shares, order = shares.sort(-1, descending=True)
+        shares[shares.cumsum(-1) - shares >= top_p] = 0
     reached = shares.cumsum(-1)
     place = torch.searchsorted(reached, draw * reached[:, -1:], right=True)
-    # Rounding may put a draw past the last kept token: take that one.
-    last = (shares > 0).sum(-1, keepdim=True) - 1
-    return order.gather(-1, place.minimum(last))[:, 0]
+    # Rounding may put a draw past the last token that has a share: take that one.
+    place = place.minimum((reached < reached[:, -1:]).sum(-1, keepdim=True))
+    return (place if order is None else order.gather(-1, place))[:, 0]
 
 
 def _beginning(text: str, stops: tuple[str, ...]) -> int:
