@@ -1,6 +1,6 @@
 """Figures of the stage `prepare`, each beside what it is measured against.
 
-    python bench/prepare.py language|related|contamination|personal|tokens|scale|all
+    python bench/prepare.py language|related|contamination|personal|tokens|kill|scale|all
 
 Reads the real rows, benchmarks and tokenizer of `../shared`, which are not part of the project.
 Every figure is printed and written to bench/results/data.json with the machine described.
@@ -41,9 +41,9 @@ from fintune.data.personal import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.text import asked, hash64, passage  # noqa: E402
 from fintune.example import Example, Message  # noqa: E402
-from fintune.files import read_json, sha256_json, write_json  # noqa: E402
+from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 
-SCALE_ROWS = 518_185
+SCALE_ROWS, KILLS = 518_185, 20
 PLANTED, ROWS_UNDER_PLANTS = 50, 20_000
 
 
@@ -306,6 +306,42 @@ def scale(folder: Path) -> dict[str, Any]:
     }
 
 
+def kill(folder: Path) -> dict[str, Any]:
+    """kill -9 at 20 random moments of a run: the folder is whole or absent, a rerun completes."""
+    rng = random.Random(2026)
+    command = [str(Path(sys.executable).with_name("fintune")), "prepare", "--config", "nano"]
+
+    def started(name: str) -> tuple[subprocess.Popen[bytes], Path]:
+        out = folder / name
+        run = subprocess.Popen([*command, "--set", f"out={out}"], stderr=subprocess.DEVNULL)
+        return run, out / "data"
+
+    start = time.perf_counter()
+    whole, _ = started("whole")
+    whole.wait()
+    seconds = time.perf_counter() - start
+    partial = finished = 0
+    for number in range(KILLS):
+        run, data = started(str(number))
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        run.kill()
+        run.wait()
+        finished += (data / "done.json").is_file()
+        partial += data.exists() and not (data / "done.json").is_file()
+    again, data = started("0")
+    again.wait()
+    same = {p.name: sha256_file(p) for p in data.iterdir()} == {
+        p.name: sha256_file(p) for p in (folder / "whole" / "data").iterdir()
+    }
+    return {
+        "kills": KILLS,
+        "partial_under_the_final_name": partial,
+        "finished_before_the_kill": finished,
+        "rerun_gives_the_same_bytes": same,
+        "seconds_of_a_whole_run": round(seconds, 1),
+    }
+
+
 def machine() -> dict[str, Any]:
     """The machine without its name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -319,7 +355,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-FIGURES = {f.__name__: f for f in (language, related, contamination, personal, tokens, scale)}
+FIGURES = {f.__name__: f for f in (language, related, contamination, personal, tokens, kill, scale)}
 
 
 def main(wanted: str) -> None:
