@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from fintune.collate import CPU_MULTIPLE, Batch
 from fintune.example import IGNORE
@@ -116,7 +117,10 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     with _hidden_states_instead_of_logits(head):
         hidden = model(**inputs, **keep, use_cache=False).logits
     hidden = hidden[0] if flat else hidden[supervised]
-    return chunked_cross_entropy(hidden, head.weight, targets), len(targets)
+    weight = head.weight
+    if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
+        weight = weight.full_tensor()
+    return chunked_cross_entropy(hidden, weight, targets), len(targets)
 
 
 def why_full_logits(causal: Any) -> str | None:
@@ -126,7 +130,9 @@ def why_full_logits(causal: Any) -> str | None:
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"it rescales its logits ({name})"
     head = causal.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+    # By its forward, not its class: FSDP2 gives it a subclass, and a quantised one differs.
+    linear = getattr(type(head), "forward", None) is torch.nn.Linear.forward
+    if not linear or head.bias is not None or head.weight.requires_grad:
         return "its output layer is not a frozen linear layer without bias"
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return "its forward has no logits_to_keep"
