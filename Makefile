@@ -2,13 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lock reference clean
+.PHONY: demo test test-gguf check lock reference clean
 
 demo: .venv/installed
 	$(BIN)/fintune demo
 
 test: .venv/installed check
 	$(BIN)/python -m pytest
+
+# Holds our GGUF files against llama.cpp. Its Python package is built from source (about six minutes,
+# needs cmake and a C++ compiler) into a folder of its own, so that .venv stays what the lock says.
+LLAMA := .venv/llama.cpp
+test-gguf: .venv/installed
+	test -d $(LLAMA) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(LLAMA) --no-binary llama-cpp-python llama-cpp-python==0.3.36 diskcache==5.6.3
+	PYTHONPATH=$(LLAMA) $(BIN)/python -m pytest tests/test_release_gguf.py
+	PYTHONPATH=$(LLAMA) $(BIN)/python bench/gguf_tokens.py
 
 check: .venv/installed
 	$(BIN)/ruff check

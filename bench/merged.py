@@ -1,7 +1,8 @@
 """Merged weights against the adapter: `python bench/merged.py runs/demo/release`.
 
-Prints the largest logit difference over 50 prompts in fp32 and how many of 50 greedy answers of 48
-tokens are equal; written to bench/results/merged.json.
+Prints the largest logit difference over 50 held-out questions in fp32 and how many of the 50 greedy
+answers of 48 tokens, stop token left out so that none is short, are equal; written to
+bench/results/merged.json.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generate import Prompt, answer_all
-from fintune.model import end_token_ids
 from fintune.release.export import merged
+from fintune.release.gate import JUDGED
 from fintune.release.verify import load_release, release_base, release_tokenizer
 
-TOPICS = ("growth rate", "operating margin", "tone of this report", "change in revenue", "ratio")
+TOKENS = 48
 
 
 def main() -> None:
@@ -27,16 +28,11 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    base, tokenizer = (
-        release_base(options.release, options.base),
-        release_tokenizer(options.release),
-    )
+    base = release_base(options.release, options.base)
+    tokenizer = release_tokenizer(options.release)
     chat = ChatFormat(tokenizer, "26 Jul 2024")
-    questions = [
-        f"Company {n} reported revenue of ${40 + n}.5 million after ${35 + n}.0 million."
-        f" What is the {TOPICS[n % 5]}?"
-        for n in range(50)
-    ]
+    rows = files.read_jsonl(options.release / JUDGED)
+    questions = [row["question"] for row in rows]
     prompts = [
         Prompt(str(n), chat.prompt_ids([Message("user", q)])) for n, q in enumerate(questions)
     ]
@@ -50,10 +46,11 @@ def main() -> None:
             ids = torch.tensor([prompt.ids])
             gap = adapter(input_ids=ids).logits - whole(input_ids=ids).logits
             worst = max(worst, float(gap.abs().max()))
-    ends = end_token_ids(base, tokenizer)
     texts = []
     for model in (adapter, whole):
-        answers = answer_all(model, tokenizer, prompts, ends=ends, max_new_tokens=48, batch_size=25)
+        answers = answer_all(
+            model, tokenizer, prompts, ends=[], max_new_tokens=TOKENS, batch_size=25
+        )
         texts.append({answer.id: answer.text for batch in answers for answer in batch})
     equal = sum(texts[0][key] == texts[1][key] for key in texts[0])
     found = {"largest_logit_difference": worst, "greedy_equal": equal, "of": len(prompts),

@@ -6,7 +6,7 @@ from tiny_release import tiny_adapter, tiny_base
 
 from fintune import attention, generate, model
 from fintune.errors import NotFinite
-from fintune.generate import Prompt, answer_all, stream
+from fintune.generate import Prompt, answer_all
 
 
 @pytest.fixture(scope="module")
@@ -77,33 +77,6 @@ def test_adapter_off_is_the_base_and_on_is_not(tiny, tmp_path):
     with both.disable_adapter():
         assert generate._greedy(both, rows, frozenset(ends), 12) == plain
     assert generate._greedy(both, rows, frozenset(ends), 12) != plain
-
-
-def test_stream_is_the_answer_in_pieces(tiny):
-    _, tokenizer, loaded, ends = tiny
-    prompt = prompts()[1]
-    (batch,) = answer_all(loaded, tokenizer, [prompt], ends=ends, max_new_tokens=30, batch_size=1)
-    pieces = list(stream(loaded, tokenizer, prompt.ids, ends=ends, max_new_tokens=30))
-    whole = "".join(pieces)
-    # A random model ends in half a character now and then; it is held back for good.
-    assert whole.strip() == batch[0].text.rstrip("\ufffd").strip()
-    assert len(pieces) > 5
-
-
-def test_sampling_repeats_with_its_seed_and_only_then(tiny):
-    _, tokenizer, loaded, ends = tiny
-    ids = prompts()[2].ids
-
-    def sample(seed, top_p=1.0):
-        return "".join(
-            stream(loaded, tokenizer, ids, ends=ends, max_new_tokens=25, temperature=3.0,
-                   top_p=top_p, seed=seed)
-        )  # fmt: skip
-
-    assert sample(1) == sample(1)
-    assert len({sample(seed) for seed in range(4)}) > 1
-    greedy = "".join(stream(loaded, tokenizer, ids, ends=ends, max_new_tokens=25))
-    assert sample(1, top_p=1e-6) == greedy, "a nucleus of one token is greedy"
 
 
 def test_logits_that_are_not_finite_are_an_error(tiny):

@@ -34,7 +34,7 @@ SPINE = (
 )
 """A module imports only what stands before it; `nano` here is its __init__, which imports none."""
 STAGES = ("data", "train", "evals", "release", "serve", "nano")
-TOP = ("demo", "cli")
+TOP = ("demo", "doctor", "init", "cli")
 LINES = 14_950
 """Most lines of src; DESIGN.md says why it is more than the 7,000 first planned."""
 

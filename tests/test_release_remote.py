@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_server import Served, served
+from tiny_server import Served, greedy, served
 
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError
 from fintune.example import Message
-from fintune.generate import stream
 from fintune.release import remote
 from fintune.release.fixture import read_fixture
 from fintune.release.remote import check_server
@@ -46,11 +45,7 @@ class _Other(BaseHTTPRequestHandler):
             ids = loaded.chat.tokenizer(body["prompt"])["input_ids"]  # adds BOS, as many do
         else:
             return self.send_error(404)
-        pieces = stream(
-            loaded.model, loaded.chat.tokenizer, ids, ends=loaded.ends,
-            max_new_tokens=body["max_tokens"],
-        )  # fmt: skip
-        text = "".join(pieces)
+        text = greedy(loaded, "adapter", ids, body["max_tokens"])
         choice = {"message": {"content": text}, "text": text}
         return self._send({"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_server import Served, served
+import torch
+from tiny_server import Served, greedy, served
 
 from fintune.example import Message
-from fintune.serve.repl import reply
+from fintune.serve import engine
 
 openai = pytest.importorskip("openai", reason="the official openai client is not installed")
 
@@ -32,7 +33,8 @@ def client(server: Served) -> Any:
 
 
 def expected(server: Served, who: str, text: str, limit: int) -> str:
-    return "".join(reply(server.loaded, [Message("user", text)], who, limit))
+    ids = server.loaded.chat.prompt_ids([Message("user", text)])
+    return greedy(server.loaded, who, ids, limit)
 
 
 def said(client: Any, **changes: Any) -> Any:
@@ -81,6 +83,18 @@ def test_seed_repeats_a_sampled_answer(client: Any) -> None:
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_a_nucleus_of_one_token_is_greedy() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    jobs = [
+        engine.Job([1], True, 1, lambda *_: None, temperature=3.0, top_p=1e-6, seed=seed)
+        for seed in range(8)
+    ]
+    assert engine._sample(logits, jobs).tolist() == logits.argmax(-1).tolist()
+    for job in jobs:
+        job.top_p = 1.0
+    assert engine._sample(logits, jobs).tolist() != logits.argmax(-1).tolist()
 
 
 def test_completions_take_text_and_ids(server: Served, client: Any) -> None:
@@ -136,6 +150,8 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (completed, {"model": "base"}),
     (completed, {"stop": ["\n"]}),
     (completed, {"temperature": 1, "seed": 3}),
+    (completed, {"prompt": "<|begin_of_text|>EBITDA"}),
+    (said, {"stream_options": {"include_usage": True}}),
 ]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (said, {"model": "gpt-4"}, "NotFoundError"),
@@ -168,10 +184,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (completed, {"prompt": ["a", "b"]}, "BadRequestError"),
     (completed, {"best_of": 3}, "BadRequestError"),
     (completed, {"echo": True}, "BadRequestError"),
+    (completed, {"model": ""}, "NotFoundError"),
+    (said, {"extra_body": {"stop": [1]}}, "BadRequestError"),
 ]
 
 
 def test_openai_client_accepted_cases(client: Any) -> None:
+    assert len(ACCEPTED) + len(REFUSED) >= 60
     for number, (call, changes) in enumerate(ACCEPTED):
         found = call(client, **changes)
         assert found.choices[0].finish_reason in {"stop", "length"}, (number, changes)

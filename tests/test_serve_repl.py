@@ -5,6 +5,7 @@ import io
 import pytest
 from tiny_release import built
 
+from fintune.errors import ModelError
 from fintune.serve.repl import chat
 
 
@@ -24,3 +25,5 @@ def test_chat_answers_as_adapter_base_or_both(
     assert talk("/both", "What is EBITDA?") == plain + adapter
     assert talk("What is EBITDA?", "/reset", "/nonsense", "What is EBITDA?") == adapter * 2
     assert talk("What is EBITDA?", "What is EBITDA?") != adapter * 2  # it remembers
+    with pytest.raises(ModelError, match="no room in the context of 512"):
+        talk("EBITDA " * 600)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tiny_release import built
 
+from fintune import generate
 from fintune.serve.loaded import Loaded, load
 from fintune.serve.server import running
 
@@ -49,3 +50,13 @@ def served(*, key: str | None = None) -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{port}", loaded, folder, base)
         server.should_exit = True
         thread.join(timeout=10)
+
+
+def greedy(loaded: Loaded, who: str, ids: list[int], limit: int) -> str:
+    """The answer of one row alone, by the evaluation's generation: not the server's own engine."""
+    off = loaded.model.disable_adapter() if who == "base" else contextlib.nullcontext()
+    with off:
+        (made,) = generate._greedy(loaded.model, [ids], frozenset(loaded.ends), limit)
+    told = [token for token in made if token not in loaded.ends]
+    text = loaded.chat.tokenizer.decode(told, clean_up_tokenization_spaces=False)
+    return str(text).rstrip("\ufffd")  # half a character is held back

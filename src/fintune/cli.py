@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, OutputError
-from fintune.files import write_text
+from fintune.errors import ConfigError, FintuneError
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -303,17 +302,33 @@ def serve(
 
 @app.command()
 def init(
-    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "nano",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(DEFAULT),
+    preset: Annotated[str | None, typer.Option(help="The preset to start from.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Rows: a file, folder, glob or hub id.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a commented config to edit. Never over an existing file."""
-    from fintune.config import load_config, preset_dir
+    """Write a commented config to edit; asks where no option is given. Never over a file."""
+    from fintune.init import init as write
 
-    load_config(preset)
-    if out.exists():
-        raise OutputError(f"{out} exists already", fix="give another --out")
-    write_text(out, (preset_dir() / f"{preset}.yaml").read_text(encoding="utf-8"))
-    console.result(f"wrote {out}; next: fintune run --config {out}")
+    write(out, preset=preset, name=name, source=source, base=base, force=force)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, and what is missing; exit 1 when something essential is."""
+    from fintune.doctor import examine, show
+
+    findings = examine()
+    if as_json:
+        console.emit_json([asdict(finding) for finding in findings])
+    else:
+        show(findings)
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:

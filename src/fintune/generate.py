@@ -1,4 +1,4 @@
-"""Answers: batched greedy generation with a key-value cache, and one answer streamed.
+"""Answers: batched greedy generation with a key-value cache.
 
 The loop is ours, not transformers' `generate`, for three reasons. Greedy means greedy: a base's
 generation_config (Llama 3.1 ships do_sample=true, temperature 0.6, top_p 0.9) is not read here.
@@ -10,7 +10,7 @@ count from each row's first token, so an answer does not depend on its neighbour
 bf16 and fp16 the order of summation may flip a near tie).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,41 +117,6 @@ def answer_all(
         ]
 
 
-def stream(
-    model: Any,
-    tokenizer: Any,
-    prompt: list[int],
-    *,
-    ends: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Yield one answer piece by piece, as whole characters; closing the iterator stops the model.
-
-    Args:
-        temperature: 0 is greedy.
-        top_p: sample from the most likely tokens that together reach this probability.
-        seed: makes sampling repeatable.
-    """
-    sampler = torch.Generator(device=model.device)
-    if seed is not None:
-        sampler.manual_seed(seed)
-    made: list[int] = []
-    shown = ""
-    choose: Callable[[Tensor], Tensor] = lambda logits: _sample(logits, temperature, top_p, sampler)  # noqa: E731
-    for token in _tokens(model, prompt, choose, max_new_tokens):
-        if token in ends:
-            break
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # U+FFFD at the end: a character whose last bytes are still to come.
-        if not text.endswith("\ufffd") and len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
-
-
 def _cache(model: Any) -> DynamicCache:
     """An empty cache of the model's layer kinds, plain layers growing in place."""
     cache = DynamicCache(config=model.config)
@@ -199,30 +164,6 @@ def _greedy(model: Any, rows: list[list[int]], ends: frozenset[int], limit: int)
                 active = [active[at] for at in going]
                 cache.batch_select_indices(kept)
     return made
-
-
-def _tokens(
-    model: Any, prompt: list[int], choose: Callable[[Tensor], Tensor], limit: int
-) -> Iterator[int]:
-    ids, cache = torch.tensor([prompt], device=model.device), _cache(model)
-    for step in range(limit):
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-            if step == 0:
-                _check_finite(logits)
-            ids = choose(logits)[:, None]
-        yield int(ids)
-
-
-def _sample(logits: Tensor, temperature: float, top_p: float, sampler: torch.Generator) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); [1, vocabulary] -> [1]."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    shares, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    shares[shares.cumsum(-1) - shares >= top_p] = 0
-    return order.gather(-1, torch.multinomial(shares, 1, generator=sampler))[:, 0]
 
 
 def _check_finite(logits: Tensor) -> None:

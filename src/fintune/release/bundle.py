@@ -24,7 +24,7 @@ from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.model import device, end_token_ids, load_adapter, load_base, load_tokenizer
 from fintune.release import checks
-from fintune.release.card import Facts, write_card
+from fintune.release.card import write_card
 from fintune.release.fixture import make_fixture
 from fintune.release.gate import JUDGED, RESULTS, Inputs, gate, read_inputs
 
@@ -112,19 +112,9 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     files.write_json(
         staging / checks.FIXTURE, make_fixture(chat, model, end_token_ids(base, tokenizer), dtype)
     )
-    llama = _llama_duties(staging, inputs)
-    facts = Facts(
-        config=inputs.recipe,
-        name=config.release.name or config.name,
-        base=base,
-        llama=llama,
-        manifest=inputs.manifest,
-        results=inputs.results,
-        environment=inputs.environment,
-        judged=list(files.read_jsonl(staging / JUDGED)),
-        accepted=accept,
-    )
-    files.write_text(staging / "README.md", write_card(facts))
+    judged = list(files.read_jsonl(staging / JUDGED))
+    card = write_card(inputs, judged, llama=_llama_duties(staging, inputs), accepted=accept)
+    files.write_text(staging / "README.md", card)
     sums = "".join(
         f"{files.sha256_file(path)}  {path.name}\n" for path in sorted(staging.iterdir())
     )

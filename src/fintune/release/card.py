@@ -6,14 +6,13 @@ ModelCardData, so the hub reads it; the text below is for a person who has to de
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from fintune.config import Config
-from fintune.model import Base
+from fintune.release.gate import JUDGED, Inputs
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
@@ -67,33 +66,16 @@ _ENVIRONMENT = {
     "trainable_parameters": "trainable parameters",
     "energy_kwh": "energy (kWh)",
     "python": "python",
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
 }
 """Facts of environment.json that the card prints, with their labels; each may be missing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a card is written from.
-
-    `llama` is the version of a Llama base, whose licence has duties; None for any other base.
-    `accepted` is the reason given for publishing without the verdict `better`.
-    """
-
-    config: Config
-    name: str
-    base: Base
-    llama: str | None
-    manifest: dict[str, Any]
-    results: dict[str, Any]
-    environment: dict[str, Any]
-    judged: list[dict[str, Any]]
-    accepted: str | None
-
-    @property
-    def title(self) -> str:
-        """The name; that of an adapter on Llama starts with Llama, as the base's licence asks."""
-        starts = self.name.lower().startswith("llama")
-        return f"Llama {self.name}" if self.llama and not starts else self.name
+WHO = ("base", "adapter")
+LIMITS = """\
+- It can state wrong figures with confidence; not financial advice.
+- Tuned on English finance questions; elsewhere expect its base, or less.
+- The comparison above holds for held-out rows of the same data, not for every use."""
 
 
 def vllm_rank(rank: int) -> int:
@@ -101,156 +83,137 @@ def vllm_rank(rank: int) -> int:
     return next((value for value in VLLM_RANKS if value >= rank), VLLM_RANKS[-1])
 
 
-def write_card(facts: Facts) -> str:
-    """README.md of a release: metadata block and text."""
-    config = facts.config
-    licence = config.release.license or (f"llama{facts.llama}" if facts.llama else None)
-    source = config.data.source
+def write_card(
+    inputs: Inputs, judged: list[dict[str, Any]], *, llama: str | None, accepted: str | None
+) -> str:
+    """README.md of a release: metadata block and text.
+
+    Args:
+        judged: rows of the judged set.
+        llama: version of a Llama base, whose licence has duties; None for any other base.
+        accepted: the reason given for publishing without the verdict `better`.
+    """
+    config, base = inputs.recipe, inputs.base
+    source, name = config.data.source, inputs.config.release.name or inputs.config.name
+    if llama and not name.lower().startswith("llama"):
+        name = f"Llama {name}"  # as the base's licence asks
     data = ModelCardData(
-        base_model=facts.base.id,
+        base_model=base.id,
         library_name="peft",
         pipeline_tag="text-generation",
-        license=licence,
-        datasets=[source] if _HUB_ID.fullmatch(source) and source != facts.base.id else None,
+        license=inputs.config.release.license or (f"llama{llama}" if llama else None),
+        datasets=[source] if _HUB_ID.fullmatch(source) and source != base.id else None,
         tags=["lora", "finance", "instruction-tuning", "transformers", "adapter"],
     )
-    parts = [f"# {facts.title}", *_opening(facts), *_evidence(facts), *_data(facts)]
-    parts += [*_recipe(facts), *_environment(facts), *_loading(facts), *_limits(facts)]
+    parts = [f"# {name}"]
+    if llama:
+        parts.append(
+            f"**Built with Llama.** The Llama {llama} Community License applies to this adapter"
+            " too; its text is in `LICENSE`, its attribution in `NOTICE`."
+        )
+    parts.append(
+        f"A LoRA adapter (rank {config.train.lora.r}) for `{base.id}` at revision"
+        f" `{base.revision}`, tuned on finance instructions."
+        " **Not financial advice**: have a person check what it says before anyone acts on it."
+    )
+    parts += ["## Against its base", *_evidence(inputs.results, accepted), _judges(judged)]
+    parts += ["## Data", *_data(inputs.manifest)]
+    parts += ["## Recipe", _recipe(config), "Every setting is in `training_config.json`."]
+    found = inputs.environment | (inputs.environment.get("packages") or {})
+    facts = [[text, _number(found[key])] for key, text in _ENVIRONMENT.items() if key in found]
+    parts += ["## Machine and time", _table(["fact", "value"], facts)] if facts else []
+    parts += ["## Usage", *_usage(config, base.id, name.replace(" ", "-")), "## Limits", LIMITS]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
-def _opening(facts: Facts) -> Iterable[str]:
-    if facts.llama:
-        yield (
-            f"**Built with Llama.** The Llama {facts.llama} Community License applies to this"
-            " adapter too; its text is in `LICENSE`, its attribution in `NOTICE`."
-        )
-    lora = facts.config.train.lora
-    yield (
-        f"A LoRA adapter (rank {lora.r}) for `{facts.base.id}` at revision"
-        f" `{facts.base.revision}`, tuned on finance instructions."
-        " **Not financial advice**: have a person check what it says before anyone acts on it."
-    )
-
-
-def _evidence(facts: Facts) -> Iterable[str]:
-    results = facts.results
-    yield "## Against its base"
+def _evidence(results: dict[str, Any], accepted: str | None) -> Iterator[str]:
     yield f"Verdict: **{str(results.get('verdict')).replace('_', ' ')}**."
-    if facts.accepted:
-        yield f"Published without a verdict of better, for this reason: {facts.accepted}"
+    if accepted:
+        yield f"Published without a verdict of better, for this reason: {accepted}"
+    loss, accuracy = results.get("loss") or {}, results.get("accuracy") or {}
     rows = []
-    for key, label in (("loss", "held-out loss"), ("accuracy", "accuracy")):
-        part = results.get(key) or {}
+    for label, part, write in (("held-out loss", loss, _number), ("accuracy", accuracy, _percent)):
         if "base" in part and "adapter" in part:
-            rows.append([label, _number(part["base"]), _number(part["adapter"])])
+            ranges = part.get("ci95") or {}
+            rows.append([label] + [_ranged(part[k], ranges.get(k), write) for k in WHO])
     if rows:
-        yield _table(["", "base", "adapter"], rows)
-    difference = (results.get("accuracy") or {}).get("difference") or {}
+        yield _table(["", *WHO], rows)
+    difference = accuracy.get("difference") or {}
     if "value" in difference and "ci95" in difference:
-        low, high = (_number(value) for value in difference["ci95"])
-        text = f"Accuracy differs by {_number(difference['value'])} (95 % interval {low} to {high}"
-        text += f", {difference['n']} questions" if "n" in difference else ""
-        text += ")."
+        text = f"Accuracy differs by {_ranged(difference['value'], difference['ci95'], _percent)}"
+        text += f", over {difference['n']} paired questions." if "n" in difference else "."
         if difference.get("mde80") is not None:
-            text += (
-                " The smallest difference this test would find with 80 % power is"
-                f" {_number(difference['mde80'])}."
-            )
-        yield text
-    yield _judges(facts.judged)
+            text += " The smallest difference that this comparison would find with 80 % power is"
+            text += f" {_percent(difference['mde80'])}."
+        yield text + " In brackets: 95 % intervals."
 
 
 def _judges(judged: list[dict[str, Any]]) -> str:
     """Who judged the judged set, as the file itself says."""
-    judges = Counter(
-        str((row.get("judge") or {}).get("served_model") or (row.get("judge") or {}).get("model"))
-        for row in judged
-        if row.get("status") == "scored"
-    )
-    unscored = Counter(
-        str(row.get("unscored_reason")) for row in judged if row.get("status") == "unscored"
-    )
-    said = [f"{count} verdicts of {name}" for name, count in sorted(judges.items())]
-    said += [f"{count} unscored ({reason})" for reason, count in sorted(unscored.items())]
-    return "Judged set (`eval_50_gpt_judged_raw.jsonl`): " + ("; ".join(said) or "empty") + "."
+    said: Counter[str] = Counter()
+    for row in judged:
+        judge = row.get("judge") or {}
+        if row.get("status") == "scored":
+            said[f"verdicts of {judge.get('served_model') or judge.get('model')}"] += 1
+        else:
+            said[f"unscored ({row.get('unscored_reason')})"] += 1
+    found = "; ".join(f"{count} {what}" for what, count in sorted(said.items()))
+    return f"Judged set (`{JUDGED}`): {found or 'empty'}."
 
 
-def _data(facts: Facts) -> Iterable[str]:
-    manifest = facts.manifest
-    yield "## Data"
-    sources = manifest.get("sources") or {}
-    if sources:
-        yield _table(
-            ["source", "revision or sha256", "licence", "rows read", "rows trained on"],
-            [
-                [name, row.get("identity", ""), row.get("licence") or "not stated"]
-                + [f"{row.get('read', 0):,}", f"{row.get('train', 0):,}"]
-                for name, row in sorted(sources.items())
-            ],
-        )
-    rows = manifest.get("rows") or {}
-    kept = [[key, f"{rows[key]:,}"] for key in ("read", "train", "validation") if key in rows]
-    dropped = sorted((rows.get("dropped") or {}).items(), key=lambda item: (-item[1], item[0]))
+def _data(manifest: dict[str, Any]) -> Iterator[str]:
+    if sources := manifest.get("sources"):
+        columns = ["source", "revision or sha256", "licence", "rows read", "rows trained on"]
+        rows = [
+            [name, row.get("identity", ""), row.get("licence") or "not stated"]
+            + [f"{row.get(key, 0):,}" for key in ("read", "train")]
+            for name, row in sorted(sources.items())
+        ]
+        yield _table(columns, rows)
+    counts = manifest.get("rows") or {}
+    kept = [[key, f"{counts[key]:,}"] for key in ("read", "train", "validation") if key in counts]
+    dropped = sorted((counts.get("dropped") or {}).items(), key=lambda item: (-item[1], item[0]))
     kept += [[f"dropped: {reason}", f"{count:,}"] for reason, count in dropped]
     if kept:
         yield _table(["rows", "count"], kept)
 
 
-def _recipe(facts: Facts) -> Iterable[str]:
-    train, lora = facts.config.train, facts.config.train.lora
-    yield "## Recipe"
-    yield _table(
-        ["setting", "value"],
-        [
-            ["rank, alpha", f"{lora.r}, {lora.alpha:g}"],
-            ["dropout, bias", f"{lora.dropout:g}, {lora.bias}"],
-            ["target modules", ", ".join(lora.target_modules)],
-            ["epochs", train.epochs if train.max_steps < 0 else f"{train.max_steps} steps"],
-            ["batch", f"{train.micro_batch_size} × {train.accumulation}, {train.plan}"],
-            ["optimizer", train.optimizer],
-            [
-                "learning rate",
-                f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup_ratio:g}",
-            ],
-            ["weight decay", f"{train.weight_decay:g}"],
-            ["gradient clipping", f"{train.max_grad_norm:g}"],
-            ["longest example", f"adaptive, at most {facts.config.data.max_length_cap} tokens"],
-            ["seed", facts.config.seed],
-        ],
-    )
-    yield "Every setting is in `training_config.json`."
+def _recipe(config: Config) -> str:
+    train, lora = config.train, config.train.lora
+    length = f"adaptive, at most {config.data.max_length_cap} tokens"
+    rate = f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup_ratio:g}"
+    rows = {
+        "rank, alpha": f"{lora.r}, {lora.alpha:g}",
+        "dropout, bias": f"{lora.dropout:g}, {lora.bias}",
+        "target modules": ", ".join(lora.target_modules),
+        "epochs": train.epochs if train.max_steps < 0 else f"{train.max_steps} steps",
+        "batch": f"{train.micro_batch_size} × {train.accumulation}, {train.plan}",
+        "optimizer": train.optimizer,
+        "learning rate": rate,
+        "weight decay": f"{train.weight_decay:g}",
+        "gradient clipping": f"{train.max_grad_norm:g}",
+        "longest example": length,
+        "seed": config.seed,
+    }
+    return _table(["setting", "value"], rows.items())
 
 
-def _environment(facts: Facts) -> Iterable[str]:
-    found = facts.environment | (facts.environment.get("packages") or {})
-    labels = _ENVIRONMENT | {name: name for name in ("torch", "transformers", "peft")}
-    rows = [[labels[key], _number(found[key])] for key in labels if found.get(key) is not None]
-    if rows:
-        yield "## Machine and time"
-        yield _table(["fact", "value"], rows)
-
-
-def _loading(facts: Facts) -> Iterable[str]:
-    rank, name = facts.config.train.lora.r, facts.title.replace(" ", "-")
-    date = facts.config.chat.date_string
-    yield "## Usage"
-    yield "```python\n" + SEED_SNIPPET.format(base=facts.base.id, adapter=name) + "```"
+def _usage(config: Config, base: str, name: str) -> Iterator[str]:
+    yield "```python\n" + SEED_SNIPPET.format(base=base, adapter=name) + "```"
     yield (
         "The snippet continues plain text. Better: ask through the chat template it was trained"
         " on, with the date it was trained with and `do_sample` given, since without it the base's"
         " generation_config decides whether the answer is sampled:"
     )
-    yield "```python\n" + CHAT_SNIPPET.format(date=date) + "```"
+    yield "```python\n" + CHAT_SNIPPET.format(date=config.chat.date_string) + "```"
     yield (
         "vLLM (its default rank limit is 16):\n\n"
-        f"```sh\nvllm serve {facts.base.id} --enable-lora --max-lora-rank {vllm_rank(rank)}"
+        f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {vllm_rank(config.train.lora.r)}"
         f" --lora-modules {name}={name}\n```"
     )
     yield (
         "Ollama: `fintune export ollama` writes the merged GGUF and a Modelfile with this"
-        " template and its stop token.\n\n```sh\nollama create "
-        f"{name.lower()} -f Modelfile\n```"
+        f" template and its stop token.\n\n```sh\nollama create {name.lower()} -f Modelfile\n```"
     )
     yield (
         "`prompt_fixture.json` holds prompts with their exact token ids. `fintune verify .` checks"
@@ -258,19 +221,18 @@ def _loading(facts: Facts) -> Iterable[str]:
     )
 
 
-def _limits(facts: Facts) -> Iterable[str]:
-    yield "## Limits"
-    yield (
-        "- It can state wrong figures with confidence; not financial advice.\n"
-        "- Tuned on English finance questions; elsewhere expect its base, or less.\n"
-        "- The comparison above holds for held-out rows of the same data, not for every use."
-    )
+def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    head = list(columns)
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+def _ranged(value: float, interval: list[float] | None, write: Callable[[Any], str]) -> str:
+    return write(value) + (f" ({' to '.join(map(write, interval))})" if interval else "")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _number(value: Any) -> str:

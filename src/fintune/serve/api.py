@@ -20,7 +20,7 @@ from fintune.files import read_json, read_jsonl
 from fintune.serve.engine import Busy, Engine
 from fintune.serve.guard import error_body
 from fintune.serve.loaded import Loaded
-from fintune.serve.reply import Answer, Words
+from fintune.serve.reply import Answer
 from fintune.serve.wire import ApiError, Chat, Completion, Messages, Sampling, Tokenize, parse
 
 MODELS = ("base", "adapter")
@@ -134,18 +134,16 @@ class _Server:
                 f" {self._loaded.context}",
                 "context_length_exceeded",
             )
-        answer = Answer(ids, body, min(wanted or DEFAULT_TOKENS, room))
+        answer = Answer(ids, body, min(wanted or DEFAULT_TOKENS, room), chat=chat)
         if self._engine.failed:
             raise ApiError(503, "the model failed; restart the server", "server_error")
         try:
             self._engine.submit(answer.job)
         except Busy:
             raise ApiError(429, "too many requests are waiting; try again", "queue_full") from None
-        words = Words(body.model, chat)
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return StreamingResponse(words.events(answer, usage), media_type="text/event-stream")
-        return await _unless_gone(request, words.whole(answer))
+            return StreamingResponse(answer.events(), media_type="text/event-stream")
+        return await _unless_gone(request, answer.whole())
 
 
 def build(loaded: Loaded, engine: Engine, *, folder: Path, run: Path | None) -> FastAPI:

@@ -4,10 +4,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 from fintune import console
+from fintune.errors import ModelError
 from fintune.example import Message
-from fintune.generate import stream
+from fintune.serve.engine import Engine, Finish, Job
 from fintune.serve.loaded import Loaded, load
 
 HELP = "/adapter, /base, /both: who answers · /reset: forget · /quit"
@@ -17,6 +19,11 @@ def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -
     """Talk to a release until the input ends. Answers are greedy, so they can be repeated."""
     loaded = load(folder, base)
     console.say(f"{folder.name} on {loaded.base.id}. {HELP}")
+    with contextlib.closing(Engine(loaded)) as engine:
+        _talk(loaded, engine, max_new_tokens)
+
+
+def _talk(loaded: Loaded, engine: Engine, max_new_tokens: int) -> None:
     who, history = ["adapter"], list[Message]()
     while (line := _ask()) is not None:
         if line in {"/adapter", "/base"}:
@@ -31,38 +38,36 @@ def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -
             console.say(HELP)
         elif line:
             history.append(Message("user", line))
-            answer = ""
             for name in who:
                 console.heading(name)
-                answer = _say(loaded, history, name, max_new_tokens)
-            history.append(Message("assistant", answer))
+                answer = ""
+                for piece in reply(loaded, engine, history, name, max_new_tokens):
+                    answer += piece
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                sys.stdout.write("\n")
+            history.append(Message("assistant", answer.strip()))
 
 
-def reply(loaded: Loaded, history: list[Message], who: str, max_new_tokens: int) -> Iterator[str]:
+def reply(
+    loaded: Loaded, engine: Engine, history: list[Message], who: str, max_new_tokens: int
+) -> Iterator[str]:
     """Pieces of the answer of `base` or `adapter` to a conversation that ends with the user."""
-    off = loaded.model.disable_adapter() if who == "base" else contextlib.nullcontext()
+    pieces = SimpleQueue[tuple[str, Finish | None]]()
     ids = loaded.chat.prompt_ids(history)
-    with off:
-        yield from stream(
-            loaded.model,
-            loaded.chat.tokenizer,
-            ids,
-            ends=loaded.ends,
-            max_new_tokens=min(max_new_tokens, loaded.context - len(ids)),
-        )
+    limit = min(max_new_tokens, loaded.context - len(ids))
+    if limit < 1:
+        raise ModelError(f"{len(ids)} tokens leave no room in the context of {loaded.context}")
+    engine.submit(Job(ids, who == "adapter", limit, lambda *said: pieces.put(said)))
+    finish = None
+    while finish is None:
+        text, finish = pieces.get()
+        yield text
+    if finish == "error":
+        raise ModelError("the model failed on this question")
 
 
 def _ask() -> str | None:
     console.err.print("[bold]you>[/] ", end="")
     line = sys.stdin.readline()
     return line.strip() if line else None
-
-
-def _say(loaded: Loaded, history: list[Message], who: str, max_new_tokens: int) -> str:
-    said = ""
-    for piece in reply(loaded, history, who, max_new_tokens):
-        said += piece
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return said.strip()

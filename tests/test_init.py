@@ -1,0 +1,84 @@
+"""`fintune init`: every key with its meaning, loading to what was asked, never over a file."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fintune.config import dotted_keys, load_config, presets
+from fintune.errors import ConfigError, OutputError
+from fintune.init import init
+
+NOTHING = {"preset": None, "name": None, "source": None, "base": None}
+
+
+class Terminal(io.StringIO):
+    """A standard input that a person types into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_comes_back_as_it_is_and_with_every_key(preset: str, tmp_path: Path) -> None:
+    out = tmp_path / "config.yaml"
+    init(out, **NOTHING | {"preset": preset})
+    assert load_config(out) == load_config(preset)
+    # With every comment sign taken off, each key is there once, where the config has it.
+    body = out.read_text().split("\n\n", 1)[1]
+    lines = [line.replace("# ", "", 1) if "# " in line[:9] else line for line in body.splitlines()]
+    tree = yaml.safe_load("\n".join(lines))
+    found = [
+        f"{prefix}{key}"
+        for prefix, branch in branches(tree, "")
+        for key, value in branch.items()
+        if f"{prefix}{key}" in dotted_keys() or not isinstance(value, dict)
+    ]
+    assert sorted(found) == sorted(dotted_keys())
+    assert all(" # " in line for line in lines), "a key without its meaning"
+
+
+def branches(tree: dict, prefix: str) -> list[tuple[str, dict]]:
+    below = [
+        row
+        for key, value in tree.items()
+        if isinstance(value, dict)
+        for row in branches(value, f"{prefix}{key}.")
+    ]
+    return [(prefix, tree), *below]
+
+
+def test_options_are_answers(tmp_path: Path) -> None:
+    out, base = tmp_path / "mine.yaml", tmp_path / "base"
+    base.mkdir()
+    answers = {"preset": "nano", "name": "7", "source": "a: b #c.jsonl", "base": str(base)}
+    init(out, **answers)
+    config = load_config(out)
+    assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #c.jsonl")
+    assert (config.model.id, config.model.path) == ("local/base", base)
+    assert config.data.personal_data == "mask", "only the preset's own rows may pass unmasked"
+    with pytest.raises(OutputError, match="--force"):
+        init(out, **NOTHING | {"preset": "nano"})
+    assert load_config(out) == config
+    init(out, **NOTHING | {"preset": "nano"}, force=True)
+    assert load_config(out).name == "nano-finance"
+    with pytest.raises(ConfigError, match="name"):
+        init(tmp_path / "bad.yaml", **answers | {"name": "no spaces"})
+    assert not (tmp_path / "bad.yaml").exists()
+
+
+def test_questions_are_asked_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "asked.yaml"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(ConfigError, match="no terminal to ask on"):
+        init(out, **NOTHING)
+    monkeypatch.setattr(sys, "stdin", Terminal("\nmine\nrows/*.jsonl\n\n"))
+    init(out, **NOTHING)
+    config = load_config(out)
+    assert (config.name, config.data.source) == ("mine", "rows/*.jsonl")
+    assert config.model.id == "fintune/nano"
+    assert "preset to start from (llama-3.1-8b-finance, nano)" in capsys.readouterr().err
