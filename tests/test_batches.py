@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintune.batches import EpochPlan, choose_boundaries, facts, plan_epoch, plan_evaluation
+from fintune.batches import (
+    EpochPlan,
+    choose_boundaries,
+    deal_again,
+    facts,
+    parts_under,
+    plan_epoch,
+    plan_evaluation,
+)
 
 PLANS = ("stratified", "bucketed", "random")
 
@@ -76,12 +84,16 @@ def test_ranks_share_tokens_equally() -> None:
 
 
 def test_a_cap_on_tokens_splits_every_step() -> None:
-    lengths = [100] * 60 + [900] * 4
-    planned = make(lengths, micro_batch_size=16, accumulation=2, max_tokens=1000)
-    assert max(sum(lengths[i] for i in batch) for batch in chain(*planned.steps)) <= 1000
-    assert len({len(step) for step in planned.steps}) == 1
+    lengths = np.array([100] * 60 + [900] * 4)
+    planned = make(lengths.tolist(), micro_batch_size=16, accumulation=2)
+    parts = parts_under(1000, lengths, [planned], 2)
+    capped = deal_again(lengths, planned, parts)
+    assert max(lengths[batch].sum() for batch in chain(*capped.steps)) <= 1000
+    assert {len(step) for step in capped.steps} == {parts}
+    for before, after in zip(planned.steps, capped.steps, strict=True):
+        assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
     with pytest.raises(ValueError, match="exceeds max_tokens"):
-        make(lengths, max_tokens=500)
+        parts_under(500, lengths, [planned], 2)
 
 
 def test_chosen_boundaries_pad_least() -> None:

@@ -174,7 +174,7 @@ def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> N
         checkpoints.save(tmp_path, 10, fail)
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
     checkpoints.save(tmp_path, 10, write)
-    checkpoints.rotate(tmp_path, keep=1)
+    checkpoints.rotate(tmp_path, keep=1, step=10)
     assert checkpoints.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
 
 

@@ -12,7 +12,7 @@ would have seen. Several processes are more micro-batches of the same step: rank
 every w-th of them, after they were dealt to equal tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +64,6 @@ def plan_epoch(
     boundaries: Iterable[int] | None = None,
     buckets: int = 8,
     world_size: int = 1,
-    max_tokens: int | None = None,
 ) -> EpochPlan:
     """Plan one epoch.
 
@@ -75,15 +74,13 @@ def plan_epoch(
         boundaries: for `bucketed`, the lengths that end a bucket; absent, `choose_boundaries`
             finds `buckets` of them.
         world_size: processes that share each step.
-        max_tokens: most tokens of a micro-batch. A step whose share is larger is dealt into
-            more micro-batches, the same number on every rank and in every step of the epoch.
 
     Returns:
         Every example exactly once. Every step has the same number of micro-batches, but for
         the last of the epoch, which may have fewer when its examples do not suffice.
 
     Raises:
-        ValueError: no example, or an example longer than `max_tokens`.
+        ValueError: no example.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size == 0:
@@ -102,9 +99,44 @@ def plan_epoch(
     if len(groups) > 1 and groups[-1].size < world_size:
         # Fewer examples than processes: some rank would wait for ever. They join the step before.
         groups[-2:] = [np.concatenate(groups[-2:])]
-    if max_tokens is not None:
-        parts = _parts_needed(lengths, groups, parts, world_size, max_tokens)
     return EpochPlan([_deal(lengths, group, parts, world_size) for group in groups])
+
+
+def deal_again(lengths: Ints, plan: EpochPlan, parts: int, world_size: int = 1) -> EpochPlan:
+    """The same steps, each dealt into `parts` micro-batches of nearly equal tokens."""
+    dealt = [_deal(lengths, np.concatenate(step), parts, world_size) for step in plan.steps]
+    return EpochPlan(dealt)
+
+
+def parts_under(
+    max_tokens: int,
+    lengths: Ints,
+    plans: list[EpochPlan],
+    parts: int,
+    world_size: int = 1,
+    laid: Callable[[list[int]], int] = sum,
+) -> int:
+    """Fewest micro-batches a step, from `parts` in strides of `world_size`, that keep all of a
+    run's micro-batches under a cap. One number for every step, as the Trainer's accumulation is.
+
+    Args:
+        laid: tokens that a micro-batch of these lengths takes in memory.
+
+    Raises:
+        ValueError: an example alone is longer than `max_tokens`.
+    """
+    longest = int(lengths.max())
+    if laid([longest]) > max_tokens:
+        raise ValueError(f"an example of {longest} tokens exceeds max_tokens {max_tokens}")
+    while any(
+        laid(lengths[batch].tolist()) > max_tokens
+        for plan in plans
+        for step in plan.steps
+        for batch in step
+    ):
+        parts += world_size
+        plans = [deal_again(lengths, plan, parts, world_size) for plan in plans]
+    return parts
 
 
 def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
@@ -199,21 +231,6 @@ def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> li
 
 def _chunks(order: Ints, size: int) -> list[Ints]:
     return [order[start : start + size] for start in range(0, order.size, size)]
-
-
-def _parts_needed(
-    lengths: Ints, groups: list[Ints], parts: int, world_size: int, max_tokens: int
-) -> int:
-    """Fewest micro-batches a step (a multiple of `world_size`) that keep all under the cap."""
-    if lengths.max() > max_tokens:
-        raise ValueError(f"an example of {lengths.max()} tokens exceeds max_tokens {max_tokens}")
-    while any(
-        max(int(lengths[batch].sum()) for batch in _deal(lengths, group, parts, world_size))
-        > max_tokens
-        for group in groups
-    ):
-        parts += world_size
-    return parts
 
 
 def _deal(lengths: Ints, group: Ints, parts: int, world_size: int) -> list[Ints]:

@@ -1,15 +1,20 @@
 """The command line: one short function a verb. Stages are imported inside, so --help is instant."""
 
+import shlex
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError
+from fintune.errors import ConfigError, FintuneError, Stopped
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -49,7 +54,25 @@ def main() -> None:
         app()
     except FintuneError as error:
         console.fail(str(error))
+        if isinstance(error, Stopped):
+            again = [word for word in sys.argv[1:] if word != "--fresh"]
+            console.say(f"continue with: {shlex.join(['fintune', *again])}")
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end what runs inside at once, with exit code 75; training has its own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped; nothing half-written stays", fix="the same command begins again")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.callback(invoke_without_command=True)
@@ -98,7 +121,8 @@ def prepare(
     """Raw rows -> train and validation rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
-    manifest = stage(_load(config, overrides), fresh=fresh)
+    with _stoppable():
+        manifest = stage(_load(config, overrides), fresh=fresh)
     if as_json:
         console.emit_json(manifest)
 
@@ -111,6 +135,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; load no weights.")
     ] = False,
+    accept_drift: Annotated[
+        str | None,
+        typer.Option(help="Continue although config, data or versions changed, for this reason."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
@@ -124,7 +152,7 @@ def train(
         else:
             _show_dry_run(plan)
         return
-    folder = stage.train(loaded, fresh=fresh)
+    folder = stage.train(loaded, fresh=fresh, accept_drift=accept_drift)
     if as_json:
         console.emit_json({"run": str(folder)})
 
@@ -337,7 +365,8 @@ def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:
     from fintune.release.bundle import release as release_stage
     from fintune.train.run import train as train_stage
 
-    prepare_stage(config, fresh=fresh)
+    with _stoppable():
+        prepare_stage(config, fresh=fresh)
     train_stage(config, fresh=fresh)
     evaluate_stage(config, fresh=fresh)
     release_stage(config, fresh=fresh, accept=accept)

@@ -23,7 +23,6 @@ from pydantic import (
 )
 
 from fintune.errors import ConfigError
-from fintune.files import sha256_json
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -182,6 +181,11 @@ class TrainConfig(Section):
     max_steps: int = Field(-1, ge=-1, description="stop after this many updates; -1: all epochs")
     micro_batch_size: int = Field(16, ge=1, description="examples of one forward pass")
     accumulation: int = Field(4, ge=1, description="forward passes of one update")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of a forward pass; a step is dealt into more of them",
+    )
     plan: Literal["stratified", "bucketed", "random"] = Field(
         "stratified", description="how examples become batches"
     )
@@ -345,13 +349,13 @@ class Config(Section):
         """Folder of the release."""
         return self.release.out or self.out / "release"
 
-    def section_hash(self, *names: str) -> str:
-        """sha256 of the named sections without their `out` folders, so a run can be moved."""
-        tree = self.model_dump(mode="json")
+    def sections(self, *names: str) -> dict[str, Any]:
+        """The named sections as plain values without `out` folders, so that a run can be moved."""
+        tree = self.model_dump(mode="json", include=set(names))
         for value in tree.values():
             if isinstance(value, dict):
                 value.pop("out", None)
-        return sha256_json({name: tree[name] for name in names})
+        return tree
 
 
 def preset_dir() -> Path:

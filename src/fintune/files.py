@@ -75,8 +75,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write an object as readable JSON with its format number. Raises ValueError on NaN."""
-    text = json.dumps({"format": FORMAT, **value}, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """What `write_json` writes, byte for byte. Raises ValueError on NaN."""
+    tree = {"format": FORMAT, **value}
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,11 +112,15 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder beside its place and rename it into a free name when the block succeeds.
 
     On any exception the staging folder is removed and `final` never appears. Leftovers of killed
     builds of the same folder are removed first.
+
+    Args:
+        replace: `final` may exist; it is moved away when the new folder is complete, so that only
+            a kill between two renames leaves neither under its name.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(f".staging-{final.name}-*"):
@@ -127,8 +136,12 @@ def staged_folder(final: Path) -> Iterator[Path]:
             else:
                 sync_folder(path)
         sync_folder(staging)
+        old = f"{staging}-old"
+        if replace and final.exists():
+            os.rename(final, old)
         os.rename(staging, final)
         sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -5,7 +5,12 @@ A folder without it is unfinished and no later stage reads it. The same command 
 finished stage whose inputs are unchanged, and refuses when they differ, naming them.
 """
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,8 @@ class State(Enum):
 def seal(folder: Path, inputs: dict[str, Any]) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last."""
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _files(folder)}
-    write_json(folder / DONE, done)
+    changes = accepted(folder)
+    write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
 def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
@@ -57,8 +63,49 @@ def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
     return done
 
 
-def state(folder: Path, inputs: dict[str, Any], *, command: str) -> State:
+@contextmanager
+def lock(folder: Path) -> Iterator[str]:
+    """Be the only one that writes a folder that grows in place, while the block runs.
+
+    The lock is the kernel's and ends with its owner, however that one died, so none is ever stale.
+    Its file stands beside the folder, which may be moved aside meanwhile.
+
+    Yields:
+        Who held it last and died, or an empty string.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutputError(
+                f"{folder} is being written by {file.read() or 'another process'}",
+                why="two runs in one folder would destroy each other's checkpoints",
+                fix="wait for it, stop it (SIGTERM saves), or choose another folder: --set out=...",
+            ) from None
+        file.seek(0)
+        dead = file.read()
+        file.truncate(0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with suppress(OSError):  # a full volume: the name is a courtesy, the lock is held
+            file.write(f"process {os.getpid()} since {now}")
+            file.flush()
+        try:
+            yield dead
+        finally:
+            file.truncate(0)
+
+
+def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> State:
     """Say whether a stage has to run, may be skipped, or must be refused.
+
+    Args:
+        also: another way out than a fresh folder, for the message.
 
     Raises:
         OutputError: the folder holds the result of other inputs, or files that are not ours.
@@ -73,7 +120,7 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str) -> State:
                     f"{folder} holds the result of other inputs; these differ: "
                     + "; ".join(differing),
                     why="mixing two runs in one folder would make both unaccountable",
-                    fix=f"choose another folder (--set out=...), or: {command} --fresh",
+                    fix=f"choose another folder (--set out=...), or: {command} --fresh{also}",
                 )
             return found
     raise OutputError(
@@ -92,6 +139,29 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             rows.append(f"{prefix}{key}: {str(before)[:60]} -> {str(after)[:60]}")
     return rows
+
+
+def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
+    """Let an unfinished stage go on with other inputs; the change is kept and sealed with it.
+
+    Returns:
+        What differs; empty where nothing does, or where there is nothing to go on with.
+    """
+    if not (folder / INPUTS).is_file() or (folder / DONE).is_file():
+        return []
+    old = read_json(folder / INPUTS)["inputs"]
+    differing = differences(old, inputs)
+    if differing:
+        change = {"reason": reason, "differs": differing, "was": sha256_json(old)}
+        write_json(folder / INPUTS, {"inputs": inputs, "accepted": [*accepted(folder), change]})
+    return differing
+
+
+def accepted(folder: Path) -> list[dict[str, Any]]:
+    """Changes of inputs that were accepted: `reason`, `differs`, and the hash of what `was`."""
+    path = folder / INPUTS
+    changes: list[dict[str, Any]] = read_json(path).get("accepted", []) if path.is_file() else []
+    return changes
 
 
 def start(folder: Path, inputs: dict[str, Any]) -> None:

@@ -6,26 +6,32 @@ newest checkpoint that its own resume crashed on, with an intact one beside it. 
 the newest whose manifest verifies, and says which it skipped and why.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import read_json, sha256_file, staged_folder, write_json
+from fintune.files import json_text, sha256_file, sha256_json, staged_folder, write_json
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
+_DOOMED = ".old-"
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint whole: `write` fills a staging folder, the rest is done here."""
+    """Write a checkpoint whole: `write` fills a staging folder, the rest is done here.
+
+    One of the same step that verifies is kept: it is of the same state.
+    """
     final = folder / f"checkpoint-{step}"
     if final.exists():
-        # The same step again after a resume; moved first, so that one of the two always exists.
-        shutil.rmtree(folder / f".old-{final.name}", ignore_errors=True)
-        final.rename(folder / f".old-{final.name}")
+        if damage(final) is None:
+            return final
+        shutil.rmtree(final)
     with staged_folder(final) as staging:
         write(staging)
         files = {
@@ -36,17 +42,24 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
             for path in sorted(staging.rglob("*"))
             if path.is_file()
         }
-        write_json(staging / MANIFEST, {"step": step, "files": files})
-    shutil.rmtree(folder / f".old-{final.name}", ignore_errors=True)
+        write_json(staging / MANIFEST, _manifest(step, files))
     return final
+
+
+def _manifest(step: int, files: dict[str, Any]) -> dict[str, Any]:
+    facts = {"step": step, "files": files}
+    return facts | {"sha256": sha256_json(facts)}
 
 
 def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, with the file's name, or None if it verifies."""
     try:
-        manifest = read_json(checkpoint / MANIFEST)
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         step, files = manifest["step"], manifest["files"]
-    except (OSError, ValueError, KeyError):
+        if text != json_text(_manifest(step, files)):
+            return f"{MANIFEST} was changed"
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     if checkpoint.name != f"checkpoint-{step}":
         return f"{MANIFEST} is of step {step}"
@@ -58,25 +71,26 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {fact['bytes']}"
         if sha256_file(path) != fact["sha256"]:
             return f"{name} has another sha256 than when it was saved"
-    extra = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*")} - {
-        *files,
-        MANIFEST,
-    }
+    found = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*")}
+    extra = found - {*files, MANIFEST}
     return f"{sorted(extra)[0]} was not part of it" if extra else None
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, foreign: Callable[[Path], str | None] = lambda path: None) -> Path | None:
     """The newest checkpoint that verifies; each newer one that does not is named.
+
+    Args:
+        foreign: why a checkpoint that verifies is not of this run, or None.
 
     Raises:
         OutputError: there are checkpoints, and none verifies.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = damage(checkpoint)
+        reason = damage(checkpoint) or foreign(checkpoint)
         if reason is None:
             return checkpoint
-        warn(f"{checkpoint} is damaged and skipped: {reason}")
+        warn(f"{checkpoint} is skipped: {reason}")
     if found:
         raise OutputError(
             f"none of the {len(found)} checkpoints in {folder} verifies",
@@ -86,19 +100,33 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest; what cannot be removed is left, never half of the last."""
-    for checkpoint in checkpoints(folder)[: -max(keep, 1)]:
+def rotate(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the `keep` newest until `step`, the one just written.
+
+    Those after it were skipped when the run resumed, so they must not push out sound ones. The
+    best adapter is in each checkpoint and in `best/`, out of reach of this.
+    """
+    found = checkpoints(folder)
+    sound = [path for path in found if _step(path) <= step]
+    _sweep(folder)
+    for checkpoint in {*found} - {*sound[-max(keep, 1) :]}:
         # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
-        doomed = checkpoint.with_name(f".old-{checkpoint.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(checkpoint.with_name(f"{_DOOMED}{checkpoint.name}"))
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what is doomed, and what killed saves left."""
+    for leftover in (*folder.glob(f"{_DOOMED}*"), *folder.glob(".staging-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

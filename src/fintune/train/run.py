@@ -1,16 +1,13 @@
 """The stage itself: read prepared data, build the run, train or continue, leave a sealed folder."""
 
 import os
-import platform
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
 from transformers.trainer_callback import PrinterCallback
 
 from fintune import attention, batches, seal
@@ -18,10 +15,11 @@ from fintune.chat import ChatFormat
 from fintune.collate import CPU_MULTIPLE, Collator
 from fintune.config import Config, dump_yaml
 from fintune.console import heading, meter, say, warn
-from fintune.errors import DataError, NotFinite, OutputError, Stopped
-from fintune.files import read_json, sha256_file, write_json, write_text
+from fintune.errors import ConfigError, DataError, OutputError, Stopped
+from fintune.files import read_json, sha256_file, sha256_json, write_json, write_text
 from fintune.loss import why_full_logits
 from fintune.model import (
+    Base,
     attach,
     device,
     find_base,
@@ -32,40 +30,62 @@ from fintune.model import (
 )
 from fintune.train import checkpoints, lora, memory
 from fintune.train.arguments import arguments_dict, effective, training_arguments
+from fintune.train.finish import PACKAGES, check_best, environment
+from fintune.train.metrics import Metrics, Spikes
+from fintune.train.order import Order
+from fintune.train.record import Record, is_out_of_memory
+from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
-from fintune.train.trainer import BEST, RESUME, LoraTrainer, Order, StopRequest
-from fintune.train.watch import Metrics, Watch, draw_curves
+from fintune.train.trainer import BEST, RESUME, LoraTrainer, StopRequest
+from fintune.train.watch import Watch, draw_curves
 
-PACKAGES = ("fintune", "torch", "transformers", "peft")
-"""Versions that a resumed run must share with the run it continues."""
+FIXED = ("r", "bias", "target_modules")
+"""Keys of train.lora that give weights their shape: no change of them can be accepted."""
 
 
-def train(config: Config, *, fresh: bool = False) -> Path:
+def train(config: Config, *, fresh: bool = False, accept_drift: str | None = None) -> Path:
     """Train, or continue an unfinished run of the same inputs, or keep a finished one.
+
+    Args:
+        fresh: move an existing run aside first.
+        accept_drift: continue although inputs differ, for this reason, which is recorded.
 
     Returns:
         The run's folder: `best/` holds the adapter of the best evaluation.
 
     Raises:
-        OutputError: no prepared data, or the folder holds a run of other inputs.
+        OutputError: no prepared data, a run of other inputs in the folder, or one under way.
         NotFinite: a loss or gradient; the last checkpoint is intact.
-        Stopped: SIGTERM or SIGINT; the same command continues.
+        NoSpace: no room on the volume, also after waiting.
+        Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
-    data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
+    run = config.run_dir
+    with StopRequest().listening() as stop:
+        room = Room(run, lambda: stop.asked)
+        room.write(SLACK, lambda: None)
+        # Of several processes the first one writes, and holds the lock for all.
+        first = os.environ.get("RANK", "0") == "0"
+        with seal.lock(run) if first else nullcontext("") as dead:
+            if dead:
+                say(f"taking over from a run that died ({dead})")
+            return _train_alone(config, stop, room, fresh=fresh, accept_drift=accept_drift)
+
+
+def _train_alone(
+    config: Config, stop: StopRequest, room: Room, *, fresh: bool, accept_drift: str | None
+) -> Path:
+    """The stage, by the only process that writes its folder."""
     run = config.run_dir
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
-    chat = ChatFormat(tokenizer, config.chat.date_string)
-    inputs = {
-        "config": config.section_hash("model", "chat", "train", "seed"),
-        "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
-        "base": {"id": base.id, "revision": base.revision},
-        "template": chat.template_sha256,
-        "versions": {name: version(name) for name in PACKAGES},
-    }
+    inputs = _inputs(config, base, ChatFormat(tokenizer, config.chat.date_string))
     if fresh and (aside := seal.move_aside(run)):
         say(f"moved the old run to {aside}")
-    state = seal.state(run, inputs, command="fintune train")
+    record = Record(run)
+    if accept_drift is not None:
+        _accept(run, inputs, accept_drift, record)
+    also = ', or go on and have it recorded: --accept-drift "why"'
+    state = seal.state(run, inputs, command="fintune train", also=also)
     if state is seal.State.FINISHED:
         say(f"train: unchanged, kept {run}")
         return run
@@ -75,18 +95,60 @@ def train(config: Config, *, fresh: bool = False) -> Path:
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
     heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
-    with StopRequest().listening() as stop:
-        trainer = _build(config, rows, inputs, tokenizer, base, stop)
-        seconds = _train(trainer, config, run)
-    _check_best(run)
-    draw_curves(run / "metrics.jsonl", run / "curves.png")
-    write_json(run / "environment.json", _environment(trainer, rows, seconds))
-    seal.seal(run, inputs)
-    del trainer
+    _make(config, rows, inputs, _build(config, rows, inputs, tokenizer, base, stop, room, record))
     memory.give_back()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
     return run
+
+
+def _inputs(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
+    """All that makes a run the run it is; a base counts by its content, wherever it is."""
+    data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
+    sections = config.sections("model", "chat", "train", "seed")
+    sections["model"].pop("path")
+    return {
+        "config": sections,
+        "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
+        "base": {"id": base.id, "revision": base.revision},
+        "tokenizer": sha256_file(base.folder / "tokenizer.json"),
+        "template": chat.template_sha256,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _accept(run: Path, inputs: dict[str, Any], reason: str, record: Record) -> None:
+    """Take changed inputs for the rest of the run, if its state fits them at all."""
+    if not reason.strip():
+        raise ConfigError("--accept-drift needs a reason", why="it is recorded for every reader")
+    before = read_json(run / seal.INPUTS)["inputs"] if (run / seal.INPUTS).is_file() else inputs
+    old, new = (
+        {key: tree["config"]["train"]["lora"][key] for key in FIXED} for tree in (before, inputs)
+    )
+    if old != new:
+        raise OutputError(
+            "these cannot be accepted: " + "; ".join(seal.differences(old, new)),
+            why="the weights saved so far have another shape",
+            fix="start again: fintune train --fresh",
+        )
+    differing = seal.accept(run, inputs, reason)
+    if differing:
+        record.forget("precision", "activations")
+        warn(f"accepted, and recorded: {'; '.join(differing)}")
+
+
+def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrainer) -> None:
+    """Train, look at what came out, write the last files and the seal."""
+    run, record = config.run_dir, Record(config.run_dir)
+    _train(trainer, config, record)
+    check_best(run / "best", trainer)
+
+    def leave() -> None:
+        draw_curves(run / "metrics.jsonl", run / "curves.png")
+        write_json(run / "environment.json", environment(trainer, rows, run, record))
+        seal.seal(run, inputs)
+
+    trainer.room.write(SLACK, leave)
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -134,7 +196,7 @@ def _batch_facts(config: Config) -> dict[str, Any]:
             "padding": None,
         }
     rows = read_train(config.data_dir)
-    order = _order(config, rows, world_size=1)
+    order, _ = _order(config, rows, 1, train.max_tokens)
     facts = batches.facts(rows.lengths, order.epoch(0), padded=False)
     return {
         "estimated": False,
@@ -152,11 +214,18 @@ def _boundaries(config: Config, rows: Rows) -> tuple[int, ...] | None:
     return given or batches.choose_boundaries(rows.lengths, config.train.buckets)
 
 
-def _order(config: Config, rows: Rows, world_size: int) -> Order:
+def _order(
+    config: Config,
+    rows: Rows,
+    world_size: int,
+    cap: int | None,
+    laid: Callable[[list[int]], int] = sum,
+) -> tuple[Order, int]:
+    """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
     train, boundaries = config.train, _boundaries(config, rows)
-    return Order(
-        rows,
-        lambda epoch: batches.plan_epoch(
+
+    def plan(epoch: int) -> batches.EpochPlan:
+        return batches.plan_epoch(
             rows.lengths,
             micro_batch_size=train.micro_batch_size,
             accumulation=train.accumulation,
@@ -165,16 +234,34 @@ def _order(config: Config, rows: Rows, world_size: int) -> Order:
             plan=train.plan,
             boundaries=boundaries,
             world_size=world_size,
-        ),
-    )
+        )
+
+    if cap is None:
+        return Order(rows, plan), train.accumulation
+    plans = [plan(epoch) for epoch in range(train.epochs)]
+    least = train.accumulation * world_size
+    try:
+        parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.max_tokens: {error}", fix="raise it, or lower data.max_length_cap and prepare"
+        ) from None
+    return Order(rows, plan, world_size, parts if parts > least else None), parts // world_size
 
 
 def _build(
-    config: Config, rows: Rows, inputs: dict[str, Any], tokenizer: Any, base: Any, stop: StopRequest
+    config: Config,
+    rows: Rows,
+    inputs: dict[str, Any],
+    tokenizer: Any,
+    base: Base,
+    stop: StopRequest,
+    room: Room,
+    record: Record,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
     on = device()
-    name = precision(config.train.precision, on)
+    name = record.once("precision", lambda: precision(config.train.precision, on))
     model = load_base(base, config.model.quantization, name, attention=attention.NAME)
     reason = attention.takes_flat_batches(model)
     if reason:
@@ -191,16 +278,23 @@ def _build(
         pad_token_id=tokenizer.pad_token_id,
         multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
     )
-    order = _order(config, rows, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cap = record.cap(config.train.max_tokens)
+    order, accumulation = _order(config, rows, world, cap, collator.laid_tokens)
     largest = _largest(order, rows, collator, config.train.epochs)
     tokens = collator.laid_tokens(rows.lengths[largest].tolist())
-    checkpointing, why = memory.recompute(
-        config.train.activation_checkpointing, peft, rows, collator, name, tokens
+    checkpointing, why = record.once(
+        "activations",
+        lambda: memory.recompute(
+            config.train.activation_checkpointing, peft, rows, collator, name, tokens
+        ),
     )
     say(why)
     if not checkpointing:
         memory.try_largest(peft, rows, collator, name, largest)
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
+    keywords = arguments_dict(
+        config, precision=name, checkpointing=checkpointing, accumulation=accumulation
+    )
     arguments = training_arguments(config.run_dir / "checkpoints", keywords, cpu=on.type == "cpu")
     write_json(config.run_dir / "training_arguments.json", effective(arguments))
     trainer = LoraTrainer(
@@ -213,7 +307,8 @@ def _build(
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
-        sealed={"inputs": inputs, "order_sha256": rows.fingerprint()},
+        room=room,
+        sealed={"inputs_sha256": sha256_json(inputs)},
         collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
@@ -229,39 +324,68 @@ def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batch
     return max(every, key=lambda batch: collator.laid_tokens(rows.lengths[batch].tolist()))
 
 
-def _train(trainer: LoraTrainer, config: Config, run: Path) -> float:
-    """Train from the newest whole checkpoint; returns the seconds of all starts together."""
-    checkpoint = checkpoints.newest(run / "checkpoints")
-    before, done = 0.0, 0
-    if checkpoint is not None:
-        resume = read_json(checkpoint / RESUME)
-        done = int(checkpoint.name.rpartition("-")[2])
-        if resume["consumed_sha256"] != trainer.order.consumed_sha256(done):
-            raise OutputError(
-                f"{checkpoint} was made with another order of rows",
-                fix="start again: fintune train --fresh",
-            )
-        before = read_json(run / "clock.json")["seconds"] if (run / "clock.json").exists() else 0.0
-        say(f"continuing from {checkpoint}")
-    start = time.monotonic()
-    metrics = Metrics(run / "metrics.jsonl", resumed_at=done)
+def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
+    """Train from the newest whole checkpoint of this run to the end."""
+    run, room = config.run_dir, trainer.room
+    folder = run / "checkpoints"
+    checkpoint = checkpoints.newest(folder, lambda path: _foreign(path, run, trainer))
+    done, evaluated = _continue_order(trainer.order, checkpoint, trainer)
+    kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
+    room.write(max(kept, 1) * trainer.checkpoint_bytes(), lambda: None)
+    metrics = Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated, room=room)
     total = config.train.max_steps
     if total < 0:
         total = trainer.order.steps_per_epoch * config.train.epochs
     try:
-        with meter("train", total) as bar:
+        with meter("train", total) as bar, trainer.stop.at_steps():
             bar.advance(done)
             trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
-            trainer.resume(checkpoint) if checkpoint else trainer.train()
-            if trainer.stop.asked:
-                raise Stopped(
-                    f"stopped at step {trainer.state.global_step} of {total}, saved",
-                    fix="continue with the same command",
-                )
+            trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
+            trainer.resume(checkpoint, total) if checkpoint else trainer.train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
+        raise record.out_of_memory(trainer.state.global_step, trainer.largest, longest) from None
     finally:
         metrics.close()
-        write_json(run / "clock.json", {"seconds": before + time.monotonic() - start})
-    return before + time.monotonic() - start
+    if trainer.stop.asked:
+        raise Stopped(
+            f"stopped at step {trainer.state.global_step} of {total}, saved",
+            fix="the same command continues",
+        )
+
+
+def _foreign(checkpoint: Path, run: Path, trainer: LoraTrainer) -> str | None:
+    """Why a checkpoint is not of this run, or None."""
+    ours = {trainer.sealed["inputs_sha256"], *(change["was"] for change in seal.accepted(run))}
+    if read_json(checkpoint / RESUME)["inputs_sha256"] not in ours:
+        return "it is of a run with other inputs"
+    return None
+
+
+def _continue_order(
+    order: Order, checkpoint: Path | None, trainer: LoraTrainer
+) -> tuple[int, bool]:
+    """Let the order go on where the checkpoint ends; its step, and whether that was evaluated.
+
+    Raises:
+        OutputError: the order of rows until there is another one.
+    """
+    if checkpoint is None:
+        return 0, True
+    resume, done = read_json(checkpoint / RESUME), int(checkpoint.name.rpartition("-")[2])
+    if resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
+        order.continue_from(done, resume["consumed_sha256"])
+    else:
+        order.continue_from(*resume["since"])
+        if resume["consumed_sha256"] != order.consumed_sha256(done):
+            raise OutputError(
+                f"{checkpoint} was made with another order of rows",
+                fix="start again: fintune train --fresh",
+            )
+    say(f"continuing from {checkpoint}")
+    return done, not resume["pending_evaluation"]
 
 
 def _tokens_of_step(trainer: LoraTrainer) -> Any:
@@ -273,39 +397,3 @@ def _tokens_of_step(trainer: LoraTrainer) -> Any:
         return sum(map(sum, micro)), laid
 
     return tokens
-
-
-def _check_best(run: Path) -> None:
-    """The adapter that leaves training holds finite numbers, and is not the one it started as."""
-    weights = load_file(run / "best" / "adapter_model.safetensors")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise NotFinite(f"{run / 'best'} holds weights that are not finite")
-    moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.any()]
-    if not moved:
-        raise OutputError(
-            f"{run / 'best'}: every lora_B is zero, so the adapter does nothing",
-            fix="raise train.learning_rate or train longer",
-        )
-
-
-def _environment(trainer: LoraTrainer, rows: Rows, seconds: float) -> dict[str, Any]:
-    """Measured facts of the run, for the card."""
-    on = device()
-    epochs = trainer.state.epoch or 0.0
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
-        "device_type": on.type,
-        "processes": trainer.args.world_size,
-        "cpu_cores": os.cpu_count(),
-        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
-        "seconds": round(seconds, 1),
-        "steps": trainer.state.global_step,
-        "epochs": round(epochs, 3),
-        "trained_tokens": int(np.sum(rows.lengths) * epochs),
-        "trainable_parameters": sum(
-            parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
-        ),
-        "adapter_sha256": sha256_file(Path(trainer.best) / "adapter_model.safetensors"),
-    }

@@ -9,13 +9,13 @@ evaluate               exact token-weighted loss over the `select` rows; keeps t
 _save_checkpoint       whole or not at all (checkpoints.py)
 """
 
-import hashlib
 import json
 import math
-import shutil
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,95 +24,57 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from fintune.batches import EpochPlan, Ints, plan_evaluation
+from fintune.batches import plan_evaluation
 from fintune.collate import Collator
 from fintune.errors import NotFinite, Stopped
-from fintune.files import read_json, staged_folder, write_json
+from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_json
 from fintune.loss import sum_loss
 from fintune.train import checkpoints
+from fintune.train.metrics import Losses
+from fintune.train.order import Loader, Order, RankBatches
+from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows
 
 RESUME = "resume.json"
 BEST = "best.json"
-
-
-class Order:
-    """Which examples each update of the run sees; made a whole epoch at a time."""
-
-    def __init__(self, rows: Rows, plan: Callable[[int], EpochPlan]) -> None:
-        self._rows, self._plan = rows, plan
-        self._epochs: dict[int, EpochPlan] = {}
-        self.steps_per_epoch = len(self.epoch(0).steps)
-
-    def epoch(self, number: int) -> EpochPlan:
-        """The plan of an epoch; the last two asked for are kept."""
-        if number not in self._epochs:
-            self._epochs = {key: self._epochs[key] for key in list(self._epochs)[-1:]}
-            self._epochs[number] = self._plan(number)
-        return self._epochs[number]
-
-    def step(self, number: int) -> list[Ints]:
-        """Micro-batches of an update, counted from 0 over the whole run."""
-        epoch, within = divmod(number, self.steps_per_epoch)
-        return self.epoch(epoch).steps[within]
-
-    def example_ids(self, step: int) -> list[str]:
-        """Ids of the examples of an update, micro-batch by micro-batch."""
-        return [self._rows.ids[index] for batch in self.step(step) for index in batch]
-
-    def consumed_sha256(self, steps: int) -> str:
-        """Hash of the ids that the first `steps` updates consumed, in order."""
-        digest = hashlib.sha256()
-        for step in range(steps):
-            digest.update("\n".join(self.example_ids(step)).encode() + b"\n")
-        return digest.hexdigest()
-
-
-class _RankBatches(Sampler[list[int]]):
-    """This process's micro-batches of an epoch, in order. The Trainer calls `set_epoch`."""
-
-    def __init__(self, order: Order, rank: int, world_size: int) -> None:
-        self._order, self._rank, self._world_size = order, rank, world_size
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def _batches(self) -> list[Ints]:
-        steps = self._order.epoch(self._epoch).rank(self._rank, self._world_size)
-        return [batch for step in steps for batch in step]
-
-    def __len__(self) -> int:
-        return len(self._batches())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([batch.tolist() for batch in self._batches()])
-
-
-class _Loader(DataLoader[Any]):
-    """A DataLoader that hands the epoch to its batch sampler, as accelerate's own do."""
-
-    def set_epoch(self, epoch: int) -> None:
-        assert isinstance(self.batch_sampler, _RankBatches)
-        self.batch_sampler.set_epoch(epoch)
+ADAPTER = "adapter_model.safetensors"
+BEST_ADAPTER = "best_adapter.safetensors"
+"""In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT asked to stop. The first is noted, the second stops at once."""
+    """Whether SIGTERM or SIGINT asked to stop.
+
+    While updates are made, the first request is noted and met at the next step's end; the second
+    ends the run at once. Before and after, where there is nothing to save, so does the first.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._stepping = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or not self._stepping:
+            self.asked = True
             raise Stopped(
-                "stopped at once, without saving",
+                "stopped at once; what was saved before is intact",
                 fix="the same command continues from the last checkpoint",
             )
         self.asked = True
+
+    @contextmanager
+    def at_steps(self) -> Iterator[None]:
+        """While updates are made. A request that a library swallowed before is met here."""
+        if self.asked:
+            raise Stopped("stopped before the first step", fix="the same command continues")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -140,6 +102,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: most tokens of an evaluation batch.
         best: folder of the best adapter.
         stop: set from outside when the run should end at the next step.
+        room: what writes waits in it for space.
         sealed: facts of the run, written into each checkpoint and compared on resume.
     """
 
@@ -151,6 +114,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: int,
         best: Path,
         stop: StopRequest,
+        room: Room,
         sealed: dict[str, Any],
         collator: Collator,
         **keywords: Any,
@@ -160,7 +124,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self.order, self.select, self.best, self.stop = order, select, best, stop
-        self._sealed = sealed
+        self.room, self.sealed, self.largest = room, sealed, eval_tokens
+        self.losses = Losses()
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._earlier_s, self._start = 0.0, time.monotonic()
         self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
         # On a CPU all evaluation batches take one size, see CPU_MULTIPLE.
         fill = eval_tokens if collator.multiple > 1 else 1
@@ -169,8 +136,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as planned, this rank's share; the device move is the Trainer's."""
-        sampler = _RankBatches(self.order, self.args.process_index, self.args.world_size)
-        return _Loader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        sampler = RankBatches(self.order, self.args.process_index, self.args.world_size)
+        return Loader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
@@ -183,26 +150,32 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         total, count = sum_loss(model, inputs)
         # DDP averages gradients over processes, so the sum over them needs the factor back.
         loss = total * self.accelerator.num_processes / (num_items_in_batch or count)
+        self._step_loss += loss.detach()
         return (loss, {}) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip; a norm that is not finite stops the run before it reaches the weights.
+        """Clip; a loss or norm that is not finite stops the run before it reaches the weights.
 
-        A loss that is not finite has a gradient that is not, so one check a step sees both.
+        Both are looked at, once a step: a loss may be infinite where its gradient is not.
         """
         norm = super()._clip_grad_norm(model)
-        value = float(norm)
-        # fp16: the scaler skips such an update and lowers its scale; that is its job.
-        if not math.isfinite(value) and self.accelerator.scaler is None:
-            step = self.state.global_step
-            ids = self.order.example_ids(step)
-            raise NotFinite(
-                f"step {step + 1}: the gradient norm is {value}; the update was not made",
-                why=f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
-                fix="look at them (fintune inspect); lower train.learning_rate; the last checkpoint"
-                " is good and the same command continues from it",
-            )
-        return norm
+        loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
+        self._step_loss.zero_()
+        if math.isfinite(loss) and math.isfinite(value):
+            self.losses.add(loss)
+            return norm
+        if math.isfinite(loss) and self.accelerator.scaler is not None:
+            # fp16: the scaler skips this update and lowers its scale; that is its job.
+            return torch.zeros_like(norm)
+        step = self.state.global_step
+        ids = self.order.example_ids(step)
+        raise NotFinite(
+            f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the update was not"
+            " made",
+            why=f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
+            fix="look at them (fintune inspect); lower train.learning_rate; the last checkpoint"
+            " is good and the same command continues from it",
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -247,45 +220,87 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.model.train()
         return metrics
 
-    def resume(self, checkpoint: Path) -> None:
-        """Train on from a checkpoint; an evaluation that a stop cut short is made up for first."""
-        if read_json(checkpoint / RESUME)["pending_evaluation"]:
-            self.add_callback(_EvaluateFirst(self))
-        self.train(resume_from_checkpoint=str(checkpoint))
+    def resume(self, checkpoint: Path, total: int) -> None:
+        """Train on from a checkpoint until `total` updates; restores what transformers does not."""
+        resume = read_json(checkpoint / RESUME)
+        self.losses.last.extend(resume["losses"])
+        self._earlier_s = resume["seconds"]
+        self._restore_best(checkpoint)
+        if int(checkpoint.name.rpartition("-")[2]) < total:
+            self.add_callback(_Resumed(self, resume))
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        # transformers would make one update more where `max_steps` ends inside an epoch.
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        if resume["pending_evaluation"]:
+            self.evaluate_late()
+
+    def evaluate_late(self) -> None:
+        """Make up for an evaluation that a stop cut short."""
+        self._determine_best_metric(self.evaluate(), trial=None)
+
+    def seconds(self) -> float:
+        """Wall time of the updates that count: until the checkpoint resumed from, and since."""
+        return self._earlier_s + time.monotonic() - self._start
+
+    def checkpoint_bytes(self) -> int:
+        """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
+        return 2 * self.adapter_bytes() + SLACK + sum(2 * 4 * p.numel() for p in self._trainable())
+
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's weights."""
+        return sum(p.numel() * p.element_size() for p in self._trainable())
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _keep_best(self, loss: float) -> None:
-        if not self.args.should_save:
+        if self.args.should_save:
+            self.room.write(self.adapter_bytes() + SLACK, lambda: self._write_best(loss))
+
+    def _write_best(self, loss: float) -> None:
+        with staged_folder(self.best, replace=True) as staging:
+            self._save_adapter(staging)
+            facts = {"step": self.state.global_step, "eval_loss": loss}
+            write_json(staging / BEST, {**facts, "sha256": sha256_file(staging / ADAPTER)})
+
+    def _restore_best(self, checkpoint: Path) -> None:
+        """Take the best adapter back to the checkpoint: `best/` may be of updates now undone."""
+        if not (checkpoint / BEST).exists() or not self.args.should_save:
             return
-        doomed = self.best.with_name(".old-best")
-        shutil.rmtree(doomed, ignore_errors=True)
-        if self.best.exists():
-            self.best.rename(doomed)
-        with staged_folder(self.best) as staging:
-            self.accelerator.unwrap_model(self.model).save_pretrained(staging)
-            (staging / "README.md").unlink(missing_ok=True)
-            write_json(staging / BEST, {"step": self.state.global_step, "eval_loss": loss})
-        shutil.rmtree(doomed, ignore_errors=True)
+        facts, now = read_json(checkpoint / BEST), self.best / ADAPTER
+        if now.exists() and sha256_file(now) == facts["sha256"]:
+            return
+        with staged_folder(self.best, replace=True) as staging:
+            copy_file(checkpoint / BEST_ADAPTER, staging / ADAPTER)
+            for name in (BEST, "adapter_config.json"):
+                copy_file(checkpoint / name, staging / name)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save whole (checkpoints.py)."""
         self._save_whole(pending_evaluation=False)
 
     def _save_whole(self, *, pending_evaluation: bool) -> None:
-        folder = Path(self.args.output_dir)
+        folder, step = Path(self.args.output_dir), self.state.global_step
         if self.args.should_save:
-            checkpoints.save(
-                folder,
-                self.state.global_step,
-                lambda staging: self._fill(staging, pending_evaluation),
+            self.room.write(
+                self.checkpoint_bytes(),
+                lambda: checkpoints.save(
+                    folder, step, lambda staging: self._fill(staging, pending_evaluation)
+                ),
             )
-            checkpoints.rotate(folder, self.args.save_total_limit)
+            checkpoints.rotate(folder, self.args.save_total_limit, step)
         if self.args.world_size > 1:
             dist.barrier()
 
+    def _save_adapter(self, folder: Path) -> None:
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+
     def _fill(self, staging: Path, pending_evaluation: bool) -> None:
         self.store_flos()
-        self.accelerator.unwrap_model(self.model).save_pretrained(staging)
-        (staging / "README.md").unlink(missing_ok=True)
+        self._save_adapter(staging)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
         self._save_rng_state(str(staging))
@@ -293,15 +308,27 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.state.save_to_json(str(staging / "trainer_state.json"))
         # transformers writes NaN where a number is not finite; that is not JSON.
         json.loads((staging / "trainer_state.json").read_text(), parse_constant=_refuse_constant)
-        step = self.state.global_step
-        facts = {**self._sealed, "consumed_sha256": self.order.consumed_sha256(step)}
-        write_json(staging / RESUME, {"pending_evaluation": pending_evaluation, **facts})
+        if self.state.best_metric is not None:
+            # A second name of the same file where the volume has such; `best/` is never edited.
+            _link(self.best / ADAPTER, staging / BEST_ADAPTER)
+            copy_file(self.best / BEST, staging / BEST)
+        logged = [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged]
+        facts = {
+            "pending_evaluation": pending_evaluation,
+            "consumed_sha256": self.order.consumed_sha256(self.state.global_step),
+            "since": self.order.since,
+            "logged": logged,
+            "losses": list(self.losses.last),
+            "seconds": round(self.seconds(), 3),
+        }
+        write_json(staging / RESUME, facts | self.sealed)
 
 
 class _StopAtStep(TrainerCallback):  # type: ignore[misc]
     """Turns a stop request into a save and an end at the step's boundary.
 
-    Where an evaluation is due at this step, it meets the request first and saves itself.
+    Where an evaluation is due at this step, it meets the request first and saves itself. The last
+    step is always evaluated, else its weights could never be the best, and a short run had none.
     """
 
     def __init__(self, stop: StopRequest) -> None:
@@ -310,17 +337,31 @@ class _StopAtStep(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stop.asked:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
-class _EvaluateFirst(TrainerCallback):  # type: ignore[misc]
-    """An evaluation between loading a checkpoint and the first update."""
+class _Resumed(TrainerCallback):  # type: ignore[misc]
+    """Between loading a checkpoint and the first update: sums of the log, a missed evaluation."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: LoraTrainer, resume: dict[str, Any]) -> None:
+        self._trainer, self._resume = trainer, resume
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._determine_best_metric(self._trainer.evaluate(), trial=None)
+        trainer = self._trainer
+        unlogged, logged, step = self._resume["logged"]
+        trainer._tr_loss.fill_(unlogged)
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, step
+        if self._resume["pending_evaluation"]:
+            trainer.evaluate_late()
 
 
 def _refuse_constant(name: str) -> float:
     raise NotFinite(f"the state to be saved holds {name}")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a volume without links
+        copy_file(source, target)

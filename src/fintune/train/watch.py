@@ -1,7 +1,5 @@
-"""What a run leaves for people: `metrics.jsonl`, a progress line, `curves.png`."""
+"""What a run shows people: a progress line, the rows of `metrics.jsonl`, `curves.png`."""
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,32 +9,11 @@ import matplotlib
 from transformers import TrainerCallback
 
 from fintune.console import Meter
-from fintune.files import read_jsonl, write_jsonl
+from fintune.files import read_jsonl
 from fintune.train.memory import give_back
+from fintune.train.metrics import Metrics
 
 matplotlib.use("Agg")
-
-
-class Metrics:
-    """`metrics.jsonl`, a line a logged step; appended, and cut back to a checkpoint on resume."""
-
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = (
-            [row for row in read_jsonl(path) if row["step"] <= resumed_at] if path.exists() else []
-        )
-        write_jsonl(path, kept)
-        self._file = path.open("a", encoding="utf-8")
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write a line and hand it to the operating system. Raises ValueError on NaN."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Sync and close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
