@@ -34,6 +34,11 @@ def activation_bytes_per_token(model: Any, rows: Rows, collator: Collator, preci
     """Bytes that the forward pass keeps for the backward pass, a token, without recomputation."""
     index = int(np.argmin(np.abs(rows.lengths - SAMPLE_TOKENS)))
     batch = _on_device(collator([rows[index]]), model)
+    return kept_bytes(model, batch, precision) / int(batch["input_ids"].numel())
+
+
+def kept_bytes(model: Any, batch: Batch, precision: str) -> int:
+    """Bytes that the forward pass of a batch, on the model's device, keeps besides the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -49,7 +54,7 @@ def activation_bytes_per_token(model: Any, rows: Rows, collator: Collator, preci
         loss = sum_loss(model.train(), batch)
         total = sum(kept.values())
         del loss
-    return total / int(batch["input_ids"].numel())
+    return total
 
 
 def free_memory(device: torch.device) -> int:
