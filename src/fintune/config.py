@@ -180,11 +180,17 @@ class TrainConfig(Section):
     epochs: int = Field(5, ge=1, description="passes over the training rows")
     max_steps: int = Field(-1, ge=-1, description="stop after this many updates; -1: all epochs")
     micro_batch_size: int = Field(16, ge=1, description="examples of one forward pass")
-    accumulation: int = Field(4, ge=1, description="forward passes of one update")
+    accumulation: int = Field(
+        4, ge=1, description="forward passes of one update, of all processes together"
+    )
     max_tokens: int | None = Field(
         None,
         ge=1,
         description="most tokens of a forward pass; a step is dealt into more of them",
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="several processes: each holds the base (ddp, auto) or a part of it (fsdp)",
     )
     plan: Literal["stratified", "bucketed", "random"] = Field(
         "stratified", description="how examples become batches"

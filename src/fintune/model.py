@@ -196,7 +196,12 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def load_base(
-    base: Base, quantization: str, dtype: PrecisionName, *, attention: str | None = None
+    base: Base,
+    quantization: str,
+    dtype: PrecisionName,
+    *,
+    attention: str | None = None,
+    on_cpu: bool = False,
 ) -> Any:
     """Load the base's weights onto this process's device, frozen.
 
@@ -204,6 +209,7 @@ def load_base(
         quantization: none, 8bit or 4bit (bitsandbytes; nf4 with double quantisation).
         dtype: precision of what is not quantised.
         attention: transformers' name of the attention implementation.
+        on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 128 serve the sizes that
     # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
@@ -222,7 +228,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             base.folder,
             dtype=DTYPES[dtype],
-            device_map={"": device()},
+            device_map={"": "cpu" if on_cpu else device()},
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,

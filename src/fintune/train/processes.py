@@ -84,13 +84,13 @@ def start(strategy: str, quantization: str) -> None:
         console.err.quiet = not is_lead()
 
 
-def share(accumulation: int) -> int:
+def share(accumulation: int, processes: int) -> int:
     """Micro-batches of an update for each process."""
-    each, left = divmod(accumulation, world_size())
+    each, left = divmod(accumulation, processes)
     if left:
         raise ConfigError(
             f"train.accumulation={accumulation} micro-batches an update do not divide among"
-            f" {world_size()} processes",
+            f" {processes} processes",
             why="every process takes as many, so that the update is that of one process",
             fix="change train.accumulation and train.micro_batch_size; their product is the"
             " examples of an update",

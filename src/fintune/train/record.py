@@ -12,6 +12,7 @@ import torch
 
 from fintune.errors import ModelError, Stopped
 from fintune.files import read_json, write_json
+from fintune.train.processes import is_lead
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ class Record:
     def once(self, name: str, decide: Callable[[], T]) -> T:
         """What was decided before, or is decided now."""
         if name not in self._facts:
-            self._write(name, decide())
+            self._facts[name] = decide()
+            if is_lead():
+                self._write(name, self._facts[name])
         decided: T = self._facts[name]
         return decided
 

@@ -1,6 +1,5 @@
 """The stage itself: read prepared data, build the run, train or continue, leave a sealed folder."""
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora, memory
+from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import PACKAGES, check_best, environment
 from fintune.train.metrics import Metrics, Spikes
@@ -61,11 +60,11 @@ def train(config: Config, *, fresh: bool = False, accept_drift: str | None = Non
     """
     run = config.run_dir
     with StopRequest().listening() as stop:
+        processes.start(config.train.strategy, config.model.quantization)
         room = Room(run, lambda: stop.asked)
-        room.write(SLACK, lambda: None)
+        processes.from_lead(lambda: room.write(SLACK, lambda: None))
         # Of several processes the first one writes, and holds the lock for all.
-        first = os.environ.get("RANK", "0") == "0"
-        with seal.lock(run) if first else nullcontext("") as dead:
+        with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
             return _train_alone(config, stop, room, fresh=fresh, accept_drift=accept_drift)
@@ -79,18 +78,12 @@ def _train_alone(
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
     inputs = _inputs(config, base, ChatFormat(tokenizer, config.chat.date_string))
-    if fresh and (aside := seal.move_aside(run)):
-        say(f"moved the old run to {aside}")
-    record = Record(run)
-    if accept_drift is not None:
-        _accept(run, inputs, accept_drift, record)
-    also = ', or go on and have it recorded: --accept-drift "why"'
-    state = seal.state(run, inputs, command="fintune train", also=also)
+    state = processes.from_lead(lambda: _open(config, inputs, fresh, accept_drift))
     if state is seal.State.FINISHED:
         say(f"train: unchanged, kept {run}")
         return run
-    seal.start(run, inputs)
-    write_text(run / "config.yaml", dump_yaml(config))
+    record = Record(run)
+    processes.wait()  # all have read it before the first one decides anything
     rows = read_train(config.data_dir)
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
@@ -102,17 +95,45 @@ def _train_alone(
     return run
 
 
+def _open(
+    config: Config, inputs: dict[str, Any], fresh: bool, accept_drift: str | None
+) -> seal.State:
+    """The run's folder, begun or continued; what it was before."""
+    run = config.run_dir
+    if fresh and (aside := seal.move_aside(run)):
+        say(f"moved the old run to {aside}")
+    if accept_drift is not None:
+        _accept(run, inputs, accept_drift, Record(run))
+    also = ', or go on and have it recorded: --accept-drift "why"'
+    state = seal.state(run, inputs, command="fintune train", also=also)
+    if state is not seal.State.FINISHED:
+        seal.start(run, inputs)
+        write_text(run / "config.yaml", dump_yaml(config))
+    return state
+
+
 def _inputs(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """All that makes a run the run it is; a base counts by its content, wherever it is."""
     data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
     sections = config.sections("model", "chat", "train", "seed")
     sections["model"].pop("path")
+    words = {
+        "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
+        "template_sha256": chat.template_sha256,
+    }
+    encoded = {name: data["inputs"].get(name) for name in words}
+    if encoded != words:
+        raise OutputError(
+            f"{config.data_dir} was prepared for another base: "
+            + "; ".join(seal.differences(encoded, words)),
+            why="its token ids would mean other words to this one",
+            fix="run: fintune prepare --fresh",
+        )
     return {
         "config": sections,
         "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
         "base": {"id": base.id, "revision": base.revision},
-        "tokenizer": sha256_file(base.folder / "tokenizer.json"),
-        "template": chat.template_sha256,
+        **words,
         "versions": {name: version(name) for name in PACKAGES},
     }
 
@@ -141,14 +162,14 @@ def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrain
     """Train, look at what came out, write the last files and the seal."""
     run, record = config.run_dir, Record(config.run_dir)
     _train(trainer, config, record)
-    check_best(run / "best", trainer)
 
     def leave() -> None:
+        check_best(run / "best", trainer)
         draw_curves(run / "metrics.jsonl", run / "curves.png")
         write_json(run / "environment.json", environment(trainer, rows, run, record))
         seal.seal(run, inputs)
 
-    trainer.room.write(SLACK, leave)
+    processes.from_lead(lambda: trainer.room.write(SLACK, leave))
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -223,12 +244,13 @@ def _order(
 ) -> tuple[Order, int]:
     """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
     train, boundaries = config.train, _boundaries(config, rows)
+    each = processes.share(train.accumulation, world_size)
 
     def plan(epoch: int) -> batches.EpochPlan:
         return batches.plan_epoch(
             rows.lengths,
             micro_batch_size=train.micro_batch_size,
-            accumulation=train.accumulation,
+            accumulation=each,
             seed=config.seed,
             epoch=epoch,
             plan=train.plan,
@@ -237,9 +259,9 @@ def _order(
         )
 
     if cap is None:
-        return Order(rows, plan), train.accumulation
+        return Order(rows, plan), each
     plans = [plan(epoch) for epoch in range(train.epochs)]
-    least = train.accumulation * world_size
+    least = train.accumulation
     try:
         parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
     except ValueError as error:
@@ -261,8 +283,13 @@ def _build(
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
     on = device()
-    name = record.once("precision", lambda: precision(config.train.precision, on))
-    model = load_base(base, config.model.quantization, name, attention=attention.NAME)
+    name = record.once(
+        "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
+    )
+    sharded = config.train.strategy == "fsdp"
+    model = load_base(
+        base, config.model.quantization, name, attention=attention.NAME, on_cpu=sharded
+    )
     reason = attention.takes_flat_batches(model)
     if reason:
         warn(f"batches are padded: {reason}")
@@ -273,22 +300,25 @@ def _build(
     left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
+    if sharded:
+        processes.shard(peft)
     collator = Collator(
         flat=reason is None,
         pad_token_id=tokenizer.pad_token_id,
         multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes.world_size()
     cap = record.cap(config.train.max_tokens)
     order, accumulation = _order(config, rows, world, cap, collator.laid_tokens)
     largest = _largest(order, rows, collator, config.train.epochs)
     tokens = collator.laid_tokens(rows.lengths[largest].tolist())
-    checkpointing, why = record.once(
-        "activations",
-        lambda: memory.recompute(
-            config.train.activation_checkpointing, peft, rows, collator, name, tokens
-        ),
-    )
+
+    def recompute() -> tuple[bool, str]:
+        choice = config.train.activation_checkpointing
+        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
+        return processes.any_of(found), why
+
+    checkpointing, why = record.once("activations", recompute)
     say(why)
     if not checkpointing:
         memory.try_largest(peft, rows, collator, name, largest)
@@ -296,7 +326,9 @@ def _build(
         config, precision=name, checkpointing=checkpointing, accumulation=accumulation
     )
     arguments = training_arguments(config.run_dir / "checkpoints", keywords, cpu=on.type == "cpu")
-    write_json(config.run_dir / "training_arguments.json", effective(arguments))
+    arguments.ddp_find_unused_parameters = False  # every adapter matrix is in every step
+    if processes.is_lead():
+        write_json(config.run_dir / "training_arguments.json", effective(arguments))
     trainer = LoraTrainer(
         model=peft,
         args=arguments,
@@ -328,19 +360,27 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
     run, room = config.run_dir, trainer.room
     folder = run / "checkpoints"
-    checkpoint = checkpoints.newest(folder, lambda path: _foreign(path, run, trainer))
+    checkpoint = processes.from_lead(
+        lambda: checkpoints.newest(folder, lambda path: _foreign(path, run, trainer))
+    )
     done, evaluated = _continue_order(trainer.order, checkpoint, trainer)
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
-    room.write(max(kept, 1) * trainer.checkpoint_bytes(), lambda: None)
-    metrics = Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated, room=room)
+    needed = max(kept, 1) * trainer.checkpoint_bytes()
+    processes.from_lead(lambda: room.write(needed, lambda: None))
+    metrics = (
+        Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated, room=room)
+        if processes.is_lead()
+        else None
+    )
     total = config.train.max_steps
     if total < 0:
         total = trainer.order.steps_per_epoch * config.train.epochs
     try:
         with meter("train", total) as bar, trainer.stop.at_steps():
             bar.advance(done)
-            trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
-            trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
+            if metrics is not None:
+                trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
+                trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
             trainer.resume(checkpoint, total) if checkpoint else trainer.train()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -348,8 +388,9 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
         longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
         raise record.out_of_memory(trainer.state.global_step, trainer.largest, longest) from None
     finally:
-        metrics.close()
-    if trainer.stop.asked:
+        if metrics is not None:
+            metrics.close()
+    if trainer.stop.everywhere():
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",
@@ -375,6 +416,11 @@ def _continue_order(
     if checkpoint is None:
         return 0, True
     resume, done = read_json(checkpoint / RESUME), int(checkpoint.name.rpartition("-")[2])
+    if resume["processes"] != processes.world_size():
+        warn(
+            f"{checkpoint} is of {resume['processes']} processes, this is a run of"
+            f" {processes.world_size()}: rows and order are the same, dropout masks are not"
+        )
     if resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
         order.continue_from(done, resume["consumed_sha256"])
     else:

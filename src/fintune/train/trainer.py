@@ -30,9 +30,9 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from fintune.batches import plan_evaluation
 from fintune.collate import Collator
 from fintune.errors import NotFinite, Stopped
-from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_json
+from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_bytes, write_json
 from fintune.loss import sum_loss
-from fintune.train import checkpoints
+from fintune.train import checkpoints, processes
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
 from fintune.train.room import SLACK, Room
@@ -64,6 +64,11 @@ class StopRequest:
                 fix="the same command continues from the last checkpoint",
             )
         self.asked = True
+
+    def everywhere(self) -> bool:
+        """Whether any process was asked: all stop at the same step. All must call it."""
+        self.asked = processes.any_of(self.asked)
+        return self.asked
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:
@@ -133,6 +138,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         fill = eval_tokens if collator.multiple > 1 else 1
         self._eval_collator = replace(collator, multiple=fill)
         self.add_callback(_StopAtStep(stop))
+        if (
+            self.args.process_index
+        ):  # dropout masks of its own; the first keeps those of one process
+            torch.manual_seed(self.args.seed + self.args.process_index)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as planned, this rank's share; the device move is the Trainer's."""
@@ -159,6 +168,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         Both are looked at, once a step: a loss may be infinite where its gradient is not.
         """
         norm = super()._clip_grad_norm(model)
+        if self.args.world_size > 1:
+            # Each rank's share was multiplied by their number, as DDP averages.
+            dist.all_reduce(self._step_loss)
+            self._step_loss /= self.args.world_size
         loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
         self._step_loss.zero_()
         if math.isfinite(loss) and math.isfinite(value):
@@ -192,16 +205,19 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for number, batch in enumerate(self._eval_batches):
-            if self.stop.asked:
+        last = len(self._eval_batches) - 1
+        for start in range(0, last + 1, self.args.world_size):
+            if self.stop.everywhere():
                 self._save_whole(pending_evaluation=True)
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
-            if number % self.args.world_size != self.args.process_index:
-                continue
+            number = start + self.args.process_index
+            # Where batches run out a rank repeats the last: FSDP needs all of them in every pass.
+            batch = self._eval_batches[min(number, last)]
             inputs = self._prepare_inputs(self._eval_collator([self.select[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
-            sums += torch.tensor([float(total), count], dtype=torch.float64, device=sums.device)
+            if number <= last:
+                sums += torch.tensor([float(total), count], dtype=torch.float64, device=sums.device)
         if self.args.world_size > 1:
             dist.all_reduce(sums)
         loss = float(sums[0] / sums[1])
@@ -283,27 +299,27 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def _save_whole(self, *, pending_evaluation: bool) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
+        generators = processes.files_of_all(self._save_rng_state)
         if self.args.should_save:
-            self.room.write(
-                self.checkpoint_bytes(),
-                lambda: checkpoints.save(
-                    folder, step, lambda staging: self._fill(staging, pending_evaluation)
-                ),
-            )
+
+            def fill(staging: Path) -> None:
+                self._fill(staging, pending_evaluation, generators)
+
+            self.room.write(self.checkpoint_bytes(), lambda: checkpoints.save(folder, step, fill))
             checkpoints.rotate(folder, self.args.save_total_limit, step)
-        if self.args.world_size > 1:
-            dist.barrier()
+        processes.wait()
 
     def _save_adapter(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
 
-    def _fill(self, staging: Path, pending_evaluation: bool) -> None:
+    def _fill(self, staging: Path, pending_evaluation: bool, generators: dict[str, bytes]) -> None:
         self.store_flos()
         self._save_adapter(staging)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
-        self._save_rng_state(str(staging))
+        for name, state in generators.items():
+            write_bytes(staging / name, state)
         self.state.stateful_callbacks["TrainerControl"] = self.control.state()
         self.state.save_to_json(str(staging / "trainer_state.json"))
         # transformers writes NaN where a number is not finite; that is not JSON.
@@ -320,6 +336,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             "logged": logged,
             "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
+            "processes": self.args.world_size,
         }
         write_json(staging / RESUME, facts | self.sealed)
 
@@ -335,7 +352,7 @@ class _StopAtStep(TrainerCallback):  # type: ignore[misc]
         self._stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop.asked:
+        if self._stop.everywhere():
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
