@@ -156,15 +156,41 @@ def test_adding_rows_moves_none_across() -> None:
             if r["assistant"]
         ]
         places = split(examples, 0.3)
-        return {
-            e.messages[0].content: p.side
-            for e, p in zip(examples, places, strict=True)
-            if not p.straddles
-        }
+        return {e.messages[0].content: p.side for e, p in zip(examples, places, strict=True)}
 
     before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
     assert len(set(before.values())) == 3
-    assert all(after.get(text, side) == side for text, side in before.items())
+    assert all((after[text] == "train") == (side == "train") for text, side in before.items())
+
+
+def test_related_rows_of_another_passage_never_decide() -> None:
+    examples = []
+    for at in range(60):
+        table = ", ".join(f"item {n} of list {at} is {n * at} now" for n in range(40))
+        examples += [example(f"Read.\n{table}\n{str(n) * 2000}{at}", "x") for n in range(3)]
+    places = split(examples, 0.5)
+    of_group: dict[str, set[str]] = {}
+    for place in places:
+        of_group.setdefault(place.group, set()).add(place.side)
+    assert len(of_group) == 60 and any(len(sides) > 1 for sides in of_group.values())
+    assert {"train", "select", "decide"} == {place.side for place in places}
+    assert all(sides == {"decide"} for sides in of_group.values() if "decide" in sides)
+
+
+def test_one_text_with_two_labels_is_dropped_whatever_its_instruction(tmp_path: Path) -> None:
+    text = "Alder Bank sells its stake in Birch Foods after a weak third quarter of the year"
+    ask = "Is the tone of this headline positive, negative or neutral?\n"
+    other = "Choose positive, negative or neutral for the news that follows, please.\nText: "
+    found = [
+        {"user": ask + text, "assistant": "Negative"},
+        {"user": other + text + ".", "assistant": "neutral."},
+        {"user": f"Is it about a purchase? Answer yes or no.\n{text}", "assistant": "no"},
+        {"user": f"Is it about a sale? Answer yes or no, please.\n{text}", "assistant": "yes"},
+    ]
+    settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", [*rows(300), *found]))
+    prepare(settings)
+    torn = why_dropped(settings, reason="contradictory_labels")
+    assert [row["line"] for row in torn] == [311, 312]
 
 
 @pytest.mark.parametrize(

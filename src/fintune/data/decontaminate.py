@@ -5,8 +5,9 @@ the file or many passages of the rows share, are stripped first. A row is out wh
 
 - it holds half of the question's sequences of 13 words (of a short one 0.9 of those of 8), or
 - it gives the question's answer and, for a long question, holds a quarter of its word triples,
-  for a short one has nearly all its words (clauses put in another order), or so many of them
-  in their places that chance and the common words of the trade do not explain it.
+  for a short one has nearly all its words (clauses put in another order), or so many unlikely
+  ones in their places that a copy with words replaced explains it better than chance. What is
+  likely is learnt from the rows themselves, so the trade's set phrases say little.
 
 A question asked again in wholly other words, or with another answer, is found by none of these.
 """
@@ -41,22 +42,32 @@ COVERED, COVERED_SHORT = 0.5, 0.9
 """Share of a question's sequences that a row of any answer must hold. Short questions of one
 benchmark are often siblings that share most of their words."""
 
-TRIPLES = 0.25
+TRIPLES = 0.15
 """Share of a long question's word triples that a row of the same answer must hold. With 30 % of
 the words replaced 34 % of the triples are left."""
 
 SAME_WORDS = 0.92
 """Share of a short question's words, by weight, that says: the same, in another order."""
 
-CANDIDATE = 0.35
+CANDIDATE = 0.25
 """Share of the words by weight below which places are not compared."""
 
 KEPT = 0.7
 """Share of words that a rewording keeps in their places (the rule tested: 30 % replaced)."""
 
-EVIDENCE = 4.0
+EVIDENCE = 16.0
 """Log likelihood ratio (natural) of `reworded` against `alike by chance` that decides. Chosen on
-the sample: higher finds fewer rewordings, lower takes more sibling rows for them."""
+one half of the sample and of the questions; `bench/prepare.py contamination` reports the other."""
+
+OTHER_NUMBER = 4.0
+"""Taken off for a number of the question with another number in its place: so siblings look."""
+
+ANSWER_WORDS, ANSWER_WORD, ANSWER_MOST = 4, 4.0, 30.0
+"""An answer of at least 4 words, such as a definition, is the question's own: evidence a word, and
+at most. Labels and numbers say nothing here; they follow from the words or are often equal."""
+
+CONTEXT = 3
+"""Words of the longest sequences from which a word's likelihood is learnt."""
 
 DRIFT = 2
 """Words by which a place may shift, because a replaced token may have been two words."""
@@ -140,6 +151,9 @@ class _Comparison:
         numbered = {text: number for number, text in enumerate(dict.fromkeys(answers))}
         self.answers = np.array([numbered[text] for text in answers])
         self.given = np.array([numbered.get(text, -1) for text in given])
+        size = np.array([len(words(text)) for text in numbered])
+        size[size < ANSWER_WORDS] = 0
+        self.answer_evidence = np.minimum(ANSWER_WORD * size, ANSWER_MOST)[self.answers]
         self.hits: dict[int, Hit] = {}
         bare = np.array([len(p) == len(h) for p, h in zip(self.places, self.asked, strict=True)])
         self._sequences(LONG, self.long, COVERED, any_answer=True)
@@ -193,15 +207,15 @@ class _Comparison:
             for own, long in zip(self.own, self.long, strict=True)
         ]
         held = [np.unique(row) for row in self.rows]
-        self.vocabulary = np.unique(np.concatenate([*held, *short]))
-        matrix = _matrix([*held, *short], self.vocabulary)
+        matrix = _matrix([*held, *short], np.unique(np.concatenate(short)))
         count = len(self.rows)
         seen = np.bincount(matrix[:count].indices, minlength=matrix.shape[1])
         matrix.data *= np.sqrt(np.log((1 + count) / (1 + seen)))[matrix.indices]
         weight = np.asarray(matrix[count:].multiply(matrix[count:]).sum(axis=1)).ravel()
-        self.chance = np.minimum(0.8, 0.02 + (seen / count) ** 0.35)
         lengths = np.array([len(row) for row in self.rows])
         reach = np.array([2 * len(hashed) + 20 for hashed in self.asked])
+        far = max((reach[at] for at in np.flatnonzero(~self.long)), default=0)
+        self.surprise = _surprise([row if len(row) <= far else row[:0] for row in self.rows])
         for row, question, shared in _products(matrix, count):
             held_share = shared / np.maximum(weight[question], 1e-9)
             candidate = (held_share >= CANDIDATE) & (self.given[row] == self.answers[question])
@@ -214,23 +228,30 @@ class _Comparison:
                     self._hit(at, which, "reworded", evidence)
 
     def _evidence(self, row: int, question: int) -> float:
-        """Log likelihood ratio that the question's words stand in their places by rewording.
+        """Log likelihood ratio that the row is the question with words replaced.
 
-        A word found in its place counts log(0.7 / chance), one not found log(0.3 / (1 - chance)),
-        where the chance grows with the share of rows that hold the word.
+        A word found in its place counts log(0.7 / its likelihood in the row), one not found
+        log(0.3), and the answer what it says by itself.
         """
         places, own, theirs = self.places[question], self.own[question], self.rows[row]
         mine, other = np.nonzero(own[:, None] == theirs[None, :])
         if not len(mine):
             return -math.inf
         shift = other - places[mine]
-        shift -= shift.min()
-        near = np.convolve(np.bincount(shift), np.ones(2 * DRIFT + 1, int), "same")
-        kept = np.unique(mine[np.abs(shift - int(near.argmax())) <= DRIFT])
-        chance = self.chance[np.searchsorted(self.vocabulary, own)]
-        evidence = np.log((1 - KEPT) / (1 - chance))
-        evidence[kept] = np.log(KEPT / chance[kept])
-        return float(evidence.sum())
+        best = int(_around(np.bincount(shift - shift.min())).argmax()) + shift.min()
+        there = np.abs(shift - best) <= DRIFT
+        kept, first = np.unique(mine[there], return_index=True)
+        missing = np.delete(np.arange(len(own)), kept)
+        facing = places[missing[own[missing] & np.uint64(1) == 1]] + best
+        facing = facing[(facing >= 0) & (facing < len(theirs))]
+        others = np.count_nonzero(_around((theirs & np.uint64(1)).astype(int))[facing])
+        return float(
+            self.surprise[row][other[there][first]].sum()
+            + len(kept) * math.log(KEPT)
+            + len(missing) * math.log(1 - KEPT)
+            - OTHER_NUMBER * others
+            + self.answer_evidence[question]
+        )
 
     def _hit(self, row: int, question: int, measure: str, score: float) -> None:
         """Keep a row's nearest question of the first measure that found it."""
@@ -238,6 +259,39 @@ class _Comparison:
         if old is None or (old.measure == measure and score > old.score):
             found = Hit(self.questions[question], measure, round(float(score), 3))
             self.hits[int(row)] = found
+
+
+def _around(counts: Integers) -> Integers:
+    """The sum of every element and its neighbours up to `DRIFT` away."""
+    summed: Integers = np.convolve(counts, np.ones(2 * DRIFT + 1, int))
+    return summed[DRIFT : DRIFT + len(counts)]
+
+
+def _surprise(rows: list[Hashes]) -> list[Any]:
+    """Minus the log likelihood (natural) of every word of every row, given the two before it.
+
+    Word sequences of all rows but the one occurrence itself, interpolated from short to long
+    after Witten and Bell (1991): a sequence counts against the distinct words that follow its
+    context.
+    """
+    lengths = np.array([len(row) for row in rows])
+    _, word, often = np.unique(np.concatenate(rows), return_inverse=True, return_counts=True)
+    total, width = len(word), len(often) + 1
+    offset = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    likely = (often[word] - 0.5) / max(1, total)
+    context = np.zeros(total, np.int64)
+    for back in range(1, CONTEXT):
+        before = np.where(offset >= back, np.roll(word, back) + 1, 0)
+        _, context = np.unique(context * width + before, return_inverse=True)
+        what, found, count = np.unique(
+            context * width + word, return_inverse=True, return_counts=True
+        )
+        seen, kinds = count[found] - 1, np.bincount(what // width)[context]
+        kinds = kinds - (seen == 0)
+        all_seen = np.bincount(context)[context] - 1
+        weight = np.maximum(1, all_seen + kinds)
+        likely = np.where(all_seen > 0, (seen + kinds * likely) / weight, likely)
+    return np.split(-np.log(np.maximum(likely, 1e-12)), np.cumsum(lengths)[:-1])
 
 
 def _own_places(hashed: Hashes, template: Hashes) -> Integers:

@@ -208,9 +208,7 @@ class _Preparation:
         places = split([row.example for row in rows], self.data.validation_share) if rows else []
         for row, place in zip(rows, places, strict=True):
             own = room[row.example.source]
-            if place.straddles:
-                self._drop(row.example, "straddles_split", f"group {place.group}")
-            elif own.max_rows is not None and taken[id(own)] >= own.max_rows:
+            if own.max_rows is not None and taken[id(own)] >= own.max_rows:
                 self._drop(row.example, "over_cap", "source")
             elif len(self.kept[place.side]) >= caps[place.side]:
                 self._drop(row.example, "over_cap", place.side)
@@ -313,6 +311,7 @@ class _Preparation:
                 }
                 for source in self.sources
             },
+            "related": self._related(train, validation),
             "max_length": self.max_length,
             "lengths": {
                 "before": distribution(self.lengths_before),
@@ -330,6 +329,17 @@ class _Preparation:
             "repairs": dict(sorted(self.scanned.repairs.items())),
             "inputs": inputs,
             "inputs_sha256": sha256_json(inputs),
+        }
+
+    @staticmethod
+    def _related(*parts: list[tuple[str, str, Tokenised]]) -> dict[str, int]:
+        """Groups of related rows, and those with rows on both sides of the split."""
+        train, held_out = ({group for _, group, _ in rows} for rows in parts)
+        both = train & held_out
+        return {
+            "groups": len(train | held_out),
+            "groups_on_both_sides": len(both),
+            "held_out_rows_of_those": sum(group in both for _, group, _ in parts[1]),
         }
 
 

@@ -1,15 +1,15 @@
-"""Duplicates, which are dropped, and related rows, which must stay on one side of the split.
+"""Duplicates, which are dropped, and related rows, which stay on one side of the split.
 
 *Duplicate*: question and answer both near another row's, with the same numbers and names.
 *Related*: the same longest passage, or most word sequences of the smaller one shared.
 Sequences that many different passages share are instructions and are left out of both.
 
-The side of a row follows from the hash of its own longest passage and nothing else, so adding
-rows never moves others across. Where related rows of different passages then fall on different
-sides, the fewer of them are dropped as `straddles_split`.
+The side of a row follows from the hash of its own longest passage and nothing else: any rule
+that keeps every row where it is, whatever rows are added, can look at that row alone. Related
+rows of different passages may then fall on both sides. None is dropped; those held out choose
+the checkpoint and never decide the verdict.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,10 @@ PERMUTATIONS = 128
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where the split puts a row: its group of related rows, and its side."""
+    """Where the split puts a row: its group of related rows, and train, select or decide."""
 
     group: str
     side: str
-    straddles: bool
 
 
 def side(group: int, share: float) -> str:
@@ -50,22 +49,20 @@ def side(group: int, share: float) -> str:
 
 
 def split(examples: list[Example], share: float) -> list[Placed]:
-    """Group related rows and put each on its side; see the module's text for the rule."""
+    """Group related rows and put each on its side; only groups wholly held out may decide."""
     own = np.array([hash64(passage(example)) for example in examples], np.uint64)
     passages, at = np.unique(own, return_inverse=True)
     component = _components(examples, at, len(passages))
     sides = [side(int(group), share) for group in passages]
-    votes: dict[int, Counter[str]] = {}
+    of_group: dict[int, set[str]] = {}
     for index in at:
-        votes.setdefault(component[index], Counter())[sides[index]] += 1
-    winner = {
-        group: max(count, key=lambda name: (count[name], name)) for group, count in votes.items()
-    }
+        of_group.setdefault(component[index], set()).add(sides[index])
     return [
         Placed(
             f"{passages[component[index]]:016x}",
-            sides[index],
-            sides[index] != winner[component[index]],
+            "select"
+            if sides[index] == "decide" and len(of_group[component[index]]) > 1
+            else sides[index],
         )
         for index in at
     ]

@@ -30,7 +30,6 @@ MEANING = {
     "personal_data": "holds personal data, and the config says drop",
     "placeholder": "an unfilled {{placeholder}}",
     "refusal": "the answer only refuses",
-    "straddles_split": "related to rows on the other side of the split",
     "too_long": "longer than max_length",
     "too_short": "too few tokens of text",
     "truncated_file": "the file breaks off here",

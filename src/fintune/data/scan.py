@@ -7,6 +7,7 @@ taken in order, so their number changes nothing.
 
 import math
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,12 +21,20 @@ from fintune.data.filters import refuse
 from fintune.data.personal import mask
 from fintune.data.rows import Rejected, repair, to_messages
 from fintune.data.sources import Bad, Batch, Source, parse_block
-from fintune.data.text import hash64, normal
+from fintune.data.text import hash64, normal, passage
 from fintune.example import Dropped, Example, Message
 from fintune.files import sha256_bytes, sha256_json
 
 LABEL_CHARACTERS = 40
 """Longest answer that counts as a label when one input carries two of them."""
+
+BODY_CHARACTERS = 400
+"""Longest text, and longest instruction, of a label that describes the text as a whole; of a longer
+one more than one thing can be asked."""
+
+YES_OR_NO = ("yes", "no", "true", "false")
+MARKS = ".,;:!?'\"()[]\u2018\u2019\u201c\u201d"
+_QUOTED = re.compile(r"['\"\u2018\u201c]([^'\"\u2019\u201d\n]{1,60})['\"\u2019\u201d](?!\w)")
 
 MOST_CHARACTERS = 1_000_000
 """A longer row is out at once: no context window holds it, and every later step would crawl."""
@@ -113,10 +122,28 @@ def _keyed(
     key = hash64(*turns)
     uniform = (hash64(str(seed), str(key)) + 1) / 2**64
     order = -math.log(uniform) / weight
-    label = turns[-1] if len(turns[-1]) <= LABEL_CHARACTERS else ""
-    asked = hash64(*(normal(message.content) for message in messages[:-1]))
+    label = _bare(turns[-1]) if len(turns[-1]) <= LABEL_CHARACTERS else ""
     shown = messages if order <= limit else None
-    return line, sha, key, order, asked, hash64(label) if label else 0, shown
+    keys = (_input(messages, label), hash64(label)) if label else (0, 0)
+    return line, sha, key, order, *keys, shown
+
+
+def _bare(text: str) -> str:
+    """A text without case, white space and the marks around its words."""
+    return " ".join(word.strip(MARKS) for word in text.casefold().split())
+
+
+def _input(messages: tuple[Message, ...], label: str) -> int:
+    """What a label answers. Of one text with the labels to choose from, the instruction's wording
+    does not count, but terms that it quotes do; yes or no answers its very words."""
+    asked = [message.content for message in messages if message.role == "user"]
+    if len(asked) == 1 and label not in YES_OR_NO and not any(map(str.isdigit, label)):
+        body = passage(Example("", 0, "", messages))
+        rest = normal("\n".join(message.content for message in messages[:-1])).replace(body, " ")
+        offered = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", rest)
+        if offered and max(len(body), len(rest)) <= BODY_CHARACTERS:
+            return hash64("offered", _bare(body), *sorted(set(_QUOTED.findall(rest))))
+    return hash64(*(_bare(message.content) for message in messages[:-1]))
 
 
 def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> Scanned:

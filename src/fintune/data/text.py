@@ -28,10 +28,10 @@ _ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2)
 
 
 class _WordHashes(dict[str, int]):
-    """Word -> 64-bit hash, computed when first met."""
+    """Word -> 64-bit hash, computed when first met; odd for a word with a digit."""
 
     def __missing__(self, word: str) -> int:
-        value = hash64(word)
+        value = hash64(word) & ~1 | any(map(str.isdigit, word))
         self[word] = value
         return value
 
