@@ -299,6 +299,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def _save_whole(self, *, pending_evaluation: bool) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
+        self.store_flos()  # gathers, so every rank has to
         generators = processes.files_of_all(self._save_rng_state)
         if self.args.should_save:
 
@@ -314,7 +315,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         (folder / "README.md").unlink(missing_ok=True)
 
     def _fill(self, staging: Path, pending_evaluation: bool, generators: dict[str, bytes]) -> None:
-        self.store_flos()
         self._save_adapter(staging)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
