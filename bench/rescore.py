@@ -18,7 +18,7 @@ from fake_judge import FakeJudge, serve  # noqa: E402
 from tiny_eval import eval_config  # noqa: E402
 
 from fintune.console import result  # noqa: E402
-from fintune.evals.evaluate import evaluate, rescore  # noqa: E402
+from fintune.evals.evaluate import evaluate  # noqa: E402
 
 
 def main() -> None:

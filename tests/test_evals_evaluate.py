@@ -12,7 +12,8 @@ from fintune import files, seal
 from fintune.errors import ConfigError, DataError, OutputError
 from fintune.evals import evaluate as module
 from fintune.evals import regression, results
-from fintune.evals.evaluate import evaluate, judge_answers, rescore
+from fintune.evals.evaluate import evaluate, judge_answers
+from fintune.evals.report import rescore
 
 KEYS = ("verdict", "primary", "guards", "loss", "accuracy", "tasks", "misses", "measures", "judge")
 

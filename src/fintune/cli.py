@@ -168,11 +168,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
-    from fintune.evals import evaluate as stage
+    if rescore:
+        from fintune.evals import report
 
-    results = (
-        stage.rescore(rescore) if rescore else stage.evaluate(_load(config, overrides), fresh=fresh)
-    )
+        results = report.rescore(rescore)
+    else:
+        from fintune.evals import evaluate as stage
+
+        results = stage.evaluate(_load(config, overrides), fresh=fresh)
     if as_json:
         console.emit_json(results)
 

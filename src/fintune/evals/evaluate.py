@@ -23,23 +23,21 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.console import meter, say, table
 from fintune.errors import ConfigError, DataError, OutputError
-from fintune.evals import heldout, raw, regression, report
+from fintune.evals import heldout, raw, regression
 from fintune.evals.lines import Lines
+from fintune.evals.report import COMMAND, write_results
 from fintune.evals.results import (
     CHECKED,
     FEWEST_CHECKABLE,
     WHO,
     Pair,
     load_pairs,
-    results,
     words,
 )
 from fintune.evals.tasks import DecideItems, Item, source_hash, task_items
 from fintune.example import Message
-from fintune.files import FORMAT, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
+from fintune.files import read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generate import Prompt, answer_all
-
-COMMAND = "fintune eval"
 
 
 def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -82,23 +80,11 @@ def judge_answers(config: Config) -> dict[str, Any]:
     return _finish(config, folder, done["inputs"])
 
 
-def rescore(folder: Path) -> dict[str, Any]:
-    """Make test_results.json and report.html of an evaluation again, from its raw files alone.
-
-    Raises:
-        OutputError: the evaluation is unfinished or damaged.
-    """
-    done = seal.read_seal(folder, stage="evaluation", make=COMMAND)
-    found = _write_results(folder)
-    seal.seal(folder, done["inputs"])
-    return found
-
-
 def _finish(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     (folder / seal.DONE).unlink(missing_ok=True)
     rows = raw.judged_rows(folder, _judged(folder), config.eval.judge, config.seed)
     write_jsonl(folder / raw.NAME, rows)
-    found = _write_results(folder)
+    found = write_results(folder)
     seal.seal(folder, inputs)
     accuracy = found["accuracy"]
     table(
@@ -118,14 +104,6 @@ def _judged(folder: Path) -> list[Pair]:
     """The items of the judged set with both answers."""
     chosen = set(read_json(folder / "run.json")["judged"])
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
-
-
-def _write_results(folder: Path) -> dict[str, Any]:
-    pairs = load_pairs(folder)
-    found = results(folder, pairs)
-    write_json(folder / "test_results.json", found)
-    report.write(folder, found, pairs)
-    return {"format": FORMAT, **found}
 
 
 def _inputs(config: Config) -> dict[str, Any]:

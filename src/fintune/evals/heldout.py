@@ -56,30 +56,6 @@ def sums(
         yield float(total), count
 
 
-def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and perplexity, overall and by source and length, from the sums of heldout.jsonl."""
-
-    def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
-        tokens = sum(cell["tokens"] for cell in chosen)
-        base, adapter = (
-            sum(cell[who] for cell in chosen) / max(tokens, 1) for who in ("base", "adapter")
-        )
-        return {
-            "base": round(base, 6),
-            "adapter": round(adapter, 6),
-            "change": round(adapter / base - 1, 6) if base else 0.0,
-            "perplexity": {"base": _exp(base), "adapter": _exp(adapter)},
-            "rows": sum(cell["rows"] for cell in chosen),
-            "tokens": tokens,
-        }
-
-    def by(key: str) -> dict[str, Any]:
-        names = dict.fromkeys(cell[key] for cell in cells)
-        return {name: over([cell for cell in cells if cell[key] == name]) for name in names}
-
-    return {**over(cells), "by_source": by("source"), "by_length": by("length")}
-
-
 def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     tokens = 0
@@ -91,8 +67,3 @@ def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         tokens += len(row["input_ids"])
     if batch:
         yield batch
-
-
-def _exp(loss: float) -> float:
-    """Perplexity; capped where a float ends, so that the file stays JSON."""
-    return round(math.exp(min(loss, 700.0)), 4)

@@ -5,11 +5,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fintune import seal
 from fintune.evals import raw
-from fintune.evals.results import CHECKED, WHO, Pair, words
-from fintune.files import read_jsonl, write_text
+from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
+from fintune.files import FORMAT, read_jsonl, write_json, write_text
 from fintune.page import Page
 
+COMMAND = "fintune eval"
 OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
 NAMES = {
     "accuracy_lenient": "accuracy at 1 %",
@@ -100,6 +102,29 @@ class _Report(Page):
                 f"<text x={left + 16 + number * 126} y={y + 10}>{label}</text>"
             )
         self._figure(parts, y + 16, "The figure at the right is the number of correct answers.", [])
+
+
+def rescore(folder: Path) -> dict[str, Any]:
+    """Make test_results.json and report.html of an evaluation again, from its raw files alone.
+
+    Nothing that this module imports loads torch: the command takes the time of the grading.
+
+    Raises:
+        OutputError: the evaluation is unfinished or damaged.
+    """
+    done = seal.read_seal(folder, stage="evaluation", make=COMMAND)
+    found = write_results(folder)
+    seal.seal(folder, done["inputs"])
+    return found
+
+
+def write_results(folder: Path) -> dict[str, Any]:
+    """Write test_results.json and report.html from the raw files; the former's content."""
+    pairs = load_pairs(folder)
+    found = results(folder, pairs)
+    write_json(folder / "test_results.json", found)
+    write(folder, found, pairs)
+    return {"format": FORMAT, **found}
 
 
 def write(folder: Path, found: dict[str, Any], pairs: list[Pair]) -> None:

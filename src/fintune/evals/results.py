@@ -5,6 +5,7 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 `test_results.json`. One measure, named before the run, decides; everything else is reported.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.errors import OutputError
-from fintune.evals import heldout, judge, regression, stats
+from fintune.evals import judge, regression, stats
 from fintune.evals.tasks import Graded, Item, grade
 from fintune.files import read_json, read_jsonl
 
@@ -70,7 +71,7 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
         scores = read_json(folder / "regression.json")
         general = regression.summary(scores["base"], scores["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
-    loss = heldout.summary(list(read_jsonl(folder / "heldout.jsonl")))
+    loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     judged = judge.summary(
         list(read_jsonl(folder / "eval_50_gpt_judged_raw.jsonl")),
         {pair.item.id: _settled(pair) for pair in pairs},
@@ -105,6 +106,34 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
             key: run[key] for key in ("models", "data", "settings", "seed", "packages", "machine")
         },
     }
+
+
+def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss and perplexity, overall and by source and length, from the sums of heldout.jsonl."""
+
+    def perplexity(loss: float) -> float:
+        # Capped where a float ends, so that the file stays JSON.
+        return round(math.exp(min(loss, 700.0)), 4)
+
+    def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        tokens = sum(cell["tokens"] for cell in chosen)
+        base, adapter = (
+            sum(cell[who] for cell in chosen) / max(tokens, 1) for who in ("base", "adapter")
+        )
+        return {
+            "base": round(base, 6),
+            "adapter": round(adapter, 6),
+            "change": round(adapter / base - 1, 6) if base else 0.0,
+            "perplexity": {"base": perplexity(base), "adapter": perplexity(adapter)},
+            "rows": sum(cell["rows"] for cell in chosen),
+            "tokens": tokens,
+        }
+
+    def by(key: str) -> dict[str, Any]:
+        names = dict.fromkeys(cell[key] for cell in cells)
+        return {name: over([cell for cell in cells if cell[key] == name]) for name in names}
+
+    return {**over(cells), "by_source": by("source"), "by_length": by("length")}
 
 
 def _settled(pair: Pair) -> str | None:
