@@ -46,7 +46,8 @@ def kept_bytes(model: Any, batch: Batch, precision: str) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An output packed as itself would hold its own node: the graph would never be freed.
+        return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with torch.random.fork_rng(), _autocast(model, precision), hooks:
