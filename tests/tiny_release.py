@@ -148,4 +148,6 @@ def _evaluation(folder: Path, verdict: str) -> None:
         },
     )
     row = {"status": "unscored", "unscored_reason": "no_judge", "key": "k"}
-    (folder / "eval_50_gpt_judged_raw.jsonl").write_text(json.dumps(row) + "\n")
+    asked = {"task": "rows:number", "question": "Sales: 4.\n\nHow much?", "reference": "4"}
+    lines = [row, row | asked, row | asked | {"question": "Sales: 4. Say again: how much?"}]
+    (folder / "eval_50_gpt_judged_raw.jsonl").write_text("\n".join(map(json.dumps, lines)))

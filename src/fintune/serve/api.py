@@ -6,6 +6,7 @@ hear so. For load beyond one process use vLLM (`fintune export vllm` prints its 
 
 import asyncio
 import contextlib
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ MODELS = ("base", "adapter")
 DEFAULT_TOKENS = 256
 CHARACTERS_PER_TOKEN = 64
 """A prompt with more characters than this times the context cannot fit, and is not tokenised."""
+EXAMPLES = 4
+"""Held-out questions that the page offers to click."""
 PAGE = Path(__file__).parent / "page" / "index.html"
 
 
 class _Server:
     """The endpoints; `build` puts them on an app."""
 
-    def __init__(self, loaded: Loaded, engine: Engine, run: Path | None, results: Path) -> None:
+    def __init__(self, loaded: Loaded, engine: Engine, folder: Path, run: Path) -> None:
         self._loaded, self._engine = loaded, engine
-        self._run, self._results = run, results
+        self._folder, self._run = folder, run
         self._started = int(time.time())
 
     async def models(self) -> dict[str, Any]:
@@ -61,12 +64,15 @@ class _Server:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     async def run(self) -> dict[str, Any]:
-        """What the page's second tab draws: the verdict and the run's logged steps."""
-        metrics = self._run / "metrics.jsonl" if self._run else None
+        """What the page shows beside answers: held-out questions, the verdict, logged steps."""
+        results = self._folder / "test_results.json"
+        metrics = self._run / "metrics.jsonl"
         return {
+            "name": self._folder.resolve().parent.name + "/" + self._folder.resolve().name,
             "base": {"id": self._loaded.base.id, "revision": self._loaded.base.revision},
-            "results": read_json(self._results) if self._results.is_file() else None,
-            "metrics": list(read_jsonl(metrics)) if metrics and metrics.is_file() else [],
+            "results": read_json(results) if results.is_file() else None,
+            "examples": _examples(self._folder / "eval_50_gpt_judged_raw.jsonl"),
+            "metrics": list(read_jsonl(metrics)) if metrics.is_file() else [],
         }
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
@@ -146,15 +152,15 @@ class _Server:
         return await _unless_gone(request, answer.whole())
 
 
-def build(loaded: Loaded, engine: Engine, *, folder: Path, run: Path | None) -> FastAPI:
+def build(loaded: Loaded, engine: Engine, *, folder: Path, run: Path) -> FastAPI:
     """The app.
 
     Args:
-        folder: the release, whose test_results.json the page shows.
+        folder: the release, whose verdict and held-out questions the page shows.
         run: folder of the training run, whose metrics the page draws, where it is at hand.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    server = _Server(loaded, engine, run, folder / "test_results.json")
+    server = _Server(loaded, engine, folder, run)
     for path, endpoint, method in (
         ("/", server.page, "GET"),
         ("/health", server.health, "GET"),
@@ -180,6 +186,18 @@ def build(loaded: Loaded, engine: Engine, *, folder: Path, run: Path | None) -> 
     for kind in (ApiError, HTTPException, TimeoutError, Exception):
         app.add_exception_handler(kind, refused)
     return app
+
+
+def _examples(path: Path) -> list[dict[str, str]]:
+    """Short held-out questions with their answers, of each task in turn, no answer twice."""
+    rows = list(read_jsonl(path)) if path.is_file() else []
+    tasks: dict[str, dict[str, str]] = {}
+    rows = [row for row in rows if {"task", "question", "reference"} <= row.keys()]
+    for row in sorted(rows, key=lambda row: len(row["question"])):
+        tasks.setdefault(row["task"], {}).setdefault(row["reference"], row["question"])
+    turns = itertools.zip_longest(*(found.items() for found in tasks.values()))
+    pairs = [pair for turn in turns for pair in turn if pair]
+    return [{"question": text, "reference": said} for said, text in pairs[:EXAMPLES]]
 
 
 async def _unless_gone(request: Request, answer: Any) -> Any:
