@@ -1,15 +1,14 @@
 """Generation: our batched loop against the one-by-one `generate` of the seed's snippet.
 
-    python bench/generation.py [answers]
-
-The nano base, fp32, greedy, at most 64 new tokens. Prints both times, the ratio and how many
-answers are the same, token for token.
+The nano base, fp32, greedy, at most 64 new tokens: both times, the ratio and how many answers are
+the same, token for token.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +18,13 @@ sys.path.insert(0, str(ROOT / "src"))
 from fintune import model, nano  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config  # noqa: E402
-from fintune.console import result  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.generate import Prompt, _greedy  # noqa: E402
 
 LIMIT, BATCH = 64, 64
 
 
-def main(count: int) -> None:
+def generation(count: int = 300) -> dict[str, Any]:
     """Time both on the same prompts."""
     torch.set_num_threads(2)
     config = Config()
@@ -59,10 +57,14 @@ def main(count: int) -> None:
         same += out[0, ids.shape[1] :].tolist() == ours[prompt.id]
     single = time.perf_counter() - start
     tokens = sum(map(len, ours.values()))
-    result(
-        f"{count} answers, {tokens} tokens: batched {batched:.1f} s, one by one {single:.1f} s,"
-        f" ratio {single / batched:.1f}, the same answers {same}/{count}"
-    )
+    return {
+        "answers": count,
+        "tokens": tokens,
+        "batched_seconds": round(batched, 1),
+        "one_by_one_seconds": round(single, 1),
+        "ratio": round(single / batched, 1),
+        "the_same_answers": same,
+    }
 
 
 def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
@@ -78,7 +80,3 @@ def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
         if len(found) == count:
             break
     return list(found.values())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 300)

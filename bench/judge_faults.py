@@ -1,7 +1,5 @@
 """The judge against a hostile network: faults over real HTTP, kills, wall time.
 
-    python bench/judge_faults.py [faults|kills|wall]
-
 faults: 20 kinds met by the first request of each of 50 items; done, lost, paid twice.
 kills: a run of 400 calls, 8 at once, killed (-9) at 100 random moments; done rows lost, paid.
 wall: 50 items in both orders with canaries, 8 at once, a judge that takes 2 seconds.
@@ -14,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -21,7 +20,6 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 from fake_judge import FINE, REPAIRED, RETRIED, STOPPED, FakeJudge, serve  # noqa: E402
 
 from fintune.config import JudgeConfig  # noqa: E402
-from fintune.console import result  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import calls, judge  # noqa: E402
 from fintune.evals.tasks import Item  # noqa: E402
@@ -40,10 +38,10 @@ def items(count: int) -> list[tuple[Item, dict[str, str]]]:
     return found
 
 
-def faults() -> None:
+def faults() -> dict[str, Any]:
     """Each kind on its own run of 106 calls: 50 items in both orders, 6 canaries."""
     kinds = (*RETRIED, *REPAIRED, *FINE, *STOPPED)
-    good = True
+    found: dict[str, Any] = {}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(kind)) as server:
             limit = 1.0 if kind in UNPAID_AGAIN else 30.0
@@ -64,17 +62,19 @@ def faults() -> None:
             )
             asked, twice = sum(server.asked.values()), sum(n > 1 for n in server.paid.values())
             stopped = kind in STOPPED
-            good &= asked == 1 if stopped else whole == 50
-            good &= twice == 0 or kind in UNPAID_AGAIN
-            result(
-                f"{kind:24} items done {whole:2}/50  requests {asked:3}  paid twice {twice:3}"
-                f"  booked as possibly paid {sum(r['possibly_paid'] for r in done.values()):3}"
-                f"  {seconds:5.1f} s"
-            )
-    result(f"{len(kinds)} kinds; all as wanted: {good}")
+            found[kind] = {
+                "done": whole,
+                "requests": asked,
+                "paid_twice": twice,
+                "possibly_paid": sum(row["possibly_paid"] for row in done.values()),
+                "seconds": round(seconds, 1),
+                "as_wanted": (asked == 1 if stopped else whole == 50)
+                and (twice == 0 or kind in UNPAID_AGAIN),
+            }
+    return {"kinds": len(kinds), "as_wanted": sum(f["as_wanted"] for f in found.values()), **found}
 
 
-def kills(rounds: int = 100) -> None:
+def kills(rounds: int = 100) -> dict[str, Any]:
     """Kill -9 the asking process until 100 kills are done; count what was lost and paid."""
     rng = random.Random(7)
     killed = lost = most = runs = hidden = paid = 0
@@ -95,10 +95,14 @@ def kills(rounds: int = 100) -> None:
             twice = {call[:64] for call, count in server.paid.items() if count > 1}
             hidden += len(twice - listed)
             paid += len(twice)
-    result(
-        f"{killed} kills, {runs} runs of 400 completed: done rows lost {lost}; most possibly paid"
-        f" calls of one kill {most}; paid twice {paid}, of which not listed {hidden}"
-    )
+    return {
+        "kills": killed,
+        "runs_of_400_completed": runs,
+        "done_rows_lost": lost,
+        "most_possibly_paid_of_one_kill": most,
+        "paid_twice": paid,
+        "paid_twice_and_not_listed": hidden,
+    }
 
 
 def _one_child(folder: Path, url: str, seconds: float) -> int:
@@ -123,7 +127,7 @@ def child(folder: str, url: str) -> None:
     calls.ask(Path(folder), plan, config)
 
 
-def wall() -> None:
+def wall() -> dict[str, Any]:
     """Wall time with a slow judge, and of the same run again."""
     with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(delay=2.0)) as server:
         config = JudgeConfig(model="fake", base_url=server.url)
@@ -132,17 +136,18 @@ def wall() -> None:
         calls.ask(Path(folder), plan, config)
         seconds = time.monotonic() - start
         allowed = 1.15 * len(plan) * 2 / 8 + 2
-        result(f"{len(plan)} calls, 8 at once, 2 s each: {seconds:.1f} s (allowed {allowed:.1f} s)")
         asked, before = sum(server.asked.values()), (Path(folder) / calls.LEDGER).read_bytes()
         calls.ask(Path(folder), plan, config)
         again = sum(server.asked.values()) - asked
         same = before == (Path(folder) / calls.LEDGER).read_bytes()
-        result(f"the same run again: {again} calls, same bytes: {same}")
+        return {
+            "calls": len(plan),
+            "seconds": round(seconds, 1),
+            "allowed_seconds": round(allowed, 1),
+            "calls_of_the_same_run_again": again,
+            "the_same_bytes": same,
+        }
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        child(*sys.argv[2:])
-    else:
-        for name in sys.argv[1:] or ["faults", "kills", "wall"]:
-            {"faults": faults, "kills": kills, "wall": wall}[name]()
+    child(*sys.argv[2:])

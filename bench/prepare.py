@@ -1,6 +1,6 @@
 """Figures of the stage `prepare`, each beside what it is measured against.
 
-    python bench/prepare.py language|related|contamination|personal|tokens|kill|scale|all
+    python bench/prepare.py language|related|contamination|siblings|personal|tokens|kill|scale|all
 
 Reads the real rows, benchmarks and tokenizer of `../shared`, which are not part of the project.
 Every figure is printed and written to bench/results/data.json with the machine described.
@@ -208,6 +208,30 @@ RULES: dict[str, Callable[[str, random.Random, list[str]], str]] = {
 }
 
 
+def siblings(_: Path) -> dict[str, Any]:
+    """Rows of the sample alone that decontamination drops, without plants and varied copies.
+
+    The sample's makers took out every row that repeats a benchmark's prompt, so these are
+    siblings: sentences of one template or of one set that ask nearly the same.
+    """
+    rows, facts = sample()
+    chosen = [
+        (_example(*text_of(row)), fact["source"])
+        for row, fact in zip(rows, facts, strict=True)
+        if fact["lang"] == "en" and all(text_of(row))
+    ]
+    examples = [example for example, _ in chosen]
+    passages = np.array([hash64(passage(example)) for example in examples], np.uint64)
+    hits = contaminated(examples, passages, read_benchmarks((str(BENCHMARKS),)))
+    return {
+        "rows": len(examples),
+        "dropped": len(hits),
+        "share": round(len(hits) / len(examples), 4),
+        "by_measure": dict(Counter(hit.measure for hit in hits.values())),
+        "by_source": dict(Counter(chosen[at][1] for at in hits)),
+    }
+
+
 def _half(text: str) -> int:
     return hash64("half", normal(text)) & 1
 
@@ -391,7 +415,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-FIGURES = {f.__name__: f for f in (language, related, contamination, personal, tokens, kill, scale)}
+FIGURES = {
+    f.__name__: f
+    for f in (language, related, contamination, siblings, personal, tokens, kill, scale)
+}
 
 
 def main(wanted: str) -> None:

@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -49,3 +51,84 @@ def test_the_readme_states_the_figures_of_the_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for who in ("base", "control", "always the commonest", "adapter"):
         assert f"| {who} | {found[who]['accuracy']:.1%} |" in text
+
+
+def figures(name: str) -> dict[str, Any]:
+    """A results file of bench."""
+    found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def data_rows() -> Iterator[str]:
+    """The lines of the table in docs/data.md, from what bench/prepare.py last wrote."""
+    data = figures("data")
+    language, related, personal = data["language"], data["related"], data["personal"]
+    planted, alone = data["contamination"]["held_out"], data["siblings"]
+    recall = planted["recall"]
+    yield (
+        f"| non-English rows found | >= 99.5 % | {language['recall']:.1%} of"
+        f" {language['non_english_rows']}"
+    )
+    yield (
+        f"| English rows lost as foreign | <= 0.1 % | {language['english_lost']} of"
+        f" {language['english_rows']:,}"
+    )
+    yield f"| related pairs never on both sides | >= 95 % | {related['never_on_both_sides']:.1%}"
+    yield (
+        "| document rows wrongly dropped as duplicates | <= 0.5 % |"
+        f" {related['document_rows_wrongly_dropped']} of {related['document_rows']:,}"
+    )
+    yield f"| benchmark questions found, verbatim | all | {recall['verbatim']:.1%}"
+    yield f"| clauses reordered | >= 95 % | {recall['clauses_reordered']:.1%}"
+    yield f"| 30 % of words replaced | >= 95 % | {recall['words_replaced_30_percent']:.1%}"
+    yield f"| numbers changed | published | {recall['numbers_changed']:.1%}"
+    yield f"| false hits in 20,000 rows, worst of 4 | <= 0.5 % | {max(planted['false_share']):.2%}"
+    yield (
+        f"| rows of the sample alone dropped | none asked | {alone['dropped']} of"
+        f" {alone['rows']:,} ({alone['share']:.1%})"
+    )
+    yield f"| personal data found | >= 98 % | {personal['recall']:.1%} of {personal['planted']}"
+    yield f"| clean rows flagged | <= 0.5 % | {personal['clean_share_flagged']:.2%}"
+    yield (
+        f"| 518,185 rows: time | <= 240 s | {data['scale']['seconds']:.0f} s"
+        f" ({data['scale']['cpu_seconds_of_all_processes']:.0f} CPU s)"
+    )
+    yield (
+        "| 518,185 rows: peak memory | <= 2 GB |"
+        f" {data['scale']['peak_gigabytes_of_all_processes']:.2f} GB"
+    )
+    yield f"| tokenising beside TRL's | >= 3 times | {data['tokens']['ratio']:.1f} times"
+
+
+def evaluation_rows() -> Iterator[str]:
+    """The lines of the table in docs/evaluation.md, from what bench/evaluation.py last wrote."""
+    found = figures("evaluation")
+    cases, reworded = found["numbers"]["cases"], found["numbers"]["rewordings"]
+    none, gain = found["power"]["planted_0%"], found["power"]["planted_20%"]
+    yield f"| our own table of number cases | 100 % | {cases['right']} of {cases['n']}"
+    yield (
+        f"| gold answers of the benchmarks, reworded | >= 99 % | {reworded['right']:,} of"
+        f" {reworded['n']:,}"
+    )
+    yield f"| planted gain of 20 points found, 200 questions | >= 95 % | {gain['better']:.1%}"
+    yield f"| no gain called `better` | <= 3.5 % | {none['better']:.1%}"
+    yield (
+        f"| no gain called `better` or `worse` | <= 6.5 % | {none['better'] + none['worse']:.1%}"
+    )
+
+
+@pytest.mark.parametrize(("page", "rows"), [("data", data_rows), ("evaluation", evaluation_rows)])
+def test_the_docs_state_the_figures_of_the_results(
+    page: str, rows: Callable[[], Iterator[str]]
+) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for row in rows():
+        assert f"{row} |" in text, row
+
+
+def test_the_readme_states_figures_of_the_results() -> None:
+    """Every line of README's two tables is a line of the tables in docs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"(?m)^(\| [^|\n]+ \| (?:[<>]=|all|none|100 %)[^|\n]* \|[^|\n]*) \|$", text)
+    assert len(shown) >= 8
+    assert set(shown) <= {*data_rows(), *evaluation_rows()}

@@ -163,3 +163,18 @@ def test_gold_answers_of_the_benchmarks_are_right():
         found = task_items(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
         wrong = [entry.id for entry in found if not grade(entry, entry.reference).correct]
         assert not wrong, f"{name}: {wrong[:3]}"
+
+
+def test_a_hub_id_is_read_with_the_columns_of_its_task(tmp_path, monkeypatch):
+    """`datasets` takes a folder OWNER/NAME for the hub id of that name, and never the network."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "sentences"
+    folder.mkdir(parents=True)
+    lines = [{"query": f"Sales rose {n} %.", "answer": "positive"} for n in range(5)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = task_items("fpb", "owner/sentences", 3)
+    assert [item.messages[-1].content for item in found] == [line["query"] for line in lines[:3]]
+    assert {(item.kind, item.reference) for item in found} == {("label", "positive")}
+    with pytest.raises(DataError, match="owner/absent does not load"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        task_items("fpb", "owner/absent", 3)

@@ -34,10 +34,26 @@ details.item { border-bottom: 1px solid var(--line); padding: .35rem 0; margin: 
 details.item > summary span { display: inline-block; min-width: 5.5rem; font-size: .85rem; }
 .ok { color: #2e8b57; } .no { color: #c0392b; } .na { color: var(--dim); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
-.pair pre { margin: .2rem 0; } svg .low { fill: var(--line); } svg .mark { stroke: var(--a); }
-figure { overflow-x: auto; }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } svg { min-width: 34rem; } }
+.pair pre { margin: .2rem 0; } th.n { white-space: normal; }
+.chart { display: grid; grid-template-columns: 15rem 1fr 11rem; gap: .3rem .75rem; margin: 1rem 0;
+  font-size: .92rem; max-width: 52rem; align-items: center; }
+.chart > :nth-child(3n) { color: var(--dim); font-variant-numeric: tabular-nums; }
+.track { position: relative; height: .9rem; display: flex; }
+.span::before { content: ""; position: absolute; left: 50%; top: -.3rem; bottom: -.3rem;
+  border-left: 1px solid var(--dim); }
+.span i { position: absolute; top: .35rem; height: .2rem; background: var(--c); }
+.span b { position: absolute; top: .15rem; width: .6rem; height: .6rem; margin-left: -.3rem;
+  border-radius: 50%; background: var(--c); }
+.decides i { height: .35rem; top: .28rem; } .decides i, .decides b { background: var(--a); }
+.correct { background: var(--a); } .abstained { background: var(--c); }
+.unparsed { background: var(--line); } .wrong { background: var(--b); }
+.key { padding: 0 .4rem; margin-right: .5rem; border-radius: .15rem; }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; }
+  .chart { grid-template-columns: 1fr auto; grid-auto-flow: dense; column-gap: .4rem; }
+  .track { grid-column: 1 / -1; margin-bottom: .5rem; }
+  table { font-size: .76rem; } th, td { padding-right: .3rem; hyphens: auto; } }
 </style>"""
+"""Charts are rows of three cells: name, track, figures; on a phone the track takes its own line."""
 
 
 class _Report(Page):
@@ -50,58 +66,44 @@ class _Report(Page):
     def intervals(self, rows: Sequence[tuple[str, dict[str, Any], bool]], *, caption: str) -> None:
         """Differences with their 95 % intervals around zero, in points; the first decides."""
         reach = max([0.02, *(abs(end) for _, found, _ in rows for end in found["ci95"])]) * 1.05
-        left, width = 225, 265
-        parts, y = [], 10
-
-        def x(value: float) -> float:
-            return float(left + width / 2 * (1 + value / reach))
-
+        cells = []
         for name, found, decides in rows:
-            low, high = found["ci95"]
-            value = found["value"]
-            weight = ' font-weight="600"' if decides else ""
-            parts.append(
-                f"<text x={left - 10} y={y + 8} text-anchor=end{weight}>{escape(name)}</text>"
+            low, value, high = (
+                50 + 50 * end / reach
+                for end in (found["ci95"][0], found["value"], found["ci95"][1])
             )
-            parts.append(
-                f'<line class=mark x1="{x(low):.1f}" x2="{x(high):.1f}" y1={y + 4} y2={y + 4} '
-                f"stroke-width={3 if decides else 1.5} />"
-                f'<circle class=s{0 if decides else 2} cx="{x(value):.1f}" cy={y + 4} r=4 />'
-                f"<text class=dim x={left + width + 8} y={y + 8}>{100 * value:+.1f} "
-                f"({100 * low:+.1f} to {100 * high:+.1f})</text>"
+            points = [f"{100 * end:+.1f}" for end in (found["value"], *found["ci95"])]
+            cells.append(
+                f"<span>{'<b>' * decides}{escape(name)}{'</b>' * decides}</span>"
+                f'<span class="track span{" decides" * decides}">'
+                f'<i style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
+                f'<b style="left:{value:.2f}%"></b></span>'
+                f"<span>{points[0]} ({points[1]} to {points[2]})</span>"
             )
-            y += 22
-        parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1=0 y2={y} />')
-        self._figure(parts, y + 4, caption, [])
+        self.add(f"<div class=chart>{''.join(cells)}</div>")
+        self.text(caption, dim=True)
 
     def outcomes(self, tasks: dict[str, Any]) -> None:
         """One stacked bar a task and model: correct, abstained, no answer found, wrong."""
-        parts, y, left, width = [], 4, 200, 400
+        cells = []
         for name, found in tasks.items():
-            shown = name if len(name) <= 26 else name[:25] + "…"
-            parts.append(f"<text x={left - 58} y={y + 18} text-anchor=end>{escape(shown)}</text>")
             for who in WHO:
-                at = float(left)
-                parts.append(f"<text class=dim x={left - 52} y={y + 10}>{who}</text>")
-                for number, outcome in enumerate(OUTCOMES):
-                    long = width * found[who][outcome] / found["n"]
-                    kind = "low" if outcome == "unparsed" else f"s{(0, 2, 0, 1)[number]}"
-                    parts.append(
-                        f'<rect class={kind} x="{at:.1f}" y={y} width="{long:.1f}" height=12>'
-                        f"<title>{who}: {found[who][outcome]} {outcome}</title></rect>"
-                    )
-                    at += long
-                correct = found[who]["correct"]
-                parts.append(f"<text class=dim x={left + width + 6} y={y + 10}>{correct}</text>")
-                y += 15
-            y += 8
-        for number, label in enumerate(("correct", "abstained", "no answer found", "wrong")):
-            kind = ("s0", "s2", "low", "s1")[number]
-            parts.append(
-                f"<rect class={kind} x={left + number * 126} y={y} width=12 height=12 />"
-                f"<text x={left + 16 + number * 126} y={y + 10}>{label}</text>"
+                parts = "".join(
+                    f"<i class={outcome} style=width:{100 * found[who][outcome] / found['n']:.2f}%"
+                    f' title="{found[who][outcome]} {outcome}"></i>'
+                    for outcome in OUTCOMES
+                )
+                cells.append(
+                    f"<span>{escape(name)}, {who}</span><span class=track>{parts}</span>"
+                    f"<span>{found[who]['correct']} of {found['n']} correct</span>"
+                )
+        keys = "".join(
+            f"<span class='key {outcome}'>&nbsp;</span>{label} &ensp;"
+            for outcome, label in zip(
+                OUTCOMES, ("correct", "abstained", "no answer found", "wrong"), strict=True
             )
-        self._figure(parts, y + 16, "The figure at the right is the number of correct answers.", [])
+        )
+        self.add(f"<div class=chart>{''.join(cells)}</div><p class=dim>{keys}</p>")
 
 
 def rescore(folder: Path) -> dict[str, Any]:
@@ -351,7 +353,7 @@ def _items(page: _Report, found: dict[str, Any], pairs: list[Pair], folder: Path
 
 def _item(pair: Pair, said: list[dict[str, Any]]) -> str:
     asked = " ".join(pair.item.question.split())
-    shown = asked if len(asked) <= 110 else f"… {asked[-108:]}"
+    shown = asked if len(asked) <= 110 else f"… {asked[-108:].partition(' ')[2]}"
     sides = []
     for who in WHO:
         graded, text = pair.graded[who], pair.answers[who]["text"]
