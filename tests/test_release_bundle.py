@@ -4,15 +4,19 @@ import contextlib
 import io
 import json
 import os
+import pickletools
 import re
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tiny_release import tiny_base, tiny_run
 
 from fintune import files, seal
@@ -54,6 +58,53 @@ def test_release_names_its_base_and_no_path(config: Config, base: Path) -> None:
     for path in config.release_dir.iterdir():
         for private in (str(config.out), str(base), os.uname().nodename):
             assert private.encode() not in path.read_bytes(), path.name
+
+
+def test_training_args_bin_is_fresh_and_only_where_asked(
+    config: Config, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its opcodes are listed, never run: settings of the run alone, no secret, no machine."""
+    with zipfile.ZipFile(config.release_dir / "training_args.bin") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        opcodes = list(pickletools.genops(archive.read(name)))
+    words = [value for _, value, _ in opcodes if isinstance(value, str)]
+    modules = {word.split(".")[0].split(" ")[0] for op, word, _ in opcodes if op.name == "GLOBAL"}
+    assert modules <= {"transformers", "torch", "accelerate", "builtins", "collections"}
+    assert "learning_rate" in words and "hub_token" in words
+    assert not [word for word in words if word.startswith(("/", "hf_")) or "runs/" in word]
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_secret_of_this_test")
+    plain = tiny_run(tmp_path / "run", base)
+    names = {path.name for path in release(plain).iterdir()}
+    assert "training_args.bin" not in names
+    for path in plain.release_dir.iterdir():
+        assert b"hf_planted" not in path.read_bytes(), path.name
+
+
+def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path) -> None:
+    card = ModelCard.load(config.release_dir / "README.md")
+    assert card.data.base_model == "fintune/tiny" and card.data.library_name == "peft"
+    assert card.data.license is None, "not known, so not stated"
+    for text in (
+        "Verdict: **better**.",
+        "| accuracy | 50.0% | 75.0% |",
+        "25.0% (18.0% to 32.0%), over 240 paired questions",
+        "80 % power is 7.0%",
+        "3 unscored (no_judge)",
+        "| rows.jsonl | sha256:abc | Apache-2.0 | 10 | 5 |",
+        "| dropped: too_short | 2 |",
+        "| seconds of training | 61.5 |",
+        "--max-lora-rank 8 ",
+        "not financial advice",
+    ):
+        assert text in card.text, text
+    assert "energy" not in card.text and "CPU cores" not in card.text
+    seed, chat = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
+    seed = seed.replace('"fintune/tiny"', f'"{base}"').replace('"tiny"', f'"{config.release_dir}"')
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(seed.replace("max_new_tokens=256", "max_new_tokens=4") + chat, {})
+    fixture = json.loads((config.release_dir / "prompt_fixture.json").read_text())
+    assert f'date_string="{fixture["date_string"]}"' in chat and printed.getvalue()
 
 
 def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
@@ -136,6 +187,13 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
     with pytest.raises(GateRefused, match="evaluation is of another adapter"):
         release(config, accept="a verdict can be accepted, this cannot")
     seal.seal(config.eval_dir, seals)
+    weights = config.run_dir / "best" / "adapter_model.safetensors"
+    good, tensors = weights.read_bytes(), load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(GateRefused, match="NaN or infinite"):
+        release(config)
+    weights.write_bytes(good)
     held_out = pa.table({"group": ["c", "a"], "part": ["select", "decide"]})
     pq.write_table(held_out, config.data_dir / "validation.parquet")
     seal.seal(config.data_dir, {})
@@ -174,7 +232,8 @@ def test_two_builds_have_the_same_bytes(config: Config, tmp_path: Path) -> None:
         "release(load_config(sys.argv[1], ['release.out=' + sys.argv[2]]))\n"
     )
     out = tmp_path / "again"
-    other = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "USER": "other", "LC_ALL": "C"}
+    other = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
+    other |= {"USER": "other", "LOGNAME": "other", "HOME": str(tmp_path)}
     other["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", script, str(config.run_dir / "config.yaml"), str(out)]
     subprocess.run(command, env=os.environ | other, cwd=tmp_path, check=True)
