@@ -80,6 +80,13 @@ def write_report(path: Path, manifest: dict[str, Any], findings: Findings) -> No
             for name, fact in manifest["sources"].items()
         ],
     )
+    related = manifest["related"]
+    page.text(
+        f"{related['groups']:,} groups of related rows. {related['groups_on_both_sides']} of them "
+        "have rows on both sides of the split, because a row's side follows from its own passage "
+        f"alone; their {related['held_out_rows_of_those']} held-out rows choose the checkpoint "
+        "and never decide the verdict."
+    )
     _lengths(page, manifest, findings)
     _content(page, manifest, findings)
     page.heading("Inputs")
@@ -163,7 +170,8 @@ def _content(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
     )
     page.text(
         "Compared: sequences of 13 words, of 8 for short questions, and rewordings that keep the "
-        "answer. A question asked in wholly other words, or with another answer, is not found.",
+        "answer. A question asked in wholly other words, or with another answer, is not found; "
+        "a sibling that asks nearly the same may be taken for one: look at the pairs below.",
         dim=True,
     )
     for hit in findings.contamination[:12]:
