@@ -81,4 +81,4 @@ def test_questions_are_asked_on_a_terminal_only(
     config = load_config(out)
     assert (config.name, config.data.source) == ("mine", "rows/*.jsonl")
     assert config.model.id == "fintune/nano"
-    assert "preset to start from (llama-3.1-8b-finance, nano)" in capsys.readouterr().err
+    assert f"preset to start from ({', '.join(presets())})" in capsys.readouterr().err
