@@ -115,6 +115,12 @@ def evaluation_rows() -> Iterator[str]:
     yield (
         f"| no gain called `better` or `worse` | <= 6.5 % | {none['better'] + none['worse']:.1%}"
     )
+    again = found["rescore"]
+    yield (
+        f"| rescoring {again['questions']} questions and {again['judge_calls']} verdicts | <= 2 s |"
+        f" {again['cpu_seconds']:.1f} CPU s"
+    )
+    yield f"| calls of a second run | 0 | {again['calls_of_a_second_run']}"
 
 
 @pytest.mark.parametrize(("page", "rows"), [("data", data_rows), ("evaluation", evaluation_rows)])
