@@ -122,7 +122,7 @@ def evaluation_rows() -> Iterator[str]:
     )
     yield f"| calls of a second run | 0 | {again['calls_of_a_second_run']}"
     faults, wall = found["faults"], found["wall"]
-    yield f"| kinds of network fault met as wanted | all | {faults['as_wanted']} of {faults['kinds']}"
+    yield f"| kinds of network fault as wanted | all | {faults['as_wanted']} of {faults['kinds']}"
     yield (
         f"| {wall['calls']} calls of 2 s, 8 at once | <= {wall['allowed_seconds']} s |"
         f" {wall['seconds']} s (load {wall['machine']['load_when_started']} on 2 cores)"
