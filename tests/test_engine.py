@@ -1,6 +1,5 @@
 """The engine computes what it replaces: loss and every adapter gradient, fp32 and fp64."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,21 +114,19 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """peft's dropout modules replay the masks that the fused forward drew."""
-    drawn: list[tuple[int, torch.Tensor]] = []
-    draw: Callable[..., torch.Tensor] = lora.keep_mask
+    drawn: list[torch.Tensor] = []
+    draw = lora.kept_bits
 
-    def record(seed: int, *args: Any) -> torch.Tensor:
-        mask = draw(seed, *args)
-        if not drawn or seed not in {known for known, _ in drawn}:
-            drawn.append((seed, mask))
-        return mask
+    def record(*args: Any) -> torch.Tensor:
+        drawn.append(draw(*args))
+        return drawn[-1]
 
-    monkeypatch.setattr(lora, "keep_mask", record)
+    monkeypatch.setattr(lora, "kept_bits", record)
     peft = model(torch.float64, dropout=0.25)
     lora.fuse(peft, shared_dropout=shared)
     torch.manual_seed(5)
     fused = gradients(peft, flat_batch(rows()))
-    masks = iter([mask for _, mask in drawn])
+    masks = iter(drawn)
 
     class Replay(torch.nn.Module):
         """Takes a mask when called on a new input, the same one for the group's other members."""
@@ -142,8 +139,8 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
             if not shared or id(x) not in self.seen:
                 self.seen = {id(x): next(masks)}
                 self.kept = x  # keeps the id from being used again
-            kept = (self.seen[id(x)] != 0).to(x.dtype)
-            return x * kept / (1 - lora.dropped_share(0.25))
+            kept = lora.keep_mask(self.seen[id(x)], 0.25, x) != 0
+            return x * kept.to(x.dtype) / (1 - 0.25)
 
     plain, replay = model(torch.float64, dropout=0.25), Replay()
     for module in plain.modules():
@@ -152,14 +149,19 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     assert_same(fused, gradients(plain, flat_batch(rows())), torch.float64)
 
 
-def test_dropout_keeps_its_share_and_its_scale() -> None:
-    like = torch.empty(0, dtype=torch.bfloat16)
-    mask = lora.keep_mask(7, torch.Size((400, 500)), 0.1, like)
-    kept = lora.masked(torch.ones(400, 500, dtype=torch.bfloat16), mask).float()
-    assert set(kept.unique().tolist()) == {0.0, 1.0}
-    assert float(kept.mean()) == pytest.approx(0.9, abs=0.004)
-    assert torch.equal(mask, lora.keep_mask(7, torch.Size((400, 500)), 0.1, like))
-    assert not torch.equal(mask, lora.keep_mask(8, torch.Size((400, 500)), 0.1, like))
+@pytest.mark.parametrize("p", [0.002, 0.1, 0.5, 0.9])
+def test_a_mask_is_independent_choices_of_the_asked_share(p: float) -> None:
+    """Within five standard deviations: the share, and the share of neighbours dropped together."""
+    count = 2_000_000
+    mask = lora.keep_mask(lora.kept_bits(7, count, p), p, torch.empty(count, dtype=torch.bfloat16))
+    dropped = lora.masked(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
+    both = dropped[:-1] & dropped[1:]
+    for found, share in ((dropped, p), (both, p * p)):
+        deviation = (share * (1 - share) / count) ** 0.5
+        assert float(found.double().mean()) == pytest.approx(share, abs=5 * deviation)
+    again, other = lora.kept_bits(7, 64, p), lora.kept_bits(8, 64, p)
+    assert torch.equal(again, lora.kept_bits(7, 64, p))
+    assert p < 0.1 or not torch.equal(again, other)
 
 
 def test_neighbours_do_not_see_each_other() -> None:

@@ -69,10 +69,13 @@ def attend(
     # together, for a sequence of 150 tokens and 8 heads of 32; the same at 2,048 tokens.
     precise = torch.promote_types(query.dtype, torch.float32)
     parts = [tensor.to(precise).split(sizes, dim=2) for tensor in (query, key, value)]
-    pieces = [
-        F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=grouped)
-        for q, k, v in zip(*parts, strict=True)
-    ]
+    with torch.autocast("cpu", enabled=False):  # it would cast them back to bf16
+        pieces = [
+            F.scaled_dot_product_attention(
+                q, k, v, scale=scaling, is_causal=True, enable_gqa=grouped
+            )
+            for q, k, v in zip(*parts, strict=True)
+        ]
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
 
 

@@ -8,7 +8,7 @@ A_i (r x in), B_i (out x r) and one dropout mask M:
 peft computes each y_i apart: a copy of x in fp32, a mask of its own (5 ns an element on a CPU,
 more than the rest of the adapter), a separate sum. Here one autograd function does a whole group:
 the base product and the low-rank product accumulate in place, the A_i are one matrix, x is saved
-once in the base's precision, and the mask is not saved at all but drawn again from its seed.
+once in the base's precision, and of the mask only its bits (or, off the CPU, its seed).
 
 One mask for a group leaves the distribution of each projection's dropout as it is; only the noise
 of its members is correlated. `shared_dropout: false` draws one for each member.
@@ -17,6 +17,7 @@ What this does not cover stays with peft, and `fuse` returns why: DoRA and other
 quantised bases, several adapters at once.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,35 +34,47 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one parent module that read the same input, in every Llama-shaped model."""
 
 _WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LEVELS = 65_536
-"""Dropout probabilities are multiples of 1/65,536: 16 random bits decide an element."""
 
 
-def keep_mask(seed: int, shape: torch.Size, p: float, like: torch.Tensor) -> torch.Tensor:
-    """Dropout mask as integers of `like`'s width: all ones where kept, zero where dropped.
+def kept_bits(seed: int, count: int, p: float) -> torch.Tensor:
+    """`count` independent decisions, kept with probability 1 - p: packed, uint8, eight a byte.
 
-    And-ing the bits of a tensor with it takes a fifth of a multiplication's time on a CPU, and
-    random bits from SFC64 a tenth of torch's bernoulli_. The same seed gives the same mask.
+    A random byte drops with probability floor(256 p) / 256. What p is above that comes from a
+    Poisson number of further places, drawn with replacement: each is then hit independently, so
+    the whole is Bernoulli(p) to the letter, for a random byte a decision (SFC64; a fifteenth of
+    torch's bernoulli_ on a CPU).
+    """
+    source = np.random.SFC64(seed)
+    level = int(256 * p)
+    words: Any = source.random_raw(-(-count // 8))
+    kept = words.view(np.uint8)[:count] >= level
+    rest = math.log((1 - level / 256) / (1 - p))
+    draw = np.random.Generator(source)
+    kept[draw.integers(0, count, draw.poisson(rest * count))] = False
+    return torch.from_numpy(np.packbits(kept))
+
+
+def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch.Tensor:
+    """Dropout mask as integers of `like`'s width and shape: all ones where kept, zero where not.
+
+    And-ing the bits of a tensor with it takes a fifth of a multiplication's time on a CPU.
+
+    Args:
+        source: `kept_bits`; off the CPU a seed, from which the device draws the same mask again.
     """
     dtype = _WIDTH[like.element_size()]
-    if like.device.type != "cpu":
-        generator = torch.Generator(like.device).manual_seed(seed)
-        mask = torch.empty(shape, dtype=dtype, device=like.device)
-        return mask.bernoulli_(1 - dropped_share(p), generator=generator).neg_()
-    count = shape.numel()
-    words: Any = np.random.SFC64(seed).random_raw(-(-count // 4))
-    kept = torch.from_numpy(words.view(np.uint16)[:count] >= round(p * _LEVELS))
-    return kept.view(shape).to(dtype).neg_()
+    if isinstance(source, torch.Tensor):
+        kept = np.unpackbits(source.numpy(), count=like.numel()).view(np.int8)
+        return torch.from_numpy(np.negative(kept, out=kept)).to(dtype).view(like.shape)
+    generator = torch.Generator(like.device).manual_seed(source)
+    mask = torch.empty(like.shape, dtype=dtype, device=like.device)
+    return mask.bernoulli_(1 - p, generator=generator).neg_()
 
 
-def dropped_share(p: float) -> float:
-    """The dropout probability as it is applied: p to the nearest 1/65,536."""
-    return round(p * _LEVELS) / _LEVELS
-
-
-def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` where kept, zero where dropped; no scaling."""
-    return values.view(mask.dtype).bitwise_and(mask).view(values.dtype)
+def masked(values: torch.Tensor, mask: torch.Tensor, *, out: bool = False) -> torch.Tensor:
+    """`values` where kept, zero where dropped; no scaling. `out`: in place."""
+    bits = values.view(mask.dtype)
+    return (bits.bitwise_and_(mask) if out else bits.bitwise_and(mask)).view(values.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -79,67 +92,54 @@ class _Fused(torch.autograd.Function):
         """x: (tokens, in); matrices: W_1 A_1 B_1 W_2 ...; seeds: none without dropout, one for a
         shared mask, or one a member. Returns y_i: (tokens, out_i)."""
         weights, downs, ups = matrices[::3], matrices[1::3], matrices[2::3]
-        dtype = x.dtype
-        boost = 1 / (1 - dropped_share(p)) if seeds else 1.0
-        down = torch.cat([a.to(dtype) for a in downs]) * boost
-        scaled = [(b * scale).to(dtype) for b in ups]
         sizes = [len(a) for a in downs]
-        low = _down(x, down, sizes, p, seeds)
-        outputs = []
-        for weight, up, part in zip(weights, scaled, low.split(sizes, dim=1), strict=True):
-            output = x @ weight.T
-            outputs.append(output.addmm_(part, up.T))
-        ctx.save_for_backward(x, down, low, *weights, *scaled)
-        ctx.facts = scale, p, seeds, sizes, boost, downs[0].dtype
+        spans = sizes if len(seeds) > 1 else [sum(sizes)]
+        boost = scale / (1 - p) if seeds else scale
+        down = (torch.cat(downs) * boost).to(x.dtype)
+        narrow_ups = [b.to(x.dtype) for b in ups]
+        on_cpu = x.device.type == "cpu"
+        masks = [kept_bits(seed, x.numel(), p) if on_cpu else seed for seed in seeds]
+        parts = [
+            (masked(x, keep_mask(masks[number], p, x)) if masks else x) @ rows.T
+            for number, rows in enumerate(down.split(spans))
+        ]
+        low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        outputs = [x @ weight.T for weight in weights]
+        for output, up, part in zip(outputs, narrow_ups, low.split(sizes, dim=1), strict=True):
+            output.addmm_(part, up.T)
+        bits = [mask for mask in masks if isinstance(mask, torch.Tensor)]
+        ctx.save_for_backward(x, down, low, *weights, *narrow_ups, *bits)
+        ctx.facts = p, seeds, sizes, spans, boost, downs[0].dtype
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale, p, seeds, sizes, boost, precise = ctx.facts
+        p, seeds, sizes, spans, boost, precise = ctx.facts
         x, down, low, *rest = ctx.saved_tensors
-        weights, scaled = rest[: len(sizes)], rest[len(sizes) :]
-        low_gradient = torch.cat([g @ up for g, up in zip(gradients, scaled, strict=True)], dim=1)
-        members: list[torch.Tensor | None] = []
-        for gradient, part in zip(gradients, low.split(sizes, dim=1), strict=True):
-            members += [None, None, (gradient.T @ part).to(precise) * scale]
-        base = None
-        if ctx.needs_input_grad[0]:
-            base = gradients[0] @ weights[0]
-            for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-                base.addmm_(gradient, weight)
+        members = len(sizes)
+        weights, ups, bits = rest[:members], rest[members : 2 * members], rest[2 * members :]
+        masks = bits or seeds  # off the CPU they are drawn again
+        parts = low.split(sizes, dim=1)
+        up_gradients = [(part.T @ g).T for part, g in zip(parts, gradients, strict=True)]
+        low_gradient = torch.cat([g @ up for g, up in zip(gradients, ups, strict=True)], dim=1)
         # One pass for a shared mask; one a member (with its own rows of `down`) otherwise.
-        spans = [sizes] if len(seeds) > 1 else [[sum(sizes)]]
-        downs = []
-        for number, (part, rows) in enumerate(
-            zip(low_gradient.split(spans[0], dim=1), down.split(spans[0]), strict=True)
-        ):
-            mask = keep_mask(seeds[number], x.shape, p, x) if seeds else None
+        downs, back = [], []
+        pairs = zip(low_gradient.split(spans, dim=1), down.split(spans), strict=True)
+        for number, (part, rows) in enumerate(pairs):
+            mask = keep_mask(masks[number], p, x) if masks else None
             downs.append(part.T @ (x if mask is None else masked(x, mask)))
-            if base is None:
-                continue
-            if mask is None:
-                base.addmm_(part, rows)
-            else:
-                base.add_(masked(part @ rows, mask))
-        for number, gradient in enumerate(torch.cat(downs).split(sizes)):
-            members[3 * number + 1] = gradient.to(precise) * boost
-        return base, None, None, None, *members
-
-
-def _down(
-    x: torch.Tensor, down: torch.Tensor, sizes: list[int], p: float, seeds: tuple[int, ...]
-) -> torch.Tensor:
-    """x through all A_i, (tokens, sum of ranks), with the mask or masks of `seeds`."""
-    if not seeds:
-        return x @ down.T
-    if len(seeds) == 1:
-        return masked(x, keep_mask(seeds[0], x.shape, p, x)) @ down.T
-    parts = [
-        masked(x, keep_mask(seed, x.shape, p, x)) @ rows.T
-        for seed, rows in zip(seeds, down.split(sizes), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+            if ctx.needs_input_grad[0]:
+                back.append(part @ rows if mask is None else masked(part @ rows, mask, out=True))
+        base = sum(back[1:], start=back[0]) if back else None
+        if base is not None:
+            for gradient, weight in zip(gradients, weights, strict=True):
+                base.addmm_(gradient, weight)
+        down_gradients = (torch.cat(downs).to(precise) * boost).split(sizes)
+        found: list[torch.Tensor | None] = []
+        for down_gradient, up_gradient in zip(down_gradients, up_gradients, strict=True):
+            found += [None, down_gradient, up_gradient.to(precise)]
+        return base, None, None, None, *found
 
 
 @dataclass

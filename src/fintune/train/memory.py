@@ -130,6 +130,17 @@ def _on_device(batch: Batch, model: Any) -> Batch:
     }
 
 
+def hold() -> None:
+    """Let glibc keep what a step frees for the next one, instead of returning every large block.
+
+    A page that is returned must be faulted in and zeroed again, 54,000 of them in 20,000 tokens of
+    bench/throughput.py: 6 % of the time. 32 MiB is the most that mallopt takes for blocks.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def give_back() -> None:
     """Return what is free to the system: a run's allocations come in many sizes, and glibc keeps
     the holes between them (a sixth of the process after a few steps of the nano run)."""

@@ -1,0 +1,263 @@
+"""A contestant of bench/throughput.py in a process of its own: built once, an epoch at a time.
+
+    python bench/sides.py NAME FOLDER EPOCHS
+
+Lines on stdin are orders ("check", "epoch"), lines on stdout are answers in JSON. Everything a
+contestant does between them is what its own library does: its sampler, collator, loop, optimizer.
+Every base is bf16 and frozen, every adapter fp32 with r 8 and dropout 0.1, every step 64 rows.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from fintune import attention  # noqa: E402
+from fintune.collate import CPU_MULTIPLE, Collator  # noqa: E402
+from fintune.config import Config, load_config  # noqa: E402
+from fintune.example import IGNORE  # noqa: E402
+from fintune.model import Base, load_base  # noqa: E402
+from fintune.train.rows import Rows  # noqa: E402
+from fintune.train.run import _build, _order  # noqa: E402
+from fintune.train.trainer import StopRequest  # noqa: E402
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MICRO, ACCUMULATION, RANK, DROPOUT = 4, 16, 8, 0.1
+LONGEST = 2048
+Answer = dict[str, Any]
+
+
+def main(name: str, folder: Path, epochs: int) -> None:
+    """Build a contestant, then do what stdin asks until it closes."""
+    torch.manual_seed(0)
+    # Where memory runs out, it is a contestant that is ended and no one else's work.
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    rows = pq.read_table(folder / "data" / "train.parquet")
+    if name == "floor":
+        _frozen_base(folder, Rows(rows))
+        return
+    trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
+    base = _memory("VmRSS")
+    for order in _orders():
+        if order == "check":
+            _answer(_check(trainer, rows))
+        else:
+            trainer.add_callback(Gate(base))
+            trainer.train()
+
+
+class Gate(TrainerCallback):  # type: ignore[misc]
+    """Holds a Trainer at the start of every epoch until stdin says "epoch"; then times it.
+
+    The "epoch" that started `train()` opens the first one.
+    """
+
+    def __init__(self, base: int) -> None:
+        self._base, self._open = base, True
+        self._start = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._open and next(_orders(), None) != "epoch":
+            os._exit(0)
+        self._open = False
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = time.perf_counter() - self._start
+        _answer({"seconds": seconds, "peak": _memory("VmHWM") - self._base})
+
+
+def _ours(folder: Path, epochs: int) -> Any:
+    """What `fintune train` builds, by the function that it builds it with."""
+    config = config_of(folder, epochs)
+    rows = Rows(pq.read_table(folder / "data" / "train.parquet"))
+    base = Base("bench/model", "", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    return _build(config, rows, {}, tokenizer, base, StopRequest())
+
+
+def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
+    """The product's configuration of the comparison."""
+    values = {
+        "out": folder / "run",
+        "data.out": folder / "data",
+        "model.path": folder / "model",
+        "model.id": "bench/model",
+        "train.micro_batch_size": MICRO,
+        "train.accumulation": ACCUMULATION,
+        "train.epochs": epochs,
+        "train.lora.r": RANK,
+        "train.lora.alpha": 2 * RANK,
+        "train.lora.dropout": DROPOUT,
+        "train.precision": "bf16",
+        "train.learning_rate": 1e-4,
+        "train.optimizer": "adamw_torch",
+        "train.eval_steps": 10**6,
+        "train.save_steps": 10**6,
+        **changes,
+    }
+    return load_config("nano", [f"{key}={value}" for key, value in values.items()])
+
+
+def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
+    """transformers' Trainer or TRL's SFTTrainer with peft."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        lora_dropout=DROPOUT,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    common: dict[str, Any] = {
+        "output_dir": str(folder / name),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": MICRO,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "learning_rate": 1e-4,
+        "optim": "adamw_torch",
+        "bf16": True,
+        "use_cpu": True,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    table = Dataset(rows.select(["input_ids", "labels"]))
+    if name.startswith("transformers"):
+        arguments = TrainingArguments(
+            **common,
+            train_sampling_strategy="group_by_length",
+            gradient_checkpointing="checkpointing" in name,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        return Trainer(
+            model=get_peft_model(model, lora),
+            args=arguments,
+            train_dataset=table,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE),
+        )
+    from trl import SFTConfig, SFTTrainer
+
+    settings: dict[str, Any] = {
+        "trl padded, grouped": {
+            "max_length": LONGEST,
+            "train_sampling_strategy": "group_by_length",
+        },
+        "trl packed (bfd)": {"max_length": LONGEST, "packing": True},
+        "trl padding-free": {"max_length": None, "padding_free": True},
+    }[name]
+    if "packed" in name:
+        # A packed row holds as many tokens as several; the step keeps about as many rows.
+        mean = float(np.mean(rows["length"].to_numpy()))
+        common["per_device_train_batch_size"] = max(1, round(MICRO * mean / LONGEST))
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**common, **settings, gradient_checkpointing=False),
+        train_dataset=table,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def _check(trainer: Any, rows: Any) -> Answer:
+    """Mean loss over the rows by the contestant's own batches, and by one row at a time.
+
+    One row at a time goes through transformers' own model and torch's cross-entropy.
+    """
+    model = trainer.model.eval()
+    count = sum(sum(label != IGNORE for label in row[1:]) for row in rows["labels"].to_pylist())
+    with torch.no_grad():
+        batches = list(trainer.get_train_dataloader())
+        total = sum(
+            float(trainer.compute_loss(model, b, num_items_in_batch=count)) for b in batches
+        )
+        bare = AutoModelForCausalLM.from_pretrained(
+            model.get_base_model().name_or_path, dtype=torch.bfloat16
+        )
+        alone = 0.0
+        for row in rows.to_pylist():
+            logits = bare(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+            targets = torch.tensor(row["labels"][1:])
+            alone += float(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
+    model.train()
+    return {"loss": total, "one_at_a_time": alone / count}
+
+
+def _frozen_base(folder: Path, rows: Rows) -> None:
+    """The floor: our batches through the frozen base and back to its inputs; nothing else."""
+    base = Base("bench/model", "", folder / "model")
+    model = load_base(base, "none", "bf16", attention=attention.NAME)
+    order = _order(config_of(folder, 1), rows, world_size=1)
+    collator = Collator(flat=True, pad_token_id=0, multiple=CPU_MULTIPLE)
+    resident = _memory("VmRSS")
+    for number, _ in enumerate(_orders()):
+        Path("/proc/self/clear_refs").write_text("5")
+        start = time.perf_counter()
+        for step in order.epoch(number).steps:
+            for micro in step:
+                batch = collator([rows[index] for index in micro])
+                del batch["labels"]
+                ids = batch.pop("input_ids")
+                inputs = model.get_input_embeddings()(ids).requires_grad_()
+                hidden = model.model(inputs_embeds=inputs, use_cache=False, **batch)[0]
+                hidden.backward(torch.ones_like(hidden))
+        seconds = time.perf_counter() - start
+        _answer({"seconds": seconds, "peak": _memory("VmHWM") - resident})
+
+
+def matrix_rate(size: int = 4096, rounds: int = 5) -> float:
+    """bf16 multiply-adds a second of this machine, x 2: the best of `rounds` square products."""
+    a = torch.randn(size, size, dtype=torch.bfloat16)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def _orders() -> Iterator[str]:
+    while line := sys.stdin.readline():
+        yield line.strip()
+
+
+def _answer(facts: Answer) -> None:
+    sys.stdout.write("@" + json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+def _memory(key: str) -> int:
+    """Bytes of this process: VmRSS (now) or VmHWM (peak)."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,246 @@
+"""Useful tokens a second, memory and batches against what a user would pick instead.
+
+    python bench/throughput.py [--rounds N] [--rows N] [--sides NAME,...]
+
+Contestants (sides.py) live in processes of their own and take turns, an epoch each, so that the
+machine's moods meet all of them; a ratio is the median over rounds. Their rows are the same: real
+conversations of shared/data in the Llama 3 format, ids folded into the small model's vocabulary.
+Results go to bench/results/throughput.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
+
+from tokens import DATE, conversations  # noqa: E402
+
+from fintune import batches  # noqa: E402
+from fintune.chat import ChatFormat  # noqa: E402
+from fintune.files import write_json  # noqa: E402
+from fintune.model import Base, load_tokenizer  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 16_384,
+    "hidden_size": 512,
+    "intermediate_size": 1_408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2_048,
+}
+LONGEST = 2_048
+MICRO, ACCUMULATION = 4, 16
+PADDED = "transformers group_by_length"
+PEERS = (
+    PADDED,
+    f"{PADDED}, checkpointing",
+    "trl padded, grouped",
+    "trl packed (bfd)",
+    "trl padding-free",
+)
+SIDES = ("ours", "floor", *PEERS)
+AGREES = 1e-3
+"""Relative difference from one row at a time beyond which a setting trains something else."""
+
+
+class Side:
+    """A contestant's process."""
+
+    def __init__(self, name: str, folder: Path, epochs: int) -> None:
+        command = [sys.executable, str(ROOT / "bench" / "sides.py"), name, str(folder), str(epochs)]
+        self.name = name
+        self._errors = (folder / f"{name}.log").open("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+
+    def ask(self, order: str) -> dict[str, Any]:
+        """Give an order and wait for its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(order + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("@"):
+                answer: dict[str, Any] = json.loads(line[1:])
+                return answer
+        self._errors.seek(0)
+        raise SystemExit(f"{self.name} ended:\n{self._errors.read()[-3000:]}")
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def encoded() -> pa.Table:
+    """Real rows of at most LONGEST tokens; ids folded into the small vocabulary."""
+    tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
+    rows = conversations()
+    chat = ChatFormat(tokenizer, DATE)
+    kept = []
+    for at in range(0, len(rows), 512):
+        for number, row in enumerate(chat.encode_many(rows[at : at + 512])):
+            if len(row.input_ids) <= LONGEST:
+                ids = np.array(row.input_ids, np.int32) % SHAPE["vocab_size"]
+                labels = np.array(row.labels, np.int32)
+                kept.append((f"{at + number:05}", ids, np.where(labels < 0, labels, ids)))
+    return pa.table(
+        {
+            "example_id": [name for name, _, _ in kept],
+            "input_ids": pa.array([ids for _, ids, _ in kept], pa.list_(pa.int32())),
+            "labels": pa.array([labels for _, _, labels in kept], pa.list_(pa.int32())),
+            "length": pa.array([len(ids) for _, ids, _ in kept], pa.int32()),
+        }
+    )
+
+
+def make(folder: Path, table: pa.Table, rows: int) -> pa.Table:
+    """The random base and the first rows by chance; returns those rows."""
+    (folder / "data").mkdir(parents=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
+    tokenizer.pad_token = "!"  # Llama 3's own lies beyond the small vocabulary
+    tokenizer.save_pretrained(folder / "model")
+    chosen = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
+    pq.write_table(chosen, folder / "data" / "train.parquet")
+    held = chosen.slice(0, 4).append_column("part", pa.array(["select"] * 4))
+    pq.write_table(held, folder / "data" / "validation.parquet")
+    return chosen
+
+
+def plans(lengths: batches.Ints) -> dict[str, Any]:
+    """Facts of an epoch over all real lengths: ours, and transformers' group_by_length."""
+    ours = batches.plan_epoch(
+        lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=0, epoch=0
+    )
+    torch.manual_seed(0)
+    order = np.array(list(LengthGroupedSampler(MICRO, lengths=lengths.tolist())))
+    micro = np.split(order, range(MICRO, len(order), MICRO))
+    grouped = [micro[at : at + ACCUMULATION] for at in range(0, len(micro), ACCUMULATION)]
+    return {
+        "ours": _facts(lengths, ours, False),
+        PADDED: _facts(lengths, batches.EpochPlan(grouped), True),
+    }
+
+
+def _facts(lengths: batches.Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
+    facts = batches.facts(lengths, plan, padded=padded)
+    return {name: round(getattr(facts, name), 4) for name in facts.__slots__}
+
+
+def check(folder: Path, table: pa.Table, names: list[str]) -> dict[str, Any]:
+    """Each contestant's loss on 64 rows against one row at a time."""
+    make(folder, table, 64)
+    found = {}
+    for name in names:
+        side = Side(name, folder, 1)
+        answer = side.ask("check")
+        side.end()
+        answer["difference"] = abs(answer["loss"] / answer["one_at_a_time"] - 1)
+        found[name] = {key: round(value, 6) for key, value in answer.items()}
+        _say(f"{name:45} loss on 64 rows differs by {answer['difference']:.1e}")
+    return found
+
+
+def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, list[Any]]:
+    """Rounds of an epoch each, after one to warm up; answers by contestant."""
+    sides = [Side(name, folder, rounds + 1) for name in names]
+    answers: dict[str, list[Any]] = {name: [] for name in names}
+    try:
+        for number in range(rounds + 1):
+            for side in sides if number % 2 else reversed(sides):
+                answer = side.ask("epoch")
+                if number:
+                    answers[side.name].append(answer)
+                rate = tokens / answer["seconds"]
+                _say(f"round {number}  {side.name:45} {rate:8,.0f} useful tokens/s")
+    finally:
+        for side in sides:
+            side.end()
+    return answers
+
+
+def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
+    """Medians, and the ratio of our rate to each contestant's as the median over rounds."""
+    found = {}
+    for name, own in answers.items():
+        pairs = zip(own, answers["ours"], strict=True)
+        ratios = [other["seconds"] / ours["seconds"] for other, ours in pairs]
+        found[name] = {
+            "useful_tokens_per_second": round(median(tokens / a["seconds"] for a in own)),
+            "ours_is_times_faster": round(median(ratios), 3),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+            "peak_above_model_mb": round(max(a["peak"] for a in own) / 2**20),
+        }
+    return found
+
+
+def main() -> None:
+    """Check, race, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--sides", default=";".join(SIDES), help="names, separated by ;")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "throughput.json")
+    options = parser.parse_args()
+    names = options.sides.split(";")
+    table = encoded()
+    plan = plans(table["length"].to_numpy().astype(np.int64))
+    _say(json.dumps(plan, indent=1))
+    with tempfile.TemporaryDirectory() as scratch:
+        losses = check(Path(scratch) / "check", table, [n for n in names if n != "floor"])
+        right = [name for name in names if losses.get(name, {}).get("difference", 0) <= AGREES]
+        folder = Path(scratch) / "race"
+        tokens = int(np.sum(make(folder, table, options.rows)["length"].to_numpy()))
+        _say(f"{options.rows} rows, {tokens:,} tokens an epoch")
+        found = summary(race(folder, right, options.rounds, tokens), tokens)
+    layer = 4 * SHAPE["hidden_size"] ** 2 + 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
+    results = {
+        "format": 1,
+        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
+        "rows": options.rows,
+        "tokens": tokens,
+        "rounds": options.rounds,
+        "plans": plan,
+        "loss_on_64_rows": losses,
+        "left_out": sorted(set(names) - set(right)),
+        "sides": found,
+        "matrix_rate_share": round(share(found, layer), 3),
+    }
+    write_json(options.out, results)
+    _say(json.dumps({key: results[key] for key in ("sides", "matrix_rate_share")}, indent=1))
+
+
+def share(found: dict[str, Any], layer: int) -> float:
+    """Our share of the machine's bf16 matrix rate, at 4 x layer parameters a token."""
+    from sides import matrix_rate
+
+    floor = 4 * layer * SHAPE["num_hidden_layers"]
+    return float(found["ours"]["useful_tokens_per_second"] * floor / matrix_rate())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
