@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gguf check lock reference clean
+.PHONY: demo test test-gguf check lock reference soak clean
 
 demo: .venv/installed
 	$(BIN)/fintune demo
@@ -47,3 +47,7 @@ clean:
 
 reference: .venv/installed
 	$(BIN)/python bench/reference.py
+
+# The long form of tests/test_survival.py: about an hour, prints every figure of docs/survival.md.
+soak: .venv/installed
+	$(BIN)/python bench/soak.py all

@@ -1,11 +1,8 @@
-"""A run: best kept, damage found, the killed run is the same run, nothing not finite gets out."""
+"""A run: what it leaves, best kept, damage found, the recipe. What harms it: test_survival.py."""
 
+import gc
 import inspect
-import json
-import os
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from transformers import Trainer
 from fintune import attention
 from fintune.collate import Collator
 from fintune.config import Config, load_config
-from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, load_base
 from fintune.train import checkpoints, memory, trainer
@@ -26,6 +22,12 @@ from fintune.train.rows import read_train
 from fintune.train.run import dry_run, train
 
 STEPS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    # Each line of a run's metrics collects garbage, which walks all of torch's modules: 0.2 s.
+    gc.freeze()
 
 
 @pytest.fixture
@@ -64,18 +66,6 @@ def losses(config: Config) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keep if key in row} for row in rows]
 
 
-def at_step(step: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run `action` at the end of an update."""
-    original = trainer._StopAtStep.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
-            action()
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(trainer._StopAtStep, "on_step_end", on_step_end)
-
-
 def test_a_run_leaves_what_it_promises(config: Config) -> None:
     run = train(config)
     names = {path.name for path in run.iterdir()}
@@ -97,54 +87,12 @@ def test_a_run_leaves_what_it_promises(config: Config) -> None:
     assert adapter(config) == before, "a finished run is kept"
 
 
-def test_a_killed_run_is_the_same_run(
-    tmp_path: Path, prepared: Path, tiny_base: Path, config: Config
-) -> None:
-    """kill -9 in the middle of a step, then the same command: bit-identical."""
-    train(config)
-    other = load_config("nano", settings(tmp_path / "killed", prepared, tiny_base))
-    victim = os.fork()
-    if victim == 0:
-        with pytest.MonkeyPatch.context() as patch:
-            at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
-            train(other)
-    assert os.WTERMSIG(os.waitpid(victim, 0)[1]) == signal.SIGKILL
-    assert checkpoints.newest(other.run_dir / "checkpoints").name == "checkpoint-4"  # type: ignore[union-attr]
-    train(other)
-    assert losses(other) == losses(config)
-    assert adapter(other) == adapter(config)
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_stopped_run_is_the_same_run(
-    step: int,
-    tmp_path: Path,
-    prepared: Path,
-    tiny_base: Path,
-    config: Config,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """SIGTERM at a step (3) and before an evaluation (4): saved, exit code 75, continued."""
-    train(config)
-    other = load_config("nano", settings(tmp_path / "stopped", prepared, tiny_base))
-    with monkeypatch.context() as patch:
-        at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
-        with pytest.raises(Stopped) as caught:
-            train(other)
-    assert caught.value.exit_code == 75
-    assert checkpoints.newest(other.run_dir / "checkpoints").name == f"checkpoint-{step}"  # type: ignore[union-attr]
-    assert not (other.run_dir / "done.json").exists(), "no later stage may read it"
-    train(other)
-    assert losses(other) == losses(config)
-    assert adapter(other) == adapter(config)
-
-
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
     train(config)
     found = checkpoints.checkpoints(config.run_dir / "checkpoints")
     assert [path.name for path in found] == ["checkpoint-6", "checkpoint-8"]
-    files = [path for path in found[1].iterdir() if path.name != checkpoints.MANIFEST]
-    assert len(files) >= 6
+    files = list(found[1].iterdir())
+    assert len(files) >= 9
     for path in files:
         whole = path.read_bytes()
         flipped = bytes([whole[0] ^ 1]) + whole[1:]
@@ -207,56 +155,6 @@ def test_the_best_evaluation_is_the_one_kept(
     train(config)
     assert read_json(config.run_dir / "best" / "best.json")["step"] == best_at
     assert adapter(config) == kept[best_at]
-
-
-@pytest.mark.parametrize("where", ["train", "evaluation"])
-def test_a_number_that_is_not_finite_stops_the_run(
-    where: str, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = trainer.sum_loss, {"train": 0, "evaluation": 0}
-
-    def poisoned(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
-        total, count = real(model, batch)
-        kind = "train" if torch.is_grad_enabled() else "evaluation"
-        calls[kind] += 1
-        return (total * float("nan") if kind == where and calls[kind] >= 6 else total), count
-
-    monkeypatch.setattr(trainer, "sum_loss", poisoned)
-    with pytest.raises(NotFinite) as caught:
-        train(config)
-    assert caught.value.exit_code == 65
-    for path in config.run_dir.rglob("*.json*"):
-        for line in (
-            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        ):
-            json.loads(line, parse_constant=trainer._refuse_constant)
-    good = checkpoints.newest(config.run_dir / "checkpoints")
-    assert good is not None
-    weights = load_file(good / "adapter_model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("train.learning_rate=1e-3", "config"),
-        ("train.lora.alpha=99", "config"),
-        ("train.accumulation=1", "config"),
-        ("seed=7", "config"),
-        ("chat.date_string=1 Jan 2020", "config"),
-    ],
-)
-def test_another_config_in_the_same_folder_is_refused(
-    change: str, named: str, config: Config, tmp_path: Path, prepared: Path, tiny_base: Path
-) -> None:
-    (config.run_dir).mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fintune.train.run._train", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(config)
-    other = load_config("nano", [*settings(tmp_path, prepared, tiny_base), change])
-    with pytest.raises(OutputError, match=named):
-        train(other)
 
 
 def test_overridden_methods_still_have_transformers_signatures() -> None:

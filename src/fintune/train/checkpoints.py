@@ -107,7 +107,7 @@ def rotate(folder: Path, keep: int, step: int) -> None:
     best adapter is in each checkpoint and in `best/`, out of reach of this.
     """
     found = checkpoints(folder)
-    sound = [path for path in found if _step(path) <= step]
+    sound = [path for path in found if step_of(path) <= step]
     _sweep(folder)
     for checkpoint in {*found} - {*sound[-max(keep, 1) :]}:
         # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
@@ -125,8 +125,9 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Updates that a checkpoint folder holds, by its name."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -15,12 +15,10 @@ from fintune import seal
 from fintune.errors import NotFinite, OutputError
 from fintune.files import read_json, sha256_file
 from fintune.model import device
+from fintune.train.identity import PACKAGES
 from fintune.train.record import Record
 from fintune.train.rows import Rows
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer
-
-PACKAGES = ("fintune", "torch", "transformers", "peft")
-"""Versions that a resumed run must share with the run it continues."""
 
 
 def check_best(best: Path, trainer: LoraTrainer) -> None:

@@ -24,7 +24,7 @@ SLACK = 2**20
 """Bytes beyond what is counted: the small files, blocks of the file system, a line of metrics."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_WORDS = tuple(f"os error {code}" for code in _FULL)
+_WORDS = (*(f"os error {code}" for code in _FULL), "inline_container", "iostream error")
 
 
 class Room:
@@ -48,7 +48,8 @@ class Room:
             NoSpace: no room within `WAIT_S`.
             Stopped: a stop was asked for while waiting.
         """
-        start = told = 0.0
+        start: float | None = None
+        told = -SAY_S
         while True:
             if free_bytes(self._folder) >= needed:
                 try:
@@ -58,11 +59,11 @@ class Room:
                         raise
                     # A quota, or a neighbour was quicker: only trying again tells.
                 else:
-                    if start:
+                    if start is not None:
                         say(f"room again on {self._folder} after {time.monotonic() - start:.0f} s")
                     return done
             now = time.monotonic()
-            start = start or now
+            start = now if start is None else start
             if now - start >= WAIT_S:
                 raise NoSpace(
                     f"{self._missing(needed)}, after waiting {WAIT_S / 60:.0f} minutes",
@@ -74,8 +75,8 @@ class Room:
                     f"stopped while waiting for room ({self._missing(needed)})",
                     fix="make room; the same command continues from the last checkpoint",
                 )
-            if not told or now - told >= SAY_S:
-                told = now
+            if now - start - told >= SAY_S:
+                told = now - start
                 left = (WAIT_S - (now - start)) / 60
                 warn(f"{self._missing(needed)}: waiting, {left:.0f} minutes more at most")
             time.sleep(POLL_S)
@@ -88,10 +89,9 @@ class Room:
 def out_of_space(error: Exception) -> bool:
     """Whether a write failed for want of room.
 
-    safetensors only says it in words; torch's writer (inline_container.cc) does not say it at all
-    but that its bytes did not arrive.
+    safetensors says it in words only; torch's writer (inline_container.cc, and an iostream under
+    it) says no more than that its bytes did not arrive.
     """
     if isinstance(error, OSError):
         return error.errno in _FULL
-    text = str(error)
-    return any(word in text for word in _WORDS) or "inline_container" in text
+    return any(word in str(error) for word in _WORDS)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fintune.collate import CPU_MULTIPLE, Collator
 from fintune.config import Config, dump_yaml
 from fintune.console import heading, meter, say, warn
 from fintune.errors import ConfigError, DataError, OutputError, Stopped
-from fintune.files import read_json, sha256_file, sha256_json, write_json, write_text
+from fintune.files import read_json, sha256_json, write_json, write_text
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
@@ -29,17 +28,16 @@ from fintune.model import (
 )
 from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
-from fintune.train.finish import PACKAGES, check_best, environment
+from fintune.train.finish import check_best, environment
+from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
 from fintune.train.record import Record, is_out_of_memory
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
-from fintune.train.trainer import BEST, RESUME, LoraTrainer, StopRequest
+from fintune.train.stop import StopRequest
+from fintune.train.trainer import BEST, LoraTrainer
 from fintune.train.watch import Watch, draw_curves
-
-FIXED = ("r", "bias", "target_modules")
-"""Keys of train.lora that give weights their shape: no change of them can be accepted."""
 
 
 def train(config: Config, *, fresh: bool = False, accept_drift: str | None = None) -> Path:
@@ -77,7 +75,7 @@ def _train_alone(
     run = config.run_dir
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
-    inputs = _inputs(config, base, ChatFormat(tokenizer, config.chat.date_string))
+    inputs = inputs_of(config, base, ChatFormat(tokenizer, config.chat.date_string))
     state = processes.from_lead(lambda: _open(config, inputs, fresh, accept_drift))
     if state is seal.State.FINISHED:
         say(f"train: unchanged, kept {run}")
@@ -103,59 +101,13 @@ def _open(
     if fresh and (aside := seal.move_aside(run)):
         say(f"moved the old run to {aside}")
     if accept_drift is not None:
-        _accept(run, inputs, accept_drift, Record(run))
+        accept(run, inputs, accept_drift, Record(run))
     also = ', or go on and have it recorded: --accept-drift "why"'
     state = seal.state(run, inputs, command="fintune train", also=also)
     if state is not seal.State.FINISHED:
         seal.start(run, inputs)
         write_text(run / "config.yaml", dump_yaml(config))
     return state
-
-
-def _inputs(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
-    """All that makes a run the run it is; a base counts by its content, wherever it is."""
-    data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
-    sections = config.sections("model", "chat", "train", "seed")
-    sections["model"].pop("path")
-    words = {
-        "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
-        "template_sha256": chat.template_sha256,
-    }
-    encoded = {name: data["inputs"].get(name) for name in words}
-    if encoded != words:
-        raise OutputError(
-            f"{config.data_dir} was prepared for another base: "
-            + "; ".join(seal.differences(encoded, words)),
-            why="its token ids would mean other words to this one",
-            fix="run: fintune prepare --fresh",
-        )
-    return {
-        "config": sections,
-        "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
-        "base": {"id": base.id, "revision": base.revision},
-        **words,
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _accept(run: Path, inputs: dict[str, Any], reason: str, record: Record) -> None:
-    """Take changed inputs for the rest of the run, if its state fits them at all."""
-    if not reason.strip():
-        raise ConfigError("--accept-drift needs a reason", why="it is recorded for every reader")
-    before = read_json(run / seal.INPUTS)["inputs"] if (run / seal.INPUTS).is_file() else inputs
-    old, new = (
-        {key: tree["config"]["train"]["lora"][key] for key in FIXED} for tree in (before, inputs)
-    )
-    if old != new:
-        raise OutputError(
-            "these cannot be accepted: " + "; ".join(seal.differences(old, new)),
-            why="the weights saved so far have another shape",
-            fix="start again: fintune train --fresh",
-        )
-    differing = seal.accept(run, inputs, reason)
-    if differing:
-        record.forget("precision", "activations")
-        warn(f"accepted, and recorded: {'; '.join(differing)}")
 
 
 def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrainer) -> None:
@@ -282,6 +234,7 @@ def _build(
     record: Record,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
+    memory.hold()
     on = device()
     name = record.once(
         "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
@@ -315,6 +268,8 @@ def _build(
 
     def recompute() -> tuple[bool, str]:
         choice = config.train.activation_checkpointing
+        if sharded and choice == "auto":
+            return True, "activations are recomputed: a base in parts is one that hardly fits"
         found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
         return processes.any_of(found), why
 
@@ -360,10 +315,14 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
     run, room = config.run_dir, trainer.room
     folder = run / "checkpoints"
+    ours = trainer.sealed["inputs_sha256"]
     checkpoint = processes.from_lead(
-        lambda: checkpoints.newest(folder, lambda path: _foreign(path, run, trainer))
+        lambda: checkpoints.newest(folder, lambda path: foreign(path, run, ours))
     )
-    done, evaluated = _continue_order(trainer.order, checkpoint, trainer)
+    done, evaluated = 0, True
+    if checkpoint:
+        done = checkpoints.step_of(checkpoint)
+        evaluated = continue_order(trainer.order, checkpoint, ours)
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
     processes.from_lead(lambda: room.write(needed, lambda: None))
@@ -395,43 +354,6 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",
         )
-
-
-def _foreign(checkpoint: Path, run: Path, trainer: LoraTrainer) -> str | None:
-    """Why a checkpoint is not of this run, or None."""
-    ours = {trainer.sealed["inputs_sha256"], *(change["was"] for change in seal.accepted(run))}
-    if read_json(checkpoint / RESUME)["inputs_sha256"] not in ours:
-        return "it is of a run with other inputs"
-    return None
-
-
-def _continue_order(
-    order: Order, checkpoint: Path | None, trainer: LoraTrainer
-) -> tuple[int, bool]:
-    """Let the order go on where the checkpoint ends; its step, and whether that was evaluated.
-
-    Raises:
-        OutputError: the order of rows until there is another one.
-    """
-    if checkpoint is None:
-        return 0, True
-    resume, done = read_json(checkpoint / RESUME), int(checkpoint.name.rpartition("-")[2])
-    if resume["processes"] != processes.world_size():
-        warn(
-            f"{checkpoint} is of {resume['processes']} processes, this is a run of"
-            f" {processes.world_size()}: rows and order are the same, dropout masks are not"
-        )
-    if resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
-        order.continue_from(done, resume["consumed_sha256"])
-    else:
-        order.continue_from(*resume["since"])
-        if resume["consumed_sha256"] != order.consumed_sha256(done):
-            raise OutputError(
-                f"{checkpoint} was made with another order of rows",
-                fix="start again: fintune train --fresh",
-            )
-    say(f"continuing from {checkpoint}")
-    return done, not resume["pending_evaluation"]
 
 
 def _tokens_of_step(trainer: LoraTrainer) -> Any:

@@ -12,14 +12,9 @@ _save_checkpoint       whole or not at all (checkpoints.py)
 import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,69 +28,17 @@ from fintune.errors import NotFinite, Stopped
 from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_bytes, write_json
 from fintune.loss import sum_loss
 from fintune.train import checkpoints, processes
+from fintune.train.identity import RESUME
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows
+from fintune.train.stop import StopRequest
 
-RESUME = "resume.json"
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
-
-
-class StopRequest:
-    """Whether SIGTERM or SIGINT asked to stop.
-
-    While updates are made, the first request is noted and met at the next step's end; the second
-    ends the run at once. Before and after, where there is nothing to save, so does the first.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._stepping = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._stepping:
-            self.asked = True
-            raise Stopped(
-                "stopped at once; what was saved before is intact",
-                fix="the same command continues from the last checkpoint",
-            )
-        self.asked = True
-
-    def everywhere(self) -> bool:
-        """Whether any process was asked: all stop at the same step. All must call it."""
-        self.asked = processes.any_of(self.asked)
-        return self.asked
-
-    @contextmanager
-    def at_steps(self) -> Iterator[None]:
-        """While updates are made. A request that a library swallowed before is met here."""
-        if self.asked:
-            raise Stopped("stopped before the first step", fix="the same command continues")
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        """Listen while the block runs; only the main thread may (signal's own rule)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
@@ -242,7 +185,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.losses.last.extend(resume["losses"])
         self._earlier_s = resume["seconds"]
         self._restore_best(checkpoint)
-        if int(checkpoint.name.rpartition("-")[2]) < total:
+        if checkpoints.step_of(checkpoint) < total:
             self.add_callback(_Resumed(self, resume))
             self.train(resume_from_checkpoint=str(checkpoint))
             return

@@ -1,0 +1,518 @@
+"""Runs harmed for long: every figure of docs/survival.md.
+
+    python bench/soak.py ROW...        or: all
+
+kills        kill -9 at 100 random moments, the same command again
+boundaries   kill -9 before every touch of a file in a save, then 10 runs killed five deep there
+damage       every file of a checkpoint x missing, empty, half, one bit, another run's
+drift        config, data, tokenizer, template or base changed in 12 ways
+signals      SIGTERM and Ctrl-C in every place, and a second one
+finite       NaN and infinity in loss, gradient, evaluation; first, middle, last step
+disk         12 amounts of room left at a save: given back in time, and never
+best         the lowest evaluation at each of 8 positions, evaluation 2, save 4
+long         20,000 updates, 400 saves: memory and file handles
+cost         seconds of everything that is there for safety, in a run of the nano preset
+
+torch is imported once; each victim is a fork. Rows are kept in bench/results/survival.json.
+"""
+
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "survival.json"
+PAGE, MARK = ROOT / "docs" / "survival.md", "<!-- figures -->"
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import victims  # noqa: E402
+from victims import SAVE, STEPS, harmed, print_of, usable  # noqa: E402
+
+from fintune.config import Config, load_config  # noqa: E402
+from fintune.console import result  # noqa: E402
+from fintune.data.prepare import prepare  # noqa: E402
+from fintune.errors import FintuneError  # noqa: E402
+from fintune.files import read_json, read_jsonl, sha256_file, write_json, write_text  # noqa: E402
+from fintune.train import checkpoints, room, trainer  # noqa: E402
+from fintune.train.metrics import Metrics  # noqa: E402
+from fintune.train.run import train  # noqa: E402
+
+KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
+Row = dict[str, Any]
+
+
+class Bench:
+    """What all rows share: rows and base, and the run that nobody harms."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._runs = folder, 0
+        self.data, self.base = victims.materials(folder / "materials")
+        self.config, start = self.new(), time.monotonic()
+        outcome = harmed(lambda: train(self.config))
+        self.seconds = outcome.ended - start
+        self.mark = print_of(self.config)
+
+    def new(self, *changes: str) -> Config:
+        """The config of the same run in a folder of its own."""
+        self._runs += 1
+        return victims.settings(self.folder / f"run-{self._runs}", self.data, self.base, *changes)
+
+    def same(self, config: Config) -> bool:
+        """Run the command once more: whether it ends, and as the run that nobody harmed."""
+        outcome = harmed(lambda: train(config))
+        if outcome.code:
+            result(outcome.text)
+        return outcome.code == 0 and print_of(config) == self.mark
+
+
+def kills(bench: Bench) -> Row:
+    """Runs of 20 updates, each killed until it ends; moments uniform over a whole run."""
+    moments, made, same, runs = random.Random(1), 0, 0, 0
+    for config, own in victims.killed_runs(
+        lambda number: bench.new(), bench.seconds, KILLS, moments.random
+    ):
+        made, runs = made + own, runs + 1
+        same += print_of(config) == bench.mark
+    return {"kills": made, "runs": runs, "identical_runs": same, "save_every": SAVE}
+
+
+def boundaries(bench: Bench) -> Row:
+    """Touches of files by the third save of a run: best adapter, checkpoint, rotation."""
+    log = bench.folder / "touches"
+
+    def note(count: int) -> None:
+        with log.open("a") as file:
+            file.write(f"{count}\n")
+
+    def first(step: int) -> int:
+        """Touches until the save of a step is over."""
+        log.unlink(missing_ok=True)
+        config = bench.new(f"train.max_steps={step}")
+        harmed(lambda: train(config), victims.at_boundary(config.run_dir, 0, note))
+        return len(log.read_text().splitlines())
+
+    # Two saves stand when the third begins, so its rotation removes one.
+    start, end = first(2 * SAVE), first(3 * SAVE)
+    usable_always, same = True, 0
+    for number in range(start + 1, end + 1):
+        config = bench.new()
+        harm = victims.at_boundary(config.run_dir, number, victims.die)
+        assert harmed(lambda c=config: train(c), harm).code == -signal.SIGKILL
+        usable_always &= len(usable(config)) >= 1
+        same += bench.same(config)
+    place, deep_same = random.Random(2), 0
+    for _ in range(CHAINS):
+        config, had = bench.new(), 0
+        for _ in range(DEEP):
+            number = place.randrange(1, end // 2)
+            harmed(
+                lambda c=config: train(c), victims.at_boundary(config.run_dir, number, victims.die)
+            )
+            usable_always &= len(usable(config)) >= had
+            had = min(1, len(usable(config)))
+        deep_same += bench.same(config)
+    return {
+        "boundaries": end - start,
+        "identical": same,
+        "chains_five_deep": CHAINS,
+        "chains_identical": deep_same,
+        "never_without_a_usable_checkpoint": usable_always,
+    }
+
+
+def damage(bench: Bench) -> Row:
+    """Each file of the newest checkpoint harmed in place; another run's is of another seed."""
+    other = bench.new("seed=7")
+    assert harmed(lambda: train(other)).code == 0
+    folder = bench.config.run_dir / "checkpoints"
+    newest = folder / f"checkpoint-{STEPS}"
+    strange = other.run_dir / "checkpoints" / newest.name
+    bits = random.Random(3)
+    cases = named = fell_back = 0
+    for path in sorted(newest.iterdir()):
+        whole, theirs = path.read_bytes(), (strange / path.name).read_bytes()
+        flips = []
+        for at in (0, len(whole) - 1, *(bits.randrange(len(whole)) for _ in range(8))):
+            flips.append(
+                whole[:at] + bytes([whole[at] ^ (1 << bits.randrange(8))]) + whole[at + 1 :]
+            )
+        for harm in (None, b"", whole[: len(whole) // 2], theirs, *flips):
+            if harm == whole:  # some files are the same in every run
+                continue
+            path.unlink()
+            if harm is not None:
+                path.write_bytes(harm)
+            cases += 1
+            found = checkpoints.damage(newest) or ""
+            # A whole manifest of another run is sound in itself: the first file that differs from
+            # it is named.
+            named += path.name in found or (path.name == checkpoints.MANIFEST and bool(found))
+            used = checkpoints.newest(folder)
+            fell_back += used is not None and used.name == f"checkpoint-{STEPS - SAVE}"
+            path.unlink(missing_ok=True)
+            path.write_bytes(whole)
+    return {
+        "files": len(list(newest.iterdir())),
+        "cases": cases,
+        "named": named,
+        "fell_back": fell_back,
+    }
+
+
+def drift(bench: Bench) -> Row:
+    """A run stopped at its seventh update, continued with something changed under it."""
+    half = bench.new()
+    assert harmed(lambda: train(half), victims.SIGNALS["between micro-batches"]).code == 75
+    ways: Row = {}
+    for name in victims.drifts(Path(), bench.data, bench.base):
+        root = bench.folder / f"drift-{name}"
+        root.mkdir()
+        change, named = victims.drifts(root, bench.data, bench.base)[name]
+        try:
+            train(victims.changed(half, change, root))
+            ways[name] = "not refused"
+        except FintuneError as error:
+            ways[name] = "refused by name" if named in str(error) else f"refused: {error}"
+    refused = sum(said == "refused by name" for said in ways.values())
+    return {"ways": ways, "refused_by_name": refused, "the_run_is_unharmed": bench.same(half)}
+
+
+def signals(bench: Bench) -> Row:
+    """Where a signal meets a run; seconds from it to the end of the process."""
+    at, send, mark = victims.at_call, victims.send, bench.folder / "sent"
+    owner = trainer.LoraTrainer
+
+    def term() -> None:
+        send(signal.SIGTERM, mark)
+
+    def interrupt() -> None:
+        send(signal.SIGINT, mark)
+
+    def twice() -> None:
+        term()
+        term()
+
+    places = {
+        "in a step": at(trainer, "sum_loss", 9, term),
+        "between micro-batches": at(owner, "compute_loss", 14, term),
+        "in an evaluation": at(owner, "_prepare_inputs", 12, term),
+        "in a save": at(owner, "_save_scaler", 2, term),
+        "Ctrl-C in a step": at(owner, "compute_loss", 9, interrupt),
+        "while the base is loaded": at(sys.modules[train.__module__], "load_base", 1, term),
+        "twice in a step": at(owner, "compute_loss", 26, twice),
+    }
+    rows: Row = {}
+    for name, harm in places.items():
+        mark.unlink(missing_ok=True)
+        config = bench.new()
+        outcome = harmed(lambda c=config: train(c), harm)
+        seconds = outcome.ended - float(mark.read_text())
+        rows[name] = {
+            "exit": outcome.code,
+            "seconds": round(seconds, 2),
+            "identical": bench.same(config),
+        }
+    mark.unlink(missing_ok=True)
+    root = bench.folder / "stopped-preparation"
+    stopped = load_config(
+        "nano", [f"out={root}", f"data.source={bench.folder / 'materials' / 'rows.jsonl'}"]
+    )
+    module = sys.modules[prepare.__module__]
+
+    def work() -> None:
+        from fintune.cli import _stoppable
+
+        with _stoppable():
+            prepare(stopped)
+
+    outcome = harmed(work, at(module, "write_report", 1, term))
+    rows["in preparation"] = {
+        "exit": outcome.code,
+        "seconds": round(outcome.ended - float(mark.read_text()), 2),
+        "nothing_left": not any(root.iterdir()),
+    }
+    return {"places": rows, "seconds_of_a_step": round(bench.seconds / STEPS, 3)}
+
+
+def finite(bench: Bench) -> Row:
+    """Evaluation at every step, so that it can be the bad one at each."""
+    rows, bad = {}, 0
+    for where in ("loss", "gradient", "evaluation"):
+        for step in (1, STEPS // 2, STEPS):
+            config = bench.new("train.eval_steps=1")
+            outcome = harmed(lambda c=config: train(c), victims.poisoned(where, step))
+            at_once = f"step {step}:" in outcome.text
+            for path in config.run_dir.rglob("*.json*"):
+                text = path.read_text()
+                bad += sum(word in text for word in ("NaN", "Infinity"))
+            expected = [n for n in range(SAVE, STEPS + 1, SAVE) if n < step][-2:]
+            kept = usable(config) == [f"checkpoint-{n}" for n in expected]
+            rows[f"{where}, step {step}"] = {
+                "exit": outcome.code, "at_that_step": at_once, "last_good_kept": kept,
+            }  # fmt: skip
+    return {"cases": rows, "files_with_non_finite_numbers": bad}
+
+
+def disk(bench: Bench) -> Row:
+    """A tmpfs filled at the third save so that a given number of bytes is left.
+
+    The estimate is switched off, so that the save begins and meets the end of the volume inside.
+    """
+    if not victims.can_mount():
+        return {"skipped": "only root can mount a small volume to fill"}
+    saved = bench.config.run_dir / "checkpoints" / f"checkpoint-{STEPS}"
+    # The best adapter in it is a second name of a file that is there already.
+    names = [path for path in saved.iterdir() if path.name != trainer.BEST_ADAPTER]
+    size = sum(path.stat().st_size for path in names)
+    rows = []
+    for left in np.linspace(0, 0.9 * size, SIZES).astype(int).tolist():
+        row: Row = {"bytes_left": left}
+        for case in ("given back", "stays full"):
+            with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
+                config = bench.new(f"train.out={volume / 'run'}")
+
+                def full(case: str = case, volume: Path = volume, left: int = left) -> None:
+                    room.POLL_S, room.WAIT_S = 0.1, 1.0
+                    room.free_bytes = lambda folder: 2**60
+                    ballast = victims.fill(volume, left)
+                    if case == "given back":
+                        room.WAIT_S = 60.0
+                        threading.Timer(1.0, ballast.unlink).start()
+
+                harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
+                outcome = harmed(lambda c=config: train(c), harm)
+                if case == "given back":
+                    row[case] = outcome.code == 0 and print_of(config) == bench.mark
+                else:
+                    row["exit"] = outcome.code
+                    row["intact"] = usable(config)
+                    (volume / "ballast").unlink()
+                    row["continued_identically"] = bench.same(config)
+        rows.append(row)
+    return {"checkpoint_bytes": size, "sizes": rows}
+
+
+def best(bench: Bench) -> Row:
+    """16 updates, evaluation every 2, save every 4; one evaluation is made the lowest."""
+    right = []
+    for position in range(1, 9):
+        config = bench.new("train.max_steps=16", "train.eval_steps=2", "train.save_steps=4")
+        copy = bench.folder / f"lowest-{position}"
+
+        def lowest(position: int = position, copy: Path = copy) -> None:
+            real, evaluate = trainer.sum_loss, trainer.LoraTrainer.evaluate
+            state = {"at": 0}
+
+            def sum_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+                total, count = real(model, batch)
+                off = not torch.is_grad_enabled() and state["at"] != position
+                return total + off * (5 + state["at"]) * count, count
+
+            def counted(self: Any, *args: Any, **keywords: Any) -> Any:
+                state["at"] += 1
+                if state["at"] == position:
+                    self.model.save_pretrained(copy)
+                return evaluate(self, *args, **keywords)
+
+            trainer.sum_loss = sum_loss
+            trainer.LoraTrainer.evaluate = counted
+
+        assert harmed(lambda c=config: train(c), lowest).code == 0
+        released, wanted = (path / trainer.ADAPTER for path in (config.run_dir / "best", copy))
+        right.append(sha256_file(released) == sha256_file(wanted))
+    return {"positions": len(right), "released_is_the_best": sum(right)}
+
+
+def long(bench: Bench) -> Row:
+    """Resident memory and open files of one process, read after each save."""
+    changes = ("train.max_steps=20000", "train.epochs=200", "train.save_steps=50",
+               "train.eval_steps=500", "train.log_steps=50", "train.micro_batch_size=1",
+               "train.accumulation=1", "train.learning_rate=1e-4")  # fmt: skip
+    config, samples = bench.new(*changes), bench.folder / "samples.jsonl"
+
+    def sampled() -> None:
+        save, file = trainer.LoraTrainer._save_whole, samples.open("w")
+        page = os.sysconf("SC_PAGE_SIZE")
+
+        def measured(self: Any, **keywords: Any) -> None:
+            save(self, **keywords)
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            row = {"resident": resident, "handles": len(os.listdir("/proc/self/fd"))}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        trainer.LoraTrainer._save_whole = measured
+
+    start = time.monotonic()
+    outcome = harmed(lambda: train(config), sampled)
+    rows = list(read_jsonl(samples))
+    # The first tenth is warm-up: allocator pools and oneDNN's products fill.
+    tenth = len(rows) // 10
+    early, late = (
+        float(np.mean([row["resident"] for row in part]))
+        for part in (rows[tenth : 2 * tenth], rows[-tenth:])
+    )
+    handles = {row["handles"] for row in rows[1:]}
+    return {
+        "exit": outcome.code,
+        "updates": read_json(config.run_dir / "environment.json")["steps"],
+        "saves": len(rows),
+        "resident_mb_early": round(early / 1e6, 1),
+        "resident_mb_late": round(late / 1e6, 1),
+        "growth": round(late / early - 1, 4),
+        "handles": sorted(handles),
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def cost(bench: Bench) -> Row:
+    """The nano preset as it is, 100 updates: seconds inside what is there for safety alone."""
+    root = bench.folder / "cost"
+    config = load_config("nano", [f"out={root}", "train.max_steps=100", "train.eval_steps=50"])
+    prepare(config)
+    spent, log = {}, bench.folder / "spent.json"
+
+    def timed() -> None:
+        def watch(owner: Any, name: str, label: str) -> None:
+            real = getattr(owner, name)
+
+            def call(*args: Any, **keywords: Any) -> Any:
+                start = time.perf_counter()
+                try:
+                    return real(*args, **keywords)
+                finally:
+                    spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
+
+            setattr(owner, name, call)
+
+        watch(trainer.LoraTrainer, "_save_whole", "checkpoint")
+        watch(trainer.LoraTrainer, "_write_best", "best adapter")
+        watch(Metrics, "append", "metrics lines")
+        watch(trainer.Losses, "add", "spike rule")
+        watch(sys.modules[train.__module__], "check_best", "last look")
+        watch(trainer.LoraTrainer, "train", "the whole run")
+
+    def work() -> None:
+        train(config)
+        log.write_text(json.dumps(spent))
+
+    outcome = harmed(work, timed)
+    assert outcome.code == 0, outcome.text
+    measured = json.loads(log.read_text())
+    run = measured.pop("the whole run")
+    return {
+        "seconds_of_the_run": round(run, 1),
+        "seconds_for_safety": {name: round(value, 3) for name, value in measured.items()},
+        "share": round(sum(measured.values()) / run, 5),
+    }
+
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    row.__name__: row
+    for row in (kills, boundaries, damage, drift, signals, finite, disk, best, long, cost)
+}
+
+
+def table(kept: Row) -> str:
+    """The figures as the page shows them; a row that was not measured says so."""
+
+    def places(row: Row) -> str:
+        found = row["places"].values()
+        good = sum(p["exit"] == 75 and p.get("identical", p.get("nothing_left")) for p in found)
+        slowest = max(place["seconds"] for place in found)
+        return f"{good} of {len(found)}: exit 75, out within {slowest} s, identical"
+
+    def cases(row: Row) -> str:
+        found = row["cases"].values()
+        good = sum(c["exit"] == 65 and c["at_that_step"] and c["last_good_kept"] for c in found)
+        files = row["files_with_non_finite_numbers"]
+        return f"{good} of {len(found)} stopped at that step; {files} files with such a number"
+
+    def sizes(row: Row) -> str:
+        if "skipped" in row:
+            return str(row["skipped"])
+        found = row["sizes"]
+        kept = sum(len(r["intact"]) == 2 and r["exit"] == 74 for r in found)
+        on = sum(r["given back"] and r["continued_identically"] for r in found)
+        return f"{kept} of {len(found)} kept both checkpoints, {on} went on identically"
+
+    lines: dict[str, tuple[str, Callable[[Row], str]]] = {
+        "kills": (
+            "kill -9 at random moments, the same command again",
+            lambda r: f"{r['kills']} kills of {r['runs']} runs: {r['identical_runs']} identical",
+        ),
+        "boundaries": (
+            "kill -9 before each touch of a file in a save; then five deep",
+            lambda r: (
+                f"{r['identical']} of {r['boundaries']} identical; chains"
+                f" {r['chains_identical']} of {r['chains_five_deep']}"
+            ),
+        ),
+        "damage": (
+            "each file missing, empty, half, one bit, another run's",
+            lambda r: f"{r['named']} of {r['cases']} named, {r['fell_back']} fell back",
+        ),
+        "drift": (
+            "config, data, tokenizer, template or base changed in 12 ways",
+            lambda r: f"{r['refused_by_name']} of {len(r['ways'])} refused by name",
+        ),
+        "signals": ("SIGTERM and Ctrl-C in eight places", places),
+        "finite": ("NaN, infinity: first, middle, last step", cases),
+        "disk": ("a full disk, 12 amounts of room left", sizes),
+        "best": (
+            "the best evaluation at each of 8 positions",
+            lambda r: f"{r['released_is_the_best']} of {r['positions']} released",
+        ),
+        "long": (
+            "many updates and saves in one process",
+            lambda r: (
+                f"{r['updates']:,} updates, {r['saves']} saves: memory {r['growth']:+.1%},"
+                f" file handles {' to '.join(map(str, r['handles']))}"
+            ),
+        ),
+        "cost": (
+            "share of the run's seconds spent on all this, a save every 100 updates",
+            lambda r: f"{r['share']:.2%} of {r['seconds_of_the_run']:.0f} s (the nano preset)",
+        ),
+    }
+    shown = [
+        f"| {what} | {figure(kept[name]) if name in kept else 'not measured yet'} |"
+        for name, (what, figure) in lines.items()
+    ]
+    return "\n".join(["| harm | measured |", "|---|---|", *shown])
+
+
+def main(wanted: list[str]) -> None:
+    """Measure rows, print each, and keep them in the results file and on the page."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for name in ROWS if wanted == ["all"] else wanted:
+            start = time.monotonic()
+            row = ROWS[name](bench) | {
+                "took_s": round(time.monotonic() - start),
+                "machine": f"{os.cpu_count()} shared cores, {platform.machine()}, torch 1 thread",
+            }
+            result(f"{name}: {json.dumps(row, indent=1)}")
+            kept = read_json(RESULTS) if RESULTS.is_file() else {}
+            kept.pop("format", None)
+            write_json(RESULTS, kept | {name: row})
+            before, after = PAGE.read_text(encoding="utf-8").split(MARK)[::2]
+            parts = (before, f"\n{table(kept | {name: row})}\n", after)
+            write_text(PAGE, MARK.join(parts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["all"])

@@ -1,0 +1,389 @@
+"""Runs that are harmed on purpose, each in a forked process.
+
+A fork costs a tenth of a second where a new process would import torch for five; the child is
+thrown away, so it is harmed by plain assignment, without undoing.
+"""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fintune import nano, seal
+from fintune.config import Config, load_config
+from fintune.data.prepare import prepare
+from fintune.errors import FintuneError
+from fintune.files import read_json, read_jsonl, sha256_file
+from fintune.train import checkpoints, run, trainer
+from fintune.train.run import train
+
+Harm = Callable[[], None]
+STEPS, SAVE = 20, 5
+AUDITED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: its exit code (minus the signal's number), what it said, when."""
+
+    code: int
+    text: str
+    ended: float
+
+
+def harmed(work: Callable[[], Any], *harms: Harm, kill_after: float | None = None) -> Outcome:
+    """Do `work` in a fork, as the command line would, after the harms; perhaps kill -9 it."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
+        child = os.fork()
+        if child == 0:
+            os._exit(_in_child(log.name, work, harms))
+        if kill_after is not None:
+            # A thread, so that a child that ends by itself is not waited for.
+            timer = threading.Timer(kill_after, os.kill, (child, signal.SIGKILL))
+            timer.start()
+        # The child is not reaped before the timer is off: its number cannot be another's by then.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        ended = time.monotonic()
+        if kill_after is not None:
+            timer.cancel()
+            timer.join()
+        status = os.waitpid(child, 0)[1]
+        return Outcome(os.waitstatus_to_exitcode(status), log.read(), ended)
+
+
+def _in_child(log: str, work: Callable[[], Any], harms: tuple[Harm, ...]) -> int:
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # a collection would walk all of torch's modules, 0.2 s each time
+    run.draw_curves = lambda metrics, picture: None  # a third of these runs
+    try:
+        for harm in harms:
+            harm()
+        work()
+    except FintuneError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+def settings(root: Path, prepared: Path, base: Path, *changes: str) -> Config:
+    """A run of 20 updates with a save, and an evaluation, every 5."""
+    values = {
+        "out": root,
+        "data.out": prepared,
+        "model.path": base,
+        "model.id": "test/tiny",
+        "train.micro_batch_size": 2,
+        "train.accumulation": 2,
+        "train.epochs": 1,
+        "train.max_steps": STEPS,
+        "train.eval_steps": SAVE,
+        "train.save_steps": SAVE,
+        "train.log_steps": 1,
+        "train.eval_rows": 6,
+        "train.learning_rate": 1e-2,
+        "train.precision": "fp32",
+        "train.lora.dropout": 0.1,
+    }
+    return load_config("nano", [*(f"{key}={value}" for key, value in values.items()), *changes])
+
+
+def materials(root: Path) -> tuple[Path, Path]:
+    """Prepared rows and a random base of 0.6 M parameters, as conftest.py has them."""
+    base = root / "base"
+    base.mkdir(parents=True)
+    for path in nano.base_dir().glob("*"):
+        if "token" in path.name or path.suffix == ".jinja":
+            shutil.copy(path, base)
+    shape = LlamaConfig.from_pretrained(nano.base_dir())
+    shape.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2})
+    shape.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(base)
+    lines = nano.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    (root / "rows.jsonl").write_text("".join(lines[:260]), encoding="utf-8")
+    changes = [f"data.source={root / 'rows.jsonl'}", f"out={root}", f"model.path={base}"]
+    prepare(load_config("nano", [*changes, "model.id=test/tiny"]))
+    return root / "data", base
+
+
+def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
+    """What two runs must have in common to be the same: adapter, losses, gradient norms."""
+    keep = ("step", "loss", "grad_norm", "eval_loss")
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    adapter = sha256_file(config.run_dir / "best" / trainer.ADAPTER)
+    return adapter, [{key: row[key] for key in keep if key in row} for row in rows]
+
+
+def usable(config: Config) -> list[str]:
+    """Checkpoints that verify."""
+    found = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    return [path.name for path in found if checkpoints.damage(path) is None]
+
+
+def send(number: int, mark: Path | None = None) -> None:
+    """A signal to this process, the moment written down."""
+    if mark is not None and not mark.exists():
+        mark.write_text(str(time.monotonic()))
+    os.kill(os.getpid(), number)
+
+
+def at_call(owner: Any, name: str, count: int, action: Callable[[], None]) -> Harm:
+    """Before the `count`-th call of a function, do something."""
+
+    def harm() -> None:
+        real, calls = getattr(owner, name), [0]
+
+        def counted(*args: Any, **keywords: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                action()
+            return real(*args, **keywords)
+
+        setattr(owner, name, counted)
+
+    return harm
+
+
+def poisoned(where: str, step: int, accumulation: int = 2) -> Harm:
+    """A value that is not finite in the loss or gradient of an update, or an evaluation from it."""
+
+    def harm() -> None:
+        real, updates = trainer.sum_loss, [0]
+
+        def sum_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+            total, count = real(model, batch)
+            updates[0] += torch.is_grad_enabled()
+            if where == "evaluation":
+                bad = not torch.is_grad_enabled() and updates[0] >= step * accumulation
+            else:
+                bad = torch.is_grad_enabled() and updates[0] == step * accumulation
+            if bad and where == "gradient":
+                total.register_hook(lambda gradient: gradient * float("inf"))
+            elif bad:
+                total = total * float("nan")
+            return total, count
+
+        trainer.sum_loss = sum_loss  # type: ignore[assignment]
+
+    return harm
+
+
+def at_boundary(folder: Path, number: int, action: Callable[[int], None]) -> Harm:
+    """Before the `number`-th touch of a file below `folder` by what saves, do something.
+
+    Opening, renaming, linking, removing, making a folder, fsync, and torch's own writer count;
+    `action` gets the count, and with number 0 it is called at every touch.
+    """
+
+    def harm() -> None:
+        state = {"inside": 0, "count": 0}
+
+        def touched() -> None:
+            state["count"] += 1
+            if number in (0, state["count"]):
+                inside, state["inside"] = state["inside"], 0
+                action(state["count"])
+                state["inside"] = inside
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if state["inside"] and event in AUDITED and str(folder) in str(args[0]):
+                touched()
+
+        def watched(owner: Any, name: str) -> None:
+            real = getattr(owner, name)
+
+            def call(*args: Any, **keywords: Any) -> Any:
+                state["inside"] += 1
+                try:
+                    return real(*args, **keywords)
+                finally:
+                    state["inside"] -= 1
+
+            setattr(owner, name, call)
+
+        def counted(owner: Any, name: str) -> None:
+            real = getattr(owner, name)
+
+            def call(*args: Any, **keywords: Any) -> Any:
+                if state["inside"]:
+                    touched()
+                return real(*args, **keywords)
+
+            setattr(owner, name, call)
+
+        counted(os, "fsync")
+        counted(torch, "save")
+        for owner, name in SAVERS:
+            watched(owner, name)
+        sys.addaudithook(hook)
+
+    return harm
+
+
+SAVERS: tuple[tuple[Any, str], ...] = (
+    (checkpoints, "save"),
+    (checkpoints, "rotate"),
+    (trainer.LoraTrainer, "_write_best"),
+)
+
+
+def die(count: int) -> None:
+    """kill -9 oneself."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_runs(
+    new: Callable[[int], Config], whole: float, kills: int, pick: Callable[[], float]
+) -> Iterator[tuple[Config, int]]:
+    """Runs killed again and again at random moments until they end; (config, its kills) of each.
+
+    Args:
+        new: the config of the n-th run, each in a folder of its own.
+        whole: seconds of a run that nobody harms.
+        kills: at least so many in all.
+        pick: a share of `whole`.
+    """
+    made = number = 0
+    while made < kills:
+        config, own, ended = new(number), 0, False
+        while not ended:
+            outcome = harmed(lambda config=config: train(config), kill_after=pick() * whole)
+            ended = outcome.code == 0
+            if not ended and outcome.code != -signal.SIGKILL:
+                raise AssertionError(f"exit {outcome.code}: {outcome.text}")
+            own += not ended
+            if own + made >= kills and not ended:
+                last = harmed(lambda config=config: train(config))
+                assert last.code == 0, last.text
+                ended = True
+        made, number = made + own, number + 1
+        yield config, own
+
+
+@contextmanager
+def small_volume(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of its own, which root can mount."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def can_mount() -> bool:
+    """Whether this user may mount; a container's root often may not."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    try:
+        with tempfile.TemporaryDirectory() as folder, small_volume(Path(folder), 65536):
+            return True
+    except subprocess.CalledProcessError:
+        return False
+
+
+def fill(volume: Path, left: int) -> Path:
+    """Take all room of a volume but `left` bytes."""
+    ballast = volume / "ballast"
+    free = shutil.disk_usage(volume).free
+    with ballast.open("wb") as file:
+        file.write(bytes(max(free - left, 0)))
+    return ballast
+
+
+def drifts(root: Path, prepared: Path, base: Path) -> dict[str, tuple[Callable[..., None], str]]:
+    """Name -> how it changes a copy of data and base, and what the refusal must name."""
+
+    def override(change: str) -> Callable[..., None]:
+        return lambda values: values.append(change)
+
+    def rows(change: Callable[[Any], Any]) -> Callable[..., None]:
+        def edit(values: list[str]) -> None:
+            folder = root / "data"
+            shutil.copytree(prepared, folder)
+            table = pq.read_table(folder / "train.parquet")
+            pq.write_table(change(table), folder / "train.parquet")
+            inputs = read_json(folder / "done.json")["inputs"]
+            (folder / "done.json").unlink()
+            seal.seal(folder, inputs)
+            values.append(f"data.out={folder}")
+
+        return edit
+
+    def other_base(name: str, change: Callable[[str], str]) -> Callable[..., None]:
+        def edit(values: list[str]) -> None:
+            shutil.copytree(base, root / "base")
+            path = root / "base" / name
+            path.write_text(change(path.read_text()))
+            values.append(f"model.path={root / 'base'}")
+
+        return edit
+
+    def other_weights(values: list[str]) -> None:
+        shutil.copytree(base, root / "base")
+        save_file({"a": torch.zeros(1)}, root / "base" / "model.safetensors")
+        values.append(f"model.path={root / 'base'}")
+
+    return {
+        "rank": (override("train.lora.r=3"), "config.train.lora.r"),
+        "alpha": (override("train.lora.alpha=99"), "config.train.lora.alpha"),
+        "dropout": (override("train.lora.dropout=0.2"), "config.train.lora.dropout"),
+        "learning rate": (override("train.learning_rate=1e-3"), "config.train.learning_rate"),
+        "accumulation": (override("train.accumulation=1"), "config.train.accumulation"),
+        "batch": (override("train.micro_batch_size=1"), "config.train.micro_batch_size"),
+        "seed": (override("seed=7"), "config.seed"),
+        "rows removed": (rows(lambda table: table.slice(1)), "data.train.parquet"),
+        "rows reordered": (
+            rows(lambda table: table.take(np.arange(len(table))[::-1].copy())),
+            "data.train.parquet",
+        ),
+        "tokenizer": (
+            other_base("tokenizer.json", lambda text: text + " "),
+            "tokenizer_sha256",
+        ),
+        "template": (
+            other_base("chat_template.jinja", lambda text: text + "{# #}"),
+            "template_sha256",
+        ),
+        "base": (other_weights, "base.revision"),
+    }
+
+
+def changed(half: Config, change: Callable[..., None], root: Path) -> Config:
+    """The same run folder with something changed under it."""
+    values: list[str] = []
+    change(values)
+    given = [f"train.out={half.run_dir}", *values]
+    return settings(root, half.data_dir, half.model.path or Path(), *given)
+
+
+SIGNALS = {
+    # the second micro-batch of the seventh update, an evaluation's second batch, a save's middle
+    "between micro-batches": at_call(
+        trainer.LoraTrainer, "compute_loss", 14, lambda: send(signal.SIGTERM)
+    ),
+    "in an evaluation": at_call(trainer.LoraTrainer, "_prepare_inputs", 12, lambda: send(15)),
+    "in a save": at_call(trainer.LoraTrainer, "_save_scaler", 2, lambda: send(signal.SIGINT)),
+}
