@@ -157,6 +157,40 @@ def train(
         console.emit_json({"run": str(folder)})
 
 
+@app.command()
+def plan(
+    config: ConfigName = DEFAULT,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Training rows, instead of the prepared ones.")
+    ] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Their mean length, instead of the prepared rows'.")
+    ] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option(help="Price of an hour in USD: --rate L4=0.80")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time a few real steps on this machine.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What a run takes and where it fits: memory, time, price; loads no weights, needs no GPU."""
+    from fintune import plan as planned
+
+    loaded = _load(config, overrides)
+    rates = planned.read_rates(rate or [])
+    found = planned.plan(loaded, row_count=rows, mean_tokens=mean_tokens, rates=rates)
+    if calibrate:
+        from fintune.calibrate import this_machine
+
+        found["this_machine"] = this_machine(loaded, rows, mean_tokens)
+    if as_json:
+        console.emit_json(found)
+    else:
+        planned.show(found)
+
+
 @app.command("eval")
 def evaluate(
     config: ConfigName = DEFAULT,

@@ -150,7 +150,9 @@ def shard(model: Any) -> None:
         )
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in (*layers, base):
-        fully_shard(module, ignored_params=trained)
+        # Also the root: what stays together after a forward pass is taken apart by saving, which
+        # only the first rank does, and the next pass would wait for the others for ever.
+        fully_shard(module, reshard_after_forward=True, ignored_params=trained)
     for parameter in trained:
         parameter.data = parameter.data.to(device())
     frozen = {name: p for name, p in model.named_parameters() if p not in trained}

@@ -1,0 +1,165 @@
+"""The plan: exact where it counts, near what autograd keeps where it estimates."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from fintune import attention
+from fintune.cli import app
+from fintune.collate import flat_batch
+from fintune.config import LoraConfig, load_config
+from fintune.errors import ConfigError, ModelError
+from fintune.model import attach
+from fintune.plan import files, plan, read_rates
+from fintune.planning import estimate, rows, shapes
+from fintune.planning.estimate import Setting
+from fintune.planning.shapes import SHAPES
+from fintune.train import lora, memory
+
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "phi-4": 14_659_507_200,
+}
+"""Parameters as the model pages count them."""
+
+
+def test_built_in_shapes_have_the_published_number_of_parameters() -> None:
+    assert {name: SHAPES[name].parameters for name in PUBLISHED} == PUBLISHED
+
+
+def test_the_published_recipe(tmp_path: Path) -> None:
+    """Exact: 167,772,160 trained; 3,125 updates, 62 evaluations; 29 % spent on them."""
+    changes = [f"out={tmp_path}", "data.max_validation_rows=8000", "train.eval_rows=4000"]
+    found = plan(load_config("llama-3.1-8b-finance", changes))
+    assert found["adapter"]["trainable_parameters"] == 167_772_160
+    assert (found["work"]["updates"], found["work"]["evaluations"]) == (3125, 62)
+    assert found["work"]["evaluation_share"] == pytest.approx(0.29, abs=0.01)
+    assert any("29% of the run is evaluation" in note for note in found["notes"])
+    peaks = {
+        (s["quantization"], s["activation_checkpointing"]): s["peak"] for s in found["settings"]
+    }
+    assert peaks["4bit", True] < peaks["8bit", True] < peaks["none", True] < peaks["none", False]
+    # 2 bytes a weight, and what 128,256 tokens of fp32 logits may take at a time.
+    held = found["settings"][1]["memory"]
+    assert held["weights"] == 2 * PUBLISHED["llama-3.1-8b"]
+    fits = {gpu["gpu"]: gpu["fits"] for gpu in found["gpus"]}
+    assert fits["H200"] and not fits["T4"]
+
+
+def test_the_preset_for_24_gb_fits_24_gb(tmp_path: Path) -> None:
+    found = plan(load_config("llama-3.1-8b-finance-24gb", [f"out={tmp_path}"]))
+    (configured,) = [setting for setting in found["settings"] if setting["configured"]]
+    assert configured["quantization"] == "4bit"
+    assert configured["peak"] * (1 + found["memory_band"]) < 22 * 2**30
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-finance-24gb", "llama-3.1-8b-finance-8gpu"])
+def test_presets_keep_the_published_update(name: str) -> None:
+    train = load_config(name).train
+    assert train.micro_batch_size * train.accumulation == 64
+    assert (train.lora.r, train.lora.alpha, train.lora.dropout) == (64, 128, 0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_kept_activations_are_what_autograd_keeps(precision: str, fused: bool) -> None:
+    """Two shapes, fused and left to peft, in both precisions: within 5 %, where 15 % is asked."""
+    for hidden, intermediate, heads, kv_heads in ((64, 160, 4, 2), (128, 352, 4, 4)):
+        config = LoraConfig(r=8, dropout=0.1)
+        kept = []
+        for layers in (1, 3):
+            base = LlamaForCausalLM._from_config(
+                LlamaConfig(
+                    vocab_size=512,
+                    hidden_size=hidden,
+                    intermediate_size=intermediate,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    num_key_value_heads=kv_heads,
+                ),
+                attn_implementation=attention.NAME,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            )
+            model = attach(base.requires_grad_(False), config, seed=1)
+            if fused:
+                assert not lora.fuse(model)
+            ids = list(range(256))
+            kept.append(
+                memory.kept_bytes(model, flat_batch([{"input_ids": ids, "labels": ids}]), precision)
+            )
+        shape = shapes.Shape(512, hidden, intermediate, 2, heads, kv_heads, hidden // heads)
+        quantization = "none" if fused else "4bit"  # a quantised base is what is left to peft
+        setting = Setting(
+            quantization, False, 1, 256, 255, 2 if precision == "bf16" else 4, cuda=False
+        )
+        planned = estimate.kept_per_token(shape, config, setting)
+        copies = setting.element * shape.trainable(config) / shape.layers if fused else 0
+        measured = (kept[1] - kept[0]) / 2
+        assert planned * 256 + copies == pytest.approx(measured, rel=0.05), (
+            hidden,
+            precision,
+            fused,
+        )
+
+
+def test_files_have_the_planned_size(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    config = load_config("nano")
+    shape = shapes.find_shape(config.model)
+    planned = files(shape, config)
+    tensors = shape.adapter_tensors(config.train.lora)
+    weights = {name: torch.zeros(size) for name, size in tensors.items()}
+    save_file(weights, tmp_path / "adapter", metadata={"format": "pt"})
+    assert (tmp_path / "adapter").stat().st_size == planned["adapter_model.safetensors"]
+    parameters = [torch.nn.Parameter(weight) for weight in weights.values()]
+    groups = [{"params": parameters, "initial_lr": 0.1}, {"params": [], "initial_lr": 0.1}]
+    optimizer = torch.optim.AdamW(groups)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert (tmp_path / "optimizer.pt").stat().st_size == planned["optimizer.pt"]
+
+
+def test_prepared_rows_are_counted(prepared: Path, tiny_base: Path) -> None:
+    changes = [f"data.out={prepared}", f"model.path={tiny_base}", "model.id=test/tiny"]
+    config = load_config("nano", changes)
+    found = rows.lengths(config, None, None)
+    assert not found.assumed
+    assert 0.05 < found.supervised < 0.95
+    assert len(rows.lengths(config, 1000, 100).train) == 1000
+    assert rows.lengths(config, 1000, 100).train.mean() == pytest.approx(100, rel=0.05)
+
+
+def test_what_cannot_be_planned_is_said() -> None:
+    with pytest.raises(ModelError, match="not built in"):
+        shapes.find_shape(load_config("nano", ["model.id=someone/unknown"]).model)
+    with pytest.raises(ConfigError, match="no q_proj"):
+        SHAPES["phi-4"].adapted(LoraConfig(target_modules=("q_proj",)))
+    with pytest.raises(ConfigError, match="GPU=USD"):
+        read_rates(["A1000=1"])
+    assert read_rates(["rtx 4090=0.5"]) == {"RTX 4090": 0.5}
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    command = ["plan", "-c", "llama-3.1-8b-finance-24gb", "-s", f"out={tmp_path}", "--rows", "2000"]
+    done = CliRunner().invoke(app, [*command, "--rate", "L4=1", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["cheapest"] == "L4"
+    assert found["work"]["rows"] == 2000
+    shown = CliRunner().invoke(app, command)
+    assert "167,772,160" in shown.output
+    assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏┃│└") <= 80
