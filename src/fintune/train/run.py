@@ -18,6 +18,7 @@ from fintune.files import read_json, sha256_json, write_json, write_text
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
+    PrecisionName,
     attach,
     device,
     find_base,
@@ -239,22 +240,7 @@ def _build(
     name = record.once(
         "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
     )
-    sharded = config.train.strategy == "fsdp"
-    model = load_base(
-        base, config.model.quantization, name, attention=attention.NAME, on_cpu=sharded
-    )
-    reason = attention.takes_flat_batches(model)
-    if reason:
-        warn(f"batches are padded: {reason}")
-    full = why_full_logits(model)
-    if full:
-        warn(f"the loss builds full logits: {full}")
-    peft = attach(model, config.train.lora, config.seed)
-    left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
-    for reason, layers in left.items():
-        warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
-    if sharded:
-        processes.shard(peft)
+    peft, reason = _model(config, base, name)
     collator = Collator(
         flat=reason is None,
         pad_token_id=tokenizer.pad_token_id,
@@ -268,7 +254,7 @@ def _build(
 
     def recompute() -> tuple[bool, str]:
         choice = config.train.activation_checkpointing
-        if sharded and choice == "auto":
+        if config.train.strategy == "fsdp" and choice == "auto":
             return True, "activations are recomputed: a base in parts is one that hardly fits"
         found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
         return processes.any_of(found), why
@@ -301,6 +287,27 @@ def _build(
     trainer.remove_callback(PrinterCallback)
     say(f"{on.type}, {name}; {order.steps_per_epoch} steps an epoch, plan {config.train.plan}")
     return trainer
+
+
+def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str | None]:
+    """The base with a fresh adapter, fused and in parts; why it takes no flat batches, or None."""
+    sharded = config.train.strategy == "fsdp"
+    model = load_base(
+        base, config.model.quantization, dtype, attention=attention.NAME, on_cpu=sharded
+    )
+    padded = attention.takes_flat_batches(model)
+    if padded:
+        warn(f"batches are padded: {padded}")
+    full = why_full_logits(model)
+    if full:
+        warn(f"the loss builds full logits: {full}")
+    peft = attach(model, config.train.lora, config.seed)
+    left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
+    for reason, layers in left.items():
+        warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
+    if sharded:
+        processes.shard(peft)
+    return peft, padded
 
 
 def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batches.Ints:
