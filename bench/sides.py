@@ -39,6 +39,7 @@ from fintune.collate import CPU_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
+from fintune.train import memory  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
 from fintune.train.trainer import StopRequest  # noqa: E402
@@ -213,6 +214,7 @@ def _frozen_base(folder: Path, rows: Rows) -> None:
     """The floor: our batches through the frozen base and back to its inputs; nothing else."""
     base = Base("bench/model", "", folder / "model")
     model = load_base(base, "none", "bf16", attention=attention.NAME)
+    memory.hold()
     order = _order(config_of(folder, 1), rows, world_size=1)
     collator = Collator(flat=True, pad_token_id=0, multiple=CPU_MULTIPLE)
     resident = _memory("VmRSS")
