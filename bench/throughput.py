@@ -161,19 +161,24 @@ def check(folder: Path, table: pa.Table, names: list[str]) -> dict[str, Any]:
 
 
 def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, list[Any]]:
-    """Rounds of an epoch each, after one to warm up; answers by contestant."""
-    sides = [Side(name, folder, rounds + 1) for name in names]
+    """Rounds of an epoch each; the first warms up and leaves one setting of TRL, the fastest."""
+    sides = {name: Side(name, folder, rounds + 1) for name in names}
     answers: dict[str, list[Any]] = {name: [] for name in names}
     try:
         for number in range(rounds + 1):
-            for side in sides if number % 2 else reversed(sides):
-                answer = side.ask("epoch")
-                if number:
-                    answers[side.name].append(answer)
-                rate = tokens / answer["seconds"]
-                _say(f"round {number}  {side.name:45} {rate:8,.0f} useful tokens/s")
+            for name in sides if number % 2 else reversed(list(sides)):
+                answers[name].append(sides[name].ask("epoch"))
+                rate = tokens / answers[name][-1]["seconds"]
+                _say(f"round {number}  {name:45} {rate:8,.0f} useful tokens/s")
+            if number == 0:
+                heats = sorted(
+                    (name for name in sides if name.startswith("trl")),
+                    key=lambda name: float(answers[name][0]["seconds"]),
+                )
+                for name in heats[1:]:
+                    sides.pop(name).end()
     finally:
-        for side in sides:
+        for side in sides.values():
             side.end()
     return answers
 
@@ -181,10 +186,12 @@ def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, 
 def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
     """Medians, and the ratio of our rate to each contestant's as the median over rounds."""
     found = {}
-    for name, own in answers.items():
-        pairs = zip(own, answers["ours"], strict=True)
+    for name, every in answers.items():
+        own = every[1:] or every  # a setting that only ran the heat is told by its heat
+        pairs = zip(own, answers["ours"][-len(own) :], strict=True)
         ratios = [other["seconds"] / ours["seconds"] for other, ours in pairs]
         found[name] = {
+            "rounds": len(every) - 1,
             "useful_tokens_per_second": round(median(tokens / a["seconds"] for a in own)),
             "ours_is_times_faster": round(median(ratios), 3),
             "ratios": [round(ratio, 3) for ratio in ratios],

@@ -1,5 +1,6 @@
 """The engine computes what it replaces: loss and every adapter gradient, fp32 and fp64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fintune import attention
+from fintune import attention, config
 from fintune.batches import plan_epoch
 from fintune.collate import flat_batch, padded_batch
 from fintune.config import SEVEN_PROJECTIONS
 from fintune.example import IGNORE
 from fintune.loss import chunked_cross_entropy, sum_loss
+from fintune.model import Base, attach, load_base
 from fintune.train import lora
 
 LENGTHS = (10, 30, 17, 5)
@@ -226,3 +228,21 @@ def test_checkpointing_gives_the_same_gradient() -> None:
         activation_checkpointing_kwargs={"use_reentrant": False}
     )
     assert_same(plain, seeded(), torch.float32)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: Path) -> None:
+    """bitsandbytes' layers keep peft's arithmetic; the loss is near that of the whole base."""
+    losses = []
+    for name in ("none", quantization):
+        base = load_base(Base("test/tiny", "", tiny_base), name, "bf16", attention=attention.NAME)
+        peft = attach(base, config.LoraConfig(r=4, dropout=0.0), seed=0)
+        left = lora.fuse(peft)
+        total, count = sum_loss(peft, flat_batch(rows()))
+        (total / count).backward()
+        losses.append(float(total) / count)
+    assert sum(left.values()) == 14
+    assert "Linear" in next(iter(left))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    ups = [p.grad for n, p in peft.named_parameters() if "lora_B" in n]
+    assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in ups)

@@ -211,9 +211,9 @@ def load_base(
         attention: transformers' name of the attention implementation.
         on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
-    # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 128 serve the sizes that
+    # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
     # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     quantised: dict[str, Any] = {}
     if quantization == "4bit":
         quantised["quantization_config"] = BitsAndBytesConfig(

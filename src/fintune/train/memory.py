@@ -7,6 +7,7 @@ whole plan follows from it; then that one is tried before step 0, not met at ste
 
 import ctypes
 import gc
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,14 @@ def free_memory(device: torch.device) -> int:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return 2**63 - 1  # unknown (not Linux): only the trial of the largest micro-batch decides
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a CUDA device so far, or what this process takes now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    table = Path("/proc/self/statm")
+    return int(table.read_text().split()[1]) * mmap.PAGESIZE if table.exists() else 0
 
 
 def recompute(

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from fintune.console import Meter
 from fintune.files import read_jsonl
-from fintune.train.memory import give_back
+from fintune.train.memory import give_back, in_use
 from fintune.train.metrics import Metrics
 
 matplotlib.use("Agg")
@@ -59,9 +59,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 "grad_norm": float(logs["grad_norm"]),
                 "useful_tokens_per_second": round(rate, 1),
                 "padding": round(1 - self._useful / max(self._laid, 1), 4),
+                "memory_bytes": in_use(kwargs["model"].device),
             }
             self._metrics.append(row)
-            note = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.1e}  {rate:,.0f} tokens/s"
+            note = (
+                f"loss {row['loss']:.3f}  lr {row['learning_rate']:.1e}  {rate:,.0f} tokens/s"
+                f"  padding {row['padding']:.1%}  {row['memory_bytes'] / 1e9:.1f} GB"
+            )
             self._meter.advance(0, note=note)
             self._useful = self._laid = 0
             self._seconds = 0.0
