@@ -40,9 +40,11 @@ from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
 from fintune.train import memory  # noqa: E402
+from fintune.train.record import Record  # noqa: E402
+from fintune.train.room import Room  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
-from fintune.train.trainer import StopRequest  # noqa: E402
+from fintune.train.stop import StopRequest  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MICRO, ACCUMULATION, RANK, DROPOUT = 4, 16, 8, 0.1
@@ -97,7 +99,9 @@ def _ours(folder: Path, epochs: int) -> Any:
     rows = Rows(pq.read_table(folder / "data" / "train.parquet"))
     base = Base("bench/model", "", folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return _build(config, rows, {}, tokenizer, base, StopRequest())
+    run, stop = config.run_dir, StopRequest()
+    run.mkdir(parents=True, exist_ok=True)
+    return _build(config, rows, {}, tokenizer, base, stop, Room(run, lambda: False), Record(run))
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
@@ -215,7 +219,7 @@ def _frozen_base(folder: Path, rows: Rows) -> None:
     base = Base("bench/model", "", folder / "model")
     model = load_base(base, "none", "bf16", attention=attention.NAME)
     memory.hold()
-    order = _order(config_of(folder, 1), rows, world_size=1)
+    order, _ = _order(config_of(folder, 1), rows, 1, None)
     collator = Collator(flat=True, pad_token_id=0, multiple=CPU_MULTIPLE)
     resident = _memory("VmRSS")
     for number, _ in enumerate(_orders()):

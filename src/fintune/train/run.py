@@ -285,6 +285,8 @@ def _build(
         collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
+    if on.type == "cpu" and config.train.optimizer.startswith("paged"):
+        say(f"{config.train.optimizer}: nothing is paged on a CPU, the arithmetic is the same")
     say(f"{on.type}, {name}; {order.steps_per_epoch} steps an epoch, plan {config.train.plan}")
     return trainer
 
