@@ -511,3 +511,10 @@ def test_the_page_states_the_measured_figures() -> None:
     spec.loader.exec_module(soak)
     kept = read_json(soak.RESULTS)
     assert soak.table(kept) in soak.PAGE.read_text(encoding="utf-8"), "run bench/soak.py"
+
+
+def test_a_kill_inside_the_first_write_leaves_a_folder_that_starts(tmp_path: Path) -> None:
+    (tmp_path / f".{seal.INPUTS}.x1").write_text("{")
+    assert seal.state(tmp_path, {}, command="fintune train") is seal.State.NEW
+    seal.start(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == [seal.INPUTS]

@@ -110,7 +110,9 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
     Raises:
         OutputError: the folder holds the result of other inputs, or files that are not ours.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    found_here = [path.name for path in folder.iterdir()] if folder.exists() else []
+    # A kill inside the very first write leaves its temporary file, which is nothing yet.
+    if all(name.startswith(f".{INPUTS}.") for name in found_here):
         return State.NEW
     for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
         if (folder / name).is_file():
@@ -167,6 +169,8 @@ def accepted(folder: Path) -> list[dict[str, Any]]:
 def start(folder: Path, inputs: dict[str, Any]) -> None:
     """Mark a folder that grows in place as begun, with what it reads."""
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(f".{INPUTS}.*"):
+        unfinished.unlink()
     if not (folder / INPUTS).is_file():
         write_json(folder / INPUTS, {"inputs": inputs})
 

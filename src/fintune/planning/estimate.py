@@ -79,7 +79,9 @@ def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
     """
     e, h, q, kv = setting.element, shape.hidden, shape.q, shape.kv
     norms = 2 * (4 * h + 4) + (4 * (q + kv) if shape.qk_norm else 0)
-    attention = e * 2 * (q + kv) + 4 * shape.heads
+    # On a CPU attention runs in fp32 (attention.py), and dropout keeps a bit an element (lora.py).
+    attention = (e if setting.cuda else 4) * 2 * (q + kv) + 4 * shape.heads
+    bits = 0 if setting.cuda or lora.dropout == 0 else 1 / 8
     gate = 3 * e * shape.intermediate
     inputs, shared = 0.0, set()
     mask = 0 if lora.dropout == 0 else 1 if setting.cuda else 4
@@ -91,7 +93,7 @@ def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
             continue  # the very tensor that attention kept as its output
         elif (inner, group(name)) not in shared:
             shared.add((inner, group(name)))
-            inputs += e * inner
+            inputs += (e + bits) * inner
     return norms + attention + gate + inputs
 
 
