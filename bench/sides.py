@@ -1,10 +1,11 @@
-"""A contestant of bench/throughput.py in a process of its own: built once, an epoch at a time.
+"""A contestant of throughput.py or gpu.py in a process of its own: built once, an epoch at a time.
 
     python bench/sides.py NAME FOLDER EPOCHS
 
 Lines on stdin are orders ("check", "epoch"), lines on stdout are answers in JSON. Everything a
 contestant does between them is what its own library does: its sampler, collator, loop, optimizer.
-Every base is bf16 and frozen, every adapter fp32 with r 8 and dropout 0.1, every step 64 rows.
+Every base is bf16 and frozen, every adapter fp32 with dropout 0.1. FOLDER/setting.json has the
+rest: `micro`, `accumulation`, `rank`, `cpu`.
 """
 
 import json
@@ -38,6 +39,7 @@ from fintune import attention  # noqa: E402
 from fintune.collate import CPU_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
+from fintune.files import read_json  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
 from fintune.train import memory  # noqa: E402
 from fintune.train.record import Record  # noqa: E402
@@ -47,7 +49,7 @@ from fintune.train.run import _build, _order  # noqa: E402
 from fintune.train.stop import StopRequest  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MICRO, ACCUMULATION, RANK, DROPOUT = 4, 16, 8, 0.1
+DROPOUT = 0.1
 LONGEST = 2048
 Answer = dict[str, Any]
 
@@ -62,7 +64,7 @@ def main(name: str, folder: Path, epochs: int) -> None:
         _frozen_base(folder, Rows(rows))
         return
     trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
-    base = _memory("VmRSS")
+    base = _in_use()
     for order in _orders():
         if order == "check":
             _answer(_check(trainer, rows))
@@ -85,12 +87,13 @@ class Gate(TrainerCallback):  # type: ignore[misc]
         if not self._open and next(_orders(), None) != "epoch":
             os._exit(0)
         self._open = False
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        _forget_peak()
         self._start = time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait_for_device()
         seconds = time.perf_counter() - self._start
-        _answer({"seconds": seconds, "peak": _memory("VmHWM") - self._base})
+        _answer({"seconds": seconds, "peak": _peak() - self._base})
 
 
 def _ours(folder: Path, epochs: int) -> Any:
@@ -106,16 +109,17 @@ def _ours(folder: Path, epochs: int) -> Any:
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
     """The product's configuration of the comparison."""
+    setting = read_json(folder / "setting.json")
     values = {
         "out": folder / "run",
         "data.out": folder / "data",
         "model.path": folder / "model",
         "model.id": "bench/model",
-        "train.micro_batch_size": MICRO,
-        "train.accumulation": ACCUMULATION,
+        "train.micro_batch_size": setting["micro"],
+        "train.accumulation": setting["accumulation"],
         "train.epochs": epochs,
-        "train.lora.r": RANK,
-        "train.lora.alpha": 2 * RANK,
+        "train.lora.r": setting["rank"],
+        "train.lora.alpha": 2 * setting["rank"],
         "train.lora.dropout": DROPOUT,
         "train.precision": "bf16",
         "train.learning_rate": 1e-4,
@@ -128,25 +132,26 @@ def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
 
 
 def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
-    """transformers' Trainer or TRL's SFTTrainer with peft."""
+    """transformers' Trainer, TRL's SFTTrainer, or the latter on Unsloth's model, with peft."""
+    setting = read_json(folder / "setting.json")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
-    lora = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        lora_dropout=DROPOUT,
-        target_modules=TARGETS,
-        task_type="CAUSAL_LM",
-    )
+    lora: dict[str, Any] = {
+        "r": setting["rank"],
+        "lora_alpha": 2 * setting["rank"],
+        "lora_dropout": DROPOUT,
+        "target_modules": TARGETS,
+    }
     common: dict[str, Any] = {
         "output_dir": str(folder / name),
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": MICRO,
-        "gradient_accumulation_steps": ACCUMULATION,
+        "per_device_train_batch_size": setting["micro"],
+        "gradient_accumulation_steps": setting["accumulation"],
+        "gradient_checkpointing": "checkpointing" in name,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "learning_rate": 1e-4,
         "optim": "adamw_torch",
         "bf16": True,
-        "use_cpu": True,
+        "use_cpu": setting["cpu"],
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -154,39 +159,51 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
         "disable_tqdm": True,
     }
     table = Dataset(rows.select(["input_ids", "labels"]))
+    if name.startswith("unsloth"):
+        return _unsloth(folder, lora, common, table, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    config = LoraConfig(task_type="CAUSAL_LM", **lora)
     if name.startswith("transformers"):
-        arguments = TrainingArguments(
-            **common,
-            train_sampling_strategy="group_by_length",
-            gradient_checkpointing="checkpointing" in name,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
         return Trainer(
-            model=get_peft_model(model, lora),
-            args=arguments,
+            model=get_peft_model(model, config),
+            args=TrainingArguments(**common, train_sampling_strategy="group_by_length"),
             train_dataset=table,
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE),
         )
     from trl import SFTConfig, SFTTrainer
 
-    settings: dict[str, Any] = {
-        "trl padded, grouped": {
-            "max_length": LONGEST,
-            "train_sampling_strategy": "group_by_length",
-        },
-        "trl packed (bfd)": {"max_length": LONGEST, "packing": True},
-        "trl padding-free": {"max_length": None, "padding_free": True},
-    }[name]
-    if "packed" in name:
+    if "grouped" in name:
+        common |= {"max_length": LONGEST, "train_sampling_strategy": "group_by_length"}
+    elif "packed" in name:
         # A packed row holds as many tokens as several; the step keeps about as many rows.
         mean = float(np.mean(rows["length"].to_numpy()))
-        common["per_device_train_batch_size"] = max(1, round(MICRO * mean / LONGEST))
+        size = max(1, round(setting["micro"] * mean / LONGEST))
+        common |= {"max_length": LONGEST, "packing": True, "per_device_train_batch_size": size}
+    else:
+        common |= {"max_length": None, "padding_free": True}
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**common, **settings, gradient_checkpointing=False),
+        args=SFTConfig(**common, use_liger_kernel="liger" in name),
         train_dataset=table,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=config,
+    )
+
+
+def _unsloth(folder: Path, lora: Any, common: Any, table: Dataset, tokenizer: Any) -> Any:
+    """Unsloth's patched model with TRL's trainer, as its documentation shows. Needs CUDA."""
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder / "model"), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="unsloth", **lora)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**common, max_length=LONGEST, packing=True),
+        train_dataset=table,
+        processing_class=tokenizer,
     )
 
 
@@ -206,9 +223,10 @@ def _check(trainer: Any, rows: Any) -> Answer:
             model.get_base_model().name_or_path, dtype=torch.bfloat16
         )
         alone = 0.0
+        bare = bare.to(model.device)
         for row in rows.to_pylist():
-            logits = bare(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
-            targets = torch.tensor(row["labels"][1:])
+            logits = bare(torch.tensor([row["input_ids"]]).to(bare.device)).logits[0, :-1].float()
+            targets = torch.tensor(row["labels"][1:]).to(bare.device)
             alone += float(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
     model.train()
     return {"loss": total, "one_at_a_time": alone / count}
@@ -220,30 +238,34 @@ def _frozen_base(folder: Path, rows: Rows) -> None:
     model = load_base(base, "none", "bf16", attention=attention.NAME)
     memory.hold()
     order, _ = _order(config_of(folder, 1), rows, 1, None)
-    collator = Collator(flat=True, pad_token_id=0, multiple=CPU_MULTIPLE)
-    resident = _memory("VmRSS")
+    multiple = CPU_MULTIPLE if model.device.type == "cpu" else 1
+    collator = Collator(flat=True, pad_token_id=0, multiple=multiple)
+    base_bytes = _in_use()
     for number, _ in enumerate(_orders()):
-        Path("/proc/self/clear_refs").write_text("5")
+        _forget_peak()
         start = time.perf_counter()
         for step in order.epoch(number).steps:
             for micro in step:
-                batch = collator([rows[index] for index in micro])
+                batch = memory._on_device(collator([rows[index] for index in micro]), model)
                 del batch["labels"]
                 ids = batch.pop("input_ids")
                 inputs = model.get_input_embeddings()(ids).requires_grad_()
                 hidden = model.model(inputs_embeds=inputs, use_cache=False, **batch)[0]
                 hidden.backward(torch.ones_like(hidden))
+        _wait_for_device()
         seconds = time.perf_counter() - start
-        _answer({"seconds": seconds, "peak": _memory("VmHWM") - resident})
+        _answer({"seconds": seconds, "peak": _peak() - base_bytes})
 
 
 def matrix_rate(size: int = 4096, rounds: int = 5) -> float:
     """bf16 multiply-adds a second of this machine, x 2: the best of `rounds` square products."""
-    a = torch.randn(size, size, dtype=torch.bfloat16)
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=on)
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
         a @ a
+        _wait_for_device()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
 
@@ -258,8 +280,30 @@ def _answer(facts: Answer) -> None:
     sys.stdout.flush()
 
 
-def _memory(key: str) -> int:
-    """Bytes of this process: VmRSS (now) or VmHWM (peak)."""
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _forget_peak() -> None:
+    """Count the peak of memory anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _in_use() -> int:
+    """Bytes in use: of the GPU where there is one, else of this process."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
+def _peak() -> int:
+    """Most bytes in use since `_forget_peak`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(key: str) -> int:
     found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     assert found
     return int(found[1]) * 1024
