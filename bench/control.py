@@ -78,7 +78,7 @@ def shuffle_answers(demo: Config, control: Config) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema), control.data_dir / "train.parquet")
     seal.seal(
         control.data_dir,
-        {"shuffled_within_task": True, "of": read_json(demo.data_dir / seal.DONE)["inputs"]},
+        {**read_json(demo.data_dir / seal.DONE)["inputs"], "shuffled_within_task": True},
     )
 
 

@@ -94,6 +94,8 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
         "| dropped: too_short | 2 |",
         "| seconds of training | 61.5 |",
         "--max-lora-rank 8 ",
+        "this reason: too high (config.train.learning_rate: 0.1 -> 0.01).",
+        "at update 7: since then micro-batches of at most 1,024 tokens",
         "not financial advice",
     ):
         assert text in card.text, text

@@ -104,7 +104,14 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
     _data(config.data_dir)
     tiny_adapter(base, config.run_dir / "best")
     files.write_text(config.run_dir / "config.yaml", dump_yaml(config))
-    files.write_json(config.run_dir / "environment.json", {"torch": "2.13.0", "seconds": 61.5})
+    change = {"reason": "too high", "differs": ["config.train.learning_rate: 0.1 -> 0.01"]}
+    facts = {
+        "torch": "2.13.0",
+        "seconds": 61.5,
+        "accepted_changes": [change],
+        "token_caps": [{"step": 7, "was": 2048, "max_tokens": 1024}],
+    }
+    files.write_json(config.run_dir / "environment.json", facts)
     files.write_json(
         config.run_dir / "training_arguments.json",
         {"output_dir": str(config.run_dir), "learning_rate": 1e-4, "bf16": True, "run_name": "x"},

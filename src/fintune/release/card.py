@@ -119,6 +119,16 @@ def write_card(
     parts += ["## Against its base", *_evidence(inputs.results, accepted), _judges(judged)]
     parts += ["## Data", *_data(inputs.manifest)]
     parts += ["## Recipe", _recipe(config), "Every setting is in `training_config.json`."]
+    parts += [
+        f"Changed during training, for this reason: {change['reason']}"
+        f" ({'; '.join(change['differs'])})."
+        for change in inputs.environment.get("accepted_changes", ())
+    ]
+    parts += [
+        f"Memory ran out at update {cap['step']}: since then micro-batches of at most"
+        f" {cap['max_tokens']:,} tokens, the same examples an update."
+        for cap in inputs.environment.get("token_caps", ())
+    ]
     found = inputs.environment | (inputs.environment.get("packages") or {})
     facts = [[text, _number(found[key])] for key, text in _ENVIRONMENT.items() if key in found]
     parts += ["## Machine and time", _table(["fact", "value"], facts)] if facts else []

@@ -118,8 +118,8 @@ def try_largest(model: Any, rows: Rows, collator: Collator, precision: str, batc
         raise ModelError(
             f"the largest micro-batch ({int(rows.lengths[batch].sum()):,} tokens) does not fit",
             why="it was tried before step 0, so that it is not met hours later",
-            fix="lower train.micro_batch_size and raise train.accumulation alike, or set"
-            " train.activation_checkpointing=on, or model.quantization=4bit",
+            fix="set train.max_tokens to half of that, or train.activation_checkpointing=on, or"
+            " model.quantization=4bit",
         ) from None
     finally:
         model.zero_grad(set_to_none=True)
