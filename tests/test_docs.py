@@ -118,9 +118,14 @@ def evaluation_rows() -> Iterator[str]:
     again = found["rescore"]
     yield (
         f"| rescoring {again['questions']} questions and {again['judge_calls']} verdicts | <= 2 s |"
-        f" {again['cpu_seconds']:.1f} CPU s"
+        f" {again['seconds_of_the_command']:.1f} s"
     )
     yield f"| calls of a second run | 0 | {again['calls_of_a_second_run']}"
+    answered = found["generation"]
+    yield (
+        f"| {answered['answers']} answers, batched against one by one | >= 5 times |"
+        f" {answered['ratio']} times"
+    )
     faults, wall = found["faults"], found["wall"]
     yield f"| kinds of network fault as wanted | all | {faults['as_wanted']} of {faults['kinds']}"
     yield (
