@@ -134,6 +134,14 @@ def evaluation_rows() -> Iterator[str]:
     )
 
 
+def serving_rows() -> Iterator[str]:
+    """Lines of the table in docs/serving.md, from what bench/serve_load.py last wrote."""
+    found = figures("serve")
+    ratio, first = found["concurrency"]["ratio"], found["first_token"]
+    yield f"| their throughput against one at a time | >= 4 times | {ratio} times"
+    yield f"| first token, idle | <= 100 ms | {first['median_ms']} ms (worst {first['worst_ms']})"
+
+
 def engine_rows() -> Iterator[str]:
     """The lines of the table in docs/engine.md, from what bench/throughput.py last wrote."""
     found = figures("throughput")
@@ -165,7 +173,12 @@ def engine_rows() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("page", "rows"),
-    [("engine", engine_rows), ("data", data_rows), ("evaluation", evaluation_rows)],
+    [
+        ("engine", engine_rows),
+        ("serving", serving_rows),
+        ("data", data_rows),
+        ("evaluation", evaluation_rows),
+    ],
 )
 def test_the_docs_state_the_figures_of_the_results(
     page: str, rows: Callable[[], Iterator[str]]
