@@ -134,6 +134,13 @@ def evaluation_rows() -> Iterator[str]:
     )
 
 
+def curve_rows() -> Iterator[str]:
+    """Lines of the second table in docs/engine.md, from what bench/curve.py last wrote."""
+    for name, found in figures("curve")["stratified_against"].items():
+        low, high = found["interval"]
+        yield f"| {name} | <= +0.5% | {found['mean']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
 def serving_rows() -> Iterator[str]:
     """Lines of the table in docs/serving.md, from what bench/serve_load.py last wrote."""
     found = figures("serve")
@@ -175,6 +182,7 @@ def engine_rows() -> Iterator[str]:
     ("page", "rows"),
     [
         ("engine", engine_rows),
+        ("engine", curve_rows),
         ("serving", serving_rows),
         ("data", data_rows),
         ("evaluation", evaluation_rows),
