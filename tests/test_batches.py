@@ -4,7 +4,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fintune.batches import (
@@ -16,6 +16,7 @@ from fintune.batches import (
     plan_epoch,
     plan_evaluation,
 )
+from fintune.errors import ConfigError
 
 PLANS = ("stratified", "bucketed", "random")
 
@@ -33,6 +34,7 @@ def make(lengths: list[int], **changes: object) -> EpochPlan:
     accumulation=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
+@example(lengths=[1] * 9, plan="bucketed", world_size=2, accumulation=1, epoch=0)
 def test_every_example_exactly_once(
     lengths: list[int], plan: str, world_size: int, accumulation: int, epoch: int
 ) -> None:
@@ -92,7 +94,7 @@ def test_a_cap_on_tokens_splits_every_step() -> None:
     assert {len(step) for step in capped.steps} == {parts}
     for before, after in zip(planned.steps, capped.steps, strict=True):
         assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
-    with pytest.raises(ValueError, match="exceeds max_tokens"):
+    with pytest.raises(ConfigError, match="max_tokens: an example of"):
         parts_under(500, lengths, [planned], 2)
 
 

@@ -163,3 +163,16 @@ def test_the_verb(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, command)
     assert "167,772,160" in shown.output
     assert max(len(line) for line in shown.stdout.splitlines() if line[:1] in "┏┃│└") <= 80
+
+
+def test_a_cap_on_tokens_is_planned_as_it_is_trained(tmp_path: Path) -> None:
+    free = load_config("nano", [f"out={tmp_path}"])
+    lengths = rows.lengths(free, None, None).train
+    capped = load_config("nano", [f"out={tmp_path}", "train.max_tokens=2100"])
+    plans = [rows.plan_batches(each, lengths, 16) for each in (free, capped)]
+    assert plans[1].largest <= 2100 < plans[0].largest
+    assert plans[1].updates == plans[0].updates and plans[1].passes > plans[0].passes
+    with pytest.raises(ConfigError, match="max_tokens"):
+        rows.plan_batches(
+            load_config("nano", [f"out={tmp_path}", "train.max_tokens=20"]), lengths, 16
+        )

@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fintune.errors import ConfigError
+
 Plan = Literal["stratified", "bucketed", "random"]
 Ints = NDArray[np.int64]
 
@@ -91,15 +93,16 @@ def plan_epoch(
     if plan == "bucketed":
         edges = boundaries or choose_boundaries(lengths, buckets)
         steps = _bucketed(lengths, micro_batch_size, parts, edges, rng)
-        return EpochPlan([_even(lengths, step, world_size) for step in steps])
-    if plan == "stratified":
-        groups = _strata_order(lengths, step_size, rng)
+    elif plan == "stratified":
+        steps = [[group] for group in _strata_order(lengths, step_size, rng)]
     else:
-        groups = _chunks(rng.permutation(lengths.size), step_size)
-    if len(groups) > 1 and groups[-1].size < world_size:
+        steps = [[group] for group in _chunks(rng.permutation(lengths.size), step_size)]
+    if len(steps) > 1 and sum(batch.size for batch in steps[-1]) < world_size:
         # Fewer examples than processes: some rank would wait for ever. They join the step before.
-        groups[-2:] = [np.concatenate(groups[-2:])]
-    return EpochPlan([_deal(lengths, group, parts, world_size) for group in groups])
+        steps[-2:] = [steps[-2] + steps[-1]]
+    if plan == "bucketed":
+        return EpochPlan([_even(lengths, step, world_size) for step in steps])
+    return deal_again(lengths, EpochPlan(steps), parts, world_size)
 
 
 def deal_again(lengths: Ints, plan: EpochPlan, parts: int, world_size: int = 1) -> EpochPlan:
@@ -123,11 +126,14 @@ def parts_under(
         laid: tokens that a micro-batch of these lengths takes in memory.
 
     Raises:
-        ValueError: an example alone is longer than `max_tokens`.
+        ConfigError: an example alone is longer than `max_tokens`.
     """
     longest = int(lengths.max())
     if laid([longest]) > max_tokens:
-        raise ValueError(f"an example of {longest} tokens exceeds max_tokens {max_tokens}")
+        raise ConfigError(
+            f"train.max_tokens: an example of {longest} tokens exceeds {max_tokens}",
+            fix="raise it, or lower data.max_length_cap and prepare",
+        )
     while any(
         laid(lengths[batch].tolist()) > max_tokens
         for plan in plans

@@ -89,6 +89,9 @@ def plan_batches(config: Config, train: Ints, micro_batch: int, *, multiple: int
         boundaries=settings.bucket_boundaries,
         buckets=settings.buckets,
     )
+    if settings.max_tokens is not None:
+        parts = batches.parts_under(settings.max_tokens, train, [epoch], accumulation)
+        epoch = batches.deal_again(train, epoch, parts)
     micro = [int(train[batch].sum()) for step in epoch.steps for batch in step]
     updates = len(epoch.steps) * settings.epochs
     if settings.max_steps > 0:

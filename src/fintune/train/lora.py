@@ -71,10 +71,9 @@ def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch
     return mask.bernoulli_(1 - p, generator=generator).neg_()
 
 
-def masked(values: torch.Tensor, mask: torch.Tensor, *, out: bool = False) -> torch.Tensor:
-    """`values` where kept, zero where dropped; no scaling. `out`: in place."""
-    bits = values.view(mask.dtype)
-    return (bits.bitwise_and_(mask) if out else bits.bitwise_and(mask)).view(values.dtype)
+def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values` where kept, zero where dropped; no scaling."""
+    return values.view(mask.dtype).bitwise_and(mask).view(values.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -130,7 +129,9 @@ class _Fused(torch.autograd.Function):
             mask = keep_mask(masks[number], p, x) if masks else None
             downs.append(part.T @ (x if mask is None else masked(x, mask)))
             if ctx.needs_input_grad[0]:
-                back.append(part @ rows if mask is None else masked(part @ rows, mask, out=True))
+                back.append(part @ rows)
+                if mask is not None:
+                    back[-1].view(mask.dtype).bitwise_and_(mask)
         base = sum(back[1:], start=back[0]) if back else None
         if base is not None:
             for gradient, weight in zip(gradients, weights, strict=True):

@@ -13,7 +13,7 @@ from fintune.chat import ChatFormat
 from fintune.collate import CPU_MULTIPLE, Collator
 from fintune.config import Config, dump_yaml
 from fintune.console import heading, meter, say, warn
-from fintune.errors import ConfigError, DataError, OutputError, Stopped
+from fintune.errors import DataError, OutputError, Stopped
 from fintune.files import read_json, sha256_json, write_json, write_text
 from fintune.loss import why_full_logits
 from fintune.model import (
@@ -215,12 +215,7 @@ def _order(
         return Order(rows, plan), each
     plans = [plan(epoch) for epoch in range(train.epochs)]
     least = train.accumulation
-    try:
-        parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
-    except ValueError as error:
-        raise ConfigError(
-            f"train.max_tokens: {error}", fix="raise it, or lower data.max_length_cap and prepare"
-        ) from None
+    parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
     return Order(rows, plan, world_size, parts if parts > least else None), parts // world_size
 
 
