@@ -128,6 +128,7 @@ def measure(root: Path, hidden: int, precision: str) -> dict:
         "parameters_exact": files["trainable_parameters"] == facts["trainable_parameters"],
         "adapter_exact": files[adapter.name] == adapter.stat().st_size,
         "optimizer_exact": files[states.name] == states.stat().st_size,
+        "optimizer_bytes": [files[states.name], states.stat().st_size],
         "memory": planned["memory"],
     }
 

@@ -179,7 +179,8 @@ def check(folder: Path, table: pa.Table, names: list[str]) -> dict[str, Any]:
 
 def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, list[Any]]:
     """Rounds of an epoch each; the first warms up and leaves one setting of TRL, the fastest."""
-    sides = {name: Side(name, folder, rounds + 1) for name in names}
+    # One epoch more than is run: at its end a Trainer evaluates, saves and tidies up.
+    sides = {name: Side(name, folder, rounds + 2) for name in names}
     answers: dict[str, list[Any]] = {name: [] for name in names}
     try:
         for number in range(rounds + 1):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fintune import attention, config
 from fintune.batches import plan_epoch
@@ -16,7 +18,7 @@ from fintune.config import SEVEN_PROJECTIONS
 from fintune.example import IGNORE
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import lora
+from fintune.train import lora, norm
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -109,6 +111,42 @@ def test_fused_lora_is_pefts(dtype: torch.dtype) -> None:
     before = gradients(peft, flat_batch(rows()))
     assert not lora.fuse(peft)
     assert_same(before, gradients(peft, flat_batch(rows())), dtype)
+
+
+def test_fused_norms_are_transformers() -> None:
+    peft = model(torch.float32)
+    for name, parameter in peft.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    before = gradients(peft, flat_batch(rows()))
+    layers = peft.config.num_hidden_layers
+    assert norm.fuse(peft) == 2 * layers + 1
+    assert_same(before, gradients(peft, flat_batch(rows())), torch.float32)
+
+
+def test_a_norm_of_another_formula_is_left_alone() -> None:
+    gemma, llama = GemmaRMSNorm(16).requires_grad_(False), LlamaRMSNorm(16).requires_grad_(False)
+    assert norm.fuse(torch.nn.ModuleList([gemma])) == 0
+    assert norm.fuse(torch.nn.ModuleList([LlamaRMSNorm(16)])) == 0, "its weight is trained"
+    assert norm.fuse(torch.nn.ModuleList([llama])) == 1
+
+
+def test_fused_norms_round_as_transformers_does() -> None:
+    """bf16: the output to the bit nearly everywhere, the gradient within its rounding."""
+    torch.manual_seed(0)
+    plain, fused = (LlamaRMSNorm(64).bfloat16().requires_grad_(False) for _ in range(2))
+    plain.weight.uniform_(0.5, 1.5)
+    fused.load_state_dict(plain.state_dict())
+    assert norm.fuse(torch.nn.ModuleList([fused])) == 1
+    x, gradient = torch.randn(2, 500, 64).bfloat16()
+    found = []
+    for module in (plain, fused):
+        at = x.clone().requires_grad_()
+        y = module(at)
+        y.backward(gradient)
+        found += [y.detach().float(), at.grad.float()]  # type: ignore[union-attr]
+    assert (found[0] != found[2]).double().mean() < 1e-3
+    assert (found[1] - found[3]).norm() <= 1e-3 * found[1].norm()
 
 
 @pytest.mark.parametrize("shared", [True, False])

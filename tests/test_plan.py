@@ -18,7 +18,7 @@ from fintune.plan import files, plan, read_rates
 from fintune.planning import estimate, rows, shapes
 from fintune.planning.estimate import Setting
 from fintune.planning.shapes import SHAPES
-from fintune.train import lora, memory
+from fintune.train import lora, memory, norm
 
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
@@ -92,6 +92,7 @@ def test_kept_activations_are_what_autograd_keeps(precision: str, fused: bool) -
                 dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             )
             model = attach(base.requires_grad_(False), config, seed=1)
+            assert norm.fuse(model) == 2 * layers + 1
             if fused:
                 assert not lora.fuse(model)
             ids = list(range(256))

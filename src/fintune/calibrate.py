@@ -26,7 +26,7 @@ from fintune.planning import estimate
 from fintune.planning.machines import CONTEXT_BYTES
 from fintune.planning.rows import Lengths, lengths, plan_batches, work
 from fintune.planning.shapes import Shape, find_shape
-from fintune.train import lora, memory
+from fintune.train import lora, memory, norm
 
 DEPTHS = (1, 3)
 """Blocks of the two models that are timed."""
@@ -39,7 +39,7 @@ TIME_BAND = 0.35
 """Largest error of six CPU runs (bench/plan.py), in processor seconds on a crowded machine."""
 PROCESS_BYTES = 720 * 10**6
 """Resident size of a training process on a CPU without its model: the libraries' own."""
-ONEDNN_BYTES = 530 * 10**6
+ONEDNN_BYTES = 130 * 10**6
 """Compiled bf16 products that oneDNN keeps (model.py bounds their number)."""
 HEAP = 1.5
 """Resident bytes to live ones: tensors come in many sizes and glibc keeps the holes between. These
@@ -216,6 +216,7 @@ def _model(config: Config, shape: Shape, depth: int, name: str) -> Any:
         )
     base.requires_grad_(False)
     model = attach(base, config.train.lora, config.seed)
+    norm.fuse(model)
     lora.fuse(model, shared_dropout=config.train.lora.shared_dropout)
     return model
 

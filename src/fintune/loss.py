@@ -43,16 +43,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             counted = targets[part, None] != IGNORE
             target = targets[part, None].clamp_min(0)
-            logits = (hidden[part] @ weight.T).to(precise)
-            largest = logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, target) - largest
-            # In place from here on: logits become exp(logits - max), then probabilities.
-            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += ((sums.log() - chosen) * counted).sum()
+            scores = torch.log_softmax(hidden[part] @ weight.T, dim=1, dtype=precise)
+            total -= (scores.gather(1, target) * counted).sum()
             if gradient is not None:
-                logits.div_(sums)
-                logits.scatter_add_(1, target, torch.full_like(sums, -1.0))
-                gradient[part] = logits.to(weight.dtype) @ weight
+                scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+                gradient[part] = scores.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -73,12 +73,12 @@ def fuses(shape: Shape, projection: str, quantization: str) -> bool:
 def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
     """Bytes that one block keeps for the backward pass, a token.
 
-    Norms keep their input in fp32 and one scale; attention its queries, keys, values, output and
+    Norms keep their input and one scale; attention its queries, keys, values, output and
     log-sum; the gate its input, its output and the factor; a fused LoRA group its input once, every
     projection left to peft the dropped-out input and the mask; each its low-rank product.
     """
     e, h, q, kv = setting.element, shape.hidden, shape.q, shape.kv
-    norms = 2 * (4 * h + 4) + (4 * (q + kv) if shape.qk_norm else 0)
+    norms = 2 * (e * h + 4) + (e * (q + kv) if shape.qk_norm else 0)
     # On a CPU attention runs in fp32 (attention.py), and dropout keeps a bit an element (lora.py).
     attention = (e if setting.cuda else 4) * 2 * (q + kv) + 4 * shape.heads
     bits = 0 if setting.cuda or lora.dropout == 0 else 1 / 8
@@ -89,7 +89,7 @@ def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
         inputs += e * lora.r
         if not fuses(shape, name, setting.quantization):
             inputs += (e + mask) * inner
-        elif name == "o_proj" and setting.cuda:
+        elif name == "o_proj" and setting.cuda and lora.dropout == 0:
             continue  # the very tensor that attention kept as its output
         elif (inner, group(name)) not in shared:
             shared.add((inner, group(name)))

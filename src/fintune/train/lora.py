@@ -17,15 +17,15 @@ What this does not cover stays with peft, and `fuse` returns why: DoRA and other
 quantised bases, several adapters at once.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch.autograd.function import once_differentiable
@@ -36,22 +36,30 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@cache
+def _patterns(p: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Eight decisions at once: a table whose every entry is a pattern of them, each as often as its
+    probability says in 2^16 draws, rounded down; and what was rounded off of each."""
+    kept = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
+    whole, rest = np.divmod((1 - p) ** kept * p ** (8.0 - kept) * 2**16, 1)
+    return np.repeat(np.arange(256, dtype=np.uint8), whole.astype(int)), rest
+
+
 def kept_bits(seed: int, count: int, p: float) -> torch.Tensor:
     """`count` independent decisions, kept with probability 1 - p: packed, uint8, eight a byte.
 
-    A random byte drops with probability floor(256 p) / 256. What p is above that comes from a
-    Poisson number of further places, drawn with replacement: each is then hit independently, so
-    the whole is Bernoulli(p) to the letter, for a random byte a decision (SFC64; a fifteenth of
-    torch's bernoulli_ on a CPU).
+    Two random bytes choose the pattern of eight from a table; the few draws beyond its end (a
+    six-hundredth at p = 0.1) choose anew from what the table rounds off, so the whole is
+    Bernoulli(p) to the letter at a thirtieth of the time of torch's bernoulli_ on a CPU.
     """
+    table, rest = _patterns(p)
     source = np.random.SFC64(seed)
-    level = int(256 * p)
-    words: Any = source.random_raw(-(-count // 8))
-    kept = words.view(np.uint8)[:count] >= level
-    rest = math.log((1 - level / 256) / (1 - p))
-    draw = np.random.Generator(source)
-    kept[draw.integers(0, count, draw.poisson(rest * count))] = False
-    return torch.from_numpy(np.packbits(kept))
+    words: Any = source.random_raw(-(-count // 32))
+    draws = words.view(np.uint16)[: -(-count // 8)]
+    bits = table.take(draws, mode="clip")
+    if (beyond := np.flatnonzero(draws >= len(table))).size:
+        bits[beyond] = np.random.Generator(source).choice(256, beyond.size, p=rest / rest.sum())
+    return torch.from_numpy(bits)
 
 
 def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch.Tensor:
@@ -98,16 +106,15 @@ class _Fused(torch.autograd.Function):
         narrow_ups = [b.to(x.dtype) for b in ups]
         on_cpu = x.device.type == "cpu"
         masks = [kept_bits(seed, x.numel(), p) if on_cpu else seed for seed in seeds]
-        parts = [
-            (masked(x, keep_mask(masks[number], p, x)) if masks else x) @ rows.T
-            for number, rows in enumerate(down.split(spans))
-        ]
+        # The backward pass reads x only as the low-rank product did, so that is what is saved.
+        inputs = [masked(x, keep_mask(mask, p, x)) for mask in masks] or [x]
+        parts = [each @ rows.T for each, rows in zip(inputs, down.split(spans), strict=True)]
         low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         outputs = [x @ weight.T for weight in weights]
         for output, up, part in zip(outputs, narrow_ups, low.split(sizes, dim=1), strict=True):
             output.addmm_(part, up.T)
         bits = [mask for mask in masks if isinstance(mask, torch.Tensor)]
-        ctx.save_for_backward(x, down, low, *weights, *narrow_ups, *bits)
+        ctx.save_for_backward(down, low, *inputs, *weights, *narrow_ups, *bits)
         ctx.facts = p, seeds, sizes, spans, boost, downs[0].dtype
         return tuple(outputs)
 
@@ -115,23 +122,23 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         p, seeds, sizes, spans, boost, precise = ctx.facts
-        x, down, low, *rest = ctx.saved_tensors
+        down, low, *rest = ctx.saved_tensors
+        inputs, rest = rest[: len(spans)], rest[len(spans) :]
         members = len(sizes)
         weights, ups, bits = rest[:members], rest[members : 2 * members], rest[2 * members :]
         masks = bits or seeds  # off the CPU they are drawn again
-        parts = low.split(sizes, dim=1)
-        up_gradients = [(part.T @ g).T for part, g in zip(parts, gradients, strict=True)]
+        parts = low.T.contiguous().split(sizes)
+        up_gradients = [(part @ g).T for part, g in zip(parts, gradients, strict=True)]
         low_gradient = torch.cat([g @ up for g, up in zip(gradients, ups, strict=True)], dim=1)
         # One pass for a shared mask; one a member (with its own rows of `down`) otherwise.
-        downs, back = [], []
-        pairs = zip(low_gradient.split(spans, dim=1), down.split(spans), strict=True)
-        for number, (part, rows) in enumerate(pairs):
-            mask = keep_mask(masks[number], p, x) if masks else None
-            downs.append(part.T @ (x if mask is None else masked(x, mask)))
-            if ctx.needs_input_grad[0]:
-                back.append(part @ rows)
-                if mask is not None:
-                    back[-1].view(mask.dtype).bitwise_and_(mask)
+        spread = low_gradient.split(spans, dim=1)
+        downs = [part.T @ each for part, each in zip(spread, inputs, strict=True)]
+        back: list[torch.Tensor] = []
+        if ctx.needs_input_grad[0]:
+            back = [part @ rows for part, rows in zip(spread, down.split(spans), strict=True)]
+            for each, source in zip(back, masks, strict=False):  # no masks without dropout
+                mask = keep_mask(source, p, each)
+                each.view(mask.dtype).bitwise_and_(mask)
         base = sum(back[1:], start=back[0]) if back else None
         if base is not None:
             for gradient, weight in zip(gradients, weights, strict=True):

@@ -27,7 +27,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora, memory, processes
+from fintune.train import checkpoints, lora, memory, norm, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
 from fintune.train.identity import accept, continue_order, foreign, inputs_of
@@ -299,6 +299,7 @@ def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str |
     if full:
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
+    norm.fuse(peft)
     left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
