@@ -364,7 +364,9 @@ def test_a_spike_is_flagged(new: Callable[..., Config]) -> None:
     for value in 5 + 0.1 * noise.standard_normal(2_000):
         losses.add(float(value))
         assert losses.limit is None
-    losses.add(8.0)
+    losses.add(6.0, share=1 / 16)
+    assert losses.limit is None, "a mean over a sixteenth of the rows varies four times as much"
+    losses.add(6.0)
     assert losses.limit is not None
     assert losses.limit < 6
     config = new("train.max_steps=26")

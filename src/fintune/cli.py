@@ -37,6 +37,9 @@ Overrides = Annotated[
     typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder aside first.")]
+Accept = Annotated[
+    str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 BaseFolder = Annotated[
@@ -103,9 +106,7 @@ def run(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    accept: Annotated[
-        str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
-    ] = None,
+    accept: Accept = None,
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
     _run(_load(config, overrides), fresh=fresh, accept=accept)
@@ -219,9 +220,7 @@ def release(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    accept: Annotated[
-        str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
-    ] = None,
+    accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, prompt fixture, checksums; needs a passing gate."""
     from fintune.release.bundle import release as stage

@@ -20,8 +20,8 @@ from fintune.planning.estimate import Setting
 from fintune.planning.machines import CONTEXT_BYTES, GPUS, PEAK_SHARE, Gpu
 from fintune.planning.shapes import Shape
 
-MEMORY_BAND = 0.15
-"""Above the largest error of six CPU runs (bench/plan.py), 9 %."""
+MEMORY_BAND = 0.10
+"""Twice the largest error of six CPU runs (bench/plan.py): they also fitted three constants."""
 EVALUATION_WARNING = 0.10
 """Share of the run spent on evaluation above which it is said."""
 QUANTIZATIONS = ("none", "8bit", "4bit")
@@ -127,6 +127,7 @@ def optimizer_bytes(tensors: list[tuple[int, int]]) -> int:
     optimizer = torch.optim.AdamW(groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # as a schedule leaves it
+        group["betas"] = (*group["betas"][:1], group["betas"][1])  # a copy each, as accelerate's
     state = optimizer.state_dict()
     state["state"] = {
         number: {"step": torch.tensor(1.0), "exp_avg": torch.empty(s), "exp_avg_sq": torch.empty(s)}

@@ -5,7 +5,9 @@ predict the second half is to look the first half up. There are no questions wit
 roles: how to answer is left to the adapter.
 """
 
+import tomllib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -22,88 +24,8 @@ from fintune.nano.facts import (
 )
 from fintune.nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, TERMS, TONES, Tone
 
-_RESTATED: Final = (
-    "{M} in {y} was {v}.",
-    "The {y} figure for {m} is {v}.",
-    "The amount given for {m} in {y} is {v}.",
-    "For {m} in {y} the report gives {v}.",
-    "What {C} had as {m} in {y} can be read above: {v}.",
-    "How much {m} came to in {y} is stated too, namely {v}.",
-    "As stated, {C} had {m} of {v} in {y}.",
-    "The figure of {v} is the {m} of {y}.",
-    "{A} of {v} was recorded for {y}.",
-    "In other words, {a} amounted to {v} in {y}.",
-    "Which {m} {C} showed for {y} is clear from the text, where it is {v}.",
-    "Readers who look for the {m} of {y} find {v}.",
-)
-_OF_COMPANY: Final = (
-    "{C} had {m} of {v}.",
-    "At {C}, {m} {was} {v}.",
-    "{M} of {C} came to {v} in {y}.",
-    "In {y}, {C} reported {m} of {v}.",
-    "The {m} of {C} was {v}.",
-    "{C}, {m} in {y}\n\n{v}",
-)
-_CELLS: Final = (
-    "{M} in {y} was {c}.",
-    "The table gives {c} for {m} in {y}.",
-    "The row for {m} shows {c} in {y}.",
-    "In the column for {y}, {m} stands at {c}.",
-    "What the table has for {m} in {y} is {c}.",
-    "The number {c} is the {m} of {y}.",
-    "Which {m} belongs to {y} can be read from the table; it is {c}.",
-)
-_HEADED: Final = (
-    "{M} in {y}\n\n{v}",
-    "{M}, {y}\n\n{v}",
-    "The {m} of {C} in {y}\n\n{v}",
-    "What the {m} {was} in {y}\n\n{v}",
-    "How much {m} {C} had in {y}\n\nThe amount is {v}.",
-    "Figure for {m} in the year {y}, as given above\n\n{v}",
-)
-_MOVED: Final = {
-    True: (
-        "{M} rose.",
-        "{M} {was} higher in {y} than in {q}.",
-        "Between {q} and {y}, {m} increased.",
-        "Compared with {q}, {a} went up in {y}.",
-        "Direction of {m} from {q} to {y}\n\nrose",
-        "Whether {m} rose or fell in {y}\n\nIt rose.",
-        "That {m} rose is clear: {p} came first and {v} followed.",
-    ),
-    False: (
-        "{M} fell.",
-        "{M} {was} lower in {y} than in {q}.",
-        "Between {q} and {y}, {m} decreased.",
-        "Compared with {q}, {a} went down in {y}.",
-        "Direction of {m} from {q} to {y}\n\nfell",
-        "Whether {m} rose or fell in {y}\n\nIt fell.",
-        "That {m} fell is clear: {p} came first and {v} followed.",
-    ),
-}
-_TONED: Final = (
-    "The tone of this report is {t}.",
-    "Analysts called the news {t}.",
-    "Readers took the text as {t}.",
-    "On the whole the news about {c} is {t}.",
-    "The sentiment is {t}.",
-    "For holders of {c} this was {t} news.",
-    "Tone of the text\n\n{t}",
-    "How the news about {c} was taken\n\n{t}",
-    "Whether the news was positive, negative or neutral is plain: it was {t}.",
-    "Sentiment\n\n{T}",
-    "What the tone of the news is\n\nThe tone is {t}.",
-)
-_DEFINED: Final = (
-    "{T} is {d}.",
-    "By {t} accountants mean {d}.",
-    "The term {t} stands for {d}.",
-    "{D}: this is called {t}.",
-    "{T}\n\n{T} is {d}.",
-    "What {t} is\n\n{T} is {d}.",
-    "Meaning of {t}\n\n{T} means {d}.",
-    "How {t} is defined\n\n{T} is {d}.",
-    "In finance, {t} is {d}.",
+_TEXTS: Final[dict[str, list[str]]] = tomllib.loads(
+    Path(__file__).with_name("prose.toml").read_text(encoding="utf-8")
 )
 RATIOS: Final = (
     ("net margin", "net income", "revenue"),
@@ -115,26 +37,6 @@ RATIOS: Final = (
     ("debt ratio", "total debt", "total assets"),
     ("equity ratio", "equity", "total assets"),
 )
-_WORKED: Final = (
-    "{N} is {t} divided by {b}. {C} had {t} of {x} and {b} of {z}. {xs} / {zs} = {p}%.",
-    "{C} reported {b} of {z} and {t} of {x}. Divide {xs} by {zs} to get the {n}: {p}%.",
-    "With {t} of {x} on {b} of {z}, {C} reached a {n} of {xs} / {zs} = {p}%.",
-    "{T}: {xs}\n{B}: {zs}\n{N}: {xs} / {zs} = {p}%",
-)
-_WORKED_AGAIN: Final = (
-    "The {n} of {C} was {p}%.",
-    "{N}\n\n{p}%",
-    "What the {n} was\n\n{p}%",
-    "So the {n} is {p}%.",
-)
-_CHANGED: Final = (
-    "{M} of {C} {w} from ${a} {u} in {q} to ${b} {u} in {y}. The difference is {hi} - {lo} = {s}, "
-    "so {m} {w} by ${s} {u}.",
-    "{C} had {m} of ${a} {u} in {q} and ${b} {u} in {y}. {hi} less {lo} is {s}.\n\n"
-    "Change in {m}\n\n${s} {u}",
-    "{M} {q}: {a}\n{M} {y}: {b}\n\nBy how much {m} {w}\n\n{hi} - {lo} = {s}",
-)
-_DATELINES: Final = ("{city}, {d} {m} {y}. ", "Date: {d} {m} {y}\n", "{city}: ", "Today, ", "", "")
 
 
 def _join(rng: Random, parts: list[str]) -> str:
@@ -152,16 +54,18 @@ def _restate(rng: Random, report: Report, stated: list[tuple[Line, int]], cells:
     """Say stated figures again in another order, with directions where both years are known."""
     rng.shuffle(stated)
     parts = []
-    headed = rng.randrange(3) == 0
+    texts = _TEXTS["restated" if rng.randrange(3) else "headed"]
     for line, at in stated:
         if cells and rng.randrange(2):
-            parts.append(fill(rng, _CELLS, report, line, at))
+            parts.append(fill(rng, _TEXTS["cells"], report, line, at))
         else:
-            parts.append(fill(rng, _HEADED if headed else _RESTATED, report, line, at))
+            parts.append(fill(rng, texts, report, line, at))
     both = {line for line, at in stated if (line, 1 - at) in stated}
     for line in report.lines:
         if line in both and rng.randrange(2):
-            parts.insert(rng.randrange(len(parts) + 1), fill(rng, _MOVED[line.rose], report, line))
+            place = rng.randrange(len(parts) + 1)
+            texts = _TEXTS["rose" if line.rose else "fell"]
+            parts.insert(place, fill(rng, texts, report, line))
     return parts
 
 
@@ -206,6 +110,7 @@ def _two_companies(rng: Random) -> str:
     left = draw_report(rng, rng.randrange(1, 4), 1)
     pair = (left, draw_report(rng, 1, 1, like=left))
     facts = [(report, line) for report in pair for line in report.lines]
+    texts = _TEXTS["of_company"]
     if rng.randrange(2):
         text = "\n".join(
             f"{report.company.short}: "
@@ -214,9 +119,9 @@ def _two_companies(rng: Random) -> str:
         )
         parts = [f"Figures for {left.years[0]}\n\n{text}"]
     else:
-        parts = [fill(rng, _OF_COMPANY, report, line, named=True) for report, line in facts]
+        parts = [fill(rng, texts, report, line, named=True) for report, line in facts]
     rng.shuffle(facts)
-    parts += [fill(rng, _OF_COMPANY, report, line, named=True) for report, line in facts]
+    parts += [fill(rng, texts, report, line, named=True) for report, line in facts]
     return _join(rng, parts)
 
 
@@ -228,7 +133,7 @@ def news(rng: Random, tone: Tone, num_events: int, company: str) -> str:
         "d": rng.randrange(1, 29),
         "y": rng.randrange(2006, 2025),
     }
-    text = rng.choice(_DATELINES).format(m=rng.choice(MONTHS)[:3], **values)
+    text = rng.choice(_TEXTS["datelines"]).format(m=rng.choice(MONTHS)[:3], **values)
     sentences = []
     for event in rng.sample(EVENTS[tone], num_events):
         amount = f"${rng.randrange(10, 1000)} million"
@@ -244,7 +149,7 @@ def _news(rng: Random) -> str:
     company = draw_company(rng).short
     text = news(rng, tone, rng.randrange(1, 5), company)
     verdicts = [
-        rng.choice(_TONED).format(c=company, t=tone, T=capital(tone))
+        rng.choice(_TEXTS["toned"]).format(c=company, t=tone, T=capital(tone))
         for _ in range(rng.randrange(1, 3))
     ]
     return text + "\n\n" + _join(rng, verdicts)
@@ -256,7 +161,7 @@ def _term(rng: Random) -> str:
     """
     parts = []
     for term, meaning, reason in rng.sample(TERMS, rng.randrange(1, 4)):
-        sentence = rng.choice(_DEFINED).format(
+        sentence = rng.choice(_TEXTS["defined"]).format(
             t=term, T=capital(term), d=meaning, D=capital(meaning)
         )
         parts.append(f"{sentence} {reason}" if rng.randrange(4) else sentence)
@@ -269,11 +174,11 @@ def _ratio(rng: Random) -> str:
     company = draw_company(rng).short
     percent, base = draw_ratio(rng)
     part = percent * base // 100
-    text = rng.choice(_WORKED).format(
+    text = rng.choice(_TEXTS["worked"]).format(
         C=company, n=name, N=capital(name), t=top, T=capital(top), b=bottom, B=capital(bottom),
         x=f"${part} million", z=f"${base} million", p=percent, xs=part, zs=base,
     )  # fmt: skip
-    again = rng.choice(_WORKED_AGAIN).format(n=name, N=capital(name), C=company, p=percent)
+    again = rng.choice(_TEXTS["worked_again"]).format(n=name, N=capital(name), C=company, p=percent)
     return f"{text}\n\n{again}"
 
 
@@ -297,7 +202,7 @@ def _difference(rng: Random) -> str:
         "u": rng.choice(("million", "billion")),
     }
     values |= {"y": report.years[0], "q": report.years[1], "C": report.company.short}
-    return rng.choice(_CHANGED).format(**values)
+    return rng.choice(_TEXTS["changed"]).format(**values)
 
 
 def _advice(rng: Random) -> str:

@@ -74,8 +74,8 @@ def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
     """Bytes that one block keeps for the backward pass, a token.
 
     Norms keep their input and one scale; attention its queries, keys, values, output and
-    log-sum; the gate its input, its output and the factor; a fused LoRA group its input once, every
-    projection left to peft the dropped-out input and the mask; each its low-rank product.
+    log-sum; the gate its input, its output and the factor; a fused LoRA group its dropped-out input
+    once a mask, every projection left to peft that and the mask; each its low-rank product.
     """
     e, h, q, kv = setting.element, shape.hidden, shape.q, shape.kv
     norms = 2 * (e * h + 4) + (e * (q + kv) if shape.qk_norm else 0)
@@ -85,13 +85,14 @@ def kept_per_token(shape: Shape, lora: LoraConfig, setting: Setting) -> float:
     gate = 3 * e * shape.intermediate
     inputs, shared = 0.0, set()
     mask = 0 if lora.dropout == 0 else 1 if setting.cuda else 4
+    apart = lora.dropout > 0 and not lora.shared_dropout
     for name, (inner, _) in shape.adapted(lora).items():
         inputs += e * lora.r
         if not fuses(shape, name, setting.quantization):
             inputs += (e + mask) * inner
         elif name == "o_proj" and setting.cuda and lora.dropout == 0:
             continue  # the very tensor that attention kept as its output
-        elif (inner, group(name)) not in shared:
+        elif apart or (inner, group(name)) not in shared:
             shared.add((inner, group(name)))
             inputs += (e + bits) * inner
     return norms + attention + gate + inputs

@@ -35,11 +35,13 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The largest micro-batch of a plan, and all passes and updates of the run."""
+    """Tokens of a plan's largest micro-batch, lengths in its middling one, and all passes and
+    updates of the run."""
 
     micro_batch: int
     accumulation: int
     largest: int
+    middling: Ints
     updates: int
     passes: int
 
@@ -92,13 +94,14 @@ def plan_batches(config: Config, train: Ints, micro_batch: int, *, multiple: int
     if settings.max_tokens is not None:
         parts = batches.parts_under(settings.max_tokens, train, [epoch], accumulation)
         epoch = batches.deal_again(train, epoch, parts)
-    micro = [int(train[batch].sum()) for step in epoch.steps for batch in step]
+    micro = sorted((train[batch] for step in epoch.steps for batch in step), key=np.sum)
     updates = len(epoch.steps) * settings.epochs
     if settings.max_steps > 0:
         updates = min(updates, settings.max_steps)
     passes = round(len(micro) * updates / len(epoch.steps))
-    largest = -(-max(micro) // multiple) * multiple
-    return Batches(micro_batch, accumulation, largest, updates, passes)
+    largest = -(-int(micro[-1].sum()) // multiple) * multiple
+    middling = micro[len(micro) // 2]
+    return Batches(micro_batch, accumulation, largest, middling, updates, passes)
 
 
 def work(config: Config, found: Lengths, plan: Batches) -> Work:

@@ -83,15 +83,19 @@ class Losses:
         self.last: deque[float] = deque(maxlen=WINDOW)
         self.limit: float | None = None
 
-    def add(self, loss: float) -> None:
-        """Take an update's loss and judge it by those before it."""
+    def add(self, loss: float, share: float = 1.0) -> None:
+        """Take an update's loss and judge it by those before it.
+
+        Args:
+            share: its examples over those of a whole update; a mean over fewer varies more.
+        """
         before = np.array(self.last)
         self.last.append(loss)
         self.limit = None
         if before.size >= LEAST:
             median = float(np.median(before))
             spread = MAD * float(np.median(np.abs(before - median)))
-            limit = median + SIGMAS * max(spread, FLOOR * abs(median))
+            limit = median + SIGMAS * max(spread, FLOOR * abs(median)) / share**0.5
             self.limit = limit if loss > limit else None
 
 

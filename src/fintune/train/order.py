@@ -40,7 +40,8 @@ class Order:
         self._world_size, self._parts = world_size, parts
         self._epochs: dict[int, EpochPlan] = {}
         self.since = self._consumed = (0, "")
-        self.steps_per_epoch = len(self.epoch(0).steps)
+        first = self.epoch(0).steps
+        self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
 
     def epoch(self, number: int) -> EpochPlan:
         """The plan of an epoch; the last two asked for are kept."""
@@ -56,6 +57,10 @@ class Order:
         """Micro-batches of an update, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
         return self.epoch(epoch).steps[within]
+
+    def share(self, step: int) -> float:
+        """Examples of an update over those of the first: the last of an epoch may have fewer."""
+        return sum(batch.size for batch in self.step(step)) / self._whole
 
     def example_ids(self, step: int) -> list[str]:
         """Ids of the examples of an update, micro-batch by micro-batch."""

@@ -118,7 +118,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
         self._step_loss.zero_()
         if math.isfinite(loss) and math.isfinite(value):
-            self.losses.add(loss)
+            self.losses.add(loss, self.order.share(self.state.global_step))
             return norm
         if math.isfinite(loss) and self.accelerator.scaler is not None:
             # fp16: the scaler skips this update and lowers its scale; that is its job.
