@@ -1,6 +1,7 @@
-"""The picture of the page in the docs: `python bench/picture.py runs/demo/release`.
+"""The pictures in the docs: `python bench/picture.py runs/demo`.
 
-Serves the release, asks the second example in Chromium, and writes docs/compare.png.
+docs/compare.png: the release is served, and Chromium asks the second example.
+docs/evaluation.png: the top of the evaluation's report.
 """
 
 import argparse
@@ -15,17 +16,18 @@ from fintune import console
 from fintune.serve.loaded import load
 from fintune.serve.server import running
 
-PICTURE = Path(__file__).parents[1] / "docs" / "compare.png"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
     parser.add_argument("--port", type=int, default=8124)
     options = parser.parse_args()
-    loaded = load(options.release)
+    release, report = options.run / "release", options.run / "eval" / "report.html"
+    loaded = load(release)
     with running(
-        loaded, options.release, host="127.0.0.1", port=options.port, key=None, run=None
+        loaded, release, host="127.0.0.1", port=options.port, key=None, run=None
     ) as server:
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:
@@ -40,10 +42,13 @@ def main() -> None:
             page.get_by_text("Held-out questions of this run").wait_for()
             page.get_by_role("group", name="Examples").get_by_role("button").nth(1).click()
             page.get_by_text("Both have answered.").wait_for()
-            page.screenshot(path=PICTURE)
+            page.screenshot(path=DOCS / "compare.png")
+            page.set_viewport_size({"width": 1070, "height": 1460})
+            page.goto(report.resolve().as_uri())
+            page.screenshot(path=DOCS / "evaluation.png")
             browser.close()
         server.should_exit = True
-    console.say(f"wrote {PICTURE.name}")
+    console.say("wrote compare.png and evaluation.png")
 
 
 if __name__ == "__main__":

@@ -178,11 +178,33 @@ def engine_rows() -> Iterator[str]:
     )
 
 
+def deal_rows() -> Iterator[str]:
+    """What bench/deal.py last wrote."""
+    found = figures("deal")
+    cost = found["cost"]
+    yield f"| plan of {found['rows']:,} lengths: time | <= 2 s | {cost['seconds']} s"
+    yield f"| its memory | <= 200 MB | {cost['peak_mb']} MB"
+    for world, over in found["imbalance"].items():
+        shown = f"{over['mean']:.1%} (worst {over['worst']:.1%})"
+        yield f"| busiest of {world} processes, over the mean | <= 2 % | {shown}"
+
+
+def plan_rows() -> Iterator[str]:
+    """What bench/plan.py last wrote."""
+    for run in figures("plan")["runs"]:
+        memory = f"{run['planned_peak_mb']:,} / {run['measured_peak_mb']:,} MB"
+        seconds = f"{run['planned_seconds']:.0f} / {run['measured_seconds']:.0f} s"
+        errors = f"{run['peak_error']:+.0%} | {seconds} | {run['time_error']:+.0%}"
+        yield f"| {run['hidden']} | {run['precision']} | {memory} | {errors}"
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [
         ("engine", engine_rows),
         ("engine", curve_rows),
+        ("engine", deal_rows),
+        ("engine", plan_rows),
         ("serving", serving_rows),
         ("data", data_rows),
         ("evaluation", evaluation_rows),

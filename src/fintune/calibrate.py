@@ -6,6 +6,7 @@ straight lines in the number of blocks; two points give them.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -30,8 +31,8 @@ from fintune.train import lora, memory, norm
 
 DEPTHS = (1, 3)
 """Blocks of the two models that are timed."""
-STEPS = 4
-"""Steps of each, the first of which warms up; the quickest counts."""
+STEPS = 6
+"""Steps of each, the first of which warms up; the median of the others counts."""
 
 
 CPU = "this CPU"
@@ -179,7 +180,7 @@ def _measure(
     if config.train.activation_checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return _quickest(train), _quickest(evaluate), _quickest(optimizer.step), kept
+    return _typical(train), _typical(evaluate), _typical(optimizer.step), kept
 
 
 def _model(config: Config, shape: Shape, depth: int, name: str) -> Any:
@@ -204,7 +205,7 @@ def _model(config: Config, shape: Shape, depth: int, name: str) -> Any:
     return model
 
 
-def _quickest(work: Callable[[], Any]) -> float:
+def _typical(work: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(STEPS):
         start = perf_counter()
@@ -212,11 +213,11 @@ def _quickest(work: Callable[[], Any]) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(perf_counter() - start)
-    return min(seconds[1:])
+    return median(seconds[1:])
 
 
 def _matrix_rate(shape: Shape, tokens: int, name: str) -> float:
     """Operations a second of the widest product of the base."""
     left = torch.ones(tokens, shape.hidden, dtype=DTYPES[name], device=device())
     right = torch.ones(shape.intermediate, shape.hidden, dtype=left.dtype, device=left.device)
-    return 2 * tokens * shape.hidden * shape.intermediate / _quickest(lambda: left @ right.T)
+    return 2 * tokens * shape.hidden * shape.intermediate / _typical(lambda: left @ right.T)
