@@ -150,6 +150,16 @@ def test_without_a_config_the_way_out_is_named(
     assert run(capsys, "init")[0] == 1, "never over an existing file"
 
 
+def test_other_stages_refuse_to_be_launched_several_times(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = run(capsys, "run", "-c", "nano", "-s", f"out={tmp_path / 'out'}")
+    assert code == 1
+    assert "WORLD_SIZE" in said and "fintune train" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_reference_lists_every_key() -> None:
     page = Path(__file__).parents[1] / "docs" / "reference.md"
     text = page.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """The command line: one short function a verb. Stages are imported inside, so --help is instant."""
 
+import os
 import shlex
 import signal
 import sys
@@ -80,11 +81,19 @@ def _stoppable() -> Iterator[None]:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         console.result(__version__)
         raise typer.Exit
+    verb = context.invoked_subcommand
+    if verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
+            why="each would write the same folders",
+            fix="launch `fintune train` alone so; run the other stages before and after it",
+        )
 
 
 @app.command()
@@ -432,7 +441,6 @@ def _show_dry_run(plan: dict[str, Any]) -> None:
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
     import logging
-    import os
 
     # Read by transformers and datasets at import; a user's own setting wins.
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
