@@ -178,6 +178,13 @@ def engine_rows() -> Iterator[str]:
     )
 
 
+def test_the_readme_states_the_kills_of_the_results() -> None:
+    found = figures("survival")["kills"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    stated = f"{found['kills']} kills at random moments, {found['identical_runs']} of"
+    assert f"{stated} {found['runs']} runs identical" in text
+
+
 def deal_rows() -> Iterator[str]:
     """What bench/deal.py last wrote."""
     found = figures("deal")
