@@ -41,7 +41,7 @@ from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.train import memory  # noqa: E402
+from fintune.train import memory, norm  # noqa: E402
 from fintune.train.record import Record  # noqa: E402
 from fintune.train.room import Room  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
@@ -60,10 +60,11 @@ def main(name: str, folder: Path, epochs: int) -> None:
     # Where memory runs out, it is a contestant that is ended and no one else's work.
     Path("/proc/self/oom_score_adj").write_text("1000")
     rows = pq.read_table(folder / "data" / "train.parquet")
-    if name == "floor":
-        _frozen_base(folder, Rows(rows))
+    if name.startswith("floor"):
+        _frozen_base(folder, Rows(rows), our_norms="norms" in name)
         return
     trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
+    memory.give_back()  # what was tried before is not the model's
     base = _in_use()
     for order in _orders():
         if order == "check":
@@ -179,6 +180,8 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
         mean = float(np.mean(rows["length"].to_numpy()))
         size = max(1, round(setting["micro"] * mean / LONGEST))
         common |= {"max_length": LONGEST, "packing": True, "per_device_train_batch_size": size}
+        rows_a_step = setting["micro"] * setting["accumulation"]
+        common["gradient_accumulation_steps"] = round(rows_a_step * mean / LONGEST / size)
     else:
         common |= {"max_length": None, "padding_free": True}
     return SFTTrainer(
@@ -232,14 +235,18 @@ def _check(trainer: Any, rows: Any) -> Answer:
     return {"loss": total, "one_at_a_time": alone / count}
 
 
-def _frozen_base(folder: Path, rows: Rows) -> None:
-    """The floor: our batches through the frozen base and back to its inputs; nothing else."""
+def _frozen_base(folder: Path, rows: Rows, our_norms: bool) -> None:
+    """The floor: our batches and attention through the frozen base of transformers and back to its
+    inputs; nothing else. `our_norms`: with the norms that `fintune train` puts into it."""
     base = Base("bench/model", "", folder / "model")
     model = load_base(base, "none", "bf16", attention=attention.NAME)
+    if our_norms:
+        norm.fuse(model)
     memory.hold()
     order, _ = _order(config_of(folder, 1), rows, 1, None)
     multiple = CPU_MULTIPLE if model.device.type == "cpu" else 1
     collator = Collator(flat=True, pad_token_id=0, multiple=multiple)
+    memory.give_back()
     base_bytes = _in_use()
     for number, _ in enumerate(_orders()):
         _forget_peak()

@@ -49,7 +49,7 @@ def attend(
         )
         return output, None
     grouped = query.shape[1] != key.shape[1]
-    if query.device.type == "cuda":
+    if _has_varlen(query):
         attended = varlen_attn(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
@@ -67,7 +67,8 @@ def attend(
     sizes = cu_seq_lens_q.diff().tolist()
     # On a CPU torch's flash kernel takes 1.1 ms in fp32 and 4.1 ms in bf16, forward and backward
     # together, for a sequence of 150 tokens and 8 heads of 32; the same at 2,048 tokens.
-    precise = torch.promote_types(query.dtype, torch.float32)
+    on_cpu = query.device.type == "cpu"
+    precise = torch.promote_types(query.dtype, torch.float32) if on_cpu else query.dtype
     parts = [tensor.to(precise).split(sizes, dim=2) for tensor in (query, key, value)]
     with torch.autocast("cpu", enabled=False):  # it would cast them back to bf16
         pieces = [
@@ -77,6 +78,12 @@ def attend(
             for q, k, v in zip(*parts, strict=True)
         ]
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    """Flash attention wants a CUDA device of capability 8.0 and half precision."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -109,4 +116,9 @@ def takes_flat_batches(model: Any) -> str | None:
         return f"its attention has a sliding window ({window} tokens)"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps its logits"
+    if getattr(config, "attention_chunk_size", None) or getattr(config, "attention_dropout", 0):
+        return "its attention has chunks, or dropout"
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other:
+        return f"it has layers of another kind ({', '.join(sorted(other))})"
     return None

@@ -254,10 +254,16 @@ def _deal(lengths: Ints, group: Ints, parts: int, world_size: int) -> list[Ints]
 
 
 def _even(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
-    """A step whose batches do not divide among the ranks (the last) is dealt anew."""
-    if len(step) % world_size == 0:
-        return step
-    return _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
+    """Whole batches to ranks, each as many: longest first, to the lightest rank with a place left.
+    A step whose batches do not divide among the ranks (the last) is dealt anew."""
+    each, left = divmod(len(step), world_size)
+    if left:
+        return _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
+    hands: list[list[Ints]] = [[] for _ in range(world_size)]
+    for batch in sorted(step, key=lambda batch: -int(lengths[batch].sum())):
+        free = [hand for hand in hands if len(hand) < each]
+        min(free, key=lambda hand: sum(int(lengths[own].sum()) for own in hand)).append(batch)
+    return [hand[place] for place in range(each) for hand in hands]
 
 
 def _bucketed(

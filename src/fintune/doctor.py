@@ -113,7 +113,7 @@ def _compute() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            kind = "bf16" if torch.cuda.is_bf16_supported() else "fp16: no bf16 on this GPU"
+            kind = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16: no bf16 on this GPU"
             yield Finding(f"GPU {index}", "ok", f"{card.name}, {_gb(card.total_memory)}", kind)
     elif Path("/dev/nvidia0").exists():
         fix = "install torch's CUDA build, or a newer driver"

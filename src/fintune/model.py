@@ -59,7 +59,7 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if on.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     return "bf16" if _bf16_is_faster() else "fp32"
 
 

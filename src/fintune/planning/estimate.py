@@ -124,8 +124,7 @@ def memory(shape: Shape, lora: LoraConfig, optimizer: str, setting: Setting) -> 
     fused = sum(fuses(shape, name, setting.quantization) for name in shape.adapted(lora))
     copies = e * trained * fused / max(len(shape.adapted(lora)), 1)
     kept += copies / shape.layers if setting.checkpointing else copies
-    logits = min(CHUNK_BYTES, 4 * shape.vocab * setting.supervised)
-    logits *= 2 if e < 4 else 1  # before and after fp32
+    logits = min(CHUNK_BYTES, (4 + e) * shape.vocab * setting.supervised)
     # Backward of the widest projection: mask, masked input, gradient and its adapter's part; where
     # peft computes, in fp32 and with the unpacked weight.
     widest = max(inner for inner, _ in shape.adapted(lora).values())

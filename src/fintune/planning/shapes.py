@@ -5,6 +5,7 @@ for; `tests/test_plan.py` holds their parameter counts against the published one
 """
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,44 +124,11 @@ def safetensors_bytes(tensors: dict[str, tuple[int, int]]) -> int:
     return 8 + length + -length % 8 + end
 
 
-Sizes = tuple[int, int, int, int, int]
-"""hidden, intermediate, layers, heads, kv_heads"""
-
-
-def _llama(sizes: Sizes, head_dim: int = 128, tied: bool = False) -> Shape:
-    return Shape(128_256, *sizes, head_dim=head_dim, tied=tied)
-
-
-def _qwen2(vocab: int, sizes: Sizes, tied: bool = False) -> Shape:
-    return Shape(vocab, *sizes, head_dim=sizes[0] // sizes[3], tied=tied, qkv_bias=True)
-
-
-def _qwen3(sizes: Sizes, tied: bool = False) -> Shape:
-    return Shape(151_936, *sizes, head_dim=128, tied=tied, qk_norm=True)
-
-
 SHAPES = {
-    "llama-3.1-8b": _llama((4096, 14_336, 32, 32, 8)),
-    "llama-3.1-70b": _llama((8192, 28_672, 80, 64, 8)),
-    "llama-3.3-70b": _llama((8192, 28_672, 80, 64, 8)),
-    "llama-3.2-1b": _llama((2048, 8192, 16, 32, 8), head_dim=64, tied=True),
-    "llama-3.2-3b": _llama((3072, 8192, 28, 24, 8), tied=True),
-    "qwen2.5-0.5b": _qwen2(151_936, (896, 4864, 24, 14, 2), tied=True),
-    "qwen2.5-1.5b": _qwen2(151_936, (1536, 8960, 28, 12, 2), tied=True),
-    "qwen2.5-3b": _qwen2(151_936, (2048, 11_008, 36, 16, 2), tied=True),
-    "qwen2.5-7b": _qwen2(152_064, (3584, 18_944, 28, 28, 4)),
-    "qwen2.5-14b": _qwen2(152_064, (5120, 13_824, 48, 40, 8)),
-    "qwen2.5-32b": _qwen2(152_064, (5120, 27_648, 64, 40, 8)),
-    "qwen2.5-72b": _qwen2(152_064, (8192, 29_568, 80, 64, 8)),
-    "qwen3-0.6b": _qwen3((1024, 3072, 28, 16, 8), tied=True),
-    "qwen3-1.7b": _qwen3((2048, 6144, 28, 16, 8), tied=True),
-    "qwen3-4b": _qwen3((2560, 9728, 36, 32, 8), tied=True),
-    "qwen3-8b": _qwen3((4096, 12_288, 36, 32, 8)),
-    "qwen3-14b": _qwen3((5120, 17_408, 40, 40, 8)),
-    "qwen3-32b": _qwen3((5120, 25_600, 64, 64, 8)),
-    "mistral-7b-v0.3": Shape(32_768, 4096, 14_336, 32, 32, 8, 128),
-    "mistral-7b-instruct-v0.3": Shape(32_768, 4096, 14_336, 32, 32, 8, 128),
-    "phi-4": Shape(100_352, 5120, 17_920, 40, 40, 10, 128, joined=True),
+    name: Shape(**facts)
+    for name, facts in tomllib.loads(
+        Path(__file__).with_name("shapes.toml").read_text(encoding="utf-8")
+    ).items()
 }
 """By the end of the public id, in lower case, without `meta-` and `-instruct`."""
 

@@ -106,7 +106,7 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(arguments))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
-    dtype = "bf16" if device().type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    dtype = "bf16" if device().type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     model = load_adapter(load_base(base, "none", dtype), staging)  # type: ignore[arg-type]
     chat = ChatFormat(tokenizer, inputs.recipe.chat.date_string)
     files.write_json(
