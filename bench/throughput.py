@@ -221,8 +221,8 @@ def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
 def main() -> None:
     """Check, race, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--sides", default=";".join(SIDES), help="names, separated by ;")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "throughput.json")
     options = parser.parse_args()
