@@ -177,9 +177,21 @@ def check(folder: Path, table: pa.Table, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def heats(folder: Path, names: list[str], tokens: int) -> dict[str, int]:
+    """Useful tokens a second of each setting of TRL alone, in the second epoch of its process: the
+    first compiles products, and is slower."""
+    found = {}
+    for name in names:
+        side = Side(name, folder, 3)
+        side.ask("epoch")
+        found[name] = round(tokens / side.ask("epoch")["seconds"])
+        side.end()
+        _say(f"heat     {name:45} {found[name]:8,} useful tokens/s")
+    return found
+
+
 def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, list[Any]]:
-    """Rounds of an epoch each after one that warms up; from the second counted on only the fastest
-    setting of TRL goes on."""
+    """Rounds of an epoch each, after one that warms up."""
     # One epoch more than is run: at its end a Trainer evaluates, saves and tidies up.
     sides = {name: Side(name, folder, rounds + 2) for name in names}
     answers: dict[str, list[Any]] = {name: [] for name in names}
@@ -189,13 +201,6 @@ def race(folder: Path, names: list[str], rounds: int, tokens: int) -> dict[str, 
                 answers[name].append(sides[name].ask("epoch"))
                 rate = tokens / answers[name][-1]["seconds"]
                 _say(f"round {number}  {name:45} {rate:8,.0f} useful tokens/s")
-            if number == 1:  # the first epoch of a process compiles products, and is slower
-                heats = sorted(
-                    (name for name in sides if name.startswith("trl")),
-                    key=lambda name: float(answers[name][1]["seconds"]),
-                )
-                for name in heats[1:]:
-                    sides.pop(name).end()
     finally:
         for side in sides.values():
             side.end()
@@ -206,7 +211,7 @@ def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
     """Medians, and the ratio of our rate to each contestant's as the median over rounds."""
     found = {}
     for name, own in answers.items():
-        pairs = zip(own, answers["ours"][: len(own)], strict=True)
+        pairs = zip(own, answers["ours"], strict=True)
         ratios = [other["seconds"] / ours["seconds"] for other, ours in pairs]
         found[name] = {
             "rounds": len(own),
@@ -235,10 +240,14 @@ def main() -> None:
             Path(scratch) / "check", table, [n for n in names if not n.startswith("floor")]
         )
         right = [name for name in names if losses.get(name, {}).get("difference", 0) <= AGREES]
+        left_out = sorted(set(names) - set(right))
         folder = Path(scratch) / "race"
         tokens = int(np.sum(make(folder, table, options.rows)["length"].to_numpy()))
         _say(f"{options.rows} rows, {tokens:,} tokens an epoch")
-        found = summary(race(folder, right, options.rounds, tokens), tokens)
+        trl = heats(folder, [name for name in right if name.startswith("trl")], tokens)
+        slower = sorted(trl, key=trl.__getitem__)[:-1]
+        names = [name for name in right if name not in slower]
+        found = summary(race(folder, names, options.rounds, tokens), tokens)
     layer = 4 * SHAPE["hidden_size"] ** 2 + 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
     results = {
         "format": 1,
@@ -248,7 +257,8 @@ def main() -> None:
         "rounds": options.rounds,
         "plans": plan,
         "loss_on_64_rows": losses,
-        "left_out": sorted(set(names) - set(right)),
+        "left_out": left_out,
+        "heats": trl,
         "sides": found,
         "matrix_rate_share": round(share(found, layer), 3),
     }

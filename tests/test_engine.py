@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -284,3 +284,28 @@ def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: P
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     ups = [p.grad for n, p in peft.named_parameters() if "lora_B" in n]
     assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in ups)
+
+
+def test_a_model_that_flat_batches_would_leak_in_is_padded() -> None:
+    """Convolutions run across sequences; chunks and dropout of attention are not `attend`'s."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert attention.takes_flat_batches(LlamaForCausalLM(LlamaConfig(**sizes))) is None
+    mixed = Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"]))
+    assert "conv" in (attention.takes_flat_batches(mixed) or "")
+    dropping = LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.5))
+    assert "dropout" in (attention.takes_flat_batches(dropping) or "")
+
+
+def test_the_supervised_loss_is_the_models_own_with_full_logits() -> None:
+    """`sum_loss` leaves positions and logits out; every adapter gradient is as with all of them."""
+    peft = model(torch.float64)
+    batch = flat_batch(rows())
+    own = gradients(peft, dict(batch))
+    labels = batch.pop("labels")
+    peft.zero_grad()
+    logits = peft(**batch, use_cache=False).logits
+    loss = F.cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE], reduction="sum")
+    loss.backward()
+    found = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
+    assert_same(own, (float(loss.detach()), found), torch.float64)

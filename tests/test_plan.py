@@ -1,6 +1,7 @@
 """The plan: exact where it counts, near what autograd keeps where it estimates."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,13 @@ def test_built_in_shapes_have_the_published_number_of_parameters() -> None:
 
 
 def test_the_published_recipe(tmp_path: Path) -> None:
-    """Exact: 167,772,160 trained; 3,125 updates, 62 evaluations; 29 % spent on them."""
+    """Exact: 167,772,160 trained; 3,125 updates, 63 evaluations; 30 % spent on them."""
     changes = [f"out={tmp_path}", "data.max_validation_rows=8000", "train.eval_rows=4000"]
     found = plan(load_config("llama-3.1-8b-finance", changes))
     assert found["adapter"]["trainable_parameters"] == 167_772_160
-    assert (found["work"]["updates"], found["work"]["evaluations"]) == (3125, 62)
+    assert (found["work"]["updates"], found["work"]["evaluations"]) == (3125, 63)
     assert found["work"]["evaluation_share"] == pytest.approx(0.29, abs=0.01)
-    assert any("29% of the run is evaluation" in note for note in found["notes"])
+    assert any("30% of the run is evaluation" in note for note in found["notes"])
     peaks = {
         (s["quantization"], s["activation_checkpointing"]): s["peak"] for s in found["settings"]
     }
@@ -172,8 +173,9 @@ def test_what_cannot_be_planned_is_said() -> None:
         shapes.find_shape(load_config("nano", ["model.id=someone/unknown"]).model)
     with pytest.raises(ConfigError, match="no q_proj"):
         SHAPES["phi-4"].adapted(LoraConfig(target_modules=("q_proj",)))
-    with pytest.raises(ConfigError, match="GPU=USD"):
-        read_rates(["A1000=1"])
+    for rate in ("A1000=1", "L4=-1", "L4=nan", "L4=inf", "L4"):
+        with pytest.raises(ConfigError, match="GPU=USD"):
+            read_rates([rate])
     assert read_rates(["rtx 4090=0.5"]) == {"RTX 4090": 0.5}
 
 
@@ -183,6 +185,10 @@ def test_the_verb(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["cheapest"] == "L4"
+    (said,) = (note for note in found["notes"] if note.startswith("cheapest"))
+    settings = re.findall(r"-s (\S+)", said)
+    assert len(settings) == 4
+    load_config("llama-3.1-8b-finance-24gb", settings)  # as a person would paste them
     assert found["work"]["rows"] == 2000
     shown = CliRunner().invoke(app, command)
     assert "167,772,160" in shown.output
@@ -200,3 +206,21 @@ def test_a_cap_on_tokens_is_planned_as_it_is_trained(tmp_path: Path) -> None:
         rows.plan_batches(
             load_config("nano", [f"out={tmp_path}", "train.max_tokens=20"]), lengths, 16
         )
+
+
+def test_the_last_update_is_evaluated_too(tmp_path: Path) -> None:
+    for every, expected in ((50, 4), (99, 2), (500, 1)):
+        config = load_config("nano", [f"out={tmp_path}", f"train.eval_steps={every}"])
+        found = rows.lengths(config, 2112, 100)
+        planned = rows.plan_batches(config, found.train, config.train.micro_batch_size)
+        assert planned.updates == 198
+        assert rows.work(config, found, planned).evaluations == expected
+
+
+def test_a_base_in_parts_is_not_planned_quantised(tmp_path: Path) -> None:
+    config = load_config(
+        "llama-3.1-8b-finance",
+        [f"out={tmp_path}", "train.strategy=fsdp", "model.id=x/llama-3.1-70b"],
+    )
+    kinds = {gpu["set"]["model.quantization"] for gpu in plan(config)["gpus"] if gpu["fits"]}
+    assert kinds <= {"none"}

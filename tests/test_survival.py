@@ -3,6 +3,7 @@
 The short form of bench/soak.py: the same harms, fewer of them.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Trainer
 from victims import (
     SAVE,
     SIGNALS,
@@ -44,10 +47,10 @@ from victims import (
 from fintune import seal
 from fintune.config import Config, load_config
 from fintune.data import prepare
-from fintune.errors import FintuneError, NoSpace, OutputError, Stopped
+from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError, Stopped
 from fintune.files import read_json, read_jsonl, write_json
 from fintune.release.bundle import release
-from fintune.train import checkpoints, identity, metrics, record, room, trainer
+from fintune.train import checkpoints, identity, memory, metrics, record, room, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
 
@@ -270,6 +273,9 @@ def test_drift_is_accepted_by_name_and_recorded(
     ways = drifts(tmp_path, prepared, tiny_base)
     with pytest.raises(FintuneError, match="another shape"):
         train(changed(half, ways["rank"][0], tmp_path), accept_drift="wanted")
+    other = half.train.model_copy(update={"optimizer": "adafactor"})
+    with pytest.raises(FintuneError, match="optimizer: adamw_torch -> adafactor"):
+        train(half.model_copy(update={"train": other}), accept_drift="wanted")
     first = changed(half, ways["learning rate"][0], tmp_path)
     killed = at_call(trainer.LoraTrainer, "compute_loss", 10, lambda: die(0))
     outcome = harmed(lambda: train(first, accept_drift="too fast"), killed)
@@ -278,6 +284,13 @@ def test_drift_is_accepted_by_name_and_recorded(
     second = changed(half, lambda values: [change(values) for change in both], tmp_path)
     outcome = harmed(lambda: train(second, accept_drift="sorted"))
     assert outcome.code == 0, outcome.text
+    rates = {
+        row["step"]: row["learning_rate"]
+        for row in read_jsonl(half.run_dir / "metrics.jsonl")
+        if "learning_rate" in row
+    }
+    assert 5e-3 < rates[7] <= 1e-2, "as the run began"
+    assert 0 < max(rate for step, rate in rates.items() if step > 7) < 1e-3, "as was accepted"
     for facts in (
         read_json(half.run_dir / "done.json")["accepted"],
         read_json(half.run_dir / "environment.json")["accepted_changes"],
@@ -325,6 +338,53 @@ def test_memory_that_ends_halves_the_micro_batches(new: Callable[..., Config]) -
     (cap,) = facts["token_caps"]
     assert (cap["max_tokens"], facts["steps"]) == (cap["was"] // 2, STEPS)
     assert read_json(config.run_dir / "training_arguments.json")["gradient_accumulation_steps"] > 1
+
+
+def test_memory_that_lacks_before_the_first_update_ends_with_75_and_a_cap(
+    new: Callable[..., Config],
+) -> None:
+    changes = ("train.micro_batch_size=8", "train.accumulation=1")
+    config = new("train.activation_checkpointing=on", *changes)
+
+    def full() -> None:
+        def lacking(model: Any, batch: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        memory.sum_loss = lacking
+
+    outcome = harmed(lambda: train(config), full)
+    assert outcome.code == 75, outcome.text
+    (cap,) = read_json(config.run_dir / "record.json")["token_caps"]
+    assert (cap["step"], cap["max_tokens"] <= cap["was"] // 2 + 1) == (0, True)
+
+
+def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler skips an update for its scale's sake, not one after the other for ever."""
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.nan))
+    owner, made = object.__new__(trainer.LoraTrainer), 0
+    owner._step_loss, owner._skipped = torch.tensor(1.0), 0
+    owner.accelerator = SimpleNamespace(scaler=object())
+    owner.args = SimpleNamespace(world_size=1)
+    owner.state = SimpleNamespace(global_step=6)
+    owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]
+    with pytest.raises(NotFinite, match="step 7") as caught:
+        while made < 1_000:
+            owner._clip_grad_norm(None)
+            made += 1
+    assert made == trainer.SKIPS - 1
+    assert "a, b" in str(caught.value)
+
+
+def test_a_volume_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*words: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(seal.fcntl, "flock", lacking)
+    with seal.lock(tmp_path / "run") as dead:
+        assert dead == ""
+    assert "has no locks" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

@@ -222,7 +222,8 @@ def test_recomputing_is_decided_by_measured_memory(
         assert "5,000 tokens" in why
     before = {name: value.clone() for name, value in peft.named_parameters()}
     state = torch.random.get_rng_state()
-    memory.try_largest(peft, rows, collator, "fp32", np.arange(4))
+    for recomputed in (False, True):
+        memory.try_largest(peft, rows, collator, "fp32", np.arange(4), recomputed=recomputed)
     assert torch.equal(torch.random.get_rng_state(), state), "a trial leaves no trace"
     assert all(torch.equal(value, before[name]) for name, value in peft.named_parameters())
     assert all(parameter.grad is None for parameter in peft.parameters())

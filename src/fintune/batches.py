@@ -101,14 +101,14 @@ def plan_epoch(
         # Fewer examples than processes: some rank would wait for ever. They join the step before.
         steps[-2:] = [steps[-2] + steps[-1]]
     if plan == "bucketed":
-        return EpochPlan([_even(lengths, step, world_size) for step in steps])
+        return EpochPlan([_to_ranks(lengths, step, world_size) for step in steps])
     return deal_again(lengths, EpochPlan(steps), parts, world_size)
 
 
 def deal_again(lengths: Ints, plan: EpochPlan, parts: int, world_size: int = 1) -> EpochPlan:
     """The same steps, each dealt into `parts` micro-batches of nearly equal tokens."""
     dealt = [_deal(lengths, np.concatenate(step), parts, world_size) for step in plan.steps]
-    return EpochPlan(dealt)
+    return EpochPlan([_to_ranks(lengths, step, world_size) for step in dealt])
 
 
 def parts_under(
@@ -253,16 +253,21 @@ def _deal(lengths: Ints, group: Ints, parts: int, world_size: int) -> list[Ints]
     return [np.array(hand, dtype=np.int64) for hand in hands]
 
 
-def _even(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
+def _to_ranks(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
     """Whole batches to ranks, each as many: longest first, to the lightest rank with a place left.
-    A step whose batches do not divide among the ranks (the last) is dealt anew."""
+    A step whose batches do not divide among the ranks (a bucket's last) is dealt anew."""
+    if world_size == 1:
+        return step
+    if len(step) % world_size:
+        step = _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
     each, left = divmod(len(step), world_size)
-    if left:
-        return _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
+    if left:  # fewer examples than ranks
+        return step
+    tokens = {id(batch): int(lengths[batch].sum()) for batch in step}
     hands: list[list[Ints]] = [[] for _ in range(world_size)]
-    for batch in sorted(step, key=lambda batch: -int(lengths[batch].sum())):
+    for batch in sorted(step, key=lambda batch: -tokens[id(batch)]):
         free = [hand for hand in hands if len(hand) < each]
-        min(free, key=lambda hand: sum(int(lengths[own].sum()) for own in hand)).append(batch)
+        min(free, key=lambda hand: sum(tokens[id(own)] for own in hand)).append(batch)
     return [hand[place] for place in range(each) for hand in hands]
 
 

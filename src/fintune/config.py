@@ -220,6 +220,12 @@ class TrainConfig(Section):
     )
     report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as trackio")
 
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """`on` and `off` without quotes are truth values to YAML 1.1."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
 
 class JudgeConfig(Section):
     """A model behind an OpenAI-compatible endpoint that settles what arithmetic cannot."""

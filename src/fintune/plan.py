@@ -4,6 +4,7 @@ Exact are the counts: trainable parameters, steps, sizes of files. Memory and ti
 with bands that come from measured CPU runs (bench/plan.py).
 """
 
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -177,7 +178,7 @@ def _on_gpu(
         return {**facts, "fits": False, "why": gpu.missing}
     fitting = [
         choice
-        for quantization in QUANTIZATIONS
+        for quantization in (QUANTIZATIONS if config.train.strategy != "fsdp" else ("none",))
         for on in (False, True)
         if (choice := _largest_that_fits(gpu, shape, config, found, plans, quantization, on))
     ]
@@ -241,9 +242,9 @@ def _choice(cheapest: dict[str, Any] | None) -> list[str]:
 def _notes(found: rows.Lengths, share: float) -> list[str]:
     least, usual, most = PEAK_SHARE
     notes = [
-        f"memory band +-{MEMORY_BAND:.0%} from measured CPU runs (bench/plan.py); a GPU was never"
-        f" measured: its time assumes {usual:.0%} of the dense bf16 peak, the range"
-        f" {least:.0%} to {most:.0%}",
+        f"one GPU, one process; memory +-{MEMORY_BAND:.0%}, as measured on CPU runs"
+        f" (bench/plan.py): a GPU was never measured, and its time assumes {usual:.0%} of the dense"
+        f" bf16 peak, the range {least:.0%} to {most:.0%}",
     ]
     if found.assumed:
         notes.append(
@@ -269,6 +270,8 @@ def read_rates(given: list[str]) -> dict[str, float]:
         name, _, usd = text.partition("=")
         try:
             rates[names[name.strip().lower()]] = float(usd)
+            if not 0 <= float(usd) < math.inf:
+                raise ValueError
         except (KeyError, ValueError):
             raise ConfigError(
                 f"--rate {text}", fix=f"GPU=USD_PER_HOUR, of {', '.join(names.values())}"
@@ -280,8 +283,9 @@ def show(found: dict[str, Any]) -> None:
     """The plan as tables of at most 80 columns."""
     base, work, adapter = found["base"], found["work"], found["adapter"]
     about = "" if adapter["optimizer_exact"] else "about "
+    scale, unit = (1e9, "B") if base["parameters"] >= 1e9 else (1e6, "M")
     facts = {
-        "base": f"{base['id']}, {base['parameters'] / 1e9:.2f} B parameters",
+        "base": f"{base['id']}, {base['parameters'] / scale:.2f} {unit} parameters",
         "trained": f"{adapter['trainable_parameters']:,} ({adapter['share_of_base']:.2%})",
         "adapter file": f"{adapter['adapter_model.safetensors']:,} bytes",
         "checkpoint": f"{about}{_gb(adapter['checkpoint'])}: adapter and optimizer",
@@ -308,7 +312,7 @@ def show(found: dict[str, Any]) -> None:
     title = f"memory, micro-batches of up to {work['largest_micro_batch']:,} tokens (*: configured)"
     console.table(title, columns, rows)
     console.table(
-        "where it fits",
+        "where it fits, on one GPU",
         ["GPU", "fastest setting that fits", "peak", "hours", "USD"],
         map(_gpu_row, found["gpus"]),
     )
@@ -335,8 +339,14 @@ def _gpu_row(row: dict[str, Any]) -> tuple[str, ...]:
     ]
     least, most = row["hours_range"]
     price = "" if row["usd"] is None else f"{row['usd']:.2f}"
-    return name, ", ".join(words), _gb(row["peak"]), f"{least:.1f}-{most:.1f}", price
+    return name, ", ".join(words), _gb(row["peak"]), f"{_hours(least)}-{_hours(most)}", price
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.2g}"
 
 
 def _gb(size: float) -> str:
+    if size < 0.95e9:
+        return f"{size / 1e6:.0f} MB"
     return f"{size / 1e9:.1f} GB" if size < 99.95e9 else f"{size / 1e9:.0f} GB"

@@ -5,6 +5,7 @@ A folder without it is unfinished and no later stage reads it. The same command 
 finished stage whose inputs are unchanged, and refuses when they differ, naming them.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from fintune.console import warn
 from fintune.errors import OutputError
 from fintune.files import read_json, sha256_file, sha256_json, write_json
 
@@ -88,6 +90,10 @@ def lock(folder: Path) -> Iterator[str]:
                 why="two runs in one folder would destroy each other's checkpoints",
                 fix="wait for it, stop it (SIGTERM saves), or choose another folder: --set out=...",
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
+            warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         file.seek(0)
         dead = file.read()
         file.truncate(0)

@@ -2,8 +2,10 @@
 and of the rows.
 """
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -18,40 +20,8 @@ from fintune.nano.words import (
     Metric,
 )
 
-_STATED: Final = (
-    "{C} reported {m} of {v} for {y}.",
-    "For {y}, {m} came to {v}.",
-    "{M} in {y} stood at {v}.",
-    "In {y} {C} posted {m} of {v}.",
-    "{M} for the year {y} reached {v}.",
-    "The accounts for {y} show {m} of {v}.",
-    "{M} {was} {v} in {y}.",
-    "{C} closed {y} with {m} of {v}.",
-    "At {v}, {m} {was} in line with the plan for {y}.",
-)
-_ROSE: Final = (
-    "{M} rose to {v} in {y} from {p} in {q}.",
-    "{M} {was} {v} in {y}, up from {p} in {q}.",
-    "{C} increased its {m} from {p} in {q} to {v} in {y}.",
-    "In {y}, {m} grew to {v}, after {p} in {q}.",
-    "{M} went up from {p} in {q} and reached {v} in {y}.",
-    "At {v}, {m} in {y} was higher than the {p} of {q}.",
-)
-_FELL: Final = (
-    "{M} fell to {v} in {y} from {p} in {q}.",
-    "{M} {was} {v} in {y}, down from {p} in {q}.",
-    "{C} saw its {m} decrease from {p} in {q} to {v} in {y}.",
-    "In {y}, {m} declined to {v}, after {p} in {q}.",
-    "{M} went down from {p} in {q} and ended at {v} in {y}.",
-    "At {v}, {m} in {y} was lower than the {p} of {q}.",
-)
-OPENINGS: Final = (
-    "{C} has published its annual report for {y}.",
-    "The annual report of {C} covers the year {y}.",
-    "{C} is a company in the {s} business.",
-    "This note sums up the accounts of {C}.",
-    "Below are the main figures of {C}.",
-    "{C} presented its accounts to shareholders.",
+TEXTS: Final[dict[str, list[str]]] = tomllib.loads(
+    Path(__file__).with_name("prose.toml").read_text(encoding="utf-8")
 )
 
 
@@ -207,15 +177,15 @@ def fill(
 def state(rng: Random, report: Report, line: Line) -> tuple[str, tuple[int, ...]]:
     """Say one line in a sentence; also return the positions of the years whose amounts it gives."""
     if len(line.amounts) > 1 and rng.randrange(3):
-        return fill(rng, _ROSE if line.rose else _FELL, report, line), (0, 1)
-    return fill(rng, _STATED, report, line), (0,)
+        return fill(rng, TEXTS["risen"] if line.rose else TEXTS["fallen"], report, line), (0, 1)
+    return fill(rng, TEXTS["stated"], report, line), (0,)
 
 
 def opening(rng: Random, report: Report) -> str:
     """The first sentence of a report; it names the company."""
     company = report.company
     name = company.full if rng.randrange(2) else company.short
-    text = rng.choice(OPENINGS).format(C=name, y=report.years[0], s=company.sector)
+    text = rng.choice(TEXTS["openings"]).format(C=name, y=report.years[0], s=company.sector)
     return text.replace("..", ".")  # "Inc." at the end of a sentence
 
 

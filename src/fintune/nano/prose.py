@@ -5,13 +5,12 @@ predict the second half is to look the first half up. There are no questions wit
 roles: how to answer is left to the adapter.
 """
 
-import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from random import Random
 from typing import Final
 
 from fintune.nano.facts import (
+    TEXTS,
     Line,
     Report,
     capital,
@@ -24,9 +23,6 @@ from fintune.nano.facts import (
 )
 from fintune.nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, TERMS, TONES, Tone
 
-_TEXTS: Final[dict[str, list[str]]] = tomllib.loads(
-    Path(__file__).with_name("prose.toml").read_text(encoding="utf-8")
-)
 RATIOS: Final = (
     ("net margin", "net income", "revenue"),
     ("operating margin", "operating income", "revenue"),
@@ -54,17 +50,17 @@ def _restate(rng: Random, report: Report, stated: list[tuple[Line, int]], cells:
     """Say stated figures again in another order, with directions where both years are known."""
     rng.shuffle(stated)
     parts = []
-    texts = _TEXTS["restated" if rng.randrange(3) else "headed"]
+    texts = TEXTS["restated" if rng.randrange(3) else "headed"]
     for line, at in stated:
         if cells and rng.randrange(2):
-            parts.append(fill(rng, _TEXTS["cells"], report, line, at))
+            parts.append(fill(rng, TEXTS["cells"], report, line, at))
         else:
             parts.append(fill(rng, texts, report, line, at))
     both = {line for line, at in stated if (line, 1 - at) in stated}
     for line in report.lines:
         if line in both and rng.randrange(2):
             place = rng.randrange(len(parts) + 1)
-            texts = _TEXTS["rose" if line.rose else "fell"]
+            texts = TEXTS["rose" if line.rose else "fell"]
             parts.insert(place, fill(rng, texts, report, line))
     return parts
 
@@ -110,7 +106,7 @@ def _two_companies(rng: Random) -> str:
     left = draw_report(rng, rng.randrange(1, 4), 1)
     pair = (left, draw_report(rng, 1, 1, like=left))
     facts = [(report, line) for report in pair for line in report.lines]
-    texts = _TEXTS["of_company"]
+    texts = TEXTS["of_company"]
     if rng.randrange(2):
         text = "\n".join(
             f"{report.company.short}: "
@@ -133,7 +129,7 @@ def news(rng: Random, tone: Tone, num_events: int, company: str) -> str:
         "d": rng.randrange(1, 29),
         "y": rng.randrange(2006, 2025),
     }
-    text = rng.choice(_TEXTS["datelines"]).format(m=rng.choice(MONTHS)[:3], **values)
+    text = rng.choice(TEXTS["datelines"]).format(m=rng.choice(MONTHS)[:3], **values)
     sentences = []
     for event in rng.sample(EVENTS[tone], num_events):
         amount = f"${rng.randrange(10, 1000)} million"
@@ -149,7 +145,7 @@ def _news(rng: Random) -> str:
     company = draw_company(rng).short
     text = news(rng, tone, rng.randrange(1, 5), company)
     verdicts = [
-        rng.choice(_TEXTS["toned"]).format(c=company, t=tone, T=capital(tone))
+        rng.choice(TEXTS["toned"]).format(c=company, t=tone, T=capital(tone))
         for _ in range(rng.randrange(1, 3))
     ]
     return text + "\n\n" + _join(rng, verdicts)
@@ -161,7 +157,7 @@ def _term(rng: Random) -> str:
     """
     parts = []
     for term, meaning, reason in rng.sample(TERMS, rng.randrange(1, 4)):
-        sentence = rng.choice(_TEXTS["defined"]).format(
+        sentence = rng.choice(TEXTS["defined"]).format(
             t=term, T=capital(term), d=meaning, D=capital(meaning)
         )
         parts.append(f"{sentence} {reason}" if rng.randrange(4) else sentence)
@@ -174,11 +170,11 @@ def _ratio(rng: Random) -> str:
     company = draw_company(rng).short
     percent, base = draw_ratio(rng)
     part = percent * base // 100
-    text = rng.choice(_TEXTS["worked"]).format(
+    text = rng.choice(TEXTS["worked"]).format(
         C=company, n=name, N=capital(name), t=top, T=capital(top), b=bottom, B=capital(bottom),
         x=f"${part} million", z=f"${base} million", p=percent, xs=part, zs=base,
     )  # fmt: skip
-    again = rng.choice(_TEXTS["worked_again"]).format(n=name, N=capital(name), C=company, p=percent)
+    again = rng.choice(TEXTS["worked_again"]).format(n=name, N=capital(name), C=company, p=percent)
     return f"{text}\n\n{again}"
 
 
@@ -202,7 +198,7 @@ def _difference(rng: Random) -> str:
         "u": rng.choice(("million", "billion")),
     }
     values |= {"y": report.years[0], "q": report.years[1], "C": report.company.short}
-    return rng.choice(_TEXTS["changed"]).format(**values)
+    return rng.choice(TEXTS["changed"]).format(**values)
 
 
 def _advice(rng: Random) -> str:

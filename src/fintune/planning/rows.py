@@ -108,7 +108,7 @@ def work(config: Config, found: Lengths, plan: Batches) -> Work:
     """Sums over the whole run."""
     epochs = plan.updates * plan.micro_batch * plan.accumulation / max(len(found.train), 1)
     epochs = min(epochs, config.train.epochs)
-    evaluations = plan.updates // config.train.eval_steps
+    evaluations = -(-plan.updates // config.train.eval_steps)  # the last update is evaluated too
     tokens, eval_tokens = int(found.train.sum()), int(found.select.sum())
     return Work(
         tokens=tokens * epochs,

@@ -59,19 +59,21 @@ def accept(run: Path, inputs: dict[str, Any], reason: str, record: Record) -> No
     if not reason.strip():
         raise ConfigError("--accept-drift needs a reason", why="it is recorded for every reader")
     before = read_json(run / seal.INPUTS)["inputs"] if (run / seal.INPUTS).is_file() else inputs
-    old, new = (
-        {key: tree["config"]["train"]["lora"][key] for key in FIXED} for tree in (before, inputs)
-    )
+    old, new = (_fixed(tree["config"]["train"]) for tree in (before, inputs))
     if old != new:
         raise OutputError(
             "these cannot be accepted: " + "; ".join(seal.differences(old, new)),
-            why="the weights saved so far have another shape",
+            why="the weights or the optimizer's states saved so far have another shape",
             fix="start again: fintune train --fresh",
         )
     differing = seal.accept(run, inputs, reason)
     if differing:
         record.forget("precision", "activations")
         warn(f"accepted, and recorded: {'; '.join(differing)}")
+
+
+def _fixed(train: dict[str, Any]) -> dict[str, Any]:
+    return {"optimizer": train["optimizer"], **{key: train["lora"][key] for key in FIXED}}
 
 
 def foreign(checkpoint: Path, run: Path, inputs_sha256: str) -> str | None:

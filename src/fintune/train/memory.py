@@ -19,7 +19,6 @@ import torch
 
 from fintune.batches import Ints
 from fintune.collate import Batch, Collator
-from fintune.errors import ModelError
 from fintune.loss import sum_loss
 from fintune.model import DTYPES
 from fintune.train.rows import Rows
@@ -101,12 +100,14 @@ def recompute(
     )
 
 
-def try_largest(model: Any, rows: Rows, collator: Collator, precision: str, batch: Ints) -> None:
-    """Forward and backward of the most expensive micro-batch, once; gradients are thrown away.
-
-    Raises:
-        ModelError: it does not fit.
-    """
+def try_largest(
+    model: Any, rows: Rows, collator: Collator, precision: str, batch: Ints, *, recomputed: bool
+) -> None:
+    """Forward and backward of the most expensive micro-batch, once, as the run will do it; the
+    gradients are thrown away. What the device raises when it does not fit is not caught."""
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     try:
         with torch.random.fork_rng():
             with _autocast(model, precision):
@@ -114,15 +115,11 @@ def try_largest(model: Any, rows: Rows, collator: Collator, precision: str, batc
                     model.train(), _on_device(collator([rows[i] for i in batch]), model)
                 )
             (total / max(count, 1)).backward()
-    except torch.OutOfMemoryError:
-        raise ModelError(
-            f"the largest micro-batch ({int(rows.lengths[batch].sum()):,} tokens) does not fit",
-            why="it was tried before step 0, so that it is not met hours later",
-            fix="set train.max_tokens to half of that, or train.activation_checkpointing=on, or"
-            " model.quantization=4bit",
-        ) from None
     finally:
         model.zero_grad(set_to_none=True)
+        if recomputed:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
 
 
 @contextmanager

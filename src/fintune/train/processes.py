@@ -16,6 +16,7 @@ does not; DeepSpeed writes its checkpoints itself. `start` refuses both by name.
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
+from fintune.train.room import WAIT_S
 
 T = TypeVar("T")
 ENGINES = {
@@ -74,7 +76,10 @@ def start(strategy: str, quantization: str) -> None:
             fix="a quantised base is small: use train.strategy=ddp",
         )
     if world_size() > 1:
-        kind = PartialState(cpu=not torch.cuda.is_available()).distributed_type.value
+        # The others have to be there still when one has waited for room as long as it may.
+        patience = timedelta(seconds=WAIT_S + 600)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+        kind = state.distributed_type.value
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
                 f"{world_size()} processes were launched and accelerate runs them as {kind}",

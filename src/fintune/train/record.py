@@ -4,7 +4,8 @@ Precision and recomputation are chosen by what is measured on the machine at tha
 measurement may fall out otherwise, and then the continued run would be another one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,16 +50,23 @@ class Record:
         known = [cap["max_tokens"] for cap in self.caps] + ([configured] if configured else [])
         return min(known, default=None)
 
-    def out_of_memory(self, step: int, largest: int, longest: int) -> Stopped | ModelError:
-        """Halve the cap for the next start.
+    @contextmanager
+    def watch_memory(self, step: Callable[[], int], largest: int, longest: int) -> Iterator[None]:
+        """Where memory runs out inside, halve the cap for the next start and end with 75.
 
         Args:
+            step: updates made so far.
             largest: tokens of the largest micro-batch of this start.
             longest: tokens of the longest example, which no cap can divide.
-
-        Returns:
-            The error to raise.
         """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(step(), largest, longest) from None
+
+    def _out_of_memory(self, step: int, largest: int, longest: int) -> Stopped | ModelError:
         if largest <= longest:
             return ModelError(
                 f"step {step + 1}: out of memory on one example of {longest:,} tokens",

@@ -16,8 +16,7 @@ from fintune.files import free_bytes
 
 T = TypeVar("T")
 WAIT_S = 30 * 60.0
-"""Longest wait for room; also transformers' default timeout of a process group, so that with
-several processes the others are still there when it ends."""
+"""Longest wait for room; a process group's timeout is longer (processes.py)."""
 POLL_S = 5.0
 SAY_S = 60.0
 SLACK = 2**20

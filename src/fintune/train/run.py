@@ -33,7 +33,7 @@ from fintune.train.finish import check_best, environment
 from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
-from fintune.train.record import Record, is_out_of_memory
+from fintune.train.record import Record
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.stop import StopRequest
@@ -256,8 +256,9 @@ def _build(
 
     checkpointing, why = record.once("activations", recompute)
     say(why)
-    if not checkpointing:
-        memory.try_largest(peft, rows, collator, name, largest)
+    longest = collator.laid_tokens([int(rows.lengths.max())])
+    with record.watch_memory(lambda: 0, tokens, longest):
+        memory.try_largest(peft, rows, collator, name, largest, recomputed=checkpointing)
     keywords = arguments_dict(
         config, precision=name, checkpointing=checkpointing, accumulation=accumulation
     )
@@ -339,18 +340,18 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     total = config.train.max_steps
     if total < 0:
         total = trainer.order.steps_per_epoch * config.train.epochs
+    longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
     try:
-        with meter("train", total) as bar, trainer.stop.at_steps():
+        with (
+            record.watch_memory(lambda: trainer.state.global_step, trainer.largest, longest),
+            meter("train", total) as bar,
+            trainer.stop.at_steps(),
+        ):
             bar.advance(done)
             if metrics is not None:
                 trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
                 trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
             trainer.resume(checkpoint, total) if checkpoint else trainer.train()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
-        raise record.out_of_memory(trainer.state.global_step, trainer.largest, longest) from None
     finally:
         if metrics is not None:
             metrics.close()

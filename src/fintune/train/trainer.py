@@ -39,6 +39,8 @@ BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
+SKIPS = 40
+"""Updates in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
@@ -75,7 +77,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.room, self.sealed, self.largest = room, sealed, eval_tokens
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
-        self._earlier_s, self._start = 0.0, time.monotonic()
+        self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
         self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
         # On a CPU all evaluation batches take one size, see CPU_MULTIPLE.
         fill = eval_tokens if collator.multiple > 1 else 1
@@ -118,9 +120,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
         self._step_loss.zero_()
         if math.isfinite(loss) and math.isfinite(value):
+            self._skipped = 0
             self.losses.add(loss, self.order.share(self.state.global_step))
             return norm
-        if math.isfinite(loss) and self.accelerator.scaler is not None:
+        self._skipped += 1
+        scaler = self.accelerator.scaler
+        if math.isfinite(loss) and scaler is not None and self._skipped < SKIPS:
             # fp16: the scaler skips this update and lowers its scale; that is its job.
             return torch.zeros_like(norm)
         step = self.state.global_step
@@ -312,8 +317,26 @@ class _Resumed(TrainerCallback):  # type: ignore[misc]
         unlogged, logged, step = self._resume["logged"]
         trainer._tr_loss.fill_(unlogged)
         trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, step
+        if self._resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
+            _take_new_rates(trainer.optimizer, trainer.lr_scheduler, trainer.args.weight_decay)
         if self._resume["pending_evaluation"]:
             trainer.evaluate_late()
+
+
+def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
+    """After accepted changes: a restored optimizer and schedule bring their old settings along.
+
+    What the optimizer was made with it keeps as `defaults`; its first group is the decayed one.
+    """
+    rule = getattr(schedule, "scheduler", schedule)  # inside accelerate's wrapper
+    rule.base_lrs = [optimizer.defaults["lr"]] * len(optimizer.param_groups)
+    rates = [f(rule.last_epoch) * optimizer.defaults["lr"] for f in rule.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        kept = {"weight_decay": group["weight_decay"]}
+        group |= {key: value for key, value in optimizer.defaults.items() if key in group} | kept
+        group |= {"lr": rate, "initial_lr": optimizer.defaults["lr"]}
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    rule._last_lr = rates
 
 
 def _refuse_constant(name: str) -> float:
