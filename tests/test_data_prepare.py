@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fintune import nano
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig
 from fintune.data import scan as scan_module
+from fintune.data import sources as sources_module
 from fintune.data.decontaminate import contaminated, read_benchmarks
 from fintune.data.filters import refuse
 from fintune.data.inspect import inspect, why_dropped
@@ -25,10 +28,11 @@ from fintune.data.lengths import adaptive_max_length, fit, tokenise
 from fintune.data.personal import mask
 from fintune.data.prepare import prepare
 from fintune.data.related import near_duplicates, split
+from fintune.data.sources import find_sources
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE, Example, Message
-from fintune.files import sha256_file
+from fintune.files import read_json, sha256_file
 from fintune.model import Base, load_tokenizer
 
 TERMS = ["revenue", "net income", "free cash flow", "gross margin", "working capital", "equity"]
@@ -146,6 +150,68 @@ def test_file_order_and_workers_change_no_byte(
         prepare(settings)
         written.append({p.name: sha256_file(p) for p in settings.data_dir.iterdir()})
     assert written[0] == written[1]
+
+
+class Inline:
+    """A pool that works at once: a batch is scanned under the limit of when it was handed in."""
+
+    def __init__(self, *words: Any, **named: Any) -> None: ...
+
+    def __enter__(self) -> "Inline":
+        return self
+
+    def __exit__(self, *words: Any) -> None: ...
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> SimpleNamespace:
+        done = work(*given)
+        return SimpleNamespace(result=lambda: done)
+
+
+def test_workers_change_nothing_where_few_rows_keep_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small caps, small blocks and many duplicates: the limit falls while batches are under way."""
+    monkeypatch.setattr(scan_module, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(scan_module, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 1 << 12)
+    draw = random.Random(3)
+    found = rows(900)
+    path = write(tmp_path / "rows.jsonl", [draw.choice(found) for _ in range(1_500)])
+    outcomes = []
+    for workers in (1, 2, 4):
+        data = DataConfig(source=str(path), workers=workers)
+        scanned = scan_module.scan(find_sources(data), data, 0, 40)
+        dropped = sorted((row.line, row.reason, row.detail) for row in scanned.dropped)
+        outcomes.append(([row.line for row in scanned.candidates], dropped))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_a_benchmark_that_changed_is_read_again(tmp_path: Path) -> None:
+    """Also where another benchmark's file has the same name."""
+    source = write(tmp_path / "rows.jsonl", rows(300))
+    named = [write(tmp_path / name / "test.jsonl", [{"question": f"Who is {name}?", "answer": "x"}])
+             for name in ("a", "b")]  # fmt: skip
+    settings = config(tmp_path / "out", source, benchmarks=[str(path) for path in named])
+    prepare(settings)
+    write(named[0], [{"question": "Who was it?", "answer": "y"}])
+    with pytest.raises(OutputError, match="benchmarks"):
+        prepare(settings)
+
+
+def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Path) -> None:
+    told = "My card is 4111 1111 1111 1111, what does the company do for me about the fee?"
+    refused = {"user": told, "assistant": "I cannot provide john.doe@acme.com with that."}
+    kept = {"user": told, "assistant": "The fee is returned within thirty days of the complaint."}
+    source = write(tmp_path / "rows.jsonl", [*rows(300), refused, kept])
+    settings = config(tmp_path / "out", source, personal_data="mask")
+    prepare(settings)
+    for path in settings.data_dir.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".parquet":
+            content = str(pq.read_table(path).to_pylist()).encode()
+        assert b"4111 1111" not in content and b"john.doe" not in content, path.name
+    (row,) = read_json(settings.data_dir / "personal.json")["rows"]
+    assert row["kinds"] == ["card"]
 
 
 def test_adding_rows_moves_none_across() -> None:
@@ -270,6 +336,7 @@ def test_benchmark_questions_are_found(tmp_path: Path) -> None:
         ("routing number 021000021", "routing_number"),
         ("write to jane.doe@example.com", "email"),
         ("call (212) 555-0143 today", "phone"),
+        ("reach me on +442079460958", "phone"),
     ],
 )
 def test_personal_data_is_masked(text: str, kind: str) -> None:
@@ -301,6 +368,9 @@ def test_financial_identifiers_are_not_personal(text: str) -> None:
         ),
         ("What is your name?", "I am {{name}}, an assistant.", "placeholder"),
         ("What was the dividend of the year?", "I'm sorry, but I cannot provide that.", "refusal"),
+        ("What was the dividend of the year?", "I am sorry, I can't assist with that.", "refusal"),
+        ("What was the dividend of the year?", "I apologize, but I cannot help.", "refusal"),
+        ("What was the dividend?", "I cannot provide advice, but here it is. " * 12, None),
         ("What was the dividend of the year?", "nan", "boilerplate"),
         ("Did it rise — “strongly” — to €5 or £4 per share?", "Yes, to €5.", None),
     ],

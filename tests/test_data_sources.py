@@ -238,6 +238,17 @@ def test_ten_thousand_malformed_rows_are_all_accounted_for(tmp_path: Path) -> No
     assert any(r.source == "cut.json" and r.reason == "truncated_file" for r in found.dropped)
 
 
+def test_what_is_no_number_costs_its_own_row_of_an_array(tmp_path: Path) -> None:
+    rows = [dict(ROWS[0]) for _ in range(20)]
+    rows[7]["score"] = float("nan")  # as pandas' missing values are written
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = DataConfig(source=str(tmp_path), workers=1, language_identifier="none")
+    found = scan(find_sources(settings), settings, 0, 100)
+    assert found.read.total() == 20
+    (bad,) = [row for row in found.dropped if row.reason != "duplicate"]
+    assert (bad.line, bad.reason) == (8, "not_json")
+
+
 def test_a_bad_line_names_its_reason(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"user": "a"}\n\nnot json\n\xff\n')

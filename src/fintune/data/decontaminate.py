@@ -21,6 +21,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from fintune.config import SourceConfig
+from fintune.console import warn
 from fintune.data.rows import Rejected, to_messages
 from fintune.data.sources import locate, parse_block
 from fintune.data.text import Hashes, Integers, asked, normal, sequences, words
@@ -103,12 +104,13 @@ def read_benchmarks(paths: tuple[str, ...]) -> list[Question]:
     """
     questions: list[Question] = []
     for path in paths:
-        before = len(questions)
+        before, unread = len(questions), 0
         for source in locate(SourceConfig(path=path)):
             for line, raw in (row for batch in source.batches() for row in parse_block(batch)):
                 try:
                     messages = to_messages(raw, None, inline_turns=False)
                 except Rejected:
+                    unread += 1
                     continue
                 answer = messages[-1].content or str(raw.get("answer", ""))
                 text = asked(Example(source.name, line, "", messages))
@@ -118,6 +120,10 @@ def read_benchmarks(paths: tuple[str, ...]) -> list[Question]:
             raise DataError(
                 f"benchmark {path} holds no readable question",
                 fix="its rows need a column prompt, question, user or messages",
+            )
+        if unread:
+            warn(
+                f"benchmark {path}: {unread} rows hold no question that can be read; not looked for"
             )
     return questions
 

@@ -30,11 +30,15 @@ _UNENGLISH = re.compile(
 _BLANK = re.compile(r"[\s|_*#\d]+")
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z][\w .-]{0,40}\}\}")
 _REFUSAL = re.compile(
-    r"(?:i[’']?m sorry,? but|sorry,? but|unfortunately,?|as an ai(?: language model)?,)? ?"
+    r"(?:(?:(?:(?:i[’']?m|i am) )?(?:very |so )?sorry|i apologi[sz]e)[,.]?(?: but)?"
+    r"|unfortunately,?|as an ai(?: language model)?,)? ?"
     r"(?:i (?:can[’']?t|cannot|am (?:unable|not able) to) (?:assist|help|comply|fulfil|provide"
-    r"|answer|browse|access|complete)|as an ai language model)",
+    r"|answer|browse|access|complete)|i[’']?m (?:unable|not able) to"
+    r"|i (?:don[’']?t|do not) have access|as an ai language model)",
     re.IGNORECASE,
 )
+REFUSAL_CHARACTERS = 400
+"""A longer answer that begins like a refusal mostly goes on to help."""
 _EMPTY_PHRASE = re.compile(r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?", re.I | re.S)
 
 
@@ -54,7 +58,7 @@ def refuse(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str]
                 return "placeholder", hole[0]
         if _EMPTY_PHRASE.fullmatch(answers[-1]):
             return "boilerplate", answers[-1][:40]
-        if _REFUSAL.match(answers[-1]):
+        if len(answers[-1]) <= REFUSAL_CHARACTERS and _REFUSAL.match(answers[-1]):
             return "refusal", answers[-1][:80]
     return None
 

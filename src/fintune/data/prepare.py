@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintune import seal
+from fintune import __version__, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig
 from fintune.console import heading, say
@@ -78,10 +78,11 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
         "benchmarks": {
-            source.name: source.identity
-            for path in config.data.benchmarks
+            f"{number}: {source.name}": source.identity  # two may have the same name
+            for number, path in enumerate(config.data.benchmarks, 1)
             for source in locate(SourceConfig(path=path))
         },
+        "fintune": __version__,  # other filters, other rows
     }
     folder = config.data_dir
     if fresh:
@@ -134,7 +135,9 @@ class _Preparation:
             self.lengths_before, self.data.max_length_keep, self.data.max_length_cap
         )
         rows, long = fit(rows, self.max_length, self.data, self.chat)
-        self.dropped += [*short, *long]
+        of_line = {(each.source, each.line): each for each in examples}
+        for row in (*short, *long):
+            self._drop(of_line[row.source, row.line], row.reason, row.detail)
         full = self._fill(self._unrepeated(rows))
         if not full and not self.scanned.complete:
             return False
@@ -150,6 +153,7 @@ class _Preparation:
 
     def _mask(self, examples: list[Example]) -> list[Example]:
         self.personal: Counter[str] = Counter()
+        self.masked: list[dict[str, Any]] = []
         if self.data.personal_data == "off":
             return examples
         kept: list[Example] = []
@@ -162,6 +166,9 @@ class _Preparation:
                 )
             else:
                 kept.append(replace(example, messages=messages) if kinds else example)
+                if kinds:
+                    place = {"source": example.source, "line": example.line}
+                    self.masked.append({**place, "kinds": sorted(kinds)})
         return kept
 
     def _decontaminate(self, examples: list[Example]) -> list[Example]:
@@ -215,7 +222,8 @@ class _Preparation:
             else:
                 taken[id(own)] += 1
                 self.kept[place.side].append((place.group, row))
-        return all(len(self.kept[name]) == cap for name, cap in caps.items())
+        spent = all(c.max_rows is not None and taken[id(c)] >= c.max_rows for c in room.values())
+        return spent or all(len(self.kept[name]) == cap for name, cap in caps.items())
 
     def _check_left(self) -> None:
         reasons = Counter(row.reason for row in self.dropped)
@@ -258,6 +266,8 @@ class _Preparation:
         pq.write_table(ledger, folder / "ledger.parquet", compression="zstd")
         manifest = self._manifest(inputs, train, validation)
         write_json(folder / "manifest.json", manifest)
+        if self.masked:
+            write_json(folder / "personal.json", {"rows": self.masked})
         if self.questions:
             asked_in = Counter(question.benchmark for question in self.questions)
             facts = {"benchmarks": dict(asked_in), "contaminated": self.contamination}

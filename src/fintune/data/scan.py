@@ -96,10 +96,11 @@ def scan_batch(
             if reason := refuse(messages, config):
                 raise Rejected(*reason)
         except Rejected as out:
-            result.dropped.append((line, sha, out.reason, out.detail))
+            detail, shown = out.detail, str(raw)[:400]
+            if config.personal_data != "off":
+                detail, shown = mask(detail)[0], mask(shown)[0]
+            result.dropped.append((line, sha, out.reason, detail))
             if len(result.samples[out.reason]) < SAMPLES:
-                shown = str(raw)[:400]
-                shown = shown if config.personal_data == "off" else mask(shown)[0]
                 result.samples[out.reason].append(f"{source.name}:{line} {shown}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
@@ -164,8 +165,10 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
         dropped += (Dropped(source.name, *row) for row in result.dropped)
         for reason, shown in result.samples.items():
             samples[reason] += shown[: SAMPLES - len(samples[reason])]
-        rows += ((source.name, row) for row in result.rows)
-        texts += sum(row[6] is not None for row in result.rows)
+        # Scanned under an older limit where several processes work: held to today's here.
+        new = [row if row[3] <= limit[0] else (*row[:6], None) for row in result.rows]
+        rows += ((source.name, row) for row in new)
+        texts += sum(row[6] is not None for row in new)
         if texts > 2 * wanted:
             limit[0] = float(np.partition([row[3] for _, row in rows], wanted)[wanted])
             rows = [(name, row if row[3] <= limit[0] else (*row[:6], None)) for name, row in rows]

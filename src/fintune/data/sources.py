@@ -275,7 +275,7 @@ def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _array_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Elements of one JSON array, streamed; the line is the element's number, from 1."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    decoder = json.JSONDecoder()  # NaN is one row's fault, not the end of all that follow
     text, buffer, at, number, more = _text(stream), "", 0, 0, True
     skip = re.compile(r"[\s,\[]*")
     while True:
@@ -297,8 +297,10 @@ def _array_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             rest = buffer[:1000].encode("utf-8", "replace")
             yield number + 1, Bad("truncated_file", detail, rest)
             return
-        number, at = number + 1, end
-        yield _checked(number, row)
+        number, at, written = number + 1, end, buffer[start:end]
+        if "NaN" in written or "Infinity" in written:
+            row = _parse(written.encode("utf-8", "replace"))
+        yield (number, row) if isinstance(row, Bad) else _checked(number, row)
 
 
 def _document_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:

@@ -11,9 +11,7 @@ NANO_ID: Final = "fintune/nano"
 
 
 def base_dir() -> Path:
-    """The folder of the bundled base: a LlamaForCausalLM and its tokenizer, as `from_pretrained`
-    reads them.
-    """
+    """Folder of the bundled base: a LlamaForCausalLM and its tokenizer, for `from_pretrained`."""
     return Path(__file__).parent / "base"
 
 

@@ -88,9 +88,7 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def token_stream(tokenizer: Tokenizer, seed: int) -> Iterator[int]:
-    """Documents as ids, each between BOS and the end-of-text token, one after the other without
-    padding.
-    """
+    """Documents as ids, each between BOS and the end-of-text token, end to end."""
     bos, end = _id(tokenizer, BOS), _id(tokenizer, END)
     texts = documents(seed)
     while True:
@@ -123,9 +121,7 @@ def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
 def pretrain(
     model: LlamaForCausalLM, tokens: Iterator[int], recipe: Recipe, report: Callable[[str], None]
 ) -> float:
-    """Train on the stream in bf16 autocast; return the mean loss (nats a token) of the last
-    report interval.
-    """
+    """Train on the stream in bf16 autocast; mean loss (nats a token) of the last interval."""
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=inputs, use_cache=False).logits

@@ -36,9 +36,7 @@ class Company:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A figure as written in prose and in a table; `size` only orders two amounts of the same
-    line.
-    """
+    """A figure as written in prose and in a table; `size` orders two amounts of one line."""
 
     prose: str
     cell: str

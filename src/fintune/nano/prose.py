@@ -152,9 +152,7 @@ def _news(rng: Random) -> str:
 
 
 def _term(rng: Random) -> str:
-    """One to three terms, each in a sentence or under a heading, sometimes with the reason
-    again.
-    """
+    """One to three terms, in a sentence or under a heading, sometimes with the reason again."""
     parts = []
     for term, meaning, reason in rng.sample(TERMS, rng.randrange(1, 4)):
         sentence = rng.choice(TEXTS["defined"]).format(
@@ -221,9 +219,7 @@ _DRAWN: Final = tuple(write for write, share in _MIX for _ in range(share))
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Yield documents without end, the same ones for the same seed on every machine and Python
-    version.
-    """
+    """Documents without end, the same for the same seed on every machine and Python version."""
     rng = Random(seed)
     while True:
         yield rng.choice(_DRAWN)(rng)

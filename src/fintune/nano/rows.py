@@ -307,9 +307,7 @@ def _spoil(rng: Random, row: SampleRow, dirt: Dirt) -> SampleRow:
 
 
 def sample_rows(seed: int = SEED) -> list[SampleRow]:
-    """The bundled rows: clean ones of every task, the spoilt ones, and duplicates, in random
-    order.
-    """
+    """The bundled rows in random order: clean ones of every task, spoilt ones, duplicates."""
     rng = Random(seed)
     rows = [_clean(rng) for _ in range(NUM_ROWS - sum(DIRT_COUNTS.values()))]
     duplicates = rng.sample(rows, DIRT_COUNTS["duplicate"])

@@ -61,9 +61,7 @@ CHAT_TEMPLATE: Final = """\
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Train the vocabulary: 256 byte symbols first, then merges, then the special tokens at the
-    end.
-    """
+    """Train the vocabulary: 256 byte symbols first, then merges, the special tokens last."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

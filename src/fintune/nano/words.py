@@ -16,9 +16,7 @@ TONES: Final[tuple[Tone, ...]] = get_args(Tone)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A reported figure: its usual name, the unit it is stated in, and the name it is restated
-    by.
-    """
+    """A reported figure: its usual name, its unit, and the name it is restated by."""
 
     name: str
     kind: Kind
