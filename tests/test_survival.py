@@ -207,7 +207,8 @@ def test_what_is_not_finite_stops_the_run(
     outcome = harmed(lambda: train(config), poisoned(where, step))
     assert outcome.code == 65, outcome.text
     assert f"step {step}:" in outcome.text, "at the step itself, not later"
-    assert where == "evaluation" or "rows of the step" in outcome.text
+    named = "rows of its first" if where == "evaluation" else "rows of the step"
+    assert named in outcome.text
     for path in config.run_dir.rglob("*.json*"):
         text = path.read_text()
         for part in text.splitlines() if path.suffix == ".jsonl" else [text]:

@@ -35,8 +35,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """Tokens of a plan's largest micro-batch, lengths in its middling one, and all passes and
-    updates of the run."""
+    """Tokens of the largest micro-batch, lengths in a middling one, all passes and updates."""
 
     micro_batch: int
     accumulation: int

@@ -153,7 +153,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        last = len(self._eval_batches) - 1
+        last, bad = len(self._eval_batches) - 1, []
         for start in range(0, last + 1, self.args.world_size):
             if self.stop.everywhere():
                 self._save_whole(pending_evaluation=True)
@@ -164,6 +164,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self._eval_collator([self.select[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
+            if not math.isfinite(float(total)):
+                bad += [self.select.ids[index] for index in batch]
             if number <= last:
                 sums += torch.tensor([float(total), count], dtype=torch.float64, device=sums.device)
         if self.args.world_size > 1:
@@ -172,6 +174,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(loss):
             raise NotFinite(
                 f"step {self.state.global_step}: the held-out loss is {loss}",
+                why=f"rows of its first such batches: {', '.join(bad[:8])}",
                 fix="lower train.learning_rate; the same command continues from the checkpoint",
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
