@@ -305,7 +305,7 @@ def test_the_supervised_loss_is_the_models_own_with_full_logits() -> None:
     labels = batch.pop("labels")
     peft.zero_grad()
     logits = peft(**batch, use_cache=False).logits
-    loss = F.cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE], reduction="sum")
+    loss = F.cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE])
     loss.backward()
     found = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
     assert_same(own, (float(loss.detach()), found), torch.float64)
