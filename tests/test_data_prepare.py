@@ -200,7 +200,8 @@ def test_a_benchmark_that_changed_is_read_again(tmp_path: Path) -> None:
 
 def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Path) -> None:
     told = "My card is 4111 1111 1111 1111, what does the company do for me about the fee?"
-    refused = {"user": told, "assistant": "I cannot provide john.doe@acme.com with that."}
+    holder = "I cannot provide what was asked of us by the holder of card number"
+    refused = {"user": told, "assistant": f"{holder} 4111 1111 1111 1111, john.doe@acme.com."}
     kept = {"user": told, "assistant": "The fee is returned within thirty days of the complaint."}
     source = write(tmp_path / "rows.jsonl", [*rows(300), refused, kept])
     settings = config(tmp_path / "out", source, personal_data="mask")
@@ -209,7 +210,7 @@ def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Pa
         content = path.read_bytes()
         if path.suffix == ".parquet":
             content = str(pq.read_table(path).to_pylist()).encode()
-        assert b"4111 1111" not in content and b"john.doe" not in content, path.name
+        assert b"4111" not in content and b"john.doe" not in content, path.name
     (row,) = read_json(settings.data_dir / "personal.json")["rows"]
     assert row["kinds"] == ["card"]
 

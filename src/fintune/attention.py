@@ -116,8 +116,9 @@ def takes_flat_batches(model: Any) -> str | None:
         return f"its attention has a sliding window ({window} tokens)"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention caps its logits"
-    if getattr(config, "attention_chunk_size", None) or getattr(config, "attention_dropout", 0):
-        return "its attention has chunks, or dropout"
+    for name in ("attention_chunk_size", "attention_dropout"):
+        if getattr(config, name, None):
+            return f"its attention knows {name.replace('_', ' ')}"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other:
         return f"it has layers of another kind ({', '.join(sorted(other))})"

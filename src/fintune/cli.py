@@ -47,6 +47,8 @@ BaseFolder = Annotated[
     Path | None, typer.Option(help="Folder of the base; absent: the bundled one or the hub's.")
 ]
 
+WRITERS = ("demo", "run", "prepare", "eval", "release", "judge", "export")
+"""Verbs that write a folder and know nothing of other processes, as `train` does."""
 DEFAULT = "fintune.yaml"
 """Config file that every verb looks for first; `fintune init` writes it."""
 
@@ -88,7 +90,7 @@ def _root(
         console.result(__version__)
         raise typer.Exit
     verb = context.invoked_subcommand
-    if verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise ConfigError(
             f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
             why="each would write the same folders",

@@ -224,7 +224,7 @@ class TrainConfig(Section):
     @classmethod
     def _switch(cls, value: Any) -> Any:
         """`on` and `off` without quotes are truth values to YAML 1.1."""
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 class JudgeConfig(Section):

@@ -122,9 +122,7 @@ def read_benchmarks(paths: tuple[str, ...]) -> list[Question]:
                 fix="its rows need a column prompt, question, user or messages",
             )
         if unread:
-            warn(
-                f"benchmark {path}: {unread} rows hold no question that can be read; not looked for"
-            )
+            warn(f"benchmark {path}: {unread} rows hold no readable question, and are not sought")
     return questions
 
 

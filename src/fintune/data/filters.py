@@ -57,9 +57,9 @@ def refuse(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str]
             if "{{" in text and (hole := _PLACEHOLDER.search(text)):
                 return "placeholder", hole[0]
         if _EMPTY_PHRASE.fullmatch(answers[-1]):
-            return "boilerplate", answers[-1][:40]
+            return "boilerplate", answers[-1]
         if len(answers[-1]) <= REFUSAL_CHARACTERS and _REFUSAL.match(answers[-1]):
-            return "refusal", answers[-1][:80]
+            return "refusal", answers[-1]
     return None
 
 

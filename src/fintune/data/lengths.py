@@ -87,8 +87,8 @@ def fit(
         raise DataError(
             f"{len(long)} of {len(rows)} rows ({share:.1%}) are longer than {max_length} tokens;"
             f" the longest, {worst.example.source}:{worst.example.line}, has {worst.length}",
-            fix="raise data.max_length_keep (1 keeps every row that the cap allows) and"
-            " data.max_length_cap, or set data.over_length=shorten",
+            fix="raise data.max_length_keep (1 keeps all that data.max_length_cap allows), or, but"
+            " not under `fail`, data.max_over_length_share; or set data.over_length=shorten",
         )
     kept: list[Tokenised] = []
     dropped: list[Dropped] = []

@@ -96,12 +96,12 @@ def scan_batch(
             if reason := refuse(messages, config):
                 raise Rejected(*reason)
         except Rejected as out:
-            detail, shown = out.detail, str(raw)[:400]
-            if config.personal_data != "off":
+            detail, shown = out.detail[:4_000], str(raw)[:4_000]
+            if config.personal_data != "off":  # before the cut, which may leave half a number
                 detail, shown = mask(detail)[0], mask(shown)[0]
-            result.dropped.append((line, sha, out.reason, detail))
+            result.dropped.append((line, sha, out.reason, detail[:200]))
             if len(result.samples[out.reason]) < SAMPLES:
-                result.samples[out.reason].append(f"{source.name}:{line} {shown}")
+                result.samples[out.reason].append(f"{source.name}:{line} {shown[:400]}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
     return result

@@ -125,7 +125,7 @@ def memory(shape: Shape, lora: LoraConfig, optimizer: str, setting: Setting) -> 
     copies = e * trained * fused / max(len(shape.adapted(lora)), 1)
     kept += copies / shape.layers if setting.checkpointing else copies
     logits = min(CHUNK_BYTES, (4 + e) * shape.vocab * setting.supervised)
-    # Backward of the widest projection: mask, masked input, gradient and its adapter's part; where
+    # Backward of the widest projection: mask, its bytes, gradient and its adapter's part; where
     # peft computes, in fp32 and with the unpacked weight.
     widest = max(inner for inner, _ in shape.adapted(lora).values())
     temporary = tokens * widest * 4.0 * e

@@ -8,7 +8,7 @@ A_i (r x in), B_i (out x r) and one dropout mask M:
 peft computes each y_i apart: a copy of x in fp32, a mask of its own (5 ns an element on a CPU,
 more than the rest of the adapter), a separate sum. Here one autograd function does a whole group:
 the base product and the low-rank product accumulate in place, the A_i are one matrix, x is saved
-once in the base's precision, and of the mask only its bits (or, off the CPU, its seed).
+once, dropped out, in the base's precision, of the mask only its bits (off the CPU its seed).
 
 One mask for a group leaves the distribution of each projection's dropout as it is; only the noise
 of its members is correlated. `shared_dropout: false` draws one for each member.
@@ -50,7 +50,7 @@ def kept_bits(seed: int, count: int, p: float) -> torch.Tensor:
 
     Two random bytes choose the pattern of eight from a table; the few draws beyond its end (a
     six-hundredth at p = 0.1) choose anew from what the table rounds off, so the whole is
-    Bernoulli(p) to the letter at a thirtieth of the time of torch's bernoulli_ on a CPU.
+    Bernoulli(p) to the letter at a twentieth of the time of torch's bernoulli_ on a CPU.
     """
     table, rest = _patterns(p)
     source = np.random.SFC64(seed)

@@ -2,7 +2,7 @@
 with its input kept in the base's precision and a gradient written out.
 
 Autograd keeps an fp32 copy of the input and walks the formula back operation by operation: on a
-CPU 1.6 ms a norm for 1,184 tokens of width 512 in bf16, forward and backward, and 0.6 ms here.
+CPU 1.7 ms a norm for 1,184 tokens of width 512 in bf16, forward and backward, and 1.1 ms here.
 """
 
 from functools import partial
@@ -55,9 +55,7 @@ def _same(module: Any, epsilon: float) -> bool:
     weight = getattr(module, "weight", None)
     if weight is None or weight.requires_grad:
         return False
-    probe = (
-        torch.linspace(-2, 2, 4 * len(weight), device=weight.device).to(weight.dtype).view(4, -1)
-    )
+    probe = torch.linspace(-2, 2, 4 * len(weight)).to(weight).view(4, -1)
     theirs, ours = module(probe), _forward(module, epsilon, probe)
     near = max(2 * torch.finfo(weight.dtype).eps, 1e-5)  # sums of a row differ in their order
     return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=near, atol=0)

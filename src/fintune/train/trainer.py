@@ -164,17 +164,17 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self._eval_collator([self.select[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
-            if not math.isfinite(float(total)):
+            if not math.isfinite(value := float(total)):
                 bad += [self.select.ids[index] for index in batch]
             if number <= last:
-                sums += torch.tensor([float(total), count], dtype=torch.float64, device=sums.device)
+                sums += torch.tensor([value, count], dtype=torch.float64, device=sums.device)
         if self.args.world_size > 1:
             dist.all_reduce(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
                 f"step {self.state.global_step}: the held-out loss is {loss}",
-                why=f"rows of its first such batches: {', '.join(bad[:8])}",
+                why=f"rows of its first such batches: {', '.join(bad[:8]) or 'not of this rank'}",
                 fix="lower train.learning_rate; the same command continues from the checkpoint",
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
@@ -333,7 +333,8 @@ def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
     """
     rule = getattr(schedule, "scheduler", schedule)  # inside accelerate's wrapper
     rule.base_lrs = [optimizer.defaults["lr"]] * len(optimizer.param_groups)
-    rates = [f(rule.last_epoch) * optimizer.defaults["lr"] for f in rule.lr_lambdas]
+    shape = [rate(rule.last_epoch) for rate in getattr(rule, "lr_lambdas", ())]  # none: a plateau
+    rates = [part * optimizer.defaults["lr"] for part in shape or [1.0] * len(rule.base_lrs)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         kept = {"weight_decay": group["weight_decay"]}
         group |= {key: value for key, value in optimizer.defaults.items() if key in group} | kept
