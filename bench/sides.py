@@ -8,6 +8,7 @@ Every base is bf16 and frozen, every adapter fp32 with dropout 0.1. FOLDER/setti
 rest: `micro`, `accumulation`, `rank`, `cpu`.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -41,7 +42,7 @@ from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.train import memory, norm  # noqa: E402
+from fintune.train import memory, pointwise  # noqa: E402
 from fintune.train.record import Record  # noqa: E402
 from fintune.train.room import Room  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
@@ -61,7 +62,7 @@ def main(name: str, folder: Path, epochs: int) -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")
     rows = pq.read_table(folder / "data" / "train.parquet")
     if name.startswith("floor"):
-        _frozen_base(folder, Rows(rows), our_norms="norms" in name)
+        _frozen_base(folder, Rows(rows), ours_inside="norms" in name)
         return
     trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
     memory.give_back()  # what was tried before is not the model's
@@ -135,6 +136,9 @@ def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
 def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     """transformers' Trainer, TRL's SFTTrainer, or the latter on Unsloth's model, with peft."""
     setting = read_json(folder / "setting.json")
+    micro, accumulation = setting["micro"], setting["accumulation"]
+    if "in fours" in name:
+        micro, accumulation = 4, micro * accumulation // 4
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     lora: dict[str, Any] = {
         "r": setting["rank"],
@@ -145,8 +149,8 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     common: dict[str, Any] = {
         "output_dir": str(folder / name),
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": setting["micro"],
-        "gradient_accumulation_steps": setting["accumulation"],
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": "checkpointing" in name,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "learning_rate": 1e-4,
@@ -162,7 +166,13 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     table = Dataset(rows.select(["input_ids", "labels"]))
     if name.startswith("unsloth"):
         return _unsloth(folder, lora, common, table, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    # TRL asks for flash attention where batches are padding-free.
+    flash = "padding-free" in name and importlib.util.find_spec("flash_attn") is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model",
+        dtype=torch.bfloat16,
+        attn_implementation="flash_attention_2" if flash else None,
+    )
     config = LoraConfig(task_type="CAUSAL_LM", **lora)
     if name.startswith("transformers"):
         return Trainer(
@@ -178,9 +188,9 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     elif "packed" in name:
         # A packed row holds as many tokens as several; the step keeps about as many rows.
         mean = float(np.mean(rows["length"].to_numpy()))
-        size = max(1, round(setting["micro"] * mean / LONGEST))
+        size = max(1, round(micro * mean / LONGEST))
         common |= {"max_length": LONGEST, "packing": True, "per_device_train_batch_size": size}
-        rows_a_step = setting["micro"] * setting["accumulation"]
+        rows_a_step = micro * accumulation
         common["gradient_accumulation_steps"] = round(rows_a_step * mean / LONGEST / size)
     else:
         common |= {"max_length": None, "padding_free": True}
@@ -235,13 +245,13 @@ def _check(trainer: Any, rows: Any) -> Answer:
     return {"loss": total, "one_at_a_time": alone / count}
 
 
-def _frozen_base(folder: Path, rows: Rows, our_norms: bool) -> None:
+def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     """The floor: our batches and attention through the frozen base of transformers and back to its
-    inputs; nothing else. `our_norms`: with the norms that `fintune train` puts into it."""
+    inputs; nothing else. `ours_inside`: with the norms and the rotation that training puts in."""
     base = Base("bench/model", "", folder / "model")
     model = load_base(base, "none", "bf16", attention=attention.NAME)
-    if our_norms:
-        norm.fuse(model)
+    if ours_inside:
+        pointwise.fuse(model)
     memory.hold()
     order, _ = _order(config_of(folder, 1), rows, 1, None)
     multiple = CPU_MULTIPLE if model.device.type == "cpu" else 1

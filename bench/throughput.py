@@ -59,7 +59,7 @@ PEERS = (
     "trl packed (bfd)",
     "trl padding-free",
 )
-SIDES = ("ours", "floor", "floor, our norms", *PEERS)
+SIDES = ("ours", "floor", "floor, our norms and rotation", *PEERS)
 AGREES = 1e-3
 """Relative difference from one row at a time beyond which a setting trains something else."""
 
@@ -163,9 +163,15 @@ def _facts(lengths: batches.Ints, plan: batches.EpochPlan, padded: bool) -> dict
     return {name: round(getattr(facts, name), 4) for name in facts.__slots__}
 
 
-def check(folder: Path, table: pa.Table, names: list[str]) -> dict[str, Any]:
+def check(
+    folder: Path,
+    table: pa.Table,
+    names: list[str],
+    shape: dict[str, Any] = SHAPE,
+    setting: dict[str, Any] = SETTING,
+) -> dict[str, Any]:
     """Each contestant's loss on 64 rows against one row at a time."""
-    make(folder, table, 64)
+    make(folder, table, 64, shape, setting)
     found = {}
     for name in names:
         side = Side(name, folder, 1)

@@ -35,7 +35,7 @@ from fintune.errors import ConfigError, FintuneError
 from fintune.files import read_json, read_jsonl
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import checkpoints, lora, norm, processes, trainer
+from fintune.train import checkpoints, lora, pointwise, processes, trainer
 from fintune.train.rows import read_train
 from fintune.train.run import train
 
@@ -214,7 +214,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.05, generator=generator)
-        assert norm.fuse(peft) and not lora.fuse(peft)
+        assert pointwise.fuse(peft) and not lora.fuse(peft)
         return peft
 
     def batch(*seeds: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fintune import attention, config
@@ -18,7 +20,7 @@ from fintune.config import SEVEN_PROJECTIONS
 from fintune.example import IGNORE
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import lora, norm
+from fintune.train import lora, pointwise
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -120,15 +122,48 @@ def test_fused_norms_are_transformers() -> None:
             parameter.data.uniform_(0.5, 1.5)
     before = gradients(peft, flat_batch(rows()))
     layers = peft.config.num_hidden_layers
-    assert norm.fuse(peft) == 2 * layers + 1
+    assert pointwise.fuse(peft) == 2 * layers + 1
     assert_same(before, gradients(peft, flat_batch(rows())), torch.float32)
 
 
 def test_a_norm_of_another_formula_is_left_alone() -> None:
-    gemma, llama = GemmaRMSNorm(16).requires_grad_(False), LlamaRMSNorm(16).requires_grad_(False)
-    assert norm.fuse(torch.nn.ModuleList([gemma])) == 0
-    assert norm.fuse(torch.nn.ModuleList([LlamaRMSNorm(16)])) == 0, "its weight is trained"
-    assert norm.fuse(torch.nn.ModuleList([llama])) == 1
+    gemma, llama = (
+        GemmaRMSNorm(16).requires_grad_(False),
+        LlamaRMSNorm(16).requires_grad_(False),
+    )
+    assert pointwise.fuse(torch.nn.ModuleList([gemma])) == 0
+    assert pointwise.fuse(torch.nn.ModuleList([LlamaRMSNorm(16)])) == 0, "its weight is trained"
+    assert pointwise.fuse(torch.nn.ModuleList([llama])) == 1
+
+
+def test_the_written_out_rotation_is_transformers() -> None:
+    """On q and k as attention hands them over: transposed, in the base's precision."""
+    assert pointwise.fuse(model(torch.float32))
+    ours = modeling_llama.apply_rotary_pos_emb
+    torch.manual_seed(0)
+    for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 2**-7)):
+        q = torch.randn(1, 9, 4, 16, dtype=dtype).transpose(1, 2).requires_grad_()
+        k = torch.randn(1, 9, 2, 16, dtype=dtype).transpose(1, 2).requires_grad_()
+        cos, sin = torch.randn(2, 1, 9, 16, dtype=dtype)
+        found = []
+        for rotate in (ours, ours.__wrapped__):
+            turned = rotate(q, k, cos, sin)
+            back = torch.autograd.grad(sum((t * t.detach()).sum() for t in turned), (q, k))
+            found.append((*turned, *back))
+        for one, other in zip(*found, strict=True):
+            assert (one - other).norm() <= near * other.norm()
+
+
+def test_another_rotation_is_left_alone() -> None:
+    """Cohere turns neighbours; some models turn bf16 heads in fp32."""
+    before = modeling_cohere.apply_rotary_pos_emb
+    pointwise._rotate_here(modeling_cohere)
+    assert modeling_cohere.apply_rotary_pos_emb is before
+    pointwise._rotate_here(modeling_llama)
+    q, cos = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16).requires_grad_(), torch.randn(1, 3, 8)
+    ours = modeling_llama.apply_rotary_pos_emb
+    for one, other in zip(ours(q, q, cos, cos), ours.__wrapped__(q, q, cos, cos), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
 def test_fused_norms_round_as_transformers_does() -> None:
@@ -137,7 +172,7 @@ def test_fused_norms_round_as_transformers_does() -> None:
     plain, fused = (LlamaRMSNorm(64).bfloat16().requires_grad_(False) for _ in range(2))
     plain.weight.uniform_(0.5, 1.5)
     fused.load_state_dict(plain.state_dict())
-    assert norm.fuse(torch.nn.ModuleList([fused])) == 1
+    assert pointwise.fuse(torch.nn.ModuleList([fused])) == 1
     x, gradient = torch.randn(2, 500, 64).bfloat16()
     found = []
     for module in (plain, fused):
@@ -195,8 +230,10 @@ def test_a_mask_is_independent_choices_of_the_asked_share(p: float) -> None:
     count = 2_000_000
     mask = lora.keep_mask(lora.kept_bits(7, count, p), p, torch.empty(count, dtype=torch.bfloat16))
     dropped = lora.masked(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
-    both = dropped[:-1] & dropped[1:]
-    for found, share in ((dropped, p), (both, p * p)):
+    beside = dropped[:-1] & dropped[1:]
+    apart = count // 16  # decisions of one word lie this far from each other
+    together = dropped[:-apart] & dropped[apart:]
+    for found, share in ((dropped, p), (beside, p * p), (together, p * p)):
         deviation = (share * (1 - share) / count) ** 0.5
         assert float(found.double().mean()) == pytest.approx(share, abs=5 * deviation)
     again, other = lora.kept_bits(7, 64, p), lora.kept_bits(8, 64, p)

@@ -22,7 +22,7 @@ from fintune.plan import MEMORY_BAND, files, optimizer_bytes, plan, read_rates
 from fintune.planning import estimate, rows, shapes
 from fintune.planning.estimate import Setting
 from fintune.planning.shapes import SHAPES
-from fintune.train import lora, memory, norm
+from fintune.train import lora, memory, pointwise
 
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
@@ -98,7 +98,7 @@ def test_kept_activations_are_what_autograd_keeps(
                 dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             )
             model = attach(base.requires_grad_(False), config, seed=1)
-            assert norm.fuse(model) == 2 * layers + 1
+            assert pointwise.fuse(model) == 2 * layers + 1
             if fused:
                 assert not lora.fuse(model, shared_dropout=shared)
             ids = list(range(256))

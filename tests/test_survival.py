@@ -359,6 +359,34 @@ def test_memory_that_lacks_before_the_first_update_ends_with_75_and_a_cap(
     assert (cap["step"], cap["max_tokens"] <= cap["was"] // 2 + 1) == (0, True)
 
 
+def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
+    new: Callable[..., Config],
+) -> None:
+    """The estimate says that it fits, the device that it does not unless layers are recomputed."""
+    config = new()
+
+    def small() -> None:
+        real = memory.sum_loss
+
+        def sum_loss(model: Any, batch: Any) -> Any:
+            if torch.is_grad_enabled() and not model.is_gradient_checkpointing and tried():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, batch)
+
+        # `recompute` measures a short example first: only the trial after it lacks memory.
+        calls: list[int] = []
+        tried = lambda: calls.append(1) or len(calls) > 1  # noqa: E731
+        memory.sum_loss = sum_loss
+
+    outcome = harmed(lambda: train(config), small)
+    assert outcome.code == 0, outcome.text
+    assert "activations are kept" in outcome.text
+    assert "activations are recomputed: the largest micro-batch did not fit" in outcome.text
+    arguments = read_json(config.run_dir / "training_arguments.json")
+    assert arguments["gradient_checkpointing"] is True
+    assert not read_json(config.run_dir / "record.json").get("token_caps")
+
+
 def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scaler skips an update for its scale's sake, not one after the other for ever."""
     monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.nan))

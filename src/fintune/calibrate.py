@@ -27,7 +27,7 @@ from fintune.planning import estimate
 from fintune.planning.machines import CONTEXT_BYTES
 from fintune.planning.rows import Lengths, lengths, plan_batches, work
 from fintune.planning.shapes import Shape, find_shape
-from fintune.train import lora, memory, norm
+from fintune.train import lora, memory, pointwise
 
 DEPTHS = (1, 3)
 """Blocks of the two models that are timed."""
@@ -200,7 +200,7 @@ def _model(config: Config, shape: Shape, depth: int, name: str) -> Any:
         )
     base.requires_grad_(False)
     model = attach(base, config.train.lora, config.seed)
-    norm.fuse(model)
+    pointwise.fuse(model)
     lora.fuse(model, shared_dropout=config.train.lora.shared_dropout)
     return model
 

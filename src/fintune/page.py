@@ -11,43 +11,7 @@ from pathlib import Path
 
 from fintune.files import write_text
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --dim: #5c6875; --paper: #fdfdfb; --card: #fff;
-  --line: #dfe3e8; --a: #1f6f8b; --b: #c8792b; --c: #6b8e23; --d: #8a4f9e; --mark: #e3f1e4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --dim: #9aa6b2; --paper: #14181d;
-  --card: #1b2027; --line: #323a44; --a: #58b0cf; --b: #e5a35c; --c: #a5c95a; --d: #c08fd4;
-  --mark: #20402a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem;
-  border-top: 1px solid var(--line); }
-p, figcaption { max-width: 44rem; overflow-wrap: anywhere; }
-p.dim, figcaption, caption { color: var(--dim); font-size: .9rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
-  margin: 1.25rem 0; padding: 0; }
-.cards div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .7rem .9rem; }
-.cards dt { color: var(--dim); font-size: .85rem; }
-.cards dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .92rem; min-width: 50%; }
-caption { text-align: left; padding-bottom: .3rem; }
-th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; overflow-wrap: break-word; }
-th { color: var(--dim); font-weight: 600; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 1rem 0; overflow-x: auto; }
-svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: block; }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .dim { fill: var(--dim); }
-svg .s0 { fill: var(--a); } svg .s1 { fill: var(--b); } svg .s2 { fill: var(--c); }
-svg .s3 { fill: var(--d); } svg line { stroke: var(--line); }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .8rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { background: var(--mark); color: inherit; } details { margin: .4rem 0; }
-summary { cursor: pointer; }
-"""
+_STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 class Page:

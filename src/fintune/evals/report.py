@@ -26,34 +26,7 @@ NAMES = {
     "harmless_refused": "harmless requests refused",
     "judge_win_rate": "judge: win rate less one half",
 }
-_STYLE = """<style>
-.verdict { border-left: .4rem solid var(--dim); padding: .2rem 0 .2rem 1rem; margin: 1rem 0; }
-.verdict b { font-size: 1.3rem; } .verdict.better { border-color: #2e8b57; }
-.verdict.worse, .verdict.invalid { border-color: #c0392b; }
-details.item { border-bottom: 1px solid var(--line); padding: .35rem 0; margin: 0; }
-details.item > summary span { display: inline-block; min-width: 5.5rem; font-size: .85rem; }
-.ok { color: #2e8b57; } .no { color: #c0392b; } .na { color: var(--dim); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
-.pair pre { margin: .2rem 0; } th.n { white-space: normal; }
-.chart { display: grid; grid-template-columns: 15rem 1fr 11rem; gap: .3rem .75rem; margin: 1rem 0;
-  font-size: .92rem; max-width: 52rem; align-items: center; }
-.chart > :nth-child(3n) { color: var(--dim); font-variant-numeric: tabular-nums; }
-.track { position: relative; height: .9rem; display: flex; }
-.span::before { content: ""; position: absolute; left: 50%; top: -.3rem; bottom: -.3rem;
-  border-left: 1px solid var(--dim); }
-.span i { position: absolute; top: .35rem; height: .2rem; background: var(--c); }
-.span b { position: absolute; top: .15rem; width: .6rem; height: .6rem; margin-left: -.3rem;
-  border-radius: 50%; background: var(--c); }
-.decides i { height: .35rem; top: .28rem; } .decides i, .decides b { background: var(--a); }
-.correct { background: var(--a); } .abstained { background: var(--c); }
-.unparsed { background: var(--line); } .wrong { background: var(--b); }
-.key { padding: 0 .4rem; margin-right: .5rem; border-radius: .15rem; }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; }
-  .chart { grid-template-columns: 1fr auto; grid-auto-flow: dense; column-gap: .4rem; }
-  .track { grid-column: 1 / -1; margin-bottom: .5rem; }
-  table { font-size: .76rem; } th, td { padding-right: .3rem; hyphens: auto; } }
-</style>"""
-"""Charts are rows of three cells: name, track, figures; on a phone the track takes its own line."""
+_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 class _Report(Page):
@@ -132,7 +105,7 @@ def write_results(folder: Path) -> dict[str, Any]:
 def write(folder: Path, found: dict[str, Any], pairs: list[Pair]) -> None:
     """Write report.html from the results and the raw files of an evaluation."""
     page = _Report("Adapter against its base")
-    page.add(_STYLE)
+    page.add(f"<style>{_STYLE}</style>")
     first, *others = words(found)
     lines = "".join(f"<br>{escape(line)}" for line in others)
     page.add(f'<div class="verdict {found["verdict"]}"><b>{escape(first)}</b>{lines}</div>')

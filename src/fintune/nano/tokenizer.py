@@ -39,25 +39,8 @@ LLAMA3_PATTERN: Final = (
 )
 
 # Llama 3.1's wire format. The two date lines come first in the system block, also without a system
-# message.
-CHAT_TEMPLATE: Final = """\
-{%- set date = date_string if date_string is defined else '26 Jul 2024' -%}
-{%- set has_system = messages and messages[0]['role'] == 'system' -%}
-{%- set system = messages[0]['content'] | trim if has_system else '' -%}
-{{- bos_token -}}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' -}}
-{{- 'Today Date: ' + date + '\\n\\n' + system + '<|eot_id|>' -}}
-{%- for message in messages[1 if has_system else 0:] -%}
-    {%- if message['role'] not in ('system', 'user', 'assistant') -%}
-        {{- raise_exception('unknown role ' + message['role'] + ', not user or assistant') -}}
-    {%- endif -%}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
-    {{- message['content'] | trim + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-{%- endif -%}
-"""
+# message. A new base takes it over from the bundled one.
+CHAT_TEMPLATE: Final = (Path(__file__).parent / "base" / "chat_template.jinja").read_text("utf-8")
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -7,7 +7,7 @@ measurement may fall out otherwise, and then the continued run would be another 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -27,11 +27,13 @@ class Record:
 
     def once(self, name: str, decide: Callable[[], T]) -> T:
         """What was decided before, or is decided now."""
-        if name not in self._facts:
-            self._facts[name] = decide()
-            if is_lead():
-                self._write(name, self._facts[name])
-        decided: T = self._facts[name]
+        return self._facts[name] if name in self._facts else self.put(name, decide())
+
+    def put(self, name: str, decided: T) -> T:
+        """Decide, or decide again; the first process writes it down."""
+        self._facts[name] = decided
+        if is_lead():
+            write_json(self._path, self._facts)
         return decided
 
     def forget(self, *names: str) -> None:
@@ -76,7 +78,7 @@ class Record:
             )
         cap = max(largest // 2, longest)
         self.forget("activations")
-        self._write("token_caps", [*self.caps, {"step": step, "was": largest, "max_tokens": cap}])
+        self.put("token_caps", [*self.caps, {"step": step, "was": largest, "max_tokens": cap}])
         return Stopped(
             f"step {step + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
             " is what the last checkpoint holds",
@@ -84,9 +86,16 @@ class Record:
             " examples a step)",
         )
 
-    def _write(self, name: str, value: Any) -> None:
-        self._facts[name] = value
-        write_json(self._path, self._facts)
+
+def fits(attempt: Callable[[], None]) -> bool:
+    """Whether memory holds what is attempted; what it took is free again."""
+    try:
+        attempt()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,13 +27,13 @@ from fintune.model import (
     peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora, memory, norm, processes
+from fintune.train import checkpoints, lora, memory, pointwise, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
 from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
-from fintune.train.record import Record
+from fintune.train.record import Record, fits
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.stop import StopRequest
@@ -247,18 +247,8 @@ def _build(
     largest = _largest(order, rows, collator, config.train.epochs)
     tokens = collator.laid_tokens(rows.lengths[largest].tolist())
 
-    def recompute() -> tuple[bool, str]:
-        choice = config.train.activation_checkpointing
-        if config.train.strategy == "fsdp" and choice == "auto":
-            return True, "activations are recomputed: a base in parts is one that hardly fits"
-        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
-        return processes.any_of(found), why
-
-    checkpointing, why = record.once("activations", recompute)
-    say(why)
-    longest = collator.laid_tokens([int(rows.lengths.max())])
-    with record.watch_memory(lambda: 0, tokens, longest):
-        memory.try_largest(peft, rows, collator, name, largest, recomputed=checkpointing)
+    with record.watch_memory(lambda: 0, tokens, collator.laid_tokens([int(rows.lengths.max())])):
+        checkpointing = _recomputed(config, record, peft, rows, collator, name, largest)
     keywords = arguments_dict(
         config, precision=name, checkpointing=checkpointing, accumulation=accumulation
     )
@@ -287,6 +277,40 @@ def _build(
     return trainer
 
 
+def _recomputed(
+    config: Config,
+    record: Record,
+    peft: Any,
+    rows: Rows,
+    collator: Collator,
+    name: PrecisionName,
+    largest: batches.Ints,
+) -> bool:
+    """Whether activations are recomputed: as set, or as estimated and then tried."""
+    choice = config.train.activation_checkpointing
+
+    def estimate() -> tuple[bool, str]:
+        if config.train.strategy == "fsdp" and choice == "auto":
+            return True, "activations are recomputed: a base in parts is one that hardly fits"
+        tokens = collator.laid_tokens(rows.lengths[largest].tolist())
+        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
+        return processes.any_of(found), why
+
+    def attempt(recomputed: bool) -> None:
+        memory.try_largest(peft, rows, collator, name, largest, recomputed=recomputed)
+
+    on, why = record.once("activations", estimate)
+    say(why)
+    if on or choice != "auto":
+        attempt(on)
+    elif processes.any_of(not fits(lambda: attempt(False))):
+        why = "activations are recomputed: the largest micro-batch did not fit without"
+        on, _ = record.put("activations", (True, why))
+        say(why)
+        attempt(True)
+    return on
+
+
 def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str | None]:
     """The base with a fresh adapter, fused and in parts; why it takes no flat batches, or None."""
     sharded = config.train.strategy == "fsdp"
@@ -300,7 +324,7 @@ def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str |
     if full:
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
-    norm.fuse(peft)
+    pointwise.fuse(peft)
     left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")

@@ -1,0 +1,115 @@
+"""The base's element-wise parts with gradients written out: RMSNorm, rotary position embedding.
+
+The arithmetic is transformers', the passes over memory are fewer. Autograd keeps an fp32 copy of
+RMSNorm's input and walks the formula back operation by operation: on a CPU 1.7 ms a norm for 1,184
+tokens of width 512 in bf16, forward and backward, and 1.1 ms here. Of x cos + rotate_half(x) sin it
+makes five tensors of x's size, and as many on the way back; here one, added to in place.
+"""
+
+import inspect
+import sys
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+ROTATE = "apply_rotary_pos_emb"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x s with s = (mean(x^2) + epsilon)^-1/2 over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        scale = (norm.square() / x.shape[-1] + epsilon).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * x.to(precise, copy=True).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dx = s (g w) - x s^3 mean(g w x)."""
+        x, weight, scale = ctx.saved_tensors
+        inner, precise = (gradient * weight).to(scale.dtype), x.to(scale.dtype)
+        along = torch.linalg.vecdot(inner, precise).unsqueeze(-1) * scale**3 / x.shape[-1]
+        return inner.mul_(scale).addcmul_(precise, along, value=-1).to(x.dtype), None, None
+
+
+class _Rotary(torch.autograd.Function):
+    """y = x cos + rotate_half(x) sin; x: (batch, heads, tokens, width), cos and sin: one head."""
+
+    @staticmethod
+    def forward(ctx: Any, cos: Any, sin: Any, *turned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        return tuple(_turned(x, cos, sin, 1) for x in turned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The transpose: each half's sine from the other half, with the other sign."""
+        cos, sin = ctx.saved_tensors
+        sin = sin.roll(sin.shape[-1] // 2, dims=-1)
+        return None, None, *(_turned(gradient, cos, sin, -1) for gradient in gradients)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    half, turned = x.shape[-1] // 2, x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return turned
+
+
+def fuse(model: torch.nn.Module) -> int:
+    """Replace the arithmetic of every frozen RMSNorm that is this formula, and the function that
+    rotates q and k in the modules of transformers that the model is of; returns how many norms."""
+    found = 0
+    for module in model.modules():
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if type(module).__name__.endswith("RMSNorm") and epsilon and _same(module, epsilon):
+            module.forward = partial(_forward, module, epsilon)
+            found += 1
+    for name in {type(module).__module__ for module in model.modules()}:
+        _rotate_here(sys.modules[name])
+    return found
+
+
+@cache
+def _rotate_here(module: Any) -> None:
+    """For all models of the module, so where no gradient is asked for nothing changes by a bit."""
+    theirs = getattr(module, ROTATE, None)
+    known = ["q", "k", "cos", "sin", "unsqueeze_dim"]
+    if theirs is None or list(inspect.signature(theirs).parameters) != known:
+        return
+
+    @wraps(theirs)
+    def ours(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        other = cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype  # turns a part, or in fp32
+        if other or not q.requires_grad:
+            return theirs(q, k, cos, sin, unsqueeze_dim)
+        return _Rotary.apply(cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), q, k)  # type: ignore[no-untyped-call]
+
+    # Tried, as Cohere's function of the name turns neighbours and not halves.
+    q, k, cos, sin = torch.linspace(-2, 2, 96, requires_grad=True).view(4, 1, 1, 3, 8)
+    pairs = zip(theirs(q, k, cos[0], sin[0]), ours(q, k, cos[0], sin[0]), strict=True)
+    if all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs):
+        setattr(module, ROTATE, ours)
+
+
+def _forward(module: torch.nn.Module, epsilon: float, x: torch.Tensor) -> torch.Tensor:
+    normed: torch.Tensor = _RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
+@torch.no_grad()
+def _same(module: Any, epsilon: float) -> bool:
+    """Tried, as not every class of the name is this formula (Gemma's adds 1 to the weight)."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.requires_grad:
+        return False
+    probe = torch.linspace(-2, 2, 4 * len(weight)).to(weight).view(4, -1)
+    theirs, ours = module(probe), _forward(module, epsilon, probe)
+    near = max(2 * torch.finfo(weight.dtype).eps, 1e-5)  # sums of a row differ in their order
+    return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=near, atol=0)
