@@ -21,18 +21,7 @@ from fintune.nano.facts import (
     state,
     table,
 )
-from fintune.nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, TERMS, TONES, Tone
-
-RATIOS: Final = (
-    ("net margin", "net income", "revenue"),
-    ("operating margin", "operating income", "revenue"),
-    ("gross margin", "gross profit", "revenue"),
-    ("return on equity", "net income", "equity"),
-    ("return on assets", "net income", "total assets"),
-    ("payout ratio", "dividends", "net income"),
-    ("debt ratio", "total debt", "total assets"),
-    ("equity ratio", "equity", "total assets"),
-)
+from fintune.nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, RATIOS, TERMS, TONES, Tone
 
 
 def _join(rng: Random, parts: list[str]) -> str:

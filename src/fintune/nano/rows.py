@@ -25,8 +25,8 @@ from fintune.nano.facts import (
     state,
     table,
 )
-from fintune.nano.prose import RATIOS, draw_ratio, news
-from fintune.nano.words import EVENTS, MONTHS, TERMS, TONES, Tone
+from fintune.nano.prose import draw_ratio, news
+from fintune.nano.words import EVENTS, MONTHS, RATIOS, TERMS, TONES, Tone
 
 SEED: Final = 23
 NUM_ROWS: Final = 3_000
@@ -260,18 +260,7 @@ _SHARES: Final[tuple[tuple[Callable[[Random], SampleRow], int], ...]] = (
     (_analysis, 6),
 )
 # How many of the 3,000 rows are spoilt in each way: 8% in all.
-DIRT_COUNTS: Final[dict[Dirt, int]] = {
-    "assistant_absent": 12,
-    "assistant_null": 12,
-    "assistant_empty": 12,
-    "user_empty": 20,
-    "foreign": 40,
-    "duplicate": 56,
-    "short": 28,
-    "long": 24,
-    "html": 20,
-    "placeholder": 16,
-}
+DIRT_COUNTS: Final[dict[Dirt, int]] = _TEXTS["dirt"]
 
 
 def _clean(rng: Random) -> SampleRow:
@@ -319,18 +308,10 @@ def sample_rows(seed: int = SEED) -> list[SampleRow]:
     return rows
 
 
-def demo_questions() -> tuple[str, str, str]:
+def demo_questions() -> list[str]:
     """Three questions to put to base and adapter side by side: a figure, a tone, an explanation."""
-    return (
-        "Quillmere Foods has published its annual report for 2023. Revenue rose to $684 million "
-        "in 2023 from $517 million in 2022. Net income was $92 million in 2023, down from "
-        "$118 million in 2022.\n\n"
-        "What was the net income of Quillmere Foods in 2023?",
-        "Shares of Tarnwick Steel tumbled 17% after the results. The company cut its full-year "
-        "guidance.\n\n"
-        "Is the tone of this news positive, negative or neutral?",
-        "Please explain free cash flow in one or two sentences for someone new to finance.",
-    )
+    found: list[str] = _TEXTS["demo"]["questions"]
+    return found
 
 
 def write_rows(path: Path, seed: int = SEED) -> None:

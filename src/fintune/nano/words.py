@@ -43,13 +43,13 @@ NAME_MIDDLES: Final[tuple[str, ...]] = ("",) * len(_MIDDLES) + tuple(_MIDDLES)
 NAME_TAILS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["tails"].split())
 SECTORS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["sectors"].split())
 CITIES: Final[tuple[str, ...]] = tuple(_WORDS["names"]["cities"])
-LEGAL_FORMS: Final = ("Inc.", "Corp.", "plc", "Ltd.", "Group", "Holdings", "AG", "SA")
-MONTHS: Final = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
-)
+LEGAL_FORMS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["legal_forms"].split())
+MONTHS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["months"].split())
 EVENTS: Final[dict[Tone, tuple[str, ...]]] = {tone: tuple(_WORDS["events"][tone]) for tone in TONES}
 TERMS: Final[tuple[tuple[str, str, str], ...]] = tuple(
     (term, meaning, reason) for term, meaning, reason in _WORDS["terms"]["all"]
+)
+RATIOS: Final[tuple[tuple[str, str, str], ...]] = tuple(
+    (name, top, bottom) for name, top, bottom in _WORDS["ratios"]["all"]
 )
 ADVICE: Final[tuple[str, ...]] = tuple(_WORDS["advice"]["all"])
