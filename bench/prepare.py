@@ -34,12 +34,13 @@ BENCHMARKS = SHARED / "data" / "benchmarks"
 RESULTS = ROOT / "bench" / "results" / "data.json"
 sys.path.insert(0, str(ROOT / "src"))
 
-from fintune.config import Config, DataConfig, dump_yaml  # noqa: E402
+from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import not_english  # noqa: E402
 from fintune.data.personal import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
+from fintune.data.sources import named  # noqa: E402
 from fintune.data.text import asked, hash64, normal, passage  # noqa: E402
 from fintune.example import Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
@@ -174,13 +175,18 @@ def change_numbers(text: str, rng: random.Random, _: list[str]) -> str:
     return re.sub(r"\d", lambda _: str(rng.randrange(10)), text)
 
 
+def benchmark_questions() -> list[Question]:
+    """The questions of all benchmark files."""
+    return read_benchmarks(named([SourceConfig(path=str(BENCHMARKS))]))
+
+
 def contamination(_: Path) -> dict[str, Any]:
     """Recall by rule of planted benchmark questions, and false hits among 20,000 rows.
 
     The thresholds were chosen on the first half of rows and questions (by hash); each half is
     planted with four seeds and reported by itself.
     """
-    questions = read_benchmarks((str(BENCHMARKS),))
+    questions = benchmark_questions()
     halves = ("chosen_on", "held_out")
     found = {name: [_planted(half, seed, questions) for seed in range(4)]
              for half, name in enumerate(halves)}  # fmt: skip
@@ -222,7 +228,7 @@ def siblings(_: Path) -> dict[str, Any]:
     ]
     examples = [example for example, _ in chosen]
     passages = np.array([hash64(passage(example)) for example in examples], np.uint64)
-    hits = contaminated(examples, passages, read_benchmarks((str(BENCHMARKS),)))
+    hits = contaminated(examples, passages, benchmark_questions())
     return {
         "rows": len(examples),
         "dropped": len(hits),

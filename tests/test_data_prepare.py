@@ -18,17 +18,17 @@ import pytest
 
 from fintune import nano
 from fintune.chat import ChatFormat
-from fintune.config import Config, DataConfig
+from fintune.config import Config, DataConfig, SourceConfig, load_config
 from fintune.data import scan as scan_module
 from fintune.data import sources as sources_module
-from fintune.data.decontaminate import contaminated, read_benchmarks
+from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.filters import refuse
 from fintune.data.inspect import inspect, why_dropped
 from fintune.data.lengths import adaptive_max_length, fit, tokenise
 from fintune.data.personal import mask
 from fintune.data.prepare import prepare
 from fintune.data.related import near_duplicates, split
-from fintune.data.sources import find_sources
+from fintune.data.sources import find_sources, named
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE, Example, Message
@@ -324,8 +324,63 @@ def test_benchmark_questions_are_found(tmp_path: Path) -> None:
     clean = [example(row["user"], str(row["assistant"])) for row in rows(300) if row["assistant"]]
     planted = [*clean, example(texts[3], "anything")]
     passages = np.array([hash64(passage(e)) for e in planted], np.uint64)
-    hits = contaminated(planted, passages, read_benchmarks((str(path),)))
+    hits = contaminated(planted, passages, questions_of(str(path)))
     assert set(hits) == {len(clean)} and hits[len(clean)].question.line == 4
+
+
+def questions_of(path: str, **more: Any) -> list[Question]:
+    return read_benchmarks(named([SourceConfig(path=path, **more)]))
+
+
+def test_a_benchmark_is_a_path_or_names_its_split_and_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.jsonl", [{"Q": "What did the bank earn in that year?", "A": 42.0}])
+    entry = f"{{path: {path}, split: dev, columns: {{user: Q, assistant: A}}}}"
+    found = load_config("nano", [f"data.benchmarks=[{path}, {entry}]"]).data.benchmarks
+    assert [(item.path, item.split) for item in found] == [(str(path), "test"), (str(path), "dev")]
+    mapped = questions_of(str(path), columns=found[1].columns)
+    assert [(q.text, q.answer) for q in mapped] == [("What did the bank earn in that year?", "42")]
+    with pytest.raises(DataError, match="columns"):
+        questions_of(str(path))
+    source = write(tmp_path / "rows.jsonl", rows(300))
+    plain = config(
+        tmp_path / "out", source, benchmarks=[{"path": str(path), "columns": {"user": "Q"}}]
+    )
+    prepare(plain)
+    both = {"user": "Q", "assistant": "A"}
+    with pytest.raises(OutputError, match="benchmarks"):
+        prepare(config(tmp_path / "out", source, benchmarks=[{"path": str(path), "columns": both}]))
+
+
+def test_a_number_is_an_answer_of_a_benchmark(tmp_path: Path) -> None:
+    answers = [42, 4.5, "x", True]
+    path = write(tmp_path / "b.jsonl", [{"question": "How many?", "answer": a} for a in answers])
+    assert [q.answer for q in questions_of(str(path))] == ["42", "4.5", "x", "True"]
+
+
+def test_a_hub_benchmark_is_read_at_its_revision_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[object] = []
+
+    def load(path: str, *, revision: str, split: str) -> datasets.Dataset:
+        asked.append((path, revision, split))
+        return datasets.Dataset.from_list([{"question": "How much?", "answer": 7}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (found,) = questions_of("someone/bench", revision="a" * 40, split="dev")
+    assert (found.benchmark, found.answer) == ("someone/bench", "7")
+    assert asked == [("someone/bench", "a" * 40, "dev")]
+
+
+def test_the_report_counts_the_rows_that_a_benchmark_took(tmp_path: Path) -> None:
+    found = rows(300)
+    taken = [{"question": row["user"], "answer": row["assistant"]} for row in found[:2]]
+    path = write(tmp_path / "bench.jsonl", taken)
+    source = write(tmp_path / "rows.jsonl", found)
+    settings = config(tmp_path / "out", source, benchmarks=[str(path)])
+    count = prepare(settings)["contamination"]["bench.jsonl"]
+    page = (settings.data_dir / "report.html").read_text(encoding="utf-8")
+    assert count >= 2 and f"<td>bench.jsonl</td><td class=n>{count}</td>" in page
 
 
 @pytest.mark.parametrize(

@@ -83,15 +83,26 @@ class ChatConfig(Section):
     )
 
 
-class SourceConfig(Section):
-    """One of several sources of rows."""
+class BenchmarkConfig(Section):
+    """One of several benchmarks; a path alone stands for all of it."""
 
     path: str = Field(min_length=1, description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("test", description="split of a hub data set")
     columns: dict[str, str] | None = Field(
         None, description="our column (system, user, assistant, messages): the file's column"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class SourceConfig(BenchmarkConfig):
+    """One of several sources of rows."""
+
+    split: str = Field("train", description="split of a hub data set")
     max_rows: int | None = Field(None, ge=1, description="most rows kept of this source")
     weight: float = Field(1.0, gt=0, description="chance of its rows against others at the caps")
     licence: str | None = Field(None, description="written into the manifest and the card")
@@ -149,8 +160,10 @@ class DataConfig(Section):
     near_duplicates: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of near duplicates; 1: exact ones only"
     )
-    benchmarks: tuple[str, ...] = Field(
-        (), description="files, folders or hub ids of benchmark questions that must not be trained"
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(
+        (),
+        description="benchmarks whose questions must not be trained: files, folders or hub ids, "
+        "each alone or with revision, split (of a hub id: test) and columns",
     )
     personal_data: Literal["off", "mask", "drop"] = Field(
         "mask", description="cards, accounts, e-mail, phones: leave, mask, or drop the row"

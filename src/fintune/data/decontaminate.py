@@ -13,6 +13,7 @@ A question asked again in wholly other words, or with another answer, is found b
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.config import SourceConfig
 from fintune.console import warn
 from fintune.data.rows import Rejected, to_messages
-from fintune.data.sources import locate, parse_block
+from fintune.data.sources import Source, parse_block
 from fintune.data.text import Hashes, Integers, asked, normal, sequences, words
 from fintune.errors import DataError
 from fintune.example import Example
@@ -96,34 +96,47 @@ class Hit:
     score: float
 
 
-def read_benchmarks(paths: tuple[str, ...]) -> list[Question]:
-    """Questions of the configured benchmarks.
+def read_benchmarks(sources: list[Source]) -> list[Question]:
+    """Questions of the benchmarks; a number is read as its text.
 
     Raises:
         DataError: a benchmark without one readable question.
     """
     questions: list[Question] = []
-    for path in paths:
-        before, unread = len(questions), 0
-        for source in locate(SourceConfig(path=path)):
-            for line, raw in (row for batch in source.batches() for row in parse_block(batch)):
-                try:
-                    messages = to_messages(raw, None, inline_turns=False)
-                except Rejected:
-                    unread += 1
-                    continue
-                answer = messages[-1].content or str(raw.get("answer", ""))
-                text = asked(Example(source.name, line, "", messages))
-                if text.strip():
-                    questions.append(Question(source.name, line, text, answer))
-        if len(questions) == before:
+    read: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
+    for source in sources:
+        path = source.config.path
+        for line, raw in (row for batch in source.batches() for row in parse_block(batch)):
+            row = _as_text(raw)
+            try:
+                messages = to_messages(row, source.config.columns, inline_turns=False)
+            except Rejected:
+                unread[path] += 1
+                continue
+            answer = messages[-1].content or str(row.get("answer", ""))
+            text = asked(Example(source.name, line, "", messages))
+            if text.strip():
+                read[path] += 1
+                questions.append(Question(source.name, line, text, answer))
+    for path in dict.fromkeys(source.config.path for source in sources):
+        if not read[path]:
             raise DataError(
                 f"benchmark {path} holds no readable question",
-                fix="its rows need a column prompt, question, user or messages",
+                fix="its rows need a column prompt, question, user or messages, or name theirs:"
+                " data.benchmarks: [{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]",
             )
-        if unread:
-            warn(f"benchmark {path}: {unread} rows hold no readable question, and are not sought")
+        if unread[path]:
+            warn(f"benchmark {path}: {unread[path]} rows hold no readable question: not sought")
     return questions
+
+
+def _as_text(raw: Any) -> Any:
+    """A row with its numbers as text, 42 for 42.0: answers are often one, and compared as text."""
+    if not isinstance(raw, dict):
+        return raw
+    numbers = {key: value for key, value in raw.items() if isinstance(value, int | float)}
+    return {**raw, **{key: str(value).removesuffix(".0") for key, value in numbers.items()}}
 
 
 def contaminated(

@@ -24,7 +24,7 @@ from fintune.data.personal import mask_messages
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
 from fintune.data.scan import SAMPLES, Scanned, scan
-from fintune.data.sources import Source, find_sources, locate
+from fintune.data.sources import Source, find_sources, named
 from fintune.data.text import asked, hash64, passage
 from fintune.errors import DataError
 from fintune.example import Dropped, Example
@@ -64,6 +64,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     base = find_base(config.model, weights=False)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
     sources = find_sources(config.data)
+    benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
     settings = config.data.model_dump(
         mode="json", exclude={"out", "workers", "source", "sources", "benchmarks"}
     )
@@ -78,9 +79,9 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
         "benchmarks": {
-            f"{number}: {source.name}": source.identity  # two may have the same name
-            for number, path in enumerate(config.data.benchmarks, 1)
-            for source in locate(SourceConfig(path=path))
+            source.name: source.config.model_dump(mode="json", include={"split", "columns"})
+            | {"identity": source.identity}
+            for source in benchmarks
         },
         "fintune": __version__,  # other filters, other rows
     }
@@ -90,7 +91,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     if seal.state(folder, inputs, command="fintune prepare") is seal.State.FINISHED:
         say(f"{folder}: unchanged, kept")
         return read_json(folder / "manifest.json")
-    result = _Preparation(config, sources, chat, read_benchmarks(config.data.benchmarks))
+    result = _Preparation(config, sources, chat, read_benchmarks(benchmarks))
     with staged_folder(folder) as staging:
         manifest = result.write(staging, inputs)
         seal.seal(staging, inputs)

@@ -94,15 +94,20 @@ def find_sources(config: DataConfig) -> list[Source]:
         )
     if not wanted:
         raise ConfigError("data.source is empty", fix="name a file, a folder, a glob or a hub id")
+    return named(wanted)
+
+
+def named(wanted: list[SourceConfig]) -> list[Source]:
+    """Every file and hub id of these, ordered by name; of equal names later ones get a number."""
     found = [source for item in wanted for source in locate(item)]
     found.sort(key=lambda source: (source.name, source.identity))
     seen: dict[str, int] = {}
-    named = []
+    sources = []
     for source in found:
         seen[source.name] = count = seen.get(source.name, 0) + 1
         name = source.name if count == 1 else f"{source.name}#{count}"
-        named.append(Source(name, source.identity, source.config, source.path))
-    return named
+        sources.append(Source(name, source.identity, source.config, source.path))
+    return sources
 
 
 def locate(item: SourceConfig) -> list[Source]:
