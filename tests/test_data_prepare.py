@@ -314,6 +314,31 @@ def test_near_duplicates_need_the_same_numbers_and_names() -> None:
     assert found == {1: 0}
 
 
+def test_a_shared_instruction_does_not_make_two_texts_near() -> None:
+    ask = (
+        "You are an analyst who reads the news of listed companies with great care. Read the text"
+        " that follows, think about what a long-term holder of the shares would make of it, and say"
+        " whether it matters for the holder at all; answer with one word, yes or no, and give no"
+        " reasons, no advice and no figures of your own, as the answer is read by a program."
+    )
+    texts = ("the outlook brightened", "the outlook darkened", "orders rose", "orders fell",
+             "the plant was reopened", "the plant was closed")  # fmt: skip
+    tail = "Does it matter, given all that is said in the text above and nothing else?"
+    assert len(ask.split()) > 60
+    # In a line with its text an instruction is known by the rows that share it.
+    for form, rows_at_least in (
+        ("{ask}\n{text}", 2), ("{text}\n\n{ask}", 2), ("{ask}\nText: {text}\n{tail}", 2),
+        ("{ask} {text}", 6),
+    ):  # fmt: skip
+        asked = [form.format(ask=ask, text=text, tail=tail) for text in texts]
+        for at in range(0, 6, rows_at_least):
+            some = [example(question, "yes") for question in asked[at : at + rows_at_least]]
+            assert near_duplicates(some, 0.8) == {}, form
+        again = asked[0].replace("reasons, no", "reason, no").replace(",", " ,")
+        found = near_duplicates([example(text, "yes") for text in (asked[0], again)], 0.8)
+        assert found == {1: 0}, form
+
+
 def test_benchmark_questions_are_found(tmp_path: Path) -> None:
     texts = [
         f"Answer briefly. Question: how did the {term} of company {n} develop in the quarter that"

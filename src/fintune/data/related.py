@@ -1,6 +1,7 @@
 """Duplicates, which are dropped, and related rows, which stay on one side of the split.
 
-*Duplicate*: question and answer both near another row's, with the same numbers and names.
+*Duplicate*: question and answer both near another row's, and so is what the question says besides
+instructions, with the same numbers, names and words of direction.
 *Related*: the same longest passage, or most word sequences of the smaller one shared.
 Sequences that many different passages share are instructions and are left out of both.
 
@@ -10,6 +11,7 @@ rows of different passages may then fall on both sides. None is dropped; those h
 the checkpoint and never decide the verdict.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ RELATED_SHARE = 0.75
 """Share of the smaller passage's sequences that makes two passages related."""
 
 NEAR_WORDS = 3
+_SENTENCE = re.compile(r"\n+|(?<=[.?!:;])\s+")
 PERMUTATIONS = 128
 
 
@@ -110,6 +113,9 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
     library = optional("datasketch", "data.near_duplicates", "1")
     index = library.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     texts = [(asked(example), example.messages[-1].content) for example in examples]
+    said = [hash64(part) for text, _ in texts for part in set(_SENTENCE.split(text))]
+    parts, often = np.unique(np.array(said, np.uint64), return_counts=True)
+    instructions = set(parts[often > INSTRUCTION_SPREAD].tolist())
     repeats: dict[int, int] = {}
     template = library.MinHash(PERMUTATIONS, hashfunc=int)
     for at, (question, answer) in enumerate(texts):
@@ -117,7 +123,7 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
         both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)
         sketch.update_batch((both >> np.uint64(32)).tolist())
         for other in sorted(index.query(sketch)):
-            if _near(texts[at], texts[other], threshold):
+            if _near(texts[at], texts[other], threshold, instructions):
                 repeats[at] = other
                 break
         else:
@@ -125,11 +131,23 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
     return repeats
 
 
-def _near(one: tuple[str, str], other: tuple[str, str], threshold: float) -> bool:
-    """Answer, the question's last line and the whole question near, cheapest first."""
+def _near(
+    one: tuple[str, str], other: tuple[str, str], threshold: float, instructions: set[int]
+) -> bool:
+    """Answers, the questions' last lines, whole questions and own parts near, cheapest first.
+
+    A question's own part is its lines that the other has not, without sentences that are
+    `instructions`: 60 words of them would outweigh a short text that says the opposite.
+    """
     last = (one[0].rstrip().rsplit("\n", 1)[-1], other[0].rstrip().rsplit("\n", 1)[-1])
+    lines = (one[0].split("\n"), other[0].split("\n"))
+    left = ([line for line in mine if line not in theirs] for mine, theirs in (lines, lines[::-1]))
+    sentences = (_SENTENCE.split("\n".join(kept)) for kept in left)
+    own = [
+        " ".join(part for part in found if hash64(part) not in instructions) for found in sentences
+    ]
     return all(
         fixed(a) == fixed(b)
         and jaccard(sequences(words(a), NEAR_WORDS), sequences(words(b), NEAR_WORDS)) >= threshold
-        for a, b in ((one[1], other[1]), last, (one[0], other[0]))
+        for a, b in ((one[1], other[1]), last, (one[0], other[0]), own)
     )

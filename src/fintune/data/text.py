@@ -21,7 +21,9 @@ _WORD = re.compile(r"\w+")
 _FIXED = re.compile(
     r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*"
     r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|first|second|third|fourth|fifth|not|no"
-    r"|increase|decrease|more|less|highest|lowest|most|least|before|after)\b"
+    r"|increase[sd]?|decrease[sd]?|more|less|highest|lowest|most|least|before|after|above|below"
+    r"|rises?|rose|risen|falls?|fell|fallen|gain(?:s|ed)?|loss(?:es)?|lost|up|down|higher|lower"
+    r"|profits?|beats?|miss(?:es|ed)?|buy|sell|bought|sold|positive|negative|over|under|never)\b"
 )
 _LABEL = re.compile(r"^(?:context|text|input|question|sentence|headline|tweet|news)\s*:\s*", re.I)
 _ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2) + np.uint64(1)
@@ -50,7 +52,7 @@ def hash64(*parts: str) -> int:
 
 
 def fixed(text: str) -> list[str]:
-    """What no rewording changes: numbers, number words, names and negations, sorted."""
+    """What no rewording changes: numbers, names, negations, words of direction; sorted."""
     return sorted(found.replace(",", "").casefold() for found in _FIXED.findall(text))
 
 
@@ -74,10 +76,10 @@ def sequences(hashed: Hashes, size: int) -> Hashes:
 
 
 def jaccard(one: Hashes, other: Hashes) -> float:
-    """Shared elements over all elements, of two arrays taken as sets."""
+    """Shared elements over all elements, of two arrays taken as sets; empty ones are alike."""
     a, b = np.unique(one), np.unique(other)
     both = len(np.intersect1d(a, b, assume_unique=True))
-    return both / max(1, len(a) + len(b) - both)
+    return both / (len(a) + len(b) - both) if len(a) or len(b) else 1.0
 
 
 def asked(example: Example) -> str:
