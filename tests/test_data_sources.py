@@ -75,12 +75,19 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
         ({"instruction": "q", "input": "", "output": "a"}, None),
         ({"prompt": "q", "completion": "a"}, None),
         ({"question": "q", "answer": "a"}, None),
+        ({"messages": None, "conversations": None, "prompt": "q", "completion": "a"}, None),
+        ({"user": None, "assistant": None, "question": "q", "answer": "a", "context": None}, None),
         ({"FRAGE": "q", "ANTWORT": "a"}, {"user": "FRAGE", "assistant": "ANTWORT"}),
     ],
 )
 def test_known_columns_become_turns(row: dict[str, Any], columns: dict[str, str] | None) -> None:
     found = to_messages(row, columns, inline_turns=True)
     assert [(m.role, m.content) for m in found] == [("user", "q"), ("assistant", "a")]
+
+
+def test_a_row_of_nulls_keeps_its_format() -> None:
+    found = to_messages({"id": 3, "user": None, "assistant": None}, None, inline_turns=True)
+    assert [m.content for m in found] == ["", ""]  # no_user to the filters
 
 
 def test_turns_inside_a_text_become_turns() -> None:
@@ -148,6 +155,17 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes | None,
     place = path.parent if name.startswith("folder/") else path
     with pytest.raises(DataError, match=says):
         find_sources(DataConfig(source=str(place)))
+
+
+def test_files_of_a_glob_are_named_by_their_path_below_it(tmp_path: Path) -> None:
+    for name in ("b/x.jsonl", "a/x.jsonl", "a/deep/y.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path, name)
+    globs = {"*/x.jsonl": ["a/x.jsonl", "b/x.jsonl"], "a/**/*.jsonl": ["deep/y.jsonl", "x.jsonl"],
+             "[ab]/*.jsonl": ["a/x.jsonl", "b/x.jsonl"]}  # fmt: skip
+    for pattern, names in globs.items():
+        found = find_sources(DataConfig(source=str(tmp_path / pattern)))
+        assert [source.name for source in found] == names
 
 
 def test_no_source_is_a_config_error() -> None:

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 from fintune.example import Message
@@ -74,11 +75,13 @@ def to_messages(
         raise Rejected("not_an_object", type(row).__name__)
     if columns is not None:
         row = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    # Files of several formats put together hold every column, and null in those of the others.
+    filled = {name for name, value in row.items() if value is not None}
     for name in ("messages", "conversations"):
-        if name in row:
+        if name in filled:
             return _turns(row[name], str(row.get("system") or ""))
-    for system, questions, answer in FORMATS:
-        if answer in row or questions[-1] in row or questions[0] in row:
+    for present, (system, questions, answer) in product((filled, set(row)), FORMATS):
+        if present & {answer, *questions}:
             texts = [text for name in questions if (text := _column(row, name)).strip()]
             user, reply = "\n\n".join(texts), _column(row, answer)
             turns = _split_turns(user) if inline_turns else [Message("user", user)]

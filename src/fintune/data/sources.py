@@ -54,8 +54,9 @@ class Source:
     """One file or hub data set.
 
     `name` stands in the ledger and in `train.parquet`; it is the path below the configured
-    folder, so that prepared data does not depend on where the rows lay. `identity` is what the
-    manifest records: a file's sha256 or a data set's commit.
+    folder, or below a glob's part without wildcards, so that prepared data does not depend on
+    where the rows lay. `identity` is what the manifest records: a file's sha256 or a data set's
+    commit.
     """
 
     name: str
@@ -127,7 +128,8 @@ def locate(item: SourceConfig) -> list[Source]:
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
             raise DataError(f"no file matches {item.path}", fix="check the pattern")
-        return [_local(file, file.name, item) for file in files]
+        fixed = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+        return [_local(file, file.relative_to(fixed).as_posix(), item) for file in files]
     if _HUB_ID.fullmatch(item.path) and _format(path) is None:
         return [Source(item.path, _hub_commit(item), item, None)]
     raise DataError(f"no file or folder at {item.path}", fix="check data.source")
