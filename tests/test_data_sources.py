@@ -128,6 +128,27 @@ def test_rows_that_fit_nothing_are_rejected_with_a_reason(row: Any, reason: str)
         ("5\u00a0%\u200b", "5 %", "no_break_space"),
         ("a\x00b\ud800", "ab\ufffd", "control_character"),
         ("e\u0301", "\u00e9", "unicode_nfc"),
+        ("( the 201c2025 notes 201d )", "( the \u201c2025 notes\u201d )", "lost_escape"),
+        (
+            "410 , 201c asset retirement and other duties , 201d and",
+            "410 , \u201casset retirement and other duties ,\u201d and",
+            "lost_escape",
+        ),
+        ("sections 201a, 201b, 201c and 201d", "sections 201a, 201b, 201c and 201d", ""),
+        (
+            "see section 201d; section 201c of the act and 201d",
+            "see section 201d; section 201c of the act and 201d",
+            "",
+        ),
+        ("caf\\u00e9, \\\\u2014 \\ud83d\\ude00", "caf\u00e9, \u2014 \U0001f600", "unicode_escape"),
+        ('{"a": "\\u0022\\u000a\\ud83d"}', '{"a": "\\u0022\\u000a\\ud83d"}', ""),
+        ("[\\u00a0\\u200b]+ `\\u00e9`", "[\\u00a0\\u200b]+ `\\u00e9`", ""),
+        (
+            '\\u00e9\n```json\n"\\u00e9 &amp;lt;"\n```\n\\u00e9',
+            '\u00e9\n```json\n"\\u00e9 &amp;lt;"\n```\n\u00e9',
+            "unicode_escape",
+        ),
+        ("R&amp;amp;D &amp;lt; &amp;nothing;", "R&D < &nothing;", "html_entity"),
     ],
 )
 def test_repairs(broken: str, whole: str, kind: str) -> None:

@@ -1,5 +1,6 @@
 """`report.html`: what was read, what was dropped and why, with examples, lengths and batches."""
 
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +14,9 @@ from fintune.page import Page
 MICRO_BATCH, ACCUMULATION, BUCKETS = 16, 4, 8
 """Batch shape of the table of plans: the recipe's own, 64 examples a step."""
 
-MEANING = {
-    "boilerplate": "the answer is an empty phrase such as `nan`",
-    "contaminated": "repeats a benchmark's question, verbatim or reworded",
-    "contradictory_labels": "the same input carries two different labels",
-    "duplicate": "question and answer are another row's",
-    "near_duplicate": "question and answer are nearly another row's, numbers and names included",
-    "no_assistant": "no answer, or an empty one",
-    "no_user": "no question, or an empty one",
-    "not_an_object": "the row is no object of columns",
-    "not_english": "another language, by its characters or by the identifier",
-    "not_json": "the line is not JSON",
-    "not_text": "a column that should hold text holds something else",
-    "not_utf8": "the bytes are not UTF-8",
-    "over_cap": "beyond the cap, in hash order",
-    "personal_data": "holds personal data, and the config says drop",
-    "placeholder": "an unfilled {{placeholder}}",
-    "refusal": "the answer only refuses",
-    "too_long": "longer than max_length",
-    "too_short": "too few tokens of text",
-    "truncated_file": "the file breaks off here",
-    "turns_out_of_order": "user and assistant do not take turns",
-    "unknown_columns": "no known format",
-    "unknown_role": "a turn of an unknown role",
-    "wrong_cells": "more or fewer cells than columns",
-}
+MEANING: dict[str, str] = tomllib.loads(
+    Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8")
+)
 
 
 @dataclass(frozen=True, slots=True)

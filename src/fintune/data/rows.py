@@ -42,12 +42,24 @@ _REPAIRS: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("zero_width", re.compile(f"[{ZERO_WIDTH}]"), ""),
     ("zero_width", re.compile("(?<=[ -~])[\u200c\u200d]|[\u200c\u200d](?=[ -~])"), ""),
     ("lost_escape", re.compile(r" ?\b2019(s|t|re|ve|ll|d|m)\b"), "\u2019\\1"),
-    ("lost_escape", re.compile(r"\b201c ?(?=\S)"), "\u201c"),
-    ("lost_escape", re.compile(r" ?\b201d\b"), "\u201d"),
+    (
+        "lost_escape",
+        re.compile(
+            r"(?:\b201c(?=[\w$(])|(?<!ction )(?<!ctions )(?<!§ )(?<!rule )\b201c "
+            r"(?=(?:(?!201d)\S+ ){3}))((?:(?!\b201c).)*?) ?\b201d\b"
+        ),
+        "\u201c\\1\u201d",
+    ),
 )
-_SUSPECT = re.compile(f"[{re.escape(CONTROL)}\r]|201[9cd]|\\\\u20|&[#a-zA-Z]|[^\x00-\x7f]")
+"""A quotation opens and closes in one line. What opens it stands at a word, or three words follow
+and no section is named before it: the sections 201c and 201d of a law are none."""
+_SUSPECT = re.compile(f"[{re.escape(CONTROL)}\r]|201[9cd]|\\\\u[0-9a-fA-F]|&[#a-zA-Z]|[^\x00-\x7f]")
 _ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-fA-F]{1,5}|[a-zA-Z][a-zA-Z0-9]{1,30});")
-_ESCAPE = re.compile(r"\\?\\u(20[0-9a-f]{2})")
+_ESCAPE = re.compile(
+    r"\\{1,2}u(?i:d[89ab][0-9a-f]{2}\\{1,2}ud[c-f][0-9a-f]{2}|[0-9a-f]{4})", re.ASCII
+)
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`|\[[^]\s]*\\u[^]\s]*\])", re.DOTALL)
+"""Between backticks; and square brackets with an escape but no blank, as patterns have them."""
 _TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
 
 
@@ -144,18 +156,20 @@ def _split_turns(user: str) -> list[Message]:
 def repair(text: str, counts: Counter[str]) -> str:
     """Undo what conversions did to a text; each kind of repair is counted once a text.
 
-    HTML entities (not inside markup), `\\u2019` and its remains (`company 2019s`, `201c`),
-    no-break and zero-width characters, control characters, line ends, Unicode NFC.
+    HTML entities, also twice escaped, and `\\u2019` (neither inside markup or code), its remains
+    (`company 2019s`, `201cso-called 201d`), no-break and zero-width characters, control characters,
+    line ends, Unicode NFC.
     """
     if _SUSPECT.search(text) is None:
         return text
     steps: list[tuple[str, Callable[[str], str]]] = [
-        ("lost_escape", partial(_ESCAPE.sub, lambda found: chr(int(found[1], 16)))),
+        ("unicode_escape", partial(_outside_code, partial(_ESCAPE.sub, _escape))),
         *((name, partial(pattern.sub, new)) for name, pattern, new in _REPAIRS),
         ("unicode_nfc", partial(unicodedata.normalize, "NFC")),
     ]
     if "&" in text and "</" not in text:
-        steps.insert(0, ("html_entity", partial(_ENTITY.sub, _entity)))
+        once = partial(_outside_code, partial(_ENTITY.sub, _entity))
+        steps.insert(0, ("html_entity", lambda broken: once(once(broken))))
     kinds: set[str] = set()
     for name, step in steps:
         fixed = step(text)
@@ -164,6 +178,19 @@ def repair(text: str, counts: Counter[str]) -> str:
             text = fixed
     counts.update(kinds)
     return text
+
+
+def _outside_code(step: Callable[[str], str], text: str) -> str:
+    parts = _CODE.split(text)
+    return "".join(part if at % 2 else step(part) for at, part in enumerate(parts))
+
+
+def _escape(found: re.Match[str]) -> str:
+    """The character of an escape, which may be a pair of surrogates. Those below U+00A0 are left:
+    a quote, a backslash or a line end means something where the text is JSON or another source."""
+    digits = found[0].replace("\\", "").replace("u", "")
+    character = bytes.fromhex(digits).decode("utf-16-be", "replace")
+    return character if "\u00a0" <= character != "\ufffd" else found[0]
 
 
 def _entity(found: re.Match[str]) -> str:

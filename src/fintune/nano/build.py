@@ -182,26 +182,11 @@ def build_base(folder: Path, recipe: Recipe, report: Callable[[str], None]) -> N
 def _readme(model: LlamaForCausalLM, recipe: Recipe, loss: float, minutes: float) -> str:
     config, count = model.config, sum(p.numel() for p in model.parameters())
     tokens = recipe.num_steps * recipe.batch_tokens / 1e6
-    return f"""\
-# fintune/nano
-
-A toy language model, made so that `fintune demo` can run the whole path offline on a laptop. It
-knows made-up finance prose and nothing about the world: do not use it for anything else.
-
-- Llama architecture: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, \
-{config.num_attention_heads} heads ({config.num_key_value_heads} for keys and values),
-  vocabulary {config.vocab_size:,}, tied embeddings, {count:,} parameters in bf16.
-- It was trained on sequences of up to {recipe.long_length} tokens. `max_position_embeddings` allows
-  {MAX_LENGTH:,}, but expect nothing sensible beyond {recipe.long_length}.
-- It has never seen a chat: headers and end-of-turn tokens carry no meaning until an adapter gives
-  them one.
-- Text, tokenizer and weights were made by this project alone; the licence is that of fintune.
-
-Rebuild it with `python -m fintune.nano.build`. This copy: seed {recipe.seed}, {tokens:.1f} M tokens
-in {recipe.num_steps:,} steps, {minutes:.0f} minutes on two CPU cores, final loss {loss:.3f} nats a
-token. At this size of run the base knows words, tone and form, but it has not learned to look a
-figure up in the text before it; see `prose.py` for what it is meant to learn.
-"""
+    template = Path(__file__).with_name("readme.md").read_text(encoding="utf-8")
+    return template.format(
+        config=config, count=count, recipe=recipe, tokens=tokens, loss=loss, minutes=minutes,
+        longest=MAX_LENGTH,
+    )  # fmt: skip
 
 
 def main() -> None:
