@@ -19,6 +19,7 @@ import pytest
 from fintune import nano
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig, load_config
+from fintune.data import prepare as prepare_module
 from fintune.data import scan as scan_module
 from fintune.data import sources as sources_module
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
@@ -213,6 +214,51 @@ def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Pa
         assert b"4111" not in content and b"john.doe" not in content, path.name
     (row,) = read_json(settings.data_dir / "personal.json")["rows"]
     assert row["kinds"] == ["card"]
+
+
+def test_the_report_shows_duplicates_and_torn_labels_without_personal_values(
+    tmp_path: Path,
+) -> None:
+    text = "Alder Bank sells its stake after a weak quarter, says jane.doe@example.com of the bank"
+    ask = "Is the tone of this headline positive, negative or neutral?\n"
+    torn = [{"user": ask + text, "assistant": label} for label in ("Negative", "neutral")]
+    found = [*rows(300), *rows(300)[:5], *torn]
+    settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", found))
+    prepare(settings)
+    page = (settings.data_dir / "report.html").read_text(encoding="utf-8")
+    folds = {part.split(" ")[0]: part for part in page.split("<summary>")[1:]}
+    assert folds["duplicate"].count("user: Read the table.") == 3  # no more than that
+    assert "(of rows.jsonl:" in folds["duplicate"]
+    assert "assistant: Negative" in folds["contradictory_labels"]
+    assert "[EMAIL]" in folds["contradictory_labels"] and "jane.doe" not in page
+
+
+def test_a_spent_source_is_no_reason_to_scan_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another source has rows that only more candidates would bring."""
+    scans: list[int] = []
+
+    def counted(*given: Any) -> scan_module.Scanned:
+        scans.append(given[-1])
+        return scan_module.scan(*given)
+
+    monkeypatch.setattr(prepare_module, "scan", counted)
+    many, few = (write(tmp_path / f"{n}.jsonl", rows(n, seed=n)) for n in (3000, 300))
+    for weight, least in ((1000.0, 1), (1.0, 2)):
+        sources = [{"path": str(many), "max_rows": 20}, {"path": str(few), "weight": weight}]
+        data = {
+            "sources": sources,
+            "max_train_rows": 500,
+            "max_validation_rows": 60,
+            "min_tokens": 0,
+        }
+        scans.clear()
+        manifest = prepare(Config.model_validate({"out": tmp_path / str(weight), "data": data}))
+        kept = {n: f.get("train", 0) + f.get("select", 0) + f.get("decide", 0)
+                for n, f in manifest["sources"].items()}  # fmt: skip
+        assert kept["3000.jsonl"] == 20 and kept["300.jsonl"] >= 295, kept
+        assert (len(scans) == 1) == (least == 1), scans
 
 
 def test_adding_rows_moves_none_across() -> None:
@@ -418,6 +464,10 @@ def test_the_report_counts_the_rows_that_a_benchmark_took(tmp_path: Path) -> Non
         ("write to jane.doe@example.com", "email"),
         ("call (212) 555-0143 today", "phone"),
         ("reach me on +442079460958", "phone"),
+        ("Tel. 2125550143", "phone"),
+        ("tel.: 020 7946 0958 or write", "phone"),
+        ("Tel.: (030) 123456-78", "phone"),
+        ("ph. 2125550143, ask for Jane", "phone"),
     ],
 )
 def test_personal_data_is_masked(text: str, kind: str) -> None:
@@ -430,6 +480,7 @@ def test_personal_data_is_masked(text: str, kind: str) -> None:
     [
         "CUSIP 037833100, ISIN US0378331005, CIK 0000320193",
         "net income of $4,111,111,111 in 2019-2020, up 12.5% from 3,704,004,405",
+        "tel. 2015: revenue of 1,234; fax: 12 of 340", "mobile. 2015 2016 and 2017 were good",
         "card 4111 1111 1111 1112", "between 1998-12-31 and 2001-01-15", "10-K 001-36743",
     ],
 )  # fmt: skip

@@ -34,8 +34,10 @@ _PHONE = re.compile(
     r"(?<![\w.,$/-])(?:\+?1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4}(?![\w%/-]|[.,]\d)"
     r"|(?<![\w.,$/-])\+(?!1[ .-]?\d{3})[1-9]\d{0,2}(?:[ .-]\(?\d{1,8}\)?){2,5}(?![\w%/-]|[.,]\d)"
     r"|(?<![\w+.,$/-])\+[1-9]\d{9,14}(?!\d)"
-    r"|\b(?:call|phone|tel|telephone|mobile|cell|fax)\b(?: (?:number|no\.?|me at|us at|at|is))*"
-    r"[ :]{1,3}(\+?\d{10,13})(?!\d)",
+    r"|\b(?:call|phone|ph|tel|telephone|mobile|cell|fax)\b(?: (?:number|no\.?|me at|us at|at|is))*"
+    r"[ .:]{1,3}(\+?\d{10,13})(?!\d)"
+    r"|\b(?:phone|ph|tel|telephone|fax)(?:\.:?|:) ?(?!(?:19|20)\d\d )"
+    r"(\+?\(?\d[\d ()/-]{6,16}\d)(?![\d%]|[.,]\d)",
     re.I,
 )
 

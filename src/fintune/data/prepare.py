@@ -23,7 +23,7 @@ from fintune.data.lengths import Tokenised, adaptive_max_length, drop, fit, toke
 from fintune.data.personal import mask_messages
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
-from fintune.data.scan import SAMPLES, Scanned, scan
+from fintune.data.scan import SAMPLES, Scanned, excerpt, scan
 from fintune.data.sources import Source, find_sources, named
 from fintune.data.text import asked, hash64, passage
 from fintune.errors import DataError
@@ -139,8 +139,7 @@ class _Preparation:
         of_line = {(each.source, each.line): each for each in examples}
         for row in (*short, *long):
             self._drop(of_line[row.source, row.line], row.reason, row.detail)
-        full = self._fill(self._unrepeated(rows))
-        if not full and not self.scanned.complete:
+        if not self._fill(self._unrepeated(rows)):
             return False
         self._check_left()
         return True
@@ -149,8 +148,7 @@ class _Preparation:
         self.dropped.append(drop(example, reason, detail))
         shown = self.samples.setdefault(reason, [])
         if len(shown) < SAMPLES:
-            text = "\n".join(f"{m.role}: {m.content}" for m in example.messages)
-            shown.append(f"{example.source}:{example.line} ({detail})\n{text[-500:]}")
+            shown.append(excerpt(self.dropped[-1], example.messages, self.data))
 
     def _mask(self, examples: list[Example]) -> list[Example]:
         self.personal: Counter[str] = Counter()
@@ -203,7 +201,12 @@ class _Preparation:
         return [row for at, row in enumerate(rows) if at not in repeats]
 
     def _fill(self, rows: list[Tokenised]) -> bool:
-        """Put rows in hash order onto their sides until the caps are full; True when they are."""
+        """Put rows in hash order onto their sides until the caps are full.
+
+        Returns:
+            True when they are, or when no more candidates could fill them: each source is spent,
+            or has no rows left but these.
+        """
         half = self.data.max_validation_rows // 2
         caps = {
             "train": self.data.max_train_rows,
@@ -223,7 +226,8 @@ class _Preparation:
             else:
                 taken[id(own)] += 1
                 self.kept[place.side].append((place.group, row))
-        spent = all(c.max_rows is not None and taken[id(c)] >= c.max_rows for c in room.values())
+        waiting = [room[name] for name in self.scanned.waiting]
+        spent = all(c.max_rows is not None and taken[id(c)] >= c.max_rows for c in waiting)
         return spent or all(len(self.kept[name]) == cap for name, cap in caps.items())
 
     def _check_left(self) -> None:

@@ -67,7 +67,8 @@ class Scanned:
     read: Counter[str]
     dropped: list[Dropped]
     candidates: list[Example]
-    complete: bool
+    waiting: set[str]
+    """Sources with rows that more candidates would bring."""
     repairs: Counter[str]
     samples: dict[str, list[str]]
 
@@ -174,7 +175,7 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
             rows = [(name, row if row[3] <= limit[0] else (*row[:6], None)) for name, row in rows]
             texts = sum(row[6] is not None for _, row in rows)
     rows.sort(key=lambda item: (item[1][3], item[1][1], item[0], item[1][0]))
-    return _settle(rows, wanted, read, dropped, repairs, samples)
+    return _settle(rows, wanted, read, dropped, repairs, samples, config)
 
 
 def _settle(
@@ -184,6 +185,7 @@ def _settle(
     dropped: list[Dropped],
     repairs: Counter[str],
     samples: dict[str, list[str]],
+    config: DataConfig,
 ) -> Scanned:
     labels: dict[int, int] = {}
     torn: set[int] = set()
@@ -193,18 +195,29 @@ def _settle(
     first: dict[int, tuple[str, int]] = {}
     candidates: list[Example] = []
     for name, (line, sha, key, _, asked, label, messages) in rows:
+        reason, detail = "over_cap", ""
         if label and asked in torn:
-            dropped.append(Dropped(name, line, sha, "contradictory_labels", f"{asked:016x}"))
+            reason, detail = "contradictory_labels", f"{asked:016x}"
         elif key in first:
-            dropped.append(Dropped(name, line, sha, "duplicate", "of {}:{}".format(*first[key])))
-        elif len(candidates) < wanted and messages is not None:
-            first[key] = (name, line)
-            candidates.append(Example(name, line, sha, messages))
+            reason, detail = "duplicate", "of {}:{}".format(*first[key])
         else:
             first[key] = (name, line)
-            dropped.append(Dropped(name, line, sha, "over_cap"))
-    complete = not any(row.reason == "over_cap" for row in dropped)
-    return Scanned(read, dropped, candidates, complete, repairs, dict(samples))
+            if len(candidates) < wanted and messages is not None:
+                candidates.append(Example(name, line, sha, messages))
+                continue
+        dropped.append(Dropped(name, line, sha, reason, detail))
+        if messages is not None and len(samples[reason]) < SAMPLES:
+            samples[reason].append(excerpt(dropped[-1], messages, config))
+    waiting = {row.source for row in dropped if row.reason == "over_cap"}
+    return Scanned(read, dropped, candidates, waiting, repairs, dict(samples))
+
+
+def excerpt(row: Dropped, messages: tuple[Message, ...], config: DataConfig) -> str:
+    """The end of a dropped row, for the report."""
+    text = "\n".join(f"{message.role}: {message.content}" for message in messages)[-4_000:]
+    if config.personal_data != "off":
+        text = mask(text)[0]
+    return f"{row.source}:{row.line} ({row.detail})\n{text[-500:]}"
 
 
 def _results(
