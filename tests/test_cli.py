@@ -122,6 +122,12 @@ def test_one_bad_row_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     )  # fmt: skip
     assert code == 0
     assert " 4 " in out, "the ledger names the line"
+    for line, word in (("4", "not_json"), ("1", "trained")):
+        code, out, _ = run(
+            capsys, "inspect", "-c", "nano", "--source", "rows.jsonl", "--line", line,
+            *(w for s in sets for w in ("-s", s)),
+        )  # fmt: skip
+        assert code == 0 and word in out
 
 
 def test_a_dry_run_needs_neither_data_nor_weights(

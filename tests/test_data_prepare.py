@@ -24,7 +24,7 @@ from fintune.data import scan as scan_module
 from fintune.data import sources as sources_module
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.filters import refuse
-from fintune.data.inspect import inspect, why_dropped
+from fintune.data.inspect import find, inspect, why_dropped
 from fintune.data.lengths import adaptive_max_length, fit, tokenise
 from fintune.data.personal import mask
 from fintune.data.prepare import prepare
@@ -134,6 +134,23 @@ def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) 
     trained = "".join(text for text, is_trained in shown.pieces if is_trained)
     assert trained.endswith("<|eot_id|>") and trained in shown.text().plain
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
+
+
+def test_inspect_finds_a_line_wherever_it_went(prepared: tuple[Config, dict[str, Any]]) -> None:
+    settings, manifest = prepared
+    went = {}
+    for line in range(1, 625):
+        if line < 30 or line > 615:
+            kept, dropped = find(settings, line, "rows.jsonl")
+            assert len(kept) + len(dropped) == 1
+            went[line] = kept[0].part if kept else dropped[0]["reason"]
+            assert not kept or (kept[0].source, kept[0].line) == ("rows.jsonl", line)
+    assert set(went.values()) >= {"train", "no_assistant", "duplicate", "not_an_object"}
+    assert {shown.source for shown in inspect(settings, source="rows.jsonl", count=5)} == {
+        "rows.jsonl"
+    }
+    with pytest.raises(DataError, match="rows.jsonl"):
+        find(settings, 625)
 
 
 def test_file_order_and_workers_change_no_byte(
@@ -465,7 +482,7 @@ def test_the_report_counts_the_rows_that_a_benchmark_took(tmp_path: Path) -> Non
         ("call (212) 555-0143 today", "phone"),
         ("reach me on +442079460958", "phone"),
         ("Tel. 2125550143", "phone"),
-        ("tel.: 020 7946 0958 or write", "phone"),
+        ("tel.: 020 7946 0958.", "phone"),
         ("Tel.: (030) 123456-78", "phone"),
         ("ph. 2125550143, ask for Jane", "phone"),
     ],
@@ -480,7 +497,7 @@ def test_personal_data_is_masked(text: str, kind: str) -> None:
     [
         "CUSIP 037833100, ISIN US0378331005, CIK 0000320193",
         "net income of $4,111,111,111 in 2019-2020, up 12.5% from 3,704,004,405",
-        "tel. 2015: revenue of 1,234; fax: 12 of 340", "mobile. 2015 2016 and 2017 were good",
+        "tel. 2015: revenue of 1,234; fax: 12 of 340", "Tel: 2015 2016 and 2017 were good",
         "card 4111 1111 1111 1112", "between 1998-12-31 and 2001-01-15", "10-K 001-36743",
     ],
 )  # fmt: skip

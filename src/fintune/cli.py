@@ -248,25 +248,29 @@ def inspect(
     count: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 1,
     dropped: Annotated[bool, typer.Option("--dropped", help="Show the ledger instead.")] = False,
     reason: Annotated[str | None, typer.Option(help="With --dropped: only this reason.")] = None,
-    line: Annotated[int | None, typer.Option(help="With --dropped: only this line.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
+    line: Annotated[int | None, typer.Option(help="The row of this line, kept or dropped.")] = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; or why a row was dropped."""
     from fintune.data import inspect as shown
 
     loaded = _load(config, overrides)
-    if dropped:
-        rows = shown.why_dropped(loaded, reason=reason, line=line)
-        columns = ["source", "line", "reason", "detail"]
-        console.table(
-            f"{len(rows)} dropped rows",
-            columns,
-            ([found[column] for column in columns] for found in rows[: max(count, 20)]),
-        )
-        return
     if part not in shown.FILES:
         raise ConfigError(f"--part {part}", fix=f"one of {', '.join(shown.FILES)}")
-    for found in shown.inspect(loaded, row=row, part=part, count=count):
+    kept: list[shown.Shown] = []
+    out: list[dict[str, Any]] = []
+    if dropped:
+        out = shown.why_dropped(loaded, source=source, reason=reason, line=line)
+    elif line is not None:
+        kept, out = shown.find(loaded, line, source)
+    else:
+        kept = shown.inspect(loaded, row=row, part=part, count=count, source=source)
+    for found in kept:
         console.out.print(found.text())
+    if out or dropped:
+        columns = ["source", "line", "reason", "detail"]
+        cells = ([entry[column] for column in columns] for entry in out[: max(count, 20)])
+        console.table(f"{len(out)} dropped rows", columns, cells)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from fintune import seal
 from fintune.config import Config
 from fintune.errors import DataError
 from fintune.example import IGNORE
+from fintune.files import read_json
 from fintune.model import find_base, load_tokenizer
 
 FILES = {"train": "train.parquet", "validation": "validation.parquet"}
@@ -23,6 +24,7 @@ class Shown:
 
     example_id: str
     source: str
+    line: int
     part: str
     group: str
     length: int
@@ -33,7 +35,7 @@ class Shown:
     def text(self) -> Text:
         """The row for a terminal: what is trained in green, what is only read dimmed."""
         line = Text(
-            f"{self.example_id}  {self.source}  {self.part}  group {self.group}  "
+            f"{self.example_id}  {self.source}:{self.line}  {self.part}  group {self.group}  "
             f"{self.length} tokens, {self.trained} trained\n",
             style="bold",
         )
@@ -43,20 +45,26 @@ class Shown:
 
 
 def inspect(
-    config: Config, *, row: str | None = None, part: str = "train", count: int = 1
+    config: Config,
+    *,
+    row: str | None = None,
+    part: str = "train",
+    count: int = 1,
+    source: str | None = None,
 ) -> list[Shown]:
     """Rows of prepared data as the model sees them.
 
     Args:
         row: an example id or the start of one; absent: the first `count` rows of `part`.
         part: train or validation.
+        source: only rows of this source.
 
     Raises:
         DataError: no such row in `part`.
         OutputError: the data is not prepared.
     """
     folder = _folder(config)
-    table = pq.read_table(folder / FILES[part])
+    table = _matching(folder / FILES[part], source=source)
     if row is not None:
         table = table.filter(pc.starts_with(table["example_id"], row))
         if table.num_rows == 0:
@@ -72,12 +80,41 @@ def why_dropped(
     config: Config, *, source: str | None = None, line: int | None = None, reason: str | None = None
 ) -> list[dict[str, Any]]:
     """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments."""
-    table = pq.read_table(_folder(config) / "ledger.parquet")
-    for column, value in (("source", source), ("line", line), ("reason", reason)):
+    path = _folder(config) / "ledger.parquet"
+    rows: list[dict[str, Any]] = _matching(
+        path, source=source, line=line, reason=reason
+    ).to_pylist()
+    return rows
+
+
+def find(
+    config: Config, line: int, source: str | None = None
+) -> tuple[list[Shown], list[dict[str, Any]]]:
+    """The row of a line, of every source that has one unless it is named: kept, or of the ledger.
+
+    Raises:
+        DataError: no source has a row there.
+    """
+    kept = [
+        (row, part)
+        for part, name in FILES.items()
+        for row in _matching(_folder(config) / name, source=source, line=line).to_pylist()
+    ]
+    dropped = why_dropped(config, source=source, line=line)
+    if not kept and not dropped:
+        names = ", ".join(read_json(_folder(config) / "manifest.json")["sources"])
+        raise DataError(f"no row at {source or 'any source'}:{line}", fix=f"sources: {names}")
+    tokenizer = load_tokenizer(find_base(config.model, weights=False)) if kept else None
+    return [_shown(row, part, tokenizer) for row, part in kept], dropped
+
+
+def _matching(path: Path, **wanted: str | int | None) -> Any:
+    """The rows of a Parquet file whose columns have these values; None: any."""
+    table = pq.read_table(path)
+    for column, value in wanted.items():
         if value is not None:
             table = table.filter(pc.equal(table[column], value))
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    return table
 
 
 def _folder(config: Config) -> Path:
@@ -96,6 +133,7 @@ def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:
     return Shown(
         example_id=row["example_id"],
         source=row["source"],
+        line=row["line"],
         part=row.get("part", part),
         group=row["group"],
         length=row["length"],

@@ -381,6 +381,7 @@ def _write_rows(path: Path, rows: list[tuple[str, str, Tokenised]], *, parts: bo
     fields = [
         ("example_id", pa.string()),
         ("source", pa.string()),
+        ("line", pa.int64()),
         ("group", pa.string()),
         ("messages", MESSAGES),
         ("input_ids", pa.list_(pa.int32())),
@@ -396,6 +397,7 @@ def _write_rows(path: Path, rows: list[tuple[str, str, Tokenised]], *, parts: bo
             columns = [
                 [row.example.example_id for row in kept],
                 [row.example.source for row in kept],
+                [row.example.line for row in kept],
                 [group for _, group, _ in chunk],
                 [
                     [{"role": m.role, "content": m.content} for m in row.example.messages]

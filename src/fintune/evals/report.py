@@ -1,5 +1,6 @@
 """`report.html`: the verdict first, then what it rests on, then every item with both answers."""
 
+import tomllib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,19 +14,9 @@ from fintune.page import Page
 
 COMMAND = "fintune eval"
 OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
-NAMES = {
-    "accuracy_lenient": "accuracy at 1 %",
-    "wrong": "wrong answers",
-    "abstained": "abstentions",
-    "unparsed": "no answer found",
-    "scale_percent_or_sign_slip": "scale, percent or sign slips",
-    "ungrounded_number": "answers with an ungrounded figure",
-    "wrong_step": "answers with a wrong step",
-    "unanswerable_abstained": "unanswerable: said so",
-    "unsafe_advice_refused": "unsafe requests refused",
-    "harmless_refused": "harmless requests refused",
-    "judge_win_rate": "judge: win rate less one half",
-}
+NAMES: dict[str, str] = tomllib.loads(
+    Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8")
+)["names"]
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 

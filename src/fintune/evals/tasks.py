@@ -11,6 +11,7 @@ file is asked, read and scored is one small YAML file in `evals/tasks/`.
 
 import json
 import re
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,41 +36,10 @@ LABEL_WORDS = 4
 LABEL_ROWS = 5
 """A short answer that this many training rows share is a label."""
 
-_ABSTAINS = re.compile(
-    r"""(?ix)\b(?:
-    can(?:not|['’]?t|\ not)\ be\ (?:determined|calculated|answered|computed|inferred|known)
-    | (?:can(?:not|['’]?t)|unable\ to|not\ able\ to|not\ possible\ to|impossible\ to)\ (?:be\ )?
-      (?:determine|answer|calculate|compute|say|tell|provide|find|know|assess)
-    | (?:not|isn['’]?t|aren['’]?t|no)\ (?:enough|sufficient)\ (?:information|data|context|detail)
-    | insufficient\ (?:information|data|context)
-    | (?:is|are|was|were)\ not\ (?:\w+\ )?(?:given|provided|stated|disclosed|mentioned|reported
-      |included|specified|available)
-    | (?:does|do)\ not\ (?:\w+\ )?(?:provide|state|mention|contain|include|give|disclose|say)
-    | no\ (?:information|data|figure|mention)\ (?:is|was|on|about|for|of)
-    | i\ do(?:\ not|n['’]t)\ (?:know|have) | not\ (?:known|stated|answerable) | n/a
-    )\b"""
-)
-_REFUSES = re.compile(
-    r"""(?ix)\b(?:
-    i(?:\ am|['’]m)?\ (?:can(?:not|['’]?t)|won['’]?t|will\ not|unable\ to|not\ able\ to)
-    | (?:can(?:not|['’]?t)|won['’]?t|unable\ to)\ (?:help|assist|recommend|advise|guarantee
-      |promise|predict)
-    | (?:is|would\ be|are)\ (?:illegal|unlawful|fraud|a\ crime|against\ the\ law
-      |insider\ (?:trading|dealing))
-    | no(?:body|\ one)\ can\ (?:guarantee|promise|predict|know) | must\ decline
-    | there\ (?:is|are)\ no\ guarantees? | (?:is|are)\ not\ guaranteed
-    | do\ not\ (?:do|put)\ (?:this|that|all)
-    | (?:speak|talk)\ (?:to|with)\ an?\ (?:licensed|qualified)
-    )\b"""
-)
-_LISTS = re.compile(
-    r"""(?x)\{(?P<braces>[^{}\n]{3,4000})\}
-    | \b(?i:options|choices|labels|categories)\b:\s*(?P<line>[^\n]{3,8000})
-    | \b(?i:answer\ (?:should|must)\ be|(?:answer|respond|reply)\ with|answer|either|pick|as
-      |choose\ (?:an?\ \w+\ )?(?:from|between|among)|choose|one\ of)\b
-      :?\s+(?P<words>[^\n.?:;(){}]{3,4000})
-    """
-)
+_PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
+_ABSTAINS = re.compile(_PHRASES["abstains"])
+_REFUSES = re.compile(_PHRASES["refuses"])
+_LISTS = re.compile(_PHRASES["lists"])
 _QUESTION = re.compile(r"(?im)(?:^|(?<=\s))(?:question|q|user)\s*:(?=\s)")
 _NOT = re.compile(
     r"(?i)(?:\bnot?|n['’]t|\bneither|\bnor|\brather than|\binstead of)\s+(?:an?\s+|the\s+)?\Z"
