@@ -29,6 +29,7 @@ from fintune.data.lengths import adaptive_max_length, fit, tokenise
 from fintune.data.personal import mask
 from fintune.data.prepare import prepare
 from fintune.data.related import near_duplicates, split
+from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
@@ -535,6 +536,17 @@ def test_adaptive_length_is_the_smallest_multiple_that_keeps_the_share() -> None
     assert adaptive_max_length(lengths, 0.65, 2048) == 128
     assert adaptive_max_length(lengths, 1.0, 64) == 64
     assert adaptive_max_length([], 0.9, 512) == 512
+
+
+def test_the_report_shows_what_other_lengths_cost(prepared: tuple[Config, dict[str, Any]]) -> None:
+    lengths = np.array([100] * 97 + [200, 300, 700])
+    table = length_costs(lengths, 256)
+    assert [row[0] for row in table] == ["128", "192", "256 (chosen)", "320", "384", "512"]
+    assert table[0][1:] == [3, "3.00%", 1200, "11.01%", 1200 - 3 * 128]
+    assert table[2][1:] == [2, "2.00%", 1000, "9.17%", 1000 - 2 * 256]
+    assert length_costs(lengths[:0], 256) == []
+    page = (prepared[0].data_dir / "report.html").read_text(encoding="utf-8")
+    assert f"{prepared[1]['max_length']:,} (chosen)" in page
 
 
 def test_policies_for_long_rows() -> None:

@@ -6,7 +6,8 @@ that come first in hash order are compared, tokenised and split, until the caps 
 
 import math
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -377,36 +378,25 @@ def distribution(lengths: list[int]) -> dict[str, float]:
     }
 
 
+COLUMNS: tuple[tuple[str, pa.DataType, Callable[[str, str, Tokenised], Any]], ...] = (
+    ("example_id", pa.string(), lambda _, __, row: row.example.example_id),
+    ("source", pa.string(), lambda _, __, row: row.example.source),
+    ("line", pa.int64(), lambda _, __, row: row.example.line),
+    ("group", pa.string(), lambda _, group, __: group),
+    ("messages", MESSAGES, lambda _, __, row: [asdict(turn) for turn in row.example.messages]),
+    ("input_ids", pa.list_(pa.int32()), lambda _, __, row: row.input_ids),
+    ("labels", pa.list_(pa.int32()), lambda _, __, row: row.labels),
+    ("length", pa.int32(), lambda _, __, row: row.length),
+    ("part", pa.string(), lambda part, _, __: part),
+)
+"""Columns of prepared rows; `part` only where there are several."""
+
+
 def _write_rows(path: Path, rows: list[tuple[str, str, Tokenised]], *, parts: bool) -> None:
-    fields = [
-        ("example_id", pa.string()),
-        ("source", pa.string()),
-        ("line", pa.int64()),
-        ("group", pa.string()),
-        ("messages", MESSAGES),
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("length", pa.int32()),
-        *([("part", pa.string())] if parts else []),
-    ]
-    schema = pa.schema(fields)
+    columns = COLUMNS if parts else COLUMNS[:-1]
+    schema = pa.schema([(name, kind) for name, kind, _ in columns])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(rows), ROW_GROUP):
             chunk = rows[start : start + ROW_GROUP]
-            kept = [row for _, _, row in chunk]
-            columns = [
-                [row.example.example_id for row in kept],
-                [row.example.source for row in kept],
-                [row.example.line for row in kept],
-                [group for _, group, _ in chunk],
-                [
-                    [{"role": m.role, "content": m.content} for m in row.example.messages]
-                    for row in kept
-                ],
-                [row.input_ids for row in kept],
-                [row.labels for row in kept],
-                [row.length for row in kept],
-                *([[part for part, _, _ in chunk]] if parts else []),
-            ]
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+            arrays = [pa.array([read(*row) for row in chunk], kind) for _, kind, read in columns]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

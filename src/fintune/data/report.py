@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from fintune.batches import Plan, choose_boundaries, facts, plan_epoch
+from fintune.data.lengths import STEP
 from fintune.page import Page
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 MICRO_BATCH, ACCUMULATION, BUCKETS = 16, 4, 8
 """Batch shape of the table of plans: the recipe's own, 64 examples a step."""
 
@@ -75,7 +77,7 @@ def write_report(path: Path, manifest: dict[str, Any], findings: Findings) -> No
 
 def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
     page.heading("Lengths")
-    before = np.array(findings.lengths_before)
+    before = np.array(findings.lengths_before, np.int64)
     kept = float((before <= manifest["max_length"]).mean()) if len(before) else 0.0
     page.text(
         f"max_length {manifest['max_length']} keeps {kept:.2%} of the rows measured. "
@@ -99,6 +101,13 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
             for name, fact in manifest["lengths"].items()
         ],
     )
+    page.table(
+        ["max_length", "rows over it", "share of rows", "their tokens", "share of tokens",
+         "tokens beyond it"],
+        length_costs(before, manifest["max_length"]),
+        caption="What other lengths would cost: over_length=drop loses the rows with all their "
+        "tokens, shorten about the last column.",
+    )  # fmt: skip
     lengths = np.array(findings.lengths_train, np.int64)
     plans: list[list[object]] = []
     choices: tuple[tuple[Plan, bool], ...] = (
@@ -126,6 +135,20 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
         plans,
         caption=f"One epoch of the training rows in steps of {MICRO_BATCH} × {ACCUMULATION}.",
     )
+
+
+def length_costs(lengths: Ints, chosen: int) -> list[list[object]]:
+    """Rows and tokens lost at the chosen maximum length and at multiples of 64 around it."""
+    table: list[list[object]] = []
+    for length in (chosen + STEP * step for step in (-4, -2, -1, 0, 1, 2, 4)):
+        if length > 0 and len(lengths):
+            long = lengths[lengths > length]
+            shares = (len(long) / len(lengths), long.sum() / lengths.sum())
+            rows, tokens = (f"{share:.2%}" for share in shares)
+            name = f"{length:,} (chosen)" if length == chosen else f"{length:,}"
+            beyond = int((long - length).sum())
+            table.append([name, len(long), rows, int(long.sum()), tokens, beyond])
+    return table
 
 
 def _content(page: Page, manifest: dict[str, Any], findings: Findings) -> None:

@@ -1,6 +1,5 @@
 """`report.html`: the verdict first, then what it rests on, then every item with both answers."""
 
-import tomllib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,15 +7,13 @@ from typing import Any
 
 from fintune import seal
 from fintune.evals import raw
-from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
+from fintune.evals.results import CHECKED, PHRASES, WHO, Pair, load_pairs, results, words
 from fintune.files import FORMAT, read_jsonl, write_json, write_text
 from fintune.page import Page
 
 COMMAND = "fintune eval"
 OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
-NAMES: dict[str, str] = tomllib.loads(
-    Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8")
-)["names"]
+NAMES: dict[str, str] = PHRASES["names"]
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 """
 
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,8 @@ CHECKED = ("number", "label", "span", "tags")
 """Kinds of item whose correctness is accuracy; the others have measures of their own."""
 SLIPS = ("scale", "percent", "sign")
 """Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
-GUARDS = {
-    "held_out_loss": "the held-out loss is higher than the base's",
-    "general_regression": "a general benchmark may have got worse by more than its margin",
-}
+PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
+GUARDS: dict[str, str] = PHRASES["guards"]
 """What it means that a guard failed; an adapter is not called better while one fails."""
 WHO = ("base", "adapter")
 
@@ -291,14 +290,8 @@ def words(found: dict[str, Any]) -> Sequence[str]:
     gain = f"{name}: {100 * primary['value']:+.1f} points ({low} to {high}, {primary['n']} items)"
     seen = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
     failed = [GUARDS[guard] for guard, held in found["guards"].items() if not held]
-    first = {
-        "better": "The adapter is better than its base.",
-        "worse": "The adapter is worse than its base.",
-        "no_detectable_difference": "No difference between adapter and base was detected.",
-        "invalid": "This evaluation decides nothing.",
-    }[found["verdict"]]
     return [
-        first,
+        PHRASES["verdicts"][found["verdict"]],
         *(f"Reason: {reason}." for reason in found["invalid_reasons"]),
         *(f"Guard failed: {guard}." for guard in failed),
         f"{gain[0].upper()}{gain[1:]}; {seen}.",
