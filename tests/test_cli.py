@@ -166,6 +166,36 @@ def test_other_stages_refuse_to_be_launched_several_times(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("prepare", "-s", "out={}/x"), ("train", "-s", "out={}/x/y"), ("eval", "-s", "eval.out={}"),
+     ("release", "-s", "out={}/x"), ("run", "-s", "data.out={}/x"), ("demo", "--out", "{}/x"),
+     ("judge", "-s", "out={}/x"), ("init", "--preset", "nano", "--out", "{}/x/a.yaml"),
+     ("export", "gguf", "release", "--out", "{}/x/a.gguf")],
+)  # fmt: skip
+def test_a_place_below_a_file_is_one_message(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    preset = () if words[0] in ("demo", "init", "export") else ("-c", "nano")
+    given = [word.format(tmp_path / "file") for word in words]
+    code, _, said = run(capsys, *given[:1], *preset, *given[1:])
+    assert (code, f"{tmp_path / 'file'} is a file" in said) == (1, True), said
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_a_count_of_processes_that_is_no_number_is_one_message(
+    variable: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv(variable, "abc")
+    code, _, said = run(capsys, "train", "-c", "nano", "-s", f"out={tmp_path / 'out'}")
+    assert (code, f"{variable}=abc is no number" in said) == (1, True)
+
+
 def test_the_reference_lists_every_key() -> None:
     page = Path(__file__).parents[1] / "docs" / "reference.md"
     text = page.read_text(encoding="utf-8")

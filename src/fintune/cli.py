@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, Stopped
+from fintune.errors import ConfigError, FintuneError, OutputError, Stopped
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -90,6 +90,13 @@ def _root(
         console.result(__version__)
         raise typer.Exit
     verb = context.invoked_subcommand
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not (text := os.environ.get(variable) or "0").isdecimal():
+            raise ConfigError(
+                f"{variable}={text} is no number",
+                why="torchrun and accelerate number the processes that they launch with it",
+                fix=f"unset {variable}, or launch through one of them",
+            )
     if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise ConfigError(
             f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
@@ -344,6 +351,7 @@ def export(
         console.result(forms.push(folder, target, base=base, really=really))
     else:
         target_path = _needed(out, f"export {form} needs --out")
+        _folder(target_path.parent)
         if form == "gguf":
             chosen["whole"] = merged
         write = {"merged": forms.merged, "gguf": forms.gguf, "ollama": forms.ollama}[form]
@@ -393,6 +401,7 @@ def init(
     """Write a commented config to edit; asks where no option is given. Never over a file."""
     from fintune.init import init as write
 
+    _folder(out.parent)
     write(out, preset=preset, name=name, source=source, base=base, force=force)
 
 
@@ -432,7 +441,25 @@ def _needed(value: T | None, message: str) -> T:
 def _load(name: str, overrides: list[str] | None) -> "Config":
     from fintune.config import load_config
 
-    return load_config(name, overrides or [])
+    config = load_config(name, overrides or [])
+    for folder in (config.data_dir, config.run_dir, config.eval_dir, config.release_dir):
+        _folder(folder)
+    return config
+
+
+def _folder(path: Path) -> Path:
+    """A path that is a folder or can become one.
+
+    Raises:
+        OutputError: it is a file, or below one.
+    """
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise OutputError(
+                f"{path} cannot be a folder: {part} is a file",
+                fix="choose another place for what is written, such as --set out=runs/mine",
+            )
+    return path
 
 
 def _show_dry_run(plan: dict[str, Any]) -> None:

@@ -1,9 +1,13 @@
 """Rows in, prepared data out: every row accounted for, nothing leaked, nothing cut in silence."""
 
 import importlib
+import tomllib
+from pathlib import Path
 from typing import Any
 
 from fintune.errors import ConfigError
+
+WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 
 
 def optional(module: str, key: str, off: str) -> Any:

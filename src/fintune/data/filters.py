@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.config import DataConfig
-from fintune.data import optional
+from fintune.data import WORDS, optional
 from fintune.example import Message
 
 EXCERPT = 200
@@ -29,14 +29,7 @@ _UNENGLISH = re.compile(
 )
 _BLANK = re.compile(r"[\s|_*#\d]+")
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z][\w .-]{0,40}\}\}")
-_REFUSAL = re.compile(
-    r"(?:(?:(?:(?:i[’']?m|i am) )?(?:very |so )?sorry|i apologi[sz]e)[,.]?(?: but)?"
-    r"|unfortunately,?|as an ai(?: language model)?,)? ?"
-    r"(?:i (?:can[’']?t|cannot|am (?:unable|not able) to) (?:assist|help|comply|fulfil|provide"
-    r"|answer|browse|access|complete)|i[’']?m (?:unable|not able) to"
-    r"|i (?:don[’']?t|do not) have access|as an ai language model)",
-    re.IGNORECASE,
-)
+_REFUSAL = re.compile(WORDS["refusal"], re.IGNORECASE | re.VERBOSE)
 REFUSAL_CHARACTERS = 400
 """A longer answer that begins like a refusal mostly goes on to help."""
 _EMPTY_PHRASE = re.compile(r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?", re.I | re.S)

@@ -260,15 +260,8 @@ class _Preparation:
         _write_rows(folder / "train.parquet", train, parts=False)
         _write_rows(folder / "validation.parquet", validation, parts=True)
         self.dropped.sort(key=lambda row: (row.source, row.line))
-        columns = zip(
-            *((r.source, r.line, r.row_sha256, r.reason, r.detail) for r in self.dropped),
-            strict=True,
-        )
-        ledger = (
-            pa.table([list(column) for column in columns], schema=LEDGER)
-            if self.dropped
-            else LEDGER.empty_table()
-        )
+        columns = [[getattr(row, name) for row in self.dropped] for name in LEDGER.names]
+        ledger = pa.table(columns, schema=LEDGER)
         pq.write_table(ledger, folder / "ledger.parquet", compression="zstd")
         manifest = self._manifest(inputs, train, validation)
         write_json(folder / "manifest.json", manifest)

@@ -1,6 +1,5 @@
 """`report.html`: what was read, what was dropped and why, with examples, lengths and batches."""
 
-import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fintune.batches import Plan, choose_boundaries, facts, plan_epoch
+from fintune.data import WORDS
 from fintune.data.lengths import STEP
 from fintune.page import Page
 
@@ -16,9 +16,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 MICRO_BATCH, ACCUMULATION, BUCKETS = 16, 4, 8
 """Batch shape of the table of plans: the recipe's own, 64 examples a step."""
 
-MEANING: dict[str, str] = tomllib.loads(
-    Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8")
-)
+MEANING: dict[str, str] = WORDS["reasons"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fintune.data import WORDS
 from fintune.example import Example
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -19,11 +20,7 @@ OPENING_CHARACTERS = 40
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 _WORD = re.compile(r"\w+")
 _FIXED = re.compile(
-    r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*"
-    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|first|second|third|fourth|fifth|not|no"
-    r"|increase[sd]?|decrease[sd]?|more|less|highest|lowest|most|least|before|after|above|below"
-    r"|rises?|rose|risen|falls?|fell|fallen|gain(?:s|ed)?|loss(?:es)?|lost|up|down|higher|lower"
-    r"|profits?|beats?|miss(?:es|ed)?|buy|sell|bought|sold|positive|negative|over|under|never)\b"
+    r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*|\b(?:" + "|".join(WORDS["fixed"].split()) + r")\b"
 )
 _LABEL = re.compile(r"^(?:context|text|input|question|sentence|headline|tweet|news)\s*:\s*", re.I)
 _ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2) + np.uint64(1)

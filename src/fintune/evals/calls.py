@@ -29,6 +29,7 @@ from fintune.console import Meter, meter, say
 from fintune.errors import ConfigError, GateRefused, ModelError
 from fintune.evals.judge import Call, outcome, read_verdict
 from fintune.evals.lines import Lines
+from fintune.evals.tasks import PHRASES
 
 LEDGER = "judge_calls.jsonl"
 HEAD_START_S = 1.0
@@ -39,14 +40,7 @@ LONGEST_WAIT_S = 600.0
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; a verdict is read from all of it."""
 _REPAIR = "That was not one JSON object of the schema with the id given. Send only that object."
-_SECRETS = re.compile(
-    r"""(?ix)(?<![a-z])(?:sk|pk|rk|hf|gh[opsu]|xox[abp]|glpat|AIza|AKIA|ASIA)[-_]?[A-Za-z0-9_-]{12,}
-    | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)? | bearer\s+[\w.~+/=-]{8,}
-    | (?<=//)[^\s/@"]+:[^\s/@"]+(?=@)
-    | (?:(?:api|access)[_-]?key|token|secret|passw(?:or)?d)
-      \\?["']?\s*[:=]\s*\\?["']?[^\s"',}\\]{6,}
-    """
-)
+_SECRETS = re.compile(PHRASES["secrets"])
 _SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|auth")
 
 

@@ -9,7 +9,6 @@ label, that decides the item, and the judge's opposite opinion is counted agains
 
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,15 +16,13 @@ from typing import Any, Literal
 
 from fintune.config import JudgeConfig
 from fintune.evals import stats
-from fintune.evals.tasks import Item
+from fintune.evals.tasks import PHRASES, Item
 from fintune.files import sha256_bytes, sha256_json
 
 RUBRIC = resources.files("fintune.evals").joinpath("rubric.md").read_text(encoding="utf-8")
 CHECKS = ("agrees", "contradicts", "grounded", "complete", "safe")
 _ANGLES = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
-_SPOILT: dict[str, str] = tomllib.loads(
-    resources.files("fintune.evals").joinpath("phrases.toml").read_text(encoding="utf-8")
-)["spoilt"]
+_SPOILT: dict[str, str] = PHRASES["spoilt"]
 """Answers of canaries that must lose: nothing, phrases that fit any question, and an attack."""
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from fintune import seal
 from fintune.evals import raw
-from fintune.evals.results import CHECKED, PHRASES, WHO, Pair, load_pairs, results, words
+from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
+from fintune.evals.tasks import PHRASES
 from fintune.files import FORMAT, read_jsonl, write_json, write_text
 from fintune.page import Page
 

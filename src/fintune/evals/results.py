@@ -6,7 +6,6 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 """
 
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from fintune.errors import OutputError
 from fintune.evals import judge, regression, stats
-from fintune.evals.tasks import Graded, Item, grade
+from fintune.evals.tasks import PHRASES, Graded, Item, grade
 from fintune.files import read_json, read_jsonl
 
 FEWEST_CHECKABLE = 100
@@ -28,7 +27,6 @@ CHECKED = ("number", "label", "span", "tags")
 """Kinds of item whose correctness is accuracy; the others have measures of their own."""
 SLIPS = ("scale", "percent", "sign")
 """Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
-PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
 GUARDS: dict[str, str] = PHRASES["guards"]
 """What it means that a guard failed; an adapter is not called better while one fails."""
 WHO = ("base", "adapter")

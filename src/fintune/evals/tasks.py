@@ -36,10 +36,10 @@ LABEL_WORDS = 4
 LABEL_ROWS = 5
 """A short answer that this many training rows share is a label."""
 
-_PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
-_ABSTAINS = re.compile(_PHRASES["abstains"])
-_REFUSES = re.compile(_PHRASES["refuses"])
-_LISTS = re.compile(_PHRASES["lists"])
+PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
+_ABSTAINS = re.compile(PHRASES["abstains"])
+_REFUSES = re.compile(PHRASES["refuses"])
+_LISTS = re.compile(PHRASES["lists"])
 _QUESTION = re.compile(r"(?im)(?:^|(?<=\s))(?:question|q|user)\s*:(?=\s)")
 _NOT = re.compile(
     r"(?i)(?:\bnot?|n['’]t|\bneither|\bnor|\brather than|\binstead of)\s+(?:an?\s+|the\s+)?\Z"

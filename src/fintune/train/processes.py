@@ -43,7 +43,7 @@ ENGINES = {
 
 def world_size() -> int:
     """Processes of this run, as torchrun and accelerate launch announce them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def is_lead() -> bool:
