@@ -540,11 +540,12 @@ def test_adaptive_length_is_the_smallest_multiple_that_keeps_the_share() -> None
 
 def test_the_report_shows_what_other_lengths_cost(prepared: tuple[Config, dict[str, Any]]) -> None:
     lengths = np.array([100] * 97 + [200, 300, 700])
-    table = length_costs(lengths, 256)
+    table = length_costs(lengths, 256, shorten=False)
     assert [row[0] for row in table] == ["128", "192", "256 (chosen)", "320", "384", "512"]
-    assert table[0][1:] == [3, "3.00%", 1200, "11.01%", 1200 - 3 * 128]
-    assert table[2][1:] == [2, "2.00%", 1000, "9.17%", 1000 - 2 * 256]
-    assert length_costs(lengths[:0], 256) == []
+    assert table[0][1:] == [3, "3.00%", 1200, "11.01%"]
+    assert table[2][1:] == [2, "2.00%", 1000, "9.17%"]
+    assert length_costs(lengths, 256, shorten=True)[2][1:] == [2, "2.00%", 488, "4.48%"]
+    assert length_costs(lengths[:0], 256, shorten=True) == []
     page = (prepared[0].data_dir / "report.html").read_text(encoding="utf-8")
     assert f"{prepared[1]['max_length']:,} (chosen)" in page
 

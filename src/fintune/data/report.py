@@ -99,13 +99,12 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
             for name, fact in manifest["lengths"].items()
         ],
     )
+    policy = manifest["inputs"]["settings"]["over_length"]
     page.table(
-        ["max_length", "rows over it", "share of rows", "their tokens", "share of tokens",
-         "tokens beyond it"],
-        length_costs(before, manifest["max_length"]),
-        caption="What other lengths would cost: over_length=drop loses the rows with all their "
-        "tokens, shorten about the last column.",
-    )  # fmt: skip
+        ["max_length", "rows over it", "share", "tokens lost", "share "],
+        length_costs(before, manifest["max_length"], shorten=policy == "shorten"),
+        caption=f"What other lengths would cost, under over_length={policy}.",
+    )
     lengths = np.array(findings.lengths_train, np.int64)
     plans: list[list[object]] = []
     choices: tuple[tuple[Plan, bool], ...] = (
@@ -135,17 +134,17 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
     )
 
 
-def length_costs(lengths: Ints, chosen: int) -> list[list[object]]:
-    """Rows and tokens lost at the chosen maximum length and at multiples of 64 around it."""
+def length_costs(lengths: Ints, chosen: int, *, shorten: bool) -> list[list[object]]:
+    """Rows over the chosen maximum length and multiples of 64 around it, and tokens lost: of
+    shortened rows those beyond it, else all of theirs."""
     table: list[list[object]] = []
     for length in (chosen + STEP * step for step in (-4, -2, -1, 0, 1, 2, 4)):
         if length > 0 and len(lengths):
             long = lengths[lengths > length]
-            shares = (len(long) / len(lengths), long.sum() / lengths.sum())
-            rows, tokens = (f"{share:.2%}" for share in shares)
+            lost = int(long.sum()) - shorten * length * len(long)
             name = f"{length:,} (chosen)" if length == chosen else f"{length:,}"
-            beyond = int((long - length).sum())
-            table.append([name, len(long), rows, int(long.sum()), tokens, beyond])
+            shares = (f"{len(long) / len(lengths):.2%}", f"{lost / lengths.sum():.2%}")
+            table.append([name, len(long), shares[0], lost, shares[1]])
     return table
 
 
