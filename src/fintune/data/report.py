@@ -101,9 +101,9 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
     )
     policy = manifest["inputs"]["settings"]["over_length"]
     page.table(
-        ["max_length", "rows over it", "share", "tokens lost", "share "],
+        ["max_length", "rows", "share", "tokens", "share "],
         length_costs(before, manifest["max_length"], shorten=policy == "shorten"),
-        caption=f"What other lengths would cost, under over_length={policy}.",
+        caption=f"What other lengths would lose, under over_length={policy}.",
     )
     lengths = np.array(findings.lengths_train, np.int64)
     plans: list[list[object]] = []
