@@ -184,16 +184,18 @@ def test_fused_norms_round_as_transformers_does() -> None:
     assert (found[1] - found[3]).norm() <= 1e-3 * found[1].norm()
 
 
+@pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 def test_fused_dropout_is_pefts_given_the_same_masks(
-    shared: bool, monkeypatch: pytest.MonkeyPatch
+    shared: bool, seeded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft's dropout modules replay the masks that the fused forward drew."""
-    drawn: list[torch.Tensor] = []
+    """peft's dropout modules replay the masks that the fused forward drew; `seeded`: as off the
+    CPU, where the backward pass draws them again from their seeds."""
+    drawn: list[torch.Tensor | int] = []
     draw = lora.kept_bits
 
-    def record(*args: Any) -> torch.Tensor:
-        drawn.append(draw(*args))
+    def record(seed: int, count: int, p: float) -> torch.Tensor | int:
+        drawn.append(seed if seeded else draw(seed, count, p))
         return drawn[-1]
 
     monkeypatch.setattr(lora, "kept_bits", record)
@@ -208,7 +210,7 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
 
         def __init__(self) -> None:
             super().__init__()
-            self.seen: dict[int, torch.Tensor] = {}
+            self.seen: dict[int, torch.Tensor | int] = {}
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if not shared or id(x) not in self.seen:
@@ -224,11 +226,14 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     assert_same(fused, gradients(plain, flat_batch(rows())), torch.float64)
 
 
+@pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("p", [0.002, 0.1, 0.5, 0.9])
-def test_a_mask_is_independent_choices_of_the_asked_share(p: float) -> None:
+def test_a_mask_is_independent_choices_of_the_asked_share(p: float, seeded: bool) -> None:
     """Within five standard deviations: the share, and the share of neighbours dropped together."""
     count = 2_000_000
-    mask = lora.keep_mask(lora.kept_bits(7, count, p), p, torch.empty(count, dtype=torch.bfloat16))
+    source = 7 if seeded else lora.kept_bits(7, count, p)
+    mask = lora.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
+    assert set(mask.unique().tolist()) <= {0, -1}
     dropped = lora.masked(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
     beside = dropped[:-1] & dropped[1:]
     apart = count // 16  # decisions of one word lie this far from each other

@@ -23,7 +23,7 @@ from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.release.bundle import release
-from fintune.release.card import SEED_SNIPPET, vllm_rank
+from fintune.release.card import TEXT, vllm_rank
 from fintune.release.verify import verify
 
 
@@ -121,7 +121,7 @@ def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
 def test_seed_snippet_runs_letter_for_letter(config: Config, base: Path) -> None:
     card = Path(__file__).parents[2] / "shared" / "seed-model-card.md"
     adapter = str(config.release_dir)
-    code = SEED_SNIPPET.format(base=base, adapter=adapter)
+    code = TEXT["seed_snippet"].format(base=base, adapter=adapter)
     if card.is_file():  # held against the published words where they are at hand
         published = re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.S)[0]
         names = ("meta-llama/Meta-Llama-3.1-8B-Instruct", "TimberGu/Llama_for_Finance")

@@ -16,10 +16,13 @@ from fintune import attention
 from fintune.collate import Collator
 from fintune.config import Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.model import Base, attach, load_base
+from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.train import checkpoints, memory, trainer
+from fintune.train.record import Record
+from fintune.train.room import Room
 from fintune.train.rows import read_train
-from fintune.train.run import dry_run, train
+from fintune.train.run import _build, dry_run, train
+from fintune.train.stop import StopRequest
 
 STEPS = 8
 
@@ -85,6 +88,63 @@ def test_a_run_leaves_what_it_promises(config: Config) -> None:
     before = adapter(config)
     train(config)
     assert adapter(config) == before, "a finished run is kept"
+
+
+def built(config: Config) -> Any:
+    """The trainer of a config, as `train` builds it."""
+    base = find_base(config.model)
+    config.run_dir.mkdir(parents=True)
+    return _build(
+        config,
+        read_train(config.data_dir),
+        {},
+        load_tokenizer(base),
+        base,
+        StopRequest(),
+        Room(config.run_dir, lambda: False),
+        Record(config.run_dir),
+    )
+
+
+def test_updates_move_the_adapter_and_not_a_bit_of_the_base(config: Config) -> None:
+    run = built(config)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    for name, parameter in run.model.named_parameters():
+        assert parameter.requires_grad is ("lora_" in name)
+        assert torch.equal(parameter, before[name]) is not parameter.requires_grad, name
+    assert sum("lora_" in name for name in before) == 28
+
+
+def test_an_update_is_the_same_however_it_is_dealt(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer's own loop: one micro-batch of 16 rows, or four of 4, give one gradient."""
+    found: list[dict[str, torch.Tensor]] = []
+
+    def clip(run: Any, model: Any) -> torch.Tensor:
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        return torch.zeros(())
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", clip)
+    means = []
+    for micro, accumulation in ((16, 1), (4, 4)):
+        changed = config.train.model_copy(
+            update={
+                "out": tmp_path / str(micro),
+                "micro_batch_size": micro,
+                "accumulation": accumulation,
+                "max_steps": 1,
+                "lora": config.train.lora.model_copy(update={"dropout": 0.0}),
+            }
+        )
+        run = built(config.model_copy(update={"train": changed}))
+        run.train()
+        means.append(run.losses.last[-1])
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
+    for name, gradient in found[0].items():
+        scale = max(float(gradient.norm()), 1e-6)
+        assert float((gradient - found[1][name]).norm()) <= 1e-5 * scale, name
 
 
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:

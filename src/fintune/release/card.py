@@ -5,8 +5,10 @@ ModelCardData, so the hub reads it; the text below is for a person who has to de
 """
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,65 +19,9 @@ from fintune.release.gate import JUDGED, Inputs
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
 
-SEED_SNIPPET = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from peft import PeftModel
-import torch
-
-base = "{base}"
-adapter = "{adapter}"
-
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-tokenizer.pad_token = tokenizer.eos_token
-tokenizer.padding_side = "left"
-
-dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="auto")
-model = PeftModel.from_pretrained(base_model, adapter)
-model.eval()
-
-prompt = "Explain what a yield curve inversion implies for equities."
-inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-out = model.generate(**inputs, max_new_tokens=256, temperature=0.8, top_p=0.9)
-print(tokenizer.decode(out[0], skip_special_tokens=True))
-"""
-
-CHAT_SNIPPET = """\
-messages = [{{"role": "user", "content": prompt}}]
-inputs = tokenizer.apply_chat_template(
-    messages,
-    add_generation_prompt=True,
-    date_string="{date}",
-    return_dict=True,
-    return_tensors="pt",
-).to(model.device)
-out = model.generate(**inputs, max_new_tokens=256, do_sample=False)
-answer = out[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-"""
-
+TEXT = tomllib.loads(Path(__file__).with_name("card.toml").read_text(encoding="utf-8"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ENVIRONMENT = {
-    "device": "device",
-    "processes": "processes",
-    "cpu_cores": "CPU cores",
-    "precision": "precision",
-    "seconds": "seconds of training",
-    "steps": "updates",
-    "trained_tokens": "tokens trained on",
-    "trainable_parameters": "trainable parameters",
-    "energy_kwh": "energy (kWh)",
-    "python": "python",
-    "torch": "torch",
-    "transformers": "transformers",
-    "peft": "peft",
-}
-"""Facts of environment.json that the card prints, with their labels; each may be missing."""
 WHO = ("base", "adapter")
-LIMITS = """\
-- It can state wrong figures with confidence; not financial advice.
-- Tuned on English finance questions; elsewhere expect its base, or less.
-- The comparison above holds for held-out rows of the same data, not for every use."""
 
 
 def vllm_rank(rank: int) -> int:
@@ -130,9 +76,16 @@ def write_card(
         for cap in inputs.environment.get("token_caps", ())
     ]
     found = inputs.environment | (inputs.environment.get("packages") or {})
-    facts = [[text, _number(found[key])] for key, text in _ENVIRONMENT.items() if key in found]
+    facts = [
+        [text, _number(found[key])] for key, text in TEXT["environment"].items() if key in found
+    ]
     parts += ["## Machine and time", _table(["fact", "value"], facts)] if facts else []
-    parts += ["## Usage", *_usage(config, base.id, name.replace(" ", "-")), "## Limits", LIMITS]
+    parts += [
+        "## Usage",
+        *_usage(config, base.id, name.replace(" ", "-")),
+        "## Limits",
+        TEXT["limits"],
+    ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
@@ -209,13 +162,13 @@ def _recipe(config: Config) -> str:
 
 
 def _usage(config: Config, base: str, name: str) -> Iterator[str]:
-    yield "```python\n" + SEED_SNIPPET.format(base=base, adapter=name) + "```"
+    yield "```python\n" + TEXT["seed_snippet"].format(base=base, adapter=name) + "```"
     yield (
         "The snippet continues plain text. Better: ask through the chat template it was trained"
         " on, with the date it was trained with and `do_sample` given, since without it the base's"
         " generation_config decides whether the answer is sampled:"
     )
-    yield "```python\n" + CHAT_SNIPPET.format(date=config.chat.date_string) + "```"
+    yield "```python\n" + TEXT["chat_snippet"].format(date=config.chat.date_string) + "```"
     yield (
         "vLLM (its default rank limit is 16):\n\n"
         f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {vllm_rank(config.train.lora.r)}"
