@@ -73,7 +73,12 @@ def data_rows() -> Iterator[str]:
         f"| English rows lost as foreign | <= 0.1 % | {language['english_lost']} of"
         f" {language['english_rows']:,}"
     )
+    ascii_alone = ", ".join(f"{language[f'plain_ascii_recall_{at}']:.0%}" for at in (0.7, 0.9, 0.98))
+    yield f"| found by an ASCII ratio of 0.7, 0.9, 0.98 alone | none asked | {ascii_alone}"
+    speed = language["rows_per_second_one_process"]
+    yield f"| language: rows a second, one process | >= 15,000 | {speed:,}"
     yield f"| related pairs never on both sides | >= 95 % | {related['never_on_both_sides']:.1%}"
+    yield f"| exact pairs on both sides | 0 | {related['exact_on_both_sides']}"
     yield (
         "| document rows wrongly dropped as duplicates | <= 0.5 % |"
         f" {related['document_rows_wrongly_dropped']} of {related['document_rows']:,}"
@@ -97,7 +102,13 @@ def data_rows() -> Iterator[str]:
         "| 518,185 rows: peak memory | <= 2 GB |"
         f" {data['scale']['peak_gigabytes_of_all_processes']:.2f} GB"
     )
-    yield f"| tokenising beside TRL's | >= 3 times | {data['tokens']['ratio']:.1f} times"
+    tokens, kill = data["tokens"], data["kill"]
+    yield f"| tokenising beside TRL's | >= 3 times | {tokens['ratio']:.1f} times"
+    yield f"| labels other than TRL's | 0 | {tokens['rows_with_other_labels']} rows"
+    yield (
+        f"| `kill -9` at random moments: partial folders | 0 |"
+        f" {kill['partial_under_the_final_name']} of {kill['kills']}"
+    )
 
 
 def evaluation_rows() -> Iterator[str]:

@@ -36,7 +36,7 @@ class Gpu:
 
 GPUS = (
     # NVIDIA T4 data sheet (DS-09009): fp16, it has no bf16.
-    Gpu("T4", 65, 16, 300, "compute capability 7.5, flash attention: 8.0"),
+    Gpu("T4", 65, 16, 300, "no flash attention below compute capability 8.0: not estimated"),
     Gpu("L4", 121, 24, 300),  # NVIDIA L4 data sheet: 242 with sparsity
     Gpu("A10G", 70, 24, 600),  # NVIDIA A10G data sheet: 140 with sparsity
     Gpu("RTX 4090", 165, 24, 1008),  # NVIDIA Ada architecture white paper, fp32 accumulation
