@@ -16,13 +16,13 @@ import argparse
 import importlib.util
 import json
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -85,17 +85,15 @@ def timed(name: str, folder: Path) -> dict[str, Any]:
     return answer
 
 
-def right(
-    folder: Path, table: pa.Table, names: list[str], shape: Any, setting: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Losses on 64 rows; and who is left out, why."""
+def right(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Losses on the rows of a made folder; and who is left out, why."""
     losses: dict[str, Any] = {}
     out: dict[str, str] = {}
-    for number, name in enumerate(names):
+    for name in names:
         if name == "floor":  # has no loss
             continue
         try:
-            losses |= check(folder / str(number), table, [name], shape, setting)
+            losses |= check(folder, [name])
         except SystemExit as ended:
             out[name] = str(ended).strip().splitlines()[-1]
         else:
@@ -141,12 +139,18 @@ def main() -> None:
     names = [name for name in options.sides.split(";") if name not in absent]
     table = encoded(shape["vocab_size"])
     with tempfile.TemporaryDirectory() as scratch:
-        losses, wrong = right(Path(scratch) / "check", table, names, shape, setting)
+        make(Path(scratch) / "check", table, 64, shape, setting)
+        losses, wrong = right(Path(scratch) / "check", names)
+        shutil.rmtree(Path(scratch) / "check")  # 16 GB
         absent |= wrong
+        if "ours" not in names or "ours" in wrong:
+            raise SystemExit(f"ours does not race: {wrong.get('ours', 'it was not named')}")
         names = [name for name in names if name not in absent]
         folder = Path(scratch) / "race"
         tokens = int(np.sum(make(folder, table, options.rows, shape, setting)["length"].to_numpy()))
         answers = race(folder, names, options.rounds, tokens, absent)
+    if "ours" not in answers:
+        raise SystemExit(f"ours did not finish: {absent['ours']}")
     found = summary(answers, tokens)
     rate = matrix_rate(8192 if torch.cuda.is_available() else 4096)
     done = found["ours"]["useful_tokens_per_second"] * operations(shape, int(setting["rank"]))

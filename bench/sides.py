@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if sys.argv[1:] and sys.argv[1].startswith("unsloth"):
+    import unsloth  # noqa: F401  it wants to be the first, to patch what comes after
+
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -165,6 +168,7 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     }
     table = Dataset(rows.select(["input_ids", "labels"]))
     if name.startswith("unsloth"):
+        common |= _packed(micro, accumulation, rows)
         return _unsloth(folder, lora, common, table, tokenizer)
     # TRL asks for flash attention where batches are padding-free.
     flash = "padding-free" in name and importlib.util.find_spec("flash_attn") is not None
@@ -186,12 +190,7 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     if "grouped" in name:
         common |= {"max_length": LONGEST, "train_sampling_strategy": "group_by_length"}
     elif "packed" in name:
-        # A packed row holds as many tokens as several; the step keeps about as many rows.
-        mean = float(np.mean(rows["length"].to_numpy()))
-        size = max(1, round(micro * mean / LONGEST))
-        common |= {"max_length": LONGEST, "packing": True, "per_device_train_batch_size": size}
-        rows_a_step = micro * accumulation
-        common["gradient_accumulation_steps"] = round(rows_a_step * mean / LONGEST / size)
+        common |= _packed(micro, accumulation, rows)
     else:
         common |= {"max_length": None, "padding_free": True}
     return SFTTrainer(
@@ -201,6 +200,18 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
         processing_class=tokenizer,
         peft_config=config,
     )
+
+
+def _packed(micro: int, accumulation: int, rows: Any) -> dict[str, Any]:
+    """A packed row holds as many tokens as several; the step keeps about as many rows."""
+    mean = float(np.mean(rows["length"].to_numpy()))
+    size = max(1, round(micro * mean / LONGEST))
+    return {
+        "max_length": LONGEST,
+        "packing": True,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": max(1, round(micro * accumulation * mean / LONGEST / size)),
+    }
 
 
 def _unsloth(folder: Path, lora: Any, common: Any, table: Dataset, tokenizer: Any) -> Any:
@@ -214,7 +225,7 @@ def _unsloth(folder: Path, lora: Any, common: Any, table: Dataset, tokenizer: An
     model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="unsloth", **lora)
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**common, max_length=LONGEST, packing=True),
+        args=SFTConfig(**common),
         train_dataset=table,
         processing_class=tokenizer,
     )
@@ -230,7 +241,8 @@ def _check(trainer: Any, rows: Any) -> Answer:
     with torch.no_grad():
         batches = list(trainer.get_train_dataloader())
         total = sum(
-            float(trainer.compute_loss(model, b, num_items_in_batch=count)) for b in batches
+            float(trainer.compute_loss(model, trainer._prepare_inputs(b), num_items_in_batch=count))
+            for b in batches
         )
         bare = AutoModelForCausalLM.from_pretrained(
             model.get_base_model().name_or_path, dtype=torch.bfloat16

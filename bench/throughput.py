@@ -1,6 +1,6 @@
 """Useful tokens a second, memory and batches against what a user would pick instead.
 
-    python bench/throughput.py [--rounds N] [--rows N] [--sides NAME,...]
+    python bench/throughput.py [--rounds N] [--rows N] [--sides "NAME;..."]
 
 Contestants (sides.py) live in processes of their own and take turns, an epoch each, so that the
 machine's moods meet all of them; a ratio is the median over rounds. Their rows are the same: real
@@ -134,6 +134,8 @@ def make(
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "model")
     del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # this process holds on to nothing that contestants need
     tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
     if shape["vocab_size"] < len(tokenizer):
         tokenizer.pad_token = "!"  # Llama 3's own lies beyond the small vocabulary
@@ -173,15 +175,8 @@ def _facts(lengths: batches.Ints, plan: batches.EpochPlan, padded: bool) -> dict
     return {name: round(getattr(facts, name), 4) for name in facts.__slots__}
 
 
-def check(
-    folder: Path,
-    table: pa.Table,
-    names: list[str],
-    shape: dict[str, Any] = SHAPE,
-    setting: dict[str, Any] = SETTING,
-) -> dict[str, Any]:
-    """Each contestant's loss on 64 rows against one row at a time."""
-    make(folder, table, 64, shape, setting)
+def check(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Each contestant's loss on the rows of a made folder against one row at a time."""
     found = {}
     for name in names:
         side = Side(name, folder, 1)
@@ -248,13 +243,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "throughput.json")
     options = parser.parse_args()
     names = options.sides.split(";")
+    if unknown := set(names) - set(SIDES):
+        raise SystemExit(f"no such contestant: {', '.join(sorted(unknown))}; known: {SIDES}")
     table = encoded()
     plan = plans(table["length"].to_numpy().astype(np.int64))
     _say(json.dumps(plan, indent=1))
     with tempfile.TemporaryDirectory() as scratch:
-        losses = check(
-            Path(scratch) / "check", table, [n for n in names if not n.startswith("floor")]
-        )
+        make(Path(scratch) / "check", table, 64)
+        losses = check(Path(scratch) / "check", [n for n in names if not n.startswith("floor")])
         right = [name for name in names if losses.get(name, {}).get("difference", 0) <= AGREES]
         left_out = sorted(set(names) - set(right))
         folder = Path(scratch) / "race"

@@ -73,7 +73,9 @@ def data_rows() -> Iterator[str]:
         f"| English rows lost as foreign | <= 0.1 % | {language['english_lost']} of"
         f" {language['english_rows']:,}"
     )
-    ascii_alone = ", ".join(f"{language[f'plain_ascii_recall_{at}']:.0%}" for at in (0.7, 0.9, 0.98))
+    ascii_alone = ", ".join(
+        f"{language[f'plain_ascii_recall_{at}']:.0%}" for at in (0.7, 0.9, 0.98)
+    )
     yield f"| found by an ASCII ratio of 0.7, 0.9, 0.98 alone | none asked | {ascii_alone}"
     speed = language["rows_per_second_one_process"]
     yield f"| language: rows a second, one process | >= 15,000 | {speed:,}"

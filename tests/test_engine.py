@@ -1,5 +1,7 @@
 """The engine computes what it replaces: loss and every adapter gradient, fp32 and fp64."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fintune.example import IGNORE
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
 from fintune.train import lora, pointwise
+from fintune.train.record import fits
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -244,6 +247,35 @@ def test_a_mask_is_independent_choices_of_the_asked_share(p: float, seeded: bool
     again, other = lora.kept_bits(7, 64, p), lora.kept_bits(8, 64, p)
     assert torch.equal(again, lora.kept_bits(7, 64, p))
     assert p < 0.1 or not torch.equal(again, other)
+
+
+def test_a_forward_pass_that_ends_half_way_holds_nothing() -> None:
+    """As memory that runs out in the activation function does, when `up` waits to be collected."""
+    peft = model(torch.float32)
+    lora.fuse(peft)
+    mlp, seen = peft.get_base_model().model.layers[1].mlp, []
+    for layer in peft.get_base_model().model.layers:
+        layer.register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+
+    def full(module: torch.nn.Module, x: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    mlp.act_fn.register_forward_pre_hook(full)
+    batch = flat_batch(rows())
+    assert not fits(lambda: sum_loss(peft, batch) and None)
+    assert seen[0]() is not None, "the graph of the first layer hangs on it"
+    lora.forget(peft)
+    gc.collect()
+    assert seen[0]() is None
+
+
+def test_off_the_cpu_grouped_heads_are_repeated() -> None:
+    """No kernel of torch but flash attention groups them; `meta` has shapes and no arithmetic."""
+    query, key = torch.empty(1, 4, 9, 8, device="meta"), torch.empty(1, 2, 9, 8, device="meta")
+    found, _ = attention.attend(
+        torch.nn.Module(), query, key, key, None, cu_seq_lens_q=torch.tensor([0, 4, 9])
+    )
+    assert found.shape == (1, 9, 4, 8)
 
 
 def test_neighbours_do_not_see_each_other() -> None:

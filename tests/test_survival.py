@@ -393,6 +393,8 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
     owner, made = object.__new__(trainer.LoraTrainer), 0
     owner._step_loss, owner._skipped = torch.tensor(1.0), 0
     owner.accelerator = SimpleNamespace(scaler=object())
+    owner.losses = Losses()
+    owner.losses.limit = 1.0
     owner.args = SimpleNamespace(world_size=1)
     owner.state = SimpleNamespace(global_step=6)
     owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]
@@ -401,6 +403,7 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
             owner._clip_grad_norm(None)
             made += 1
     assert made == trainer.SKIPS - 1
+    assert owner.losses.limit is None, "the update before it is no spike twice"
     assert "a, b" in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from fintune import attention
 from fintune.collate import Collator
@@ -18,6 +18,7 @@ from fintune.config import Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.train import checkpoints, memory, trainer
+from fintune.train.arguments import training_arguments
 from fintune.train.record import Record
 from fintune.train.room import Room
 from fintune.train.rows import read_train
@@ -145,6 +146,13 @@ def test_an_update_is_the_same_however_it_is_dealt(
     for name, gradient in found[0].items():
         scale = max(float(gradient.norm()), 1e-6)
         assert float((gradient - found[1][name]).norm()) <= 1e-5 * scale, name
+
+
+def test_one_process_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would wrap the model in DataParallel, which cuts a flat batch's boundaries."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
+    assert training_arguments(tmp_path, {}, cpu=False).n_gpu == 1
 
 
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from fintune.errors import ConfigError
+from fintune.files import read_toml
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -34,22 +35,7 @@ SEVEN_PROJECTIONS = (
     "down_proj",
 )
 
-FORMER_NAMES = {
-    "group_by_length": "train.plan=bucketed",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.accumulation",
-    "num_train_epochs": "train.epochs",
-    "max_seq_length": "data.max_length_cap",
-    "max_length": "data.max_length_cap",
-    "evaluation_strategy": "train.eval_steps",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "lora_r": "train.lora.r",
-    "lora_alpha": "train.lora.alpha",
-    "lora_dropout": "train.lora.dropout",
-    "optim": "train.optimizer",
-    "lr": "train.learning_rate",
-}
-"""Words of other trainers, so that a copied key gets an answer instead of a shrug."""
+FORMER_NAMES = read_toml(__file__, "former_names.toml")
 
 
 class Section(BaseModel):

@@ -257,6 +257,9 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
             f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}",
             fix="name the base's own projections, such as q_proj, v_proj",
         ) from None
+    for parameter in peft.parameters():  # biases are the base's own, in its precision
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
     return peft
 
 

@@ -1,13 +1,12 @@
 """Rows in, prepared data out: every row accounted for, nothing leaked, nothing cut in silence."""
 
 import importlib
-import tomllib
-from pathlib import Path
 from typing import Any
 
 from fintune.errors import ConfigError
+from fintune.files import read_toml
 
-WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+WORDS = read_toml(__file__, "words.toml")
 
 
 def optional(module: str, key: str, off: str) -> Any:

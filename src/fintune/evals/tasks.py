@@ -11,7 +11,6 @@ file is asked, read and scored is one small YAML file in `evals/tasks/`.
 
 import json
 import re
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from fintune import numbers
 from fintune.config import Section
 from fintune.errors import ConfigError, DataError
 from fintune.example import Message
-from fintune.files import sha256_file
+from fintune.files import read_toml, sha256_file
 
 Kind = Literal["number", "label", "span", "tags", "text", "unanswerable", "refuse", "comply"]
 Outcome = Literal["correct", "wrong", "abstained", "unparsed"]
@@ -36,7 +35,7 @@ LABEL_WORDS = 4
 LABEL_ROWS = 5
 """A short answer that this many training rows share is a label."""
 
-PHRASES = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
+PHRASES = read_toml(__file__, "phrases.toml")
 _ABSTAINS = re.compile(PHRASES["abstains"])
 _REFUSES = re.compile(PHRASES["refuses"])
 _LISTS = re.compile(PHRASES["lists"])

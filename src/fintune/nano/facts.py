@@ -2,13 +2,12 @@
 and of the rows.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Final
 
+from fintune.files import read_toml
 from fintune.nano.words import (
     LEGAL_FORMS,
     METRICS,
@@ -20,9 +19,7 @@ from fintune.nano.words import (
     Metric,
 )
 
-TEXTS: Final[dict[str, list[str]]] = tomllib.loads(
-    Path(__file__).with_name("prose.toml").read_text(encoding="utf-8")
-)
+TEXTS: Final[dict[str, list[str]]] = read_toml(__file__, "prose.toml")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ asks for and what is wrong with it is known to code alone, which is what a contr
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
+from fintune.files import read_toml
 from fintune.nano.facts import (
     Line,
     Report,
@@ -73,7 +73,7 @@ class SampleRow:
     dirt: Dirt = ""
 
 
-_TEXTS: Final = tomllib.loads(Path(__file__).with_name("rows.toml").read_text(encoding="utf-8"))
+_TEXTS: Final = read_toml(__file__, "rows.toml")
 _QUESTIONS: Final[dict[str, list[str]]] = _TEXTS["questions"]
 _ANSWERS: Final[dict[str, list[str]]] = _TEXTS["answers"]
 _BRIEF: Final[list[str]] = _TEXTS["instructions"]["figure"]

@@ -4,10 +4,10 @@ Company names are put together from syllables (about 70,000 stems), so that a fi
 found in the text at hand and never in the weights.
 """
 
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal, get_args
+
+from fintune.files import read_toml
 
 Kind = Literal["money", "percent", "per_share", "count"]
 Tone = Literal["positive", "negative", "neutral"]
@@ -30,7 +30,7 @@ class Metric:
         return "were" if self.kind == "money" and plural else "was"
 
 
-_WORDS: Final = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+_WORDS: Final = read_toml(__file__, "words.toml")
 _KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 METRICS: Final = tuple(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fintune.files import read_toml
+
 USABLE = 0.94
 """Share of the nominal memory that a process gets: the rest is ECC, driver and other contexts."""
 CONTEXT_BYTES = 600 * 2**20
@@ -34,16 +36,4 @@ class Gpu:
         return int(self.gib * 2**30 * USABLE)
 
 
-GPUS = (
-    # NVIDIA T4 data sheet (DS-09009): fp16, it has no bf16.
-    Gpu("T4", 65, 16, 300, "no flash attention below compute capability 8.0: not estimated"),
-    Gpu("L4", 121, 24, 300),  # NVIDIA L4 data sheet: 242 with sparsity
-    Gpu("A10G", 70, 24, 600),  # NVIDIA A10G data sheet: 140 with sparsity
-    Gpu("RTX 4090", 165, 24, 1008),  # NVIDIA Ada architecture white paper, fp32 accumulation
-    Gpu("L40S", 362, 48, 864),  # NVIDIA L40S data sheet: 733 with sparsity
-    Gpu("A100 40GB", 312, 40, 1555),  # NVIDIA A100 data sheet
-    Gpu("A100 80GB", 312, 80, 2039),  # the same, SXM
-    Gpu("H100", 989, 80, 3350),  # NVIDIA H100 data sheet, SXM: 1,979 with sparsity
-    Gpu("H200", 989, 141, 4800),  # NVIDIA H200 data sheet, SXM
-    Gpu("MI300X", 1307, 192, 5300),  # AMD Instinct MI300X data sheet
-)
+GPUS = tuple(Gpu(**facts) for facts in read_toml(__file__, "gpus.toml")["gpu"])

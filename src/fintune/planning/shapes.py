@@ -5,7 +5,6 @@ for; `tests/test_plan.py` holds their parameter counts against the published one
 """
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from fintune import nano
 from fintune.config import LoraConfig, ModelConfig
 from fintune.errors import ConfigError, ModelError
-from fintune.files import read_json
+from fintune.files import read_json, read_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +123,7 @@ def safetensors_bytes(tensors: dict[str, tuple[int, int]]) -> int:
     return 8 + length + -length % 8 + end
 
 
-SHAPES = {
-    name: Shape(**facts)
-    for name, facts in tomllib.loads(
-        Path(__file__).with_name("shapes.toml").read_text(encoding="utf-8")
-    ).items()
-}
+SHAPES = {name: Shape(**facts) for name, facts in read_toml(__file__, "shapes.toml").items()}
 """By the end of the public id, in lower case, without `meta-` and `-instruct`."""
 
 

@@ -5,21 +5,20 @@ ModelCardData, so the hub reads it; the text below is for a person who has to de
 """
 
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from fintune.config import Config
+from fintune.files import read_toml
 from fintune.release.gate import JUDGED, Inputs
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
 
-TEXT = tomllib.loads(Path(__file__).with_name("card.toml").read_text(encoding="utf-8"))
+TEXT = read_toml(__file__, "card.toml")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WHO = ("base", "adapter")
 

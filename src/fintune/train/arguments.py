@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from fintune.config import Config, TrainConfig
+from fintune.console import say
 
 
 def arguments_dict(
@@ -64,8 +65,12 @@ def arguments_dict(
 
 
 def training_arguments(output: Path, keywords: dict[str, Any], *, cpu: bool) -> TrainingArguments:
-    """The TrainingArguments of a run."""
-    return TrainingArguments(output_dir=str(output), use_cpu=cpu, **keywords)
+    """The TrainingArguments of a run, for one device a process."""
+    arguments = TrainingArguments(output_dir=str(output), use_cpu=cpu, **keywords)
+    if arguments.n_gpu > 1:
+        say(f"one of {arguments.n_gpu} GPUs is used; torchrun starts a process for each")
+        arguments._n_gpu = 1  # else torch's DataParallel would cut a flat batch's boundaries
+    return arguments
 
 
 def effective(arguments: TrainingArguments) -> dict[str, Any]:

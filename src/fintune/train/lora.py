@@ -223,6 +223,16 @@ def fuse(model: Any, *, shared_dropout: bool = True) -> Counter[str]:
     return left
 
 
+def forget(model: Any) -> None:
+    """Drop outputs that no member collected, because a forward pass ended half-way: their graph
+    holds the activations of every layer before them."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            group: _Group = forward.args[0]
+            group._ready, group._input = {}, None
+
+
 def why_not(layer: LoraLayer) -> str | None:
     """Why a layer's arithmetic is left to peft, or None where the fused one is the same."""
     base = layer.get_base_layer()

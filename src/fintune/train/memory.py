@@ -10,7 +10,7 @@ import gc
 import mmap
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fintune.batches import Ints
 from fintune.collate import Batch, Collator
 from fintune.loss import sum_loss
 from fintune.model import DTYPES
+from fintune.train import lora
 from fintune.train.rows import Rows
 
 HEADROOM = 0.7
@@ -50,7 +51,7 @@ def kept_bytes(model: Any, batch: Batch, precision: str) -> int:
         return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with torch.random.fork_rng(), _autocast(model, precision), hooks:
+    with _same_masks(model), _autocast(model, precision), hooks:
         # The loss is held until the count is read, so that no storage is freed and used again.
         loss = sum_loss(model.train(), batch)
         total = sum(kept.values())
@@ -109,17 +110,24 @@ def try_largest(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     try:
-        with torch.random.fork_rng():
+        with _same_masks(model):
             with _autocast(model, precision):
                 total, count = sum_loss(
                     model.train(), _on_device(collator([rows[i] for i in batch]), model)
                 )
             (total / max(count, 1)).backward()
     finally:
+        lora.forget(model)
         model.zero_grad(set_to_none=True)
         if recomputed:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
+
+
+def _same_masks(model: Any) -> AbstractContextManager[None]:
+    """What is drawn inside leaves no trace; of all devices torch would warn at length."""
+    used = [model.device] if model.device.type == "cuda" else []
+    return torch.random.fork_rng(devices=used)
 
 
 @contextmanager

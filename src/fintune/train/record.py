@@ -78,7 +78,9 @@ class Record:
             )
         cap = max(largest // 2, longest)
         self.forget("activations")
-        self.put("token_caps", [*self.caps, {"step": step, "was": largest, "max_tokens": cap}])
+        fact = {"step": step, "was": largest, "max_tokens": cap}
+        self._facts["token_caps"] = [*self.caps, fact]
+        write_json(self._path, self._facts)  # by whichever process met it: the others only wait
         return Stopped(
             f"step {step + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
             " is what the last checkpoint holds",

@@ -232,9 +232,10 @@ def _build(
     """Everything of a run: base with adapter, order, arguments, Trainer."""
     memory.hold()
     on = device()
-    name = record.once(
+    chosen = record.once(
         "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
     )
+    name = precision(chosen, on)  # refused where the run began on another kind of device
     peft, reason = _model(config, base, name)
     collator = Collator(
         flat=reason is None,

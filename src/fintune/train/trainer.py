@@ -103,7 +103,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """This micro-batch's share of the step's mean loss over supervised tokens."""
         total, count = sum_loss(model, inputs)
         # DDP averages gradients over processes, so the sum over them needs the factor back.
-        loss = total * self.accelerator.num_processes / (num_items_in_batch or count)
+        tokens = count if num_items_in_batch is None else num_items_in_batch
+        loss = total * self.accelerator.num_processes / tokens
         self._step_loss += loss.detach()
         return (loss, {}) if return_outputs else loss
 
@@ -127,6 +128,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         scaler = self.accelerator.scaler
         if math.isfinite(loss) and scaler is not None and self._skipped < SKIPS:
             # fp16: the scaler skips this update and lowers its scale; that is its job.
+            self.losses.limit = None
             return torch.zeros_like(norm)
         step = self.state.global_step
         ids = self.order.example_ids(step)
