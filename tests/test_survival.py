@@ -393,7 +393,7 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
     owner, made = object.__new__(trainer.LoraTrainer), 0
     owner._step_loss, owner._skipped = torch.tensor(1.0), 0
     owner.accelerator = SimpleNamespace(scaler=object())
-    owner.losses = Losses()
+    owner.losses = metrics.Losses()
     owner.losses.limit = 1.0
     owner.args = SimpleNamespace(world_size=1)
     owner.state = SimpleNamespace(global_step=6)
