@@ -30,16 +30,29 @@ def make(lengths: list[int], **changes: object) -> EpochPlan:
 @given(
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
     plan=st.sampled_from(PLANS),
-    world_size=st.integers(1, 4),
+    world_size=st.integers(1, 16),
+    micro_batch_size=st.integers(1, 9),
     accumulation=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
-@example(lengths=[1] * 9, plan="bucketed", world_size=2, accumulation=1, epoch=0)
+@example(
+    lengths=[1] * 9, plan="bucketed", world_size=2, micro_batch_size=4, accumulation=1, epoch=0
+)
 def test_every_example_exactly_once(
-    lengths: list[int], plan: str, world_size: int, accumulation: int, epoch: int
+    lengths: list[int],
+    plan: str,
+    world_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    epoch: int,
 ) -> None:
     planned = make(
-        lengths, plan=plan, world_size=world_size, accumulation=accumulation, epoch=epoch
+        lengths,
+        plan=plan,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        epoch=epoch,
     )
     ranks = [planned.rank(rank, world_size) for rank in range(world_size)]
     seen = [index for rank in ranks for step in rank for batch in step for index in batch.tolist()]

@@ -71,7 +71,7 @@ def gradients(peft: PeftModel, *batches: Any) -> tuple[float, dict[str, torch.Te
 def assert_same(first: Any, second: Any, dtype: torch.dtype) -> None:
     assert first[0] == pytest.approx(second[0], rel=1e-6)
     for name, gradient in first[1].items():
-        scale = max(float(gradient.norm()), 1e-3)
+        scale = max(float(gradient.norm()), 1e-9)
         assert float((gradient - second[1][name]).norm()) <= TOLERANCE[dtype] * scale, name
 
 
@@ -85,9 +85,9 @@ def test_padding_free_is_padded(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
-    lengths = tuple(range(6, 38))
+    lengths = tuple(range(6, 70))
     examples, peft = rows(lengths), model(dtype)
-    step = plan_epoch(lengths, micro_batch_size=8, accumulation=4, seed=0, epoch=0).steps[0]  # type: ignore[arg-type]
+    step = plan_epoch(lengths, micro_batch_size=16, accumulation=4, seed=0, epoch=0).steps[0]  # type: ignore[arg-type]
     whole = gradients(peft, flat_batch(examples))
     dealt = gradients(peft, *(flat_batch([examples[i] for i in batch]) for batch in step))
     assert len(step) == 4
