@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from fintune.nano import NANO_ID, base_dir, rows_path
 from fintune.nano.prose import documents
-from fintune.nano.rows import CHECKABLE, DIRT_COUNTS, NUM_ROWS, sample_rows, write_rows
+from fintune.nano.rows import DIRT_COUNTS, NUM_ROWS, sample_rows, write_rows
 from fintune.nano.tokenizer import LLAMA3_PATTERN, SPECIAL_TOKENS, VOCAB_SIZE
 
 LLAMA3 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama3"
@@ -33,6 +33,9 @@ CONVERSATIONS = (
     [SYSTEM, USER, ASSISTANT, USER],
     [SYSTEM, {"role": "user", "content": "日本語 <|eot_id|> é\n\n  🙂"}],
 )
+
+# Answers of these tasks are a number or a label, so that a program can mark them.
+CHECKABLE = ("lookup_text", "lookup_table", "lookup_company", "tone", "direction", "ratio")
 
 
 @pytest.fixture(scope="module")

@@ -541,11 +541,6 @@ _PHRASES = _before(rf"\b(?:of|to|at|by)[ ](?:{_HEDGES})*")
 _OPEN = re.compile(r"(?i:\bor (?:more|less|greater|fewer)\b)")
 
 
-def final_amount(text: str) -> Amount | None:
-    """The one amount that a reply most plausibly gives as its answer, or None without any."""
-    return next(iter(answer_amounts(text)), None)
-
-
 def answer_amounts(text: str) -> list[Amount]:
     """The amounts that may be the answer of a reply, the most plausible first.
 
@@ -746,7 +741,7 @@ def compare(
     - A bare year as gold must be met exactly, by the first year of the answer.
 
     Args:
-        gold: the reference; a text is read with `final_amount`.
+        gold: the reference; of a text, the first of `answer_amounts`.
         question: what was asked, without documents and tables; those are `context`.
         context: names table scales, and tells a value of another year (`period`) from others.
         decimals: printed decimals of the gold where trailing zeros say nothing ("$1577.00").

@@ -43,10 +43,6 @@ Task = Literal[
     "explain",
     "analysis",
 ]
-# Answers of these tasks are a number or a label, so that a program can mark them.
-CHECKABLE: Final[frozenset[Task]] = frozenset(
-    ("lookup_text", "lookup_table", "lookup_company", "tone", "direction", "ratio")
-)
 Dirt = Literal[
     "",
     "assistant_absent",

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fintune.errors import DataError
-from fintune.files import sha256_bytes
 
 Row = dict[str, NDArray[np.int32]]
 
@@ -36,10 +35,6 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return {name: _values(column, index) for name, column in self._columns.items()}
-
-    def fingerprint(self) -> str:
-        """sha256 of the example ids in order; with the seed it decides the order of training."""
-        return sha256_bytes("\n".join(self.ids).encode())
 
 
 def read_train(data_dir: Path) -> Rows:
