@@ -1,8 +1,8 @@
 """One self-contained HTML page out of tables and figures.
 
 It opens offline from a file: no script, no font, no image from elsewhere. Everything given is
-escaped. It follows the reader's light or dark setting and reads well on a phone: wide tables
-and charts (inline SVG) scroll inside their own frame.
+escaped. It follows the reader's light or dark setting and reads well on a phone: charts (inline
+SVG) shrink to its width, wide tables scroll inside their own frame.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,9 @@ from html import escape
 from pathlib import Path
 
 from fintune.files import write_text
+
+WIDTH = 440
+"""Units of a chart's width: its 13-unit text has 10 pixels on a phone of 390, 16 on a desk."""
 
 _STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
@@ -76,14 +79,14 @@ class Page:
     ) -> None:
         """Horizontal bars: one group a label, one bar a series (four at most), longest = 100 %."""
         top = max((value for values in series.values() for value in values), default=0) or 1
-        left = min(240, 16 + 7 * max((len(label) for label in labels), default=0))
-        bar, gap, width = (14 if len(series) > 1 else 18), 10, 640 - left - 90
+        labels = [label if len(label) <= 22 else label[:21] + "…" for label in labels]
+        left = 16 + 8 * max((len(label) for label in labels), default=0)
+        bar, gap, width = (14 if len(series) > 1 else 18), 10, WIDTH - left - 60
         parts, y = [], 4
         for at, label in enumerate(labels):
             middle = y + bar * len(series) / 2 + 4
-            shown = label if len(label) <= 32 else label[:31] + "…"
             at_end = f'x={left - 8} y="{middle:.0f}" text-anchor=end'
-            parts.append(f"<text {at_end}>{escape(shown)}</text>")
+            parts.append(f"<text {at_end}>{escape(label)}</text>")
             for number, values in enumerate(series.values()):
                 length = max(1.0, width * values[at] / top) if values[at] else 0
                 parts.append(
@@ -102,9 +105,9 @@ class Page:
         """A histogram: `edges` has one number more than each series has values."""
         count, high, base = len(edges) - 1, 180, 196
         top = max((value for values in series.values() for value in values), default=0) or 1
-        step = 600 / max(1, count)
+        step = (WIDTH - 58) / max(1, count)
         wide = step * 0.9 / max(1, len(series))
-        parts = [f"<line x1=36 x2=640 y1={base} y2={base} />"]
+        parts = [f"<line x1=36 x2={WIDTH} y1={base} y2={base} />"]
         for number, values in enumerate(series.values()):
             for at, value in enumerate(values):
                 tall = high * value / top
@@ -114,10 +117,10 @@ class Page:
                     f"<title>{_show(edges[at])} to {_show(edges[at + 1])}: {_show(value)}</title>"
                     "</rect>"
                 )
-        every = max(1, -(-count // 10))
+        every = max(1, -(-count // 8))
         for at in range(0, count + 1, every):
             parts.append(
-                f'<text class=dim x="{min(38 + at * step, 622):.1f}" y={base + 16} '
+                f'<text class=dim x="{38 + at * step:.1f}" y={base + 16} '
                 f"text-anchor=middle>{_show(edges[at])}</text>"
             )
         parts.append(f"<text class=dim x=2 y=12>{_show(top)}</text>")
@@ -157,7 +160,7 @@ class Page:
         height += 20 if legend else 0
         text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(
-            f'<figure><svg viewBox="0 0 646 {height:.0f}" role="img" '
+            f'<figure><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
             f'aria-label="{escape(caption)}">{"".join(parts)}</svg>{text}</figure>'
         )
 
