@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_rows_that_fit_nothing_are_rejected_with_a_reason(row: Any, reason: str)
         ("caf\\u00e9, \\\\u2014 \\ud83d\\ude00", "caf\u00e9, \u2014 \U0001f600", "unicode_escape"),
         ('{"a": "\\u0022\\u000a\\ud83d"}', '{"a": "\\u0022\\u000a\\ud83d"}', ""),
         ("[\\u00a0\\u200b]+ `\\u00e9`", "[\\u00a0\\u200b]+ `\\u00e9`", ""),
+        ("([[(\\u00a0[x{]+) [\\u00e9", "([[(\\u00a0[x{]+) [\u00e9", "unicode_escape"),
         (
             '\\u00e9\n```json\n"\\u00e9 &amp;lt;"\n```\n\\u00e9',
             '\u00e9\n```json\n"\\u00e9 &amp;lt;"\n```\n\u00e9',
@@ -155,6 +157,14 @@ def test_repairs(broken: str, whole: str, kind: str) -> None:
     counts: Counter[str] = Counter()
     assert repair(broken, counts) == whole
     assert counts[kind] == (1 if kind else 0)
+
+
+@pytest.mark.parametrize("unit", ["[", "`", "[\\u", "\\u", "[a`", "201c ", "&", " ", "User:\n"])
+def test_a_text_of_marks_takes_no_longer_than_another(unit: str) -> None:
+    text = "\\u00e9 &amp; " + unit * (100_000 // len(unit))
+    start = time.perf_counter()
+    to_messages({"user": repair(text, Counter()), "assistant": "a"}, None, inline_turns=True)
+    assert time.perf_counter() - start < 5  # squared, 100 kB would take half a minute
 
 
 @pytest.mark.parametrize(
