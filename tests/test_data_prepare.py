@@ -442,7 +442,8 @@ def test_a_benchmark_is_a_path_or_names_its_split_and_columns(tmp_path: Path) ->
 
 def test_a_number_is_an_answer_of_a_benchmark(tmp_path: Path) -> None:
     answers = [42, 4.5, "x", True]
-    path = write(tmp_path / "b.jsonl", [{"question": "How many?", "answer": a} for a in answers])
+    found = [{"question": "How many?", "answer": answer} for answer in answers]
+    path = write(tmp_path / "b.jsonl", [*found, {"messages": []}])
     assert [q.answer for q in questions_of(str(path))] == ["42", "4.5", "x", "True"]
 
 

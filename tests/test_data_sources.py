@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -78,6 +79,24 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
         ({"question": "q", "answer": "a"}, None),
         ({"messages": None, "conversations": None, "prompt": "q", "completion": "a"}, None),
         ({"user": None, "assistant": None, "question": "q", "answer": "a", "context": None}, None),
+        ({"prompt": "q", "response": "a", "answer": ["x"]}, None),
+        ({"instruction": "q", "response": "a", "category": "open_qa"}, None),
+        ({"question": "q", "response": "a"}, None),
+        ({"instruction": "q", "input": "", "output": "a", "text": "### q a"}, None),
+        ({"user": "", "assistant": " ", "instruction": "q", "input": "", "output": "a"}, None),
+        ({"messages": "", "user": "", "prompt": "q", "completion": "a"}, None),
+        ({"conversations": [], "user": "q", "assistant": "a"}, None),
+        ({"user": "someone", "assistant": math.nan, "question": "q", "answer": "a"}, None),
+        ({"context": "c", "answer": "x", "prompt": "q", "response": "a"}, None),
+        (
+            {
+                "conversations": [
+                    {"role": None, "from": "human", "content": None, "value": "q"},
+                    {"role": None, "from": "gpt", "content": None, "value": "a"},
+                ]
+            },
+            None,
+        ),
         ({"FRAGE": "q", "ANTWORT": "a"}, {"user": "FRAGE", "assistant": "ANTWORT"}),
     ],
 )
@@ -86,9 +105,37 @@ def test_known_columns_become_turns(row: dict[str, Any], columns: dict[str, str]
     assert [(m.role, m.content) for m in found] == [("user", "q"), ("assistant", "a")]
 
 
+def test_the_context_stands_before_its_question() -> None:
+    for ask, reply in (
+        ("instruction", "response"),
+        ("question", "response"),
+        ("question", "answer"),
+    ):
+        row = {"system": "s", ask: "q", "context": "c", reply: "a", "category": "closed_qa"}
+        found = to_messages(row, None, inline_turns=True)
+        assert [m.content for m in found] == ["s", "c\n\nq", "a"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(42, "42"), (42.0, "42"), (-0.5, "-0.5"), (0, "0"), ("2.0", "2.0")]
+)
+def test_a_number_is_read_as_its_text(number: Any, text: str) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": number}]
+    for row in ({"question": "q", "answer": number}, {"messages": turns}):
+        assert to_messages(row, None, inline_turns=True)[-1].content == text
+
+
 def test_a_row_of_nulls_keeps_its_format() -> None:
-    found = to_messages({"id": 3, "user": None, "assistant": None}, None, inline_turns=True)
-    assert [m.content for m in found] == ["", ""]  # no_user to the filters
+    for empty in (None, "", math.nan):
+        found = to_messages({"id": 3, "user": empty, "assistant": empty}, None, inline_turns=True)
+        assert [m.content for m in found] == ["", ""]  # no_user to the filters
+    assert to_messages({"messages": [], "id": 3}, None, inline_turns=True) == ()
+
+
+def test_a_system_text_told_twice_is_one() -> None:
+    turns = [{"role": "system", "content": "s "}, {"role": "user", "content": "q"}]
+    found = to_messages({"system": "s", "messages": turns}, None, inline_turns=True)
+    assert [m.content for m in found] == ["s", "q", ""]
 
 
 def test_turns_inside_a_text_become_turns() -> None:
@@ -105,8 +152,11 @@ def test_turns_inside_a_text_become_turns() -> None:
     [
         ([1], "not_an_object"),
         ({"a": 1}, "unknown_columns"),
-        ({"user": 3, "assistant": "a"}, "not_text"),
+        ({"user": {}, "assistant": "a"}, "not_text"),
         ({"messages": "x"}, "not_text"),
+        ({"user": "q", "assistant": True}, "not_text"),
+        ({"user": math.inf, "assistant": "a"}, "not_text"),
+        ({"system": "s", "messages": [{"role": "system", "content": "t"}]}, "two_system_texts"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "turns_out_of_order"),
     ],

@@ -112,13 +112,14 @@ def read_benchmarks(sources: list[Source]) -> list[Question]:
             try:
                 messages = to_messages(row, source.config.columns, inline_turns=False)
             except Rejected:
+                messages = ()
+            text = asked(Example(source.name, line, "", messages))
+            if not text.strip():
                 unread[path] += 1
                 continue
             answer = messages[-1].content or str(row.get("answer", ""))
-            text = asked(Example(source.name, line, "", messages))
-            if text.strip():
-                read[path] += 1
-                questions.append(Question(source.name, line, text, answer))
+            read[path] += 1
+            questions.append(Question(source.name, line, text, answer))
     for path in dict.fromkeys(source.config.path for source in sources):
         if not read[path]:
             raise DataError(

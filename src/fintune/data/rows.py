@@ -5,6 +5,7 @@ Row-level problems are raised as `Rejected` with the reason that goes into the l
 
 import html
 import html.entities
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -23,13 +24,16 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
-FORMATS: tuple[tuple[str | None, tuple[str, ...], str], ...] = (
-    ("system", ("user",), "assistant"),
-    ("system", ("instruction", "input"), "output"),
-    ("system", ("prompt",), "completion"),
-    ("system", ("context", "question"), "answer"),
+FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("user",), "assistant"),
+    (("instruction", "input"), "output"),
+    (("prompt",), "completion"),
+    (("context", "question"), "answer"),
+    (("context", "instruction", "input"), "response"),
+    (("prompt",), "response"),
+    (("context", "question"), "response"),
 )
-"""Flat formats: system column, columns that make up the question, answer column."""
+"""Flat formats: columns that make up the question, answer column."""
 
 CONTROL = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n\r") + "\x7f"
 ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
@@ -77,7 +81,7 @@ class Rejected(Exception):
 def to_messages(
     row: Any, columns: dict[str, str] | None, *, inline_turns: bool
 ) -> tuple[Message, ...]:
-    """The conversation of a raw row; a blank system text is no turn.
+    """The conversation of a raw row; a blank system text is no turn, one told twice is one.
 
     Args:
         columns: our column -> the row's column; absent: the known formats are tried.
@@ -90,26 +94,39 @@ def to_messages(
         raise Rejected("not_an_object", type(row).__name__)
     if columns is not None:
         row = {ours: row.get(theirs) for ours, theirs in columns.items()}
-    # Files of several formats put together hold every column, and null in those of the others.
-    filled = {name for name, value in row.items() if value is not None}
+    # Files of several formats put together hold every column, those of the others without a value:
+    # the first format that has both wins, else the first that has any, else one only named.
+    filled = {name for name, value in row.items() if not _is_empty(value)}
     for name in ("messages", "conversations"):
         if name in filled:
-            return _turns(row[name], str(row.get("system") or ""))
-    for present, (system, questions, answer) in product((filled, set(row)), FORMATS):
-        if present & {answer, *questions}:
+            return _turns(row[name], _column(row, "system"))
+    rules = ((all, filled), (any, filled), (any, set(row)))
+    for (enough, present), (questions, answer) in product(rules, FORMATS):
+        if enough((present & {*questions} - {"context"}, answer in present)):
             texts = [text for name in questions if (text := _column(row, name)).strip()]
             user, reply = "\n\n".join(texts), _column(row, answer)
             turns = _split_turns(user) if inline_turns else [Message("user", user)]
-            lead = _column(row, system).strip() if system else ""
+            lead = _column(row, "system").strip()
             head = [Message("system", lead)] if lead else []
             return (*head, *turns, Message("assistant", reply.strip()))
-    raise Rejected("unknown_columns", ", ".join(map(str, row))[:200])
+    if row.keys() & {"messages", "conversations"}:
+        return ()  # no_user to the filters, as where a flat format holds nothing
+    raise Rejected("unknown_columns", ", ".join(map(str, row)))
+
+
+def _is_empty(value: Any) -> bool:
+    """Null, also as the NaN of a column of numbers; the blank cell of a CSV; a list of no turns."""
+    blank = isinstance(value, str) and not value.strip()
+    return blank or value is None or value == [] or value != value
 
 
 def _column(row: dict[str, Any], name: str) -> str:
+    """The text of a column; a number's is 42 for 42.0, as a column of numbers with gaps has it."""
     value = row.get(name)
-    if value is None:
+    if _is_empty(value):
         return ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
+        return str(value).removesuffix(".0")
     if not isinstance(value, str):
         raise Rejected("not_text", f"{name} is {type(value).__name__}")
     return value
@@ -122,12 +139,17 @@ def _turns(value: Any, system: str) -> tuple[Message, ...]:
     for turn in value:
         if not isinstance(turn, dict):
             raise Rejected("not_text", f"a turn is {type(turn).__name__}")
-        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+        name = str(turn.get("role") or turn.get("from"))
+        role = ROLES.get(name.lower())
         if role is None:
-            raise Rejected("unknown_role", str(turn.get("role", turn.get("from")))[:50])
-        text = _column(turn, "content" if "content" in turn else "value").strip()
+            raise Rejected("unknown_role", name)
+        text = (_column(turn, "content") or _column(turn, "value")).strip()
         if role != "system" or text:
             messages.append(Message(role, text))  # type: ignore[arg-type]
+    if [message.role for message in messages[:2]] == ["system", "system"]:
+        first = messages.pop(0)
+        if first != messages[0]:
+            raise Rejected("two_system_texts")
     start = bool(messages) and messages[0].role == "system"
     roles = [message.role for message in messages[start:]]
     if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
