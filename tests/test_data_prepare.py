@@ -478,7 +478,14 @@ def test_the_report_counts_the_rows_that_a_benchmark_took(tmp_path: Path) -> Non
     [
         ("card 4111 1111 1111 1111 on file", "card"),
         ("IBAN DE89 3704 0044 0532 0130 00", "iban"),
+        ("US0378331005 GB82 WEST 1234 5698 7654 32 PLEASE", "iban"),
+        ("BE68 5390 0754 7034 PAID IN 2024", "iban"),
         ("his SSN is 536-90-4399.", "ssn"),
+        (r"a\nDE89370400440532013000", "iban"),
+        (r"on file\n4111 1111 1111 1111\n", "card"),
+        (r"told\nSSN 536904399", "ssn"),
+        (r"me:\tcall 2125550143", "phone"),
+        ("Tel. 2012-3456", "phone"),
         ("routing number 021000021", "routing_number"),
         ("write to jane.doe@example.com", "email"),
         ("call (212) 555-0143 today", "phone"),
@@ -500,6 +507,8 @@ def test_personal_data_is_masked(text: str, kind: str) -> None:
         "CUSIP 037833100, ISIN US0378331005, CIK 0000320193",
         "net income of $4,111,111,111 in 2019-2020, up 12.5% from 3,704,004,405",
         "tel. 2015: revenue of 1,234; fax: 12 of 340", "Tel: 2015 2016 and 2017 were good",
+        "Telephone: 2019-2020", "tel. 2019/2020", "Tel: (2019-2020)", "fax: 2019-20 1234",
+        "phone: 2019-12-31", "ph. 31/12/2019 and on", "MWh: 12 BE68 5390 0754 7035 BIC",
         "card 4111 1111 1111 1112", "between 1998-12-31 and 2001-01-15", "10-K 001-36743",
     ],
 )  # fmt: skip
