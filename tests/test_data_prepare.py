@@ -486,6 +486,8 @@ def test_the_report_counts_the_rows_that_a_benchmark_took(tmp_path: Path) -> Non
         (r"told\nSSN 536904399", "ssn"),
         (r"me:\tcall 2125550143", "phone"),
         ("Tel. 2012-3456", "phone"),
+        ('{"tel": "020 7946 0958", "x": 1}', "phone"),
+        ("{'phone': 2125550143}", "phone"),
         ("routing number 021000021", "routing_number"),
         ("write to jane.doe@example.com", "email"),
         ("call (212) 555-0143 today", "phone"),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fintune.config import DataConfig, SourceConfig
+from fintune.data import scan as scan_module
 from fintune.data.rows import Rejected, repair, to_messages
 from fintune.data.scan import scan
 from fintune.data.sources import Bad, find_sources, locate, parse_block
@@ -335,6 +336,43 @@ def test_ten_thousand_malformed_rows_are_all_accounted_for(tmp_path: Path) -> No
     assert reasons["cut.parquet"] == "truncated_file"
     assert any(r.source == "cut.jsonl.gz" and r.reason == "truncated_file" for r in found.dropped)
     assert any(r.source == "cut.json" and r.reason == "truncated_file" for r in found.dropped)
+
+
+VALUES = [
+    "me:\n4111 1111 1111 1111", "4111\u00a01111\u00a01111\u00a01111", "it's\t536-90-4399",
+    "it's\nDE89370400440532013000", "x\rjane.doe@acme.com", "\u200b(212) 555-0143",
+    "\nABA 021000021",
+]  # fmt: skip
+OF_VALUES = ("4111", "4399", "370400", "jane", "acme", "555", "021000021")
+
+
+def test_no_value_of_a_row_that_is_out_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind escapes of JSON and repr, blanks that are none, in names of columns, beside marks."""
+    monkeypatch.setattr(scan_module, "SAMPLES", 1_000)
+    rows: list[Any] = []
+    for text in (*VALUES, *(json.dumps({"a": json.dumps([text])}) for text in VALUES)):
+        turn = {"role": f"{'long role ' * 3}{text}", "content": text}
+        rows += [text, {f"{text} \ud800": text}, {"user": {"x": [text]}}, {"messages": [turn]}]
+        rows += [{"user": "q", "assistant": f"I cannot provide {text}"}]
+    rows.append({"phone": 2125550143, "routing number": "021000021", "card": 4111111111111111})
+    lines = [json.dumps(row).encode() for row in rows]
+    lines += [line[:-1] + b"\xa0" * odd for line in lines for odd in (0, 1)]
+    lines += [b"Doe,4111111111111111,2025", b'{"a": "jane\\u002edoe\\u0040acme.com"']
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    with (tmp_path / "cells.csv").open("w", encoding="latin-1", newline="") as file:
+        cells = [[text.replace("\u200b", ""), *more] for text in VALUES for more in ([], ["\xa0"])]
+        csv.writer(file).writerows([["a", "b"], *cells])
+    settings = DataConfig(source=str(tmp_path), workers=1)
+    found = scan(find_sources(settings), settings, 0, 100)
+    assert len(found.dropped) == len(lines) + len(cells) and not found.candidates
+    shown = [text for samples in found.samples.values() for text in samples]
+    shown += [row.detail for row in found.dropped]
+    assert len(shown) == 2 * len(found.dropped)
+    assert [text for text in shown if any(value in text for value in OF_VALUES)] == []
+    off = DataConfig(source=str(tmp_path), workers=1, personal_data="off")
+    assert "4111" in str(scan(find_sources(off), off, 0, 100).samples)
 
 
 def test_what_is_no_number_costs_its_own_row_of_an_array(tmp_path: Path) -> None:

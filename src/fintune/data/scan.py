@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,8 @@ one more than one thing can be asked."""
 YES_OR_NO = ("yes", "no", "true", "false")
 MARKS = ".,;:!?'\"()[]\u2018\u2019\u201c\u201d"
 _QUOTED = re.compile(r"['\"\u2018\u201c]([^'\"\u2019\u201d\n]{1,60})['\"\u2019\u201d](?!\w)")
+
+_ESCAPED = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 
 MOST_CHARACTERS = 1_000_000
 """A longer row is out at once: no context window holds it, and every later step would crawl."""
@@ -97,15 +100,43 @@ def scan_batch(
             if reason := refuse(messages, config):
                 raise Rejected(*reason)
         except Rejected as out:
-            detail, shown = out.detail[:4_000], str(raw)[:4_000]
-            if config.personal_data != "off":  # before the cut, which may leave half a number
-                detail, shown = mask(detail)[0], mask(shown)[0]
-            result.dropped.append((line, sha, out.reason, detail[:200]))
+            result.dropped.append((line, sha, out.reason, _shown(out.detail, config)[:200]))
             if len(result.samples[out.reason]) < SAMPLES:
-                result.samples[out.reason].append(f"{source.name}:{line} {shown[:400]}")
+                shown = _shown(_plain(raw), config)[:400]
+                result.samples[out.reason].append(f"{source.name}:{line}\n{shown}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
     return result
+
+
+def _plain(raw: Any) -> str:
+    """The values of a raw row behind their names, a line each: no marks of JSON hide what they are.
+
+    Of a row that could not be read, its text; a comma there may stand between two values.
+    """
+    if isinstance(raw, Bad):
+        return raw.detail + "\n" + raw.raw.decode("utf-8", "replace").replace(",", ", ")
+    lines, left = [], [("", raw)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{key}: ", item) for key, item in reversed(value.items())]
+        elif isinstance(value, list):
+            left += [(name, item) for item in reversed(value)]
+        else:
+            lines.append(f"{name}{value}")
+    return "\n".join(lines)
+
+
+def _shown(text: str, config: DataConfig) -> str:
+    """A text for the ledger or the report: as a row is read, so that every value is found, masked.
+
+    Of a long text the start, and that of 20,000 characters because the caller's cut must come after
+    the masks: half a number is none.
+    """
+    plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:20_000])
+    plain = repair(plain, Counter()).replace("\ufffd", " ")
+    return plain if config.personal_data == "off" else mask(plain)[0]
 
 
 def _row_sha256(raw: object) -> str:
@@ -214,10 +245,8 @@ def _settle(
 
 def excerpt(row: Dropped, messages: tuple[Message, ...], config: DataConfig) -> str:
     """The end of a dropped row, for the report."""
-    text = "\n".join(f"{message.role}: {message.content}" for message in messages)[-4_000:]
-    if config.personal_data != "off":
-        text = mask(text)[0]
-    return f"{row.source}:{row.line} ({row.detail})\n{text[-500:]}"
+    text = "\n".join(f"{message.role}: {message.content}" for message in messages)[-20_000:]
+    return f"{row.source}:{row.line} ({row.detail})\n{_shown(text, config)[-500:]}"
 
 
 def _results(
