@@ -42,8 +42,8 @@ _PHONE = re.compile(
     rf"|{_AFTER}\+(?!1[ .-]?\d{{3}})[1-9]\d{{0,2}}(?:[ .-]\(?\d{{1,8}}\)?){{2,5}}(?![\w%/-]|[.,]\d)"
     rf"|(?<!\+){_AFTER}\+[1-9]\d{{9,14}}(?!\d)"
     rf"|{_WORD}(?:call|phone|ph|tel|telephone|mobile|cell|fax)\b"
-    r"(?: (?:number|no\.?|me at|us at|at|is))*[ .:\"']{1,4}(\+?\d{10,13})(?!\d)"
-    rf"|{_WORD}(?:phone|ph|tel|telephone|fax)(?:\.:?|[\"']?:) ?[\"']?(?!{_YEARS})"
+    r"(?: (?:number|no\.?|me at|us at|at|is))*[ .:\\\"']{1,5}(\+?\d{10,13})(?!\d)"
+    rf"|{_WORD}(?:phone|ph|tel|telephone|fax)(?:\.:?|[\\\"']{{0,2}}:) ?[\\\"']{{0,2}}(?!{_YEARS})"
     r"(\+?\(?\d[\d ()/-]{6,16}\d)(?![\d%]|[.,]\d))",
     re.I,
 )

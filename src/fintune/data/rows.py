@@ -144,14 +144,13 @@ def _turns(value: Any, system: str) -> tuple[Message, ...]:
         if role is None:
             raise Rejected("unknown_role", name)
         text = (_column(turn, "content") or _column(turn, "value")).strip()
-        if role != "system" or text:
-            messages.append(Message(role, text))  # type: ignore[arg-type]
-    if [message.role for message in messages[:2]] == ["system", "system"]:
-        first = messages.pop(0)
-        if first != messages[0]:
-            raise Rejected("two_system_texts")
+        message = Message(role, text)  # type: ignore[arg-type]
+        if role != "system" or (text and message not in messages[:1]):
+            messages.append(message)
     start = bool(messages) and messages[0].role == "system"
     roles = [message.role for message in messages[start:]]
+    if roles[:1] == ["system"]:
+        raise Rejected("two_system_texts")
     if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
         raise Rejected("turns_out_of_order", " ".join(roles)[:200])
     if roles[-1:] == ["user"]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 
@@ -102,37 +101,19 @@ def scan_batch(
         except Rejected as out:
             result.dropped.append((line, sha, out.reason, _shown(out.detail, config)[:200]))
             if len(result.samples[out.reason]) < SAMPLES:
-                shown = _shown(_plain(raw), config)[:400]
-                result.samples[out.reason].append(f"{source.name}:{line}\n{shown}")
+                text = str(raw)
+                if isinstance(raw, Bad):  # a comma may stand between two values there
+                    text = f"{raw.detail}: {raw.raw.decode('utf-8', 'replace')}".replace(",", ", ")
+                shown = _shown(text, config)[:400]
+                result.samples[out.reason].append(f"{source.name}:{line} {shown}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
     return result
 
 
-def _plain(raw: Any) -> str:
-    """The values of a raw row behind their names, a line each: no marks of JSON hide what they are.
-
-    Of a row that could not be read, its text; a comma there may stand between two values.
-    """
-    if isinstance(raw, Bad):
-        return raw.detail + "\n" + raw.raw.decode("utf-8", "replace").replace(",", ", ")
-    lines, left = [], [("", raw)]
-    while left:
-        name, value = left.pop()
-        if isinstance(value, dict):
-            left += [(f"{key}: ", item) for key, item in reversed(value.items())]
-        elif isinstance(value, list):
-            left += [(name, item) for item in reversed(value)]
-        else:
-            lines.append(f"{name}{value}")
-    return "\n".join(lines)
-
-
 def _shown(text: str, config: DataConfig) -> str:
-    """A text for the ledger or the report: as a row is read, so that every value is found, masked.
-
-    Of a long text the start, and that of 20,000 characters because the caller's cut must come after
-    the masks: half a number is none.
+    """A text for the ledger or the report: without escapes, which would hide values, and masked.
+    Of a long one the first 20,000 characters; callers cut behind the masks, not through a number.
     """
     plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:20_000])
     plain = repair(plain, Counter()).replace("\ufffd", " ")
@@ -185,18 +166,15 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
     Exact duplicates go here (the first in hash order stays), and every row of an input that
     carries two different labels.
     """
-    read: Counter[str] = Counter()
-    dropped: list[Dropped] = []
-    repairs: Counter[str] = Counter()
-    samples: dict[str, list[str]] = defaultdict(list)
+    found = Scanned(Counter(), [], [], set(), Counter(), defaultdict(list))
     rows: list[tuple[str, Row]] = []
     limit, texts = [math.inf], 0
     for source, result in _results(sources, config, seed, limit):
-        read[source.name] += result.read
-        repairs.update(result.repairs)
-        dropped += (Dropped(source.name, *row) for row in result.dropped)
+        found.read[source.name] += result.read
+        found.repairs.update(result.repairs)
+        found.dropped += (Dropped(source.name, *row) for row in result.dropped)
         for reason, shown in result.samples.items():
-            samples[reason] += shown[: SAMPLES - len(samples[reason])]
+            found.samples[reason] += shown[: SAMPLES - len(found.samples[reason])]
         # Scanned under an older limit where several processes work: held to today's here.
         new = [row if row[3] <= limit[0] else (*row[:6], None) for row in result.rows]
         rows += ((source.name, row) for row in new)
@@ -206,25 +184,18 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
             rows = [(name, row if row[3] <= limit[0] else (*row[:6], None)) for name, row in rows]
             texts = sum(row[6] is not None for _, row in rows)
     rows.sort(key=lambda item: (item[1][3], item[1][1], item[0], item[1][0]))
-    return _settle(rows, wanted, read, dropped, repairs, samples, config)
+    _settle(rows, wanted, found, config)
+    return found
 
 
-def _settle(
-    rows: list[tuple[str, Row]],
-    wanted: int,
-    read: Counter[str],
-    dropped: list[Dropped],
-    repairs: Counter[str],
-    samples: dict[str, list[str]],
-    config: DataConfig,
-) -> Scanned:
+def _settle(rows: list[tuple[str, Row]], wanted: int, found: Scanned, config: DataConfig) -> None:
+    """Deal rows in hash order to the candidates and the dropped ones."""
     labels: dict[int, int] = {}
     torn: set[int] = set()
     for _, row in rows:
         if row[5] and labels.setdefault(row[4], row[5]) != row[5]:
             torn.add(row[4])
     first: dict[int, tuple[str, int]] = {}
-    candidates: list[Example] = []
     for name, (line, sha, key, _, asked, label, messages) in rows:
         reason, detail = "over_cap", ""
         if label and asked in torn:
@@ -233,14 +204,13 @@ def _settle(
             reason, detail = "duplicate", "of {}:{}".format(*first[key])
         else:
             first[key] = (name, line)
-            if len(candidates) < wanted and messages is not None:
-                candidates.append(Example(name, line, sha, messages))
+            if len(found.candidates) < wanted and messages is not None:
+                found.candidates.append(Example(name, line, sha, messages))
                 continue
-        dropped.append(Dropped(name, line, sha, reason, detail))
-        if messages is not None and len(samples[reason]) < SAMPLES:
-            samples[reason].append(excerpt(dropped[-1], messages, config))
-    waiting = {row.source for row in dropped if row.reason == "over_cap"}
-    return Scanned(read, dropped, candidates, waiting, repairs, dict(samples))
+        found.dropped.append(Dropped(name, line, sha, reason, detail))
+        if messages is not None and len(found.samples[reason]) < SAMPLES:
+            found.samples[reason].append(excerpt(found.dropped[-1], messages, config))
+    found.waiting.update(row.source for row in found.dropped if row.reason == "over_cap")
 
 
 def excerpt(row: Dropped, messages: tuple[Message, ...], config: DataConfig) -> str:
