@@ -108,7 +108,10 @@ def read_benchmarks(sources: list[Source]) -> list[Question]:
     for source in sources:
         path = source.config.path
         for line, raw in (row for batch in source.batches() for row in parse_block(batch)):
-            row = _as_text(raw)
+            row = raw
+            if isinstance(raw, dict):  # answers are compared as text: 42 for 42.0, True
+                numbers = {name: n for name, n in raw.items() if isinstance(n, int | float)}
+                row = raw | {name: str(n).removesuffix(".0") for name, n in numbers.items()}
             try:
                 messages = to_messages(row, source.config.columns, inline_turns=False)
             except Rejected:
@@ -130,14 +133,6 @@ def read_benchmarks(sources: list[Source]) -> list[Question]:
         if unread[path]:
             warn(f"benchmark {path}: {unread[path]} rows hold no readable question: not sought")
     return questions
-
-
-def _as_text(raw: Any) -> Any:
-    """A row with its numbers as text, 42 for 42.0: answers are often one, and compared as text."""
-    if not isinstance(raw, dict):
-        return raw
-    numbers = {key: value for key, value in raw.items() if isinstance(value, int | float)}
-    return {**raw, **{key: str(value).removesuffix(".0") for key, value in numbers.items()}}
 
 
 def contaminated(

@@ -22,16 +22,10 @@ _CARD = re.compile(
     r"(?:[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}|[ -]?\d{6}[ -]?\d{4,5}|\d{9,12})(?![\w%]|[.,]\d)"
 )
 _SSN = re.compile(_AFTER + r"\d{3}([- ])\d{2}\1\d{4}(?![\w/-]|[.,]\d)")
-_BARE_SSN = re.compile(
-    _WORD
-    + r"(?:SSN|social security (?:number|no\.?))\W{0,3}(?:is|was|of|:|#)?\W{0,3}(\d{9})(?!\d)",
-    re.I,
-)
-_ROUTING = re.compile(
-    _WORD + r"(?:routing|ABA|RTN|transit)(?: (?:transit|routing|number|no\.?|code|#)){0,3}"
-    r"\W{0,3}(?:is|was|of|:|#)?\W{0,3}(\d{9})(?!\d)",
-    re.I,
-)
+_NINE = r"\W{0,3}(?:is|was|of|:|#)?\W{0,3}(\d{9})(?!\d)"
+_BARE_SSN = re.compile(_WORD + r"(?:SSN|social security (?:number|no\.?))" + _NINE, re.I)
+_ROUTE = r"(?:routing|ABA|RTN|transit)(?: (?:transit|routing|number|no\.?|code|#)){0,3}"
+_ROUTING = re.compile(_WORD + _ROUTE + _NINE, re.I)
 _EMAIL = re.compile(
     r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9-]*\.)+[A-Za-z]{2,24}(?![\w-])"
 )
@@ -64,8 +58,7 @@ def _valid_phone(text: str) -> bool:
 
 
 def _iban() -> re.Pattern[str]:
-    """An account number has its country's length: what follows it may look like more of it. Lists
-    of a country's banks are not asked, they grow old."""
+    """An account number has its country's length: what follows it may look like more of it."""
     registry = optional("stdnum.numdb", "data.personal_data", "off").get("iban")
     forms = []
     for code in map("".join, product(ascii_uppercase, repeat=2)):

@@ -104,8 +104,8 @@ def scan_batch(
                 text = str(raw)
                 if isinstance(raw, Bad):  # a comma may stand between two values there
                     text = f"{raw.detail}: {raw.raw.decode('utf-8', 'replace')}".replace(",", ", ")
-                shown = _shown(text, config)[:400]
-                result.samples[out.reason].append(f"{source.name}:{line} {shown}")
+                place = f"{source.name}:{line}"
+                result.samples[out.reason].append(f"{place} {_shown(text, config)[:400]}")
             continue
         result.rows.append(_keyed(line, sha, messages, source.config.weight, seed, limit))
     return result
