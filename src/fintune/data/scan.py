@@ -189,7 +189,6 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
 
 
 def _settle(rows: list[tuple[str, Row]], wanted: int, found: Scanned, config: DataConfig) -> None:
-    """Deal rows in hash order to the candidates and the dropped ones."""
     labels: dict[int, int] = {}
     torn: set[int] = set()
     for _, row in rows:
