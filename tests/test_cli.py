@@ -184,6 +184,14 @@ def test_a_place_below_a_file_is_one_message(
     assert (tmp_path / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("place", ["/proc/x/y", "{}/" + "x" * 300, "{}/" + "x" * 240])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, said = run(capsys, "prepare", "-c", "nano", "-s", f"data.out={place.format(tmp_path)}")
+    assert (code, "cannot be written" in said, "rows go on" in said) == (1, True, False), said
+
+
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
 def test_a_count_of_processes_that_is_no_number_is_one_message(
     variable: str,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fintune import nano
+from fintune import nano, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig, load_config
 from fintune.data import prepare as prepare_module
@@ -127,6 +127,19 @@ def test_same_inputs_are_kept_and_others_refused(prepared: tuple[Config, dict[st
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"min_tokens": 9})})
     with pytest.raises(OutputError, match="min_tokens"):
         prepare(other)
+
+
+def test_a_folder_that_another_run_writes_is_left_alone(tmp_path: Path) -> None:
+    settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(300)))
+    under_way = tmp_path / "out" / ".staging-data-other" / "train.parquet"
+    write(under_way, [])
+    with seal.lock(settings.data_dir), pytest.raises(OutputError, match=f"{os.getpid()} since"):
+        prepare(settings, fresh=True)
+    assert under_way.exists() and not settings.data_dir.exists()
+    prepare(settings)
+    (settings.data_dir / "ledger.parquet").unlink()
+    with pytest.raises(OutputError, match=r"ledger\.parquet is missing"):
+        prepare(settings)
 
 
 def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) -> None:

@@ -87,6 +87,18 @@ def test_a_later_stage_reads_only_what_was_sealed(tmp_path: Path) -> None:
         seal.read_seal(folder, stage="data", make="x")
 
 
+def test_a_part_of_a_result_is_never_taken_for_all_of_it(tmp_path: Path) -> None:
+    for name in ("rows", "ledger"):
+        write_bytes(tmp_path / name, b"12345")
+    with pytest.raises(OutputError, match="has lost report"):
+        seal.seal(tmp_path, {}, needed=["rows", "report"])
+    assert not (tmp_path / seal.DONE).exists()
+    seal.seal(tmp_path, {}, needed=["rows", "ledger"])
+    (tmp_path / "ledger").unlink()
+    with pytest.raises(OutputError, match="ledger is missing"):
+        seal.state(tmp_path, {}, command="x")
+
+
 def test_moving_aside_deletes_nothing(tmp_path: Path) -> None:
     for content in ("first", "second"):
         write_json(tmp_path / "run" / "x.json", {"content": content})

@@ -451,14 +451,17 @@ def _folder(path: Path) -> Path:
     """A path that is a folder or can become one.
 
     Raises:
-        OutputError: it is a file, or below one.
+        OutputError: it is a file or below one, or its name is impossible.
     """
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise OutputError(
-                f"{path} cannot be a folder: {part} is a file",
-                fix="choose another place for what is written, such as --set out=runs/mine",
-            )
+    from fintune.files import reaching
+
+    with reaching(path):
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                raise OutputError(
+                    f"{path} cannot be a folder: {part} is a file",
+                    fix="choose another place for what is written, such as --set out=runs/mine",
+                )
     return path
 
 

@@ -5,6 +5,7 @@ renamed. JSON never contains NaN (`allow_nan=False`), because `NaN` is not JSON 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fintune.errors import OutputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FORMAT = 1
 """Version of every JSON file written here; a reader refuses a number it does not know."""
 
@@ -118,6 +122,20 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def reaching(folder: Path) -> Iterator[None]:
+    """Raise OutputError where a folder's place cannot be had; a full volume may empty again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}",
+            fix="choose another place for what is written, such as --set out=runs/mine",
+        ) from None
+
+
+@contextlib.contextmanager
 def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder beside its place and rename it into a free name when the block succeeds.
 
@@ -128,10 +146,11 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: `final` may exist; it is moved away when the new folder is complete, so that only
             a kill between two renames leaves neither under its name.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f".staging-{final.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".staging-{final.name}-"))
+    with reaching(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f".staging-{final.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".staging-{final.name}-"))
     try:
         yield staging
         staging.chmod(0o755)

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
@@ -18,7 +18,7 @@ from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import read_json, sha256_file, sha256_json, write_json
+from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
 
 DONE = "done.json"
 INPUTS = "inputs.json"
@@ -32,9 +32,20 @@ class State(Enum):
     FINISHED = "finished"
 
 
-def seal(folder: Path, inputs: dict[str, Any]) -> None:
-    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last."""
-    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _files(folder)}
+def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
+    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
+
+    Raises:
+        OutputError: a file that is `needed` is not there.
+    """
+    files = _files(folder)
+    if lacking := sorted({*needed} - files.keys()):
+        raise OutputError(
+            f"{folder} has lost {', '.join(lacking)} while it was written",
+            why="a part of a result must not pass for all of it",
+            fix="see to it that nothing else writes there, and run the same command again",
+        )
+    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}
     changes = accepted(folder)
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
@@ -67,7 +78,7 @@ def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[str]:
-    """Be the only one that writes a folder that grows in place, while the block runs.
+    """Be the only one that writes a folder, while the block runs.
 
     The lock is the kernel's and ends with its owner, however that one died, so none is ever stale.
     Its file stands beside the folder, which may be moved aside meanwhile.
@@ -76,19 +87,21 @@ def lock(folder: Path) -> Iterator[str]:
         Who held it last and died, or an empty string.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or nothing can be written there.
     """
     path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with reaching(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+", encoding="utf-8")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise OutputError(
                 f"{folder} is being written by {file.read() or 'another process'}",
-                why="two runs in one folder would destroy each other's checkpoints",
-                fix="wait for it, stop it (SIGTERM saves), or choose another folder: --set out=...",
+                why="two runs in one folder would destroy each other's files",
+                fix="wait for it, stop it (SIGTERM), or choose another folder: --set out=...",
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
@@ -114,7 +127,8 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
         also: another way out than a fresh folder, for the message.
 
     Raises:
-        OutputError: the folder holds the result of other inputs, or files that are not ours.
+        OutputError: the folder holds the result of other inputs or files that are not ours, or
+            is finished and a file of it changed since.
     """
     found_here = [path.name for path in folder.iterdir()] if folder.exists() else []
     # A kill inside the very first write leaves its temporary file, which is nothing yet.
@@ -130,6 +144,8 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
                     why="mixing two runs in one folder would make both unaccountable",
                     fix=f"choose another folder (--set out=...), or: {command} --fresh{also}",
                 )
+            if found is State.FINISHED:
+                read_seal(folder, stage=command, make=command)
             return found
     raise OutputError(
         f"{folder} holds files that are not of this stage",

@@ -36,6 +36,7 @@ MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
 
 ROW_GROUP = 8192
+FILES = ("train.parquet", "validation.parquet", "ledger.parquet", "manifest.json", "report.html")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 LEDGER = pa.schema(
     [
@@ -58,7 +59,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
 
     Raises:
         DataError: sources that cannot be read, or nothing left of them.
-        OutputError: the folder holds the result of other inputs.
+        OutputError: the folder holds the result of other inputs, lacks a file, is being written
+            by another run, or cannot be written.
         ModelError: no base folder, tokenizer or usable chat template.
     """
     heading("prepare")
@@ -87,15 +89,16 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         "fintune": __version__,  # other filters, other rows
     }
     folder = config.data_dir
-    if fresh:
-        seal.move_aside(folder)
-    if seal.state(folder, inputs, command="fintune prepare") is seal.State.FINISHED:
-        say(f"{folder}: unchanged, kept")
-        return read_json(folder / "manifest.json")
-    result = _Preparation(config, sources, chat, read_benchmarks(benchmarks))
-    with staged_folder(folder) as staging:
-        manifest = result.write(staging, inputs)
-        seal.seal(staging, inputs)
+    with seal.lock(folder):
+        if fresh:
+            seal.move_aside(folder)
+        if seal.state(folder, inputs, command="fintune prepare") is seal.State.FINISHED:
+            say(f"{folder}: unchanged, kept")
+            return read_json(folder / "manifest.json")
+        with staged_folder(folder) as staging:
+            result = _Preparation(config, sources, chat, read_benchmarks(benchmarks))
+            manifest = result.write(staging, inputs)
+            seal.seal(staging, inputs, needed=FILES)
     rows = manifest["rows"]
     say(
         f"{folder}: {rows['read']} rows read = {rows['train']} train + {rows['validation']}"

@@ -4,7 +4,6 @@ A full disk is somebody else's mistake more often than ours, and mostly mended w
 run that ends there costs its slot on the machine, so it waits; nothing is half-written meanwhile.
 """
 
-import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TypeVar
 
 from fintune.console import say, warn
 from fintune.errors import NoSpace, Stopped
-from fintune.files import free_bytes
+from fintune.files import FULL, free_bytes
 
 T = TypeVar("T")
 WAIT_S = 30 * 60.0
@@ -22,8 +21,7 @@ SAY_S = 60.0
 SLACK = 2**20
 """Bytes beyond what is counted: the small files, blocks of the file system, a line of metrics."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_WORDS = (*(f"os error {code}" for code in _FULL), "inline_container", "iostream error")
+_WORDS = (*(f"os error {code}" for code in FULL), "inline_container", "iostream error")
 
 
 class Room:
@@ -92,5 +90,5 @@ def out_of_space(error: Exception) -> bool:
     it) says no more than that its bytes did not arrive.
     """
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in FULL
     return any(word in str(error) for word in _WORDS)
