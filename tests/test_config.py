@@ -1,5 +1,6 @@
 """The config: typed, frozen, every problem at once, unknown keys answered."""
 
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,25 @@ def test_overrides_are_typed() -> None:
         ("train.epochs", "key=value"),
         ("name.sub=1", "is a value, not a section"),
         ("name=../up", "pattern"),
+        (
+            "data.columns={usr: question}",
+            "columns.usr: String should match pattern '^(system|",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_one_readable_error(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("nano", [override])
     assert expected in str(caught.value)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("out", "data.out", "train.out", "eval.out", "release.out", "model.path",
+            "eval.regression_folder", "eval.judge.labels", "release.license_file")  # fmt: skip
+    tree = load_config("nano", [f"{key}=~/x" for key in keys]).model_dump(mode="json")
+    for key in keys:
+        assert reduce(lambda found, part: found[part], key.split("."), tree) == "/home/me/x", key
 
 
 def test_all_problems_come_at_once() -> None:

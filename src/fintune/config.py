@@ -6,10 +6,11 @@ key is an error that names the nearest known one.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -38,10 +39,19 @@ SEVEN_PROJECTIONS = (
 FORMER_NAMES = read_toml(__file__, "former_names.toml")
 
 
+Column = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
+
+
 class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        """Every folder and file may begin with `~`; of an unknown user it is a name like others."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class ModelConfig(Section):
@@ -75,7 +85,7 @@ class BenchmarkConfig(Section):
     path: str = Field(min_length=1, description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
     split: str = Field("test", description="split of a hub data set")
-    columns: dict[str, str] | None = Field(
+    columns: dict[Column, str] | None = Field(
         None, description="our column (system, user, assistant, messages): the file's column"
     )
 
@@ -100,7 +110,7 @@ class DataConfig(Section):
     source: str = Field("", description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
     split: str = Field("train", description="split of a hub data set")
-    columns: dict[str, str] | None = Field(
+    columns: dict[Column, str] | None = Field(
         None, description="our column (system, user, assistant, messages): the file's column"
     )
     sources: tuple[SourceConfig, ...] = Field(
@@ -328,11 +338,6 @@ class Config(Section):
     eval: EvalConfig = Field(EvalConfig(), description="evaluation")
     release: ReleaseConfig = Field(ReleaseConfig(), description="release")
 
-    @field_validator("out")
-    @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
-
     @model_validator(mode="after")
     def _coherent(self) -> "Config":
         boundaries = self.train.bucket_boundaries
@@ -476,7 +481,7 @@ def _place(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] != "extra_forbidden":
         return f"{key}: {problem['msg']} (given: {problem['input']!r})"
     last = key.rsplit(".", 1)[-1]

@@ -90,7 +90,7 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
     if config.path is None and config.id == nano.NANO_ID:
         folder = nano.base_dir()
     elif config.path is not None:
-        folder = config.path.expanduser()
+        folder = config.path
         if not folder.is_dir():
             raise ModelError(f"model.path: no folder at {folder}", fix="give the base's folder")
     else:

@@ -135,7 +135,7 @@ def find_shape(model: ModelConfig) -> Shape:
     """
     folder = nano.base_dir() if model.id == nano.NANO_ID and model.path is None else model.path
     if folder is not None:
-        return read_shape(folder.expanduser() / "config.json")
+        return read_shape(folder / "config.json")
     name = model.id.rsplit("/", 1)[-1].lower().removeprefix("meta-")
     shape = SHAPES.get(name) or SHAPES.get(name.removesuffix("-instruct"))
     if shape is None:

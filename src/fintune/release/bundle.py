@@ -229,7 +229,7 @@ def _llama_duties(staging: Path, inputs: Inputs) -> str | None:
 def _license_file(inputs: Inputs) -> Path | None:
     named = inputs.config.release.license_file
     if named is not None:
-        return named.expanduser() if named.expanduser().is_file() else None
+        return named if named.is_file() else None
     beside = sorted(inputs.base.folder.glob("LICENSE*"))
     if beside or inputs.config.model.path is not None:
         return beside[0] if beside else None
