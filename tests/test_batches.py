@@ -89,6 +89,13 @@ def test_stratified_steps_are_alike() -> None:
     assert random.largest_micro_batch > 5 * stratified.largest_micro_batch
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_few_steps_of_one_length_have_no_correlation() -> None:
+    for seed in range(6):
+        plan = make([10, 10, 20], micro_batch_size=1, accumulation=1, plan="random", seed=seed)
+        assert np.isfinite(facts(np.array([10, 10, 20]), plan, padded=False).neighbour_correlation)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     ("plan", "most"), [("stratified", 0.02), ("random", 0.05), ("bucketed", 0.05)]

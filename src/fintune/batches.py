@@ -200,7 +200,7 @@ def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
     whole = [step for step in sizes if len(step) == max(len(size) for size in sizes)]
     step_tokens = np.array([lengths[step].sum() for step in whole], dtype=np.float64)
     means = np.array([lengths[step].mean() for step in whole])
-    spread = len(whole) > 2 and means.std() > 0
+    spread = len(whole) > 2 and means[:-1].std() > 0 and means[1:].std() > 0
     return PlanFacts(
         steps=len(plan.steps),
         largest_micro_batch=int(laid.max()),
