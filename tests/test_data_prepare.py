@@ -307,6 +307,28 @@ def test_adding_rows_moves_none_across() -> None:
     assert all((after[text] == "train") == (side == "train") for text, side in before.items())
 
 
+def test_a_shortened_row_stays_with_its_context_and_where_it_was(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    found = []
+    for number in range(60):
+        terms = " ".join(f"{draw.choice(TERMS)} of unit {draw.randrange(10**6)}" for _ in range(60))
+        for question in ("What stands first?", "Of all that is listed there, which one is last?"):
+            reply = f"In list {number} it is what the reader finds there, by {question}"
+            found.append({"user": f"Read.\n{terms}\n{question}", "assistant": reply})
+    source = write(tmp_path / "rows.jsonl", found)
+    placed = []
+    for cap in (256, 320, 4096):
+        more = {"max_length_cap": cap, "max_over_length_share": 1, "validation_share": 0.4}
+        settings = config(tmp_path / str(cap), source, over_length="shorten", **more)
+        assert (prepare(settings)["shortened"]["rows"] > 100) == (cap < 4096)
+        placed.append(sides(settings.data_dir))
+        contexts: dict[int, set[str]] = {}
+        for line in range(120):
+            contexts.setdefault(line // 2, set()).add(find(settings, line + 1)[0][0].part)
+        assert all(len(parts) == 1 for parts in contexts.values())
+    assert placed[0] == placed[1] == placed[2] and len(placed[0]) == 120
+
+
 def test_related_rows_of_another_passage_never_decide() -> None:
     examples = []
     for at in range(60):
@@ -349,6 +371,36 @@ def test_nothing_left_says_why(tmp_path: Path, found: list[Any], says: str) -> N
     with pytest.raises(DataError, match=says):
         prepare(config(tmp_path / "out", write(tmp_path / "rows.jsonl", found)))
     assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "\n\n \n"])
+def test_sources_without_a_row_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=r"no row in rows\.json"):
+        prepare(config(tmp_path / "out", tmp_path / "rows.json"))
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    found = [{"q": row["user"], "a": row["assistant"]} for row in rows(300)]
+    source = write(tmp_path / "rows.jsonl", [*found, {"s": "Be brief.", **found[0]}])
+    columns = {"user": "q", "assistant": "a", "system": "sytem"}
+    with pytest.raises(DataError, match="column sytem\n.*: q, a, s"):
+        prepare(config(tmp_path / "out", source, columns=columns))
+    prepare(config(tmp_path / "out", source, columns={**columns, "system": "s"}))
+
+
+def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "in" / f"{n}.jsonl", rows(300, seed=n)) for n in range(2)]
+    tree: dict[str, Any] = {"out": str(tmp_path / "out"), "data": {"max_train_rows": 1000}}
+    kept = []
+    for wanted in ([tmp_path / "in" / "*.jsonl"], paths):
+        tree["data"]["sources"] = [{"path": str(path), "max_rows": 100} for path in wanted]
+        if kept:
+            with pytest.raises(OutputError, match="cap_of"):
+                prepare(Config.model_validate(tree))
+        counts = prepare(Config.model_validate(tree), fresh=True)["rows"]
+        kept.append(counts["train"] + counts["validation"])
+    assert kept == [100, 200]
 
 
 def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
@@ -586,6 +638,10 @@ def test_policies_for_long_rows() -> None:
     assert not dropped and kept[0].length <= 128 and kept[0].shortened > 0
     assert kept[0].example.messages[-1] == examples[0].messages[-1]
     assert kept[0].example.messages[0].content.endswith("What rose?")
+    short, _ = tokenise([example("W?", "The revenue rose.")], chat, 0)
+    shorten = DataConfig(over_length="shorten", max_over_length_share=1)
+    kept, (row,) = fit(short, short[0].length - 1, shorten, chat)
+    assert not kept and row.reason == "too_long", "a question of two characters has no middle"
     with pytest.raises(DataError, match="longer than 128"):
         fit(found, 128, DataConfig(over_length="fail"), chat)
     with pytest.raises(DataError, match="longer than 128"):

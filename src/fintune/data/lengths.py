@@ -1,7 +1,7 @@
 """Tokens of every candidate row, the adaptive maximum length, and rows that are longer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def fit(
 def _shorten(row: Tokenised, max_length: int, chat: ChatFormat) -> Tokenised | None:
     """Take the middle out of the longest user text: instruction and question stand at its ends.
 
-    None where the other turns leave no room for a quarter of it.
+    None where the other turns leave no room for a quarter of it, or for a word at each end.
     """
     messages = list(row.example.messages)
     users = [at for at, message in enumerate(messages) if message.role == "user"]
@@ -118,14 +118,15 @@ def _shorten(row: Tokenised, max_length: int, chat: ChatFormat) -> Tokenised | N
         keep = int(keep - (length - max_length + 8) * len(text) / row.length)
         if keep < len(text) / 4:
             return None
-        head = text[: keep // 2].rsplit(None, 1)[0]
-        tail = text[len(text) - keep // 2 :].split(None, 1)[-1]
-        messages[at] = Message("user", head + ELLIPSIS + tail)
+        head = text[: keep // 2].rsplit(None, 1)
+        tail = text[len(text) - keep // 2 :].split(None, 1)
+        if not head or not tail:
+            return None
+        messages[at] = Message("user", head[0] + ELLIPSIS + tail[-1])
         encoded = chat.encode(messages)
         length = len(encoded.input_ids)
         if length <= max_length:
-            old = row.example
-            example = Example(old.source, old.line, old.row_sha256, tuple(messages))
+            example = replace(row.example, messages=tuple(messages))
             ids = np.array(encoded.input_ids, np.int32)
             labels = np.array(encoded.labels, np.int32)
             return Tokenised(example, ids, labels, row.length - length)

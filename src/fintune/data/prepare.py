@@ -25,7 +25,7 @@ from fintune.data.personal import mask_messages
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
 from fintune.data.scan import SAMPLES, Scanned, excerpt, scan
-from fintune.data.sources import Source, find_sources, named
+from fintune.data.sources import Source, find_sources, named, parse_block
 from fintune.data.text import asked, hash64, passage
 from fintune.errors import DataError
 from fintune.example import Dropped, Example
@@ -71,10 +71,13 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     settings = config.data.model_dump(
         mode="json", exclude={"out", "workers", "source", "sources", "benchmarks"}
     )
+    # A cap is one for all files of a glob; which share it is told by the first one's name.
+    first = {id(source.config): source.name for source in reversed(sources)}
     inputs = {
         "sources": {
             source.name: source.config.model_dump(mode="json", exclude={"path"})
             | {"identity": source.identity}
+            | ({"cap_of": first[id(source.config)]} if source.config.max_rows else {})
             for source in sources
         },
         "settings": settings | {"chat": config.chat.model_dump(mode="json"), "seed": config.seed},
@@ -96,6 +99,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:
+            _check_columns([*sources, *benchmarks])
             result = _Preparation(config, sources, chat, read_benchmarks(benchmarks))
             manifest = result.write(staging, inputs)
             seal.seal(staging, inputs, needed=FILES)
@@ -143,7 +147,7 @@ class _Preparation:
         of_line = {(each.source, each.line): each for each in examples}
         for row in (*short, *long):
             self._drop(of_line[row.source, row.line], row.reason, row.detail)
-        if not self._fill(self._unrepeated(rows)):
+        if not self._fill(self._unrepeated(rows), of_line):
             return False
         self._check_left()
         return True
@@ -204,8 +208,11 @@ class _Preparation:
             self._drop(examples[at], "near_duplicate", f"of {first.source}:{first.line}")
         return [row for at, row in enumerate(rows) if at not in repeats]
 
-    def _fill(self, rows: list[Tokenised]) -> bool:
+    def _fill(self, rows: list[Tokenised], of_line: dict[tuple[str, int], Example]) -> bool:
         """Put rows in hash order onto their sides until the caps are full.
+
+        Args:
+            of_line: rows before they were shortened, for a side that no maximum length changes.
 
         Returns:
             True when they are, or when no more candidates could fill them: each source is spent,
@@ -220,7 +227,8 @@ class _Preparation:
         self.kept: dict[str, list[tuple[str, Tokenised]]] = {name: [] for name in caps}
         room = {source.name: source.config for source in self.sources}
         taken: Counter[int] = Counter()
-        places = split([row.example for row in rows], self.data.validation_share) if rows else []
+        whole = [of_line[row.example.source, row.example.line] for row in rows]
+        places = split(whole, self.data.validation_share) if rows else []
         for row, place in zip(rows, places, strict=True):
             own = room[row.example.source]
             if own.max_rows is not None and taken[id(own)] >= own.max_rows:
@@ -238,6 +246,9 @@ class _Preparation:
         reasons = Counter(row.reason for row in self.dropped)
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(6))
         read = sum(self.scanned.read.values())
+        if not read:
+            names = ", ".join(source.name for source in self.sources)
+            raise DataError(f"no row in {names}", fix="check how it was made or downloaded")
         if reasons["unknown_columns"] == read:
             columns = next(row.detail for row in self.dropped)
             raise DataError(
@@ -246,7 +257,7 @@ class _Preparation:
             )
         if not self.kept["train"]:
             raise DataError(
-                f"no training row is left of {read} rows read: {told or 'the sources are empty'}",
+                f"no training row is left of {read} rows read: {told}",
                 fix="look at the rows, or relax the filters in the data section",
             )
         if not self.kept["select"] or not self.kept["decide"]:
@@ -355,6 +366,28 @@ class _Preparation:
         }
 
 
+def _check_columns(sources: list[Source]) -> None:
+    """See that each column that is named exists: without it a system text would just be absent.
+
+    Raises:
+        DataError: no row of a source has one of them.
+    """
+    for config in {id(source.config): source.config for source in sources}.values():
+        lacking, found = set((config.columns or {}).values()), dict[str, None]()
+        own = [source for source in sources if source.config is config and lacking]
+        for batch in (batch for source in own for batch in source.batches()):
+            for _, row in parse_block(batch):
+                found |= dict.fromkeys(row if isinstance(row, dict) else ())
+            lacking -= found.keys()
+            if not lacking:
+                break
+        if lacking:
+            raise DataError(
+                f"no row of {config.path} has the column {', '.join(sorted(lacking))}",
+                fix=f"name columns that rows have in `columns`: {', '.join(map(str, found))[:300]}",
+            )
+
+
 def distribution(lengths: list[int]) -> dict[str, float]:
     """Count, total, mean and percentiles of lengths in tokens."""
     if not lengths:
@@ -363,15 +396,8 @@ def distribution(lengths: list[int]) -> dict[str, float]:
     percentiles = {
         f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (5, 50, 95, 99)
     }
-    total = sum(lengths)
-    mean = round(total / len(lengths), 1)
-    return {
-        "rows": len(lengths),
-        "tokens": total,
-        "mean": mean,
-        **percentiles,
-        "max": ordered[-1],
-    }
+    sums = {"tokens": sum(lengths), "mean": round(sum(lengths) / len(lengths), 1)}
+    return {"rows": len(lengths), **sums, **percentiles, "max": ordered[-1]}
 
 
 COLUMNS: tuple[tuple[str, pa.DataType, Callable[[str, str, Tokenised], Any]], ...] = (
