@@ -1,6 +1,7 @@
 """The command line: one readable message and the right exit code; nothing half-written."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -202,6 +203,32 @@ def test_a_count_of_processes_that_is_no_number_is_one_message(
     monkeypatch.setenv(variable, "abc")
     code, _, said = run(capsys, "train", "-c", "nano", "-s", f"out={tmp_path / 'out'}")
     assert (code, f"{variable}=abc is no number" in said) == (1, True)
+
+
+def test_minus_one_and_nothing_say_not_distributed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable, value in (("LOCAL_RANK", "-1"), ("RANK", "-1"), ("WORLD_SIZE", "")):
+        monkeypatch.setenv(variable, value)
+    words = ("train", "-c", "nano", "--dry-run", "-s", f"out={tmp_path / 'out'}")
+    code, _, said = run(capsys, *words)
+    assert code == 0, said
+    assert not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys(), "no library reads it"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--reason", "duplicate"), "--reason means nothing without --dropped"),
+        (("--dropped", "--part", "train"), "--part means nothing with --dropped"),
+        (("--line", "3", "--row", "ab"), "--row means nothing with --line"),
+    ],
+)
+def test_what_inspect_would_ignore_is_refused(
+    words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, said = run(capsys, "inspect", "-c", "nano", "-s", f"out={tmp_path}", *words)
+    assert (code, says in said) == (1, True), said
 
 
 def test_the_reference_lists_every_key() -> None:

@@ -91,13 +91,15 @@ def _root(
         raise typer.Exit
     verb = context.invoked_subcommand
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        if not (text := os.environ.get(variable) or "0").isdecimal():
+        if os.environ.get(variable) in ("", "-1"):  # how some launchers say: not distributed
+            del os.environ[variable]
+        if not (text := os.environ.get(variable, "0")).isdecimal():
             raise ConfigError(
                 f"{variable}={text} is no number",
                 why="torchrun and accelerate number the processes that they launch with it",
                 fix=f"unset {variable}, or launch through one of them",
             )
-    if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+    if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
         raise ConfigError(
             f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
             why="each would write the same folders",
@@ -251,18 +253,28 @@ def inspect(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
-    part: Annotated[str, typer.Option(help="train or validation.")] = "train",
-    count: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 1,
+    part: Annotated[str | None, typer.Option(help="train (if absent) or validation.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Rows to show; absent: 1, with --dropped 20.")
+    ] = None,
     dropped: Annotated[bool, typer.Option("--dropped", help="Show the ledger instead.")] = False,
     reason: Annotated[str | None, typer.Option(help="With --dropped: only this reason.")] = None,
     source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
-    line: Annotated[int | None, typer.Option(help="The row of this line, kept or dropped.")] = None,
+    line: Annotated[
+        int | None, typer.Option(min=1, help="The row of this line, kept or dropped.")
+    ] = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; or why a row was dropped."""
     from fintune.data import inspect as shown
 
     loaded = _load(config, overrides)
-    if part not in shown.FILES:
+    given = {"--row": row, "--part": part, "--count": count, "--reason": reason}
+    way = "with --dropped" if dropped else "with --line" if line else "without --dropped"
+    used = ("--count", "--reason") if dropped else () if line else ("--row", "--part", "--count")
+    for name in given:
+        if given[name] is not None and name not in used:
+            raise ConfigError(f"{name} means nothing {way}", fix="see: fintune inspect --help")
+    if part not in (None, *shown.FILES):
         raise ConfigError(f"--part {part}", fix=f"one of {', '.join(shown.FILES)}")
     kept: list[shown.Shown] = []
     out: list[dict[str, Any]] = []
@@ -271,12 +283,12 @@ def inspect(
     elif line is not None:
         kept, out = shown.find(loaded, line, source)
     else:
-        kept = shown.inspect(loaded, row=row, part=part, count=count, source=source)
+        kept = shown.inspect(loaded, row=row, part=part or "train", count=count or 1, source=source)
     for found in kept:
         console.out.print(found.text())
     if out or dropped:
         columns = ["source", "line", "reason", "detail"]
-        cells = ([entry[column] for column in columns] for entry in out[: max(count, 20)])
+        cells = ([entry[column] for column in columns] for entry in out[: count or 20])
         console.table(f"{len(out)} dropped rows", columns, cells)
 
 

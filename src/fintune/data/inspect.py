@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fintune import seal
 from fintune.config import Config
-from fintune.errors import DataError
+from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE
 from fintune.files import read_json
 from fintune.model import find_base, load_tokenizer
@@ -60,10 +60,10 @@ def inspect(
         source: only rows of this source.
 
     Raises:
-        DataError: no such row in `part`.
-        OutputError: the data is not prepared.
+        DataError: no such row in `part`, or no such source.
+        OutputError: the data is not prepared, or by another version.
     """
-    folder = _folder(config)
+    folder = _folder(config, source)
     table = _matching(folder / FILES[part], source=source)
     if row is not None:
         table = table.filter(pc.starts_with(table["example_id"], row))
@@ -79,11 +79,18 @@ def inspect(
 def why_dropped(
     config: Config, *, source: str | None = None, line: int | None = None, reason: str | None = None
 ) -> list[dict[str, Any]]:
-    """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments."""
-    path = _folder(config) / "ledger.parquet"
-    rows: list[dict[str, Any]] = _matching(
-        path, source=source, line=line, reason=reason
-    ).to_pylist()
+    """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments.
+
+    Raises:
+        DataError: no such source, or no row that was dropped for that reason.
+        OutputError: the data is not prepared, or by another version.
+    """
+    folder = _folder(config, source)
+    reasons = read_json(folder / "manifest.json")["rows"]["dropped"]
+    if reason not in (None, *reasons):
+        raise DataError(f"no row was dropped as {reason}", fix=f"reasons: {', '.join(reasons)}")
+    table = _matching(folder / "ledger.parquet", source=source, line=line, reason=reason)
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
@@ -93,16 +100,17 @@ def find(
     """The row of a line, of every source that has one unless it is named: kept, or of the ledger.
 
     Raises:
-        DataError: no source has a row there.
+        DataError: no such source, or none that has a row there.
+        OutputError: the data is not prepared, or by another version.
     """
     kept = [
         (row, part)
         for part, name in FILES.items()
-        for row in _matching(_folder(config) / name, source=source, line=line).to_pylist()
+        for row in _matching(_folder(config, source) / name, source=source, line=line).to_pylist()
     ]
     dropped = why_dropped(config, source=source, line=line)
     if not kept and not dropped:
-        names = ", ".join(read_json(_folder(config) / "manifest.json")["sources"])
+        names = ", ".join(read_json(_folder(config, None) / "manifest.json")["sources"])
         raise DataError(f"no row at {source or 'any source'}:{line}", fix=f"sources: {names}")
     tokenizer = load_tokenizer(find_base(config.model, weights=False)) if kept else None
     return [_shown(row, part, tokenizer) for row, part in kept], dropped
@@ -111,14 +119,23 @@ def find(
 def _matching(path: Path, **wanted: str | int | None) -> Any:
     """The rows of a Parquet file whose columns have these values; None: any."""
     table = pq.read_table(path)
+    if "line" not in table.column_names:
+        raise OutputError(
+            f"{path} was prepared by another version: it has no lines",
+            fix="run: fintune prepare --fresh",
+        )
     for column, value in wanted.items():
         if value is not None:
             table = table.filter(pc.equal(table[column], value))
     return table
 
 
-def _folder(config: Config) -> Path:
+def _folder(config: Config, source: str | None) -> Path:
+    """The prepared data, which has that source."""
     seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
+    names = read_json(config.data_dir / "manifest.json")["sources"]
+    if source not in (None, *names):
+        raise DataError(f"there is no source {source}", fix=f"sources: {', '.join(names)}")
     return config.data_dir
 
 
