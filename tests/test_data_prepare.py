@@ -3,11 +3,10 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from victims import harmed
 
 from fintune import nano, seal
 from fintune.chat import ChatFormat
@@ -34,7 +34,7 @@ from fintune.data.sources import find_sources, named
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE, Example, Message
-from fintune.files import read_json, sha256_file
+from fintune.files import read_json, sha256_file, sha256_json
 from fintune.model import Base, load_tokenizer
 
 TERMS = ["revenue", "net income", "free cash flow", "gross margin", "working capital", "equity"]
@@ -143,11 +143,35 @@ def test_a_folder_that_another_run_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) -> None:
-    shown = inspect(prepared[0])[0]
-    assert shown.trained == sum(1 for _ in shown.pieces) or shown.trained > 0
-    trained = "".join(text for text, is_trained in shown.pieces if is_trained)
-    assert trained.endswith("<|eot_id|>") and trained in shown.text().plain
+    (shown,), text = inspect(prepared[0]), inspect(prepared[0])[0].text()
+    row = pq.read_table(prepared[0].data_dir / "train.parquet").slice(0, 1).to_pylist()[0]
+    green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
+    assert "".join(green) == row["messages"][-1]["content"] + "<|eot_id|>"
+    assert row["messages"][0]["content"] in text.plain.removesuffix(green[-1])
+    assert shown.trained == sum(label != IGNORE for label in row["labels"]) < shown.length
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
+
+
+def test_rows_of_another_version_are_not_shown(
+    prepared: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = prepared[0].model_copy(update={"out": tmp_path})
+    shutil.copytree(prepared[0].data_dir, settings.data_dir)
+    for name in ("train", "ledger"):
+        path = settings.data_dir / f"{name}.parquet"
+        pq.write_table(pq.read_table(path).drop_columns("line"), path)
+    seal.seal(settings.data_dir, {})
+    for look in (inspect, why_dropped, partial(find, line=1)):
+        with pytest.raises(OutputError, match="another version.*\n.*prepare --fresh"):
+            look(settings)
+
+
+def test_inspect_names_what_there_is(prepared: tuple[Config, dict[str, Any]]) -> None:
+    for look in (inspect, why_dropped, partial(find, line=1)):
+        with pytest.raises(DataError, match="no source nosuch\n.*rows.jsonl"):
+            look(prepared[0], source="nosuch")
+    with pytest.raises(DataError, match="dropped as nosuch\n.*no_assistant"):
+        why_dropped(prepared[0], reason="nosuch")
 
 
 def test_inspect_finds_a_line_wherever_it_went(prepared: tuple[Config, dict[str, Any]]) -> None:
@@ -322,11 +346,12 @@ def test_a_shortened_row_stays_with_its_context_and_where_it_was(tmp_path: Path)
         settings = config(tmp_path / str(cap), source, over_length="shorten", **more)
         assert (prepare(settings)["shortened"]["rows"] > 100) == (cap < 4096)
         placed.append(sides(settings.data_dir))
-        contexts: dict[int, set[str]] = {}
-        for line in range(120):
-            contexts.setdefault(line // 2, set()).add(find(settings, line + 1)[0][0].part)
-        assert all(len(parts) == 1 for parts in contexts.values())
     assert placed[0] == placed[1] == placed[2] and len(placed[0]) == 120
+    names = [sha256_json(row)[:16] for row in found]
+    assert all(
+        placed[0][one] == placed[0][other]
+        for one, other in zip(names[::2], names[1::2], strict=True)
+    )
 
 
 def test_related_rows_of_another_passage_never_decide() -> None:
@@ -384,7 +409,7 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     found = [{"q": row["user"], "a": row["assistant"]} for row in rows(300)]
     source = write(tmp_path / "rows.jsonl", [*found, {"s": "Be brief.", **found[0]}])
     columns = {"user": "q", "assistant": "a", "system": "sytem"}
-    with pytest.raises(DataError, match="column sytem\n.*: q, a, s"):
+    with pytest.raises(DataError, match="column sytem\n.*: a, q, s"):
         prepare(config(tmp_path / "out", source, columns=columns))
     prepare(config(tmp_path / "out", source, columns={**columns, "system": "s"}))
 
@@ -404,20 +429,22 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", rows(3000))
-    tree = {"out": str(tmp_path / "o"), "data": {"source": str(source)}}
-    code = (
-        "from fintune.config import Config\nfrom fintune.data.prepare import prepare\n"
-        f"print('ready', flush=True)\nprepare(Config.model_validate({tree!r}))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    run = subprocess.Popen([sys.executable, "-c", code], env=environment, **quiet)
-    assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-    time.sleep(random.Random(0).random())
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (tmp_path / "o" / "data").exists() or (tmp_path / "o/data/done.json").is_file()
+    settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(1500)))
+    started = time.time()
+    assert harmed(lambda: prepare(settings)).code == 0
+    written = [path.stat().st_mtime - started for path in settings.data_dir.iterdir()]
+    draw, landed = random.Random(0), 0
+    for number in range(10):
+        shutil.rmtree(settings.data_dir, ignore_errors=True)
+        # Half of them while files are written, which is a small part of the run.
+        least = min(written) if number % 2 else 0.0
+        harmed(lambda: prepare(settings), kill_after=draw.uniform(least, max(written)))
+        landed += bool([*settings.out.glob(".staging-data-*/*")])
+        if settings.data_dir.exists():
+            seal.read_seal(settings.data_dir, stage="data", make="x")
+    assert landed
+    prepare(settings)
+    assert {path.name for path in settings.out.iterdir()} == {"data", ".data.lock"}
 
 
 def example(user: str, answer: str) -> Example:

@@ -42,7 +42,6 @@ def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) ->
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
             f"{folder} has lost {', '.join(lacking)} while it was written",
-            why="a part of a result must not pass for all of it",
             fix="see to it that nothing else writes there, and run the same command again",
         )
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}

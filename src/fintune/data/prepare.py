@@ -38,13 +38,14 @@ MARGIN = 1.15
 ROW_GROUP = 8192
 FILES = ("train.parquet", "validation.parquet", "ledger.parquet", "manifest.json", "report.html")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TEXT = pa.string()
 LEDGER = pa.schema(
     [
-        ("source", pa.string()),
+        ("source", TEXT),
         ("line", pa.int64()),
-        ("row_sha256", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
+        ("row_sha256", TEXT),
+        ("reason", TEXT),
+        ("detail", TEXT),
     ]
 )
 
@@ -120,13 +121,9 @@ class _Preparation:
         self.data: DataConfig = config.data
         self.seed = config.seed
         self.sources, self.chat, self.questions = sources, chat, questions
-        wanted = math.ceil(
-            MARGIN
-            * max(
-                self.data.max_train_rows / (1 - self.data.validation_share),
-                self.data.max_validation_rows / self.data.validation_share,
-            )
-        )
+        share = self.data.validation_share
+        rows = max(self.data.max_train_rows / (1 - share), self.data.max_validation_rows / share)
+        wanted = math.ceil(MARGIN * rows)
         while not self._attempt(wanted):
             say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
             wanted *= 4
@@ -285,21 +282,11 @@ class _Preparation:
             asked_in = Counter(question.benchmark for question in self.questions)
             facts = {"benchmarks": dict(asked_in), "contaminated": self.contamination}
             write_json(folder / "contamination.json", facts)
-        write_report(
-            folder / "report.html",
-            manifest,
-            Findings(
-                self.samples,
-                self.lengths_before,
-                [row.length for _, _, row in train],
-                self.contamination,
-                Counter(
-                    "other script" if row.detail[0].isdigit() else row.detail[:2]
-                    for row in self.dropped
-                    if row.reason == "not_english"
-                ),
-            ),
-        )
+        foreign = [row.detail for row in self.dropped if row.reason == "not_english"]
+        languages = Counter("other script" if d[0].isdigit() else d[:2] for d in foreign)
+        lengths = [row.length for _, _, row in train]
+        found = Findings(self.samples, self.lengths_before, lengths, self.contamination, languages)
+        write_report(folder / "report.html", manifest, found)
         return manifest
 
     def _manifest(
@@ -315,6 +302,7 @@ class _Preparation:
             by_source[kept.example.source][part] += 1
         read = sum(self.scanned.read.values())
         dropped = Counter(row.reason for row in self.dropped)
+        shortened = [row.shortened for _, _, row in (*train, *validation)]
         if read != len(train) + len(validation) + dropped.total():
             raise AssertionError(f"{read} rows read, {len(train)} + {len(validation)} + {dropped}")
         return {
@@ -341,10 +329,7 @@ class _Preparation:
                 "train": distribution([row.length for _, _, row in train]),
                 "validation": distribution([row.length for _, _, row in validation]),
             },
-            "shortened": {
-                "rows": sum(row.shortened > 0 for _, _, row in (*train, *validation)),
-                "tokens": sum(row.shortened for _, _, row in (*train, *validation)),
-            },
+            "shortened": {"rows": sum(cut > 0 for cut in shortened), "tokens": sum(shortened)},
             "personal_data": dict(sorted(self.personal.items())),
             "contamination": dict(
                 sorted(Counter(str(hit["benchmark"]) for hit in self.contamination).items())
@@ -373,18 +358,16 @@ def _check_columns(sources: list[Source]) -> None:
         DataError: no row of a source has one of them.
     """
     for config in {id(source.config): source.config for source in sources}.values():
-        lacking, found = set((config.columns or {}).values()), dict[str, None]()
+        lacking, found = set((config.columns or {}).values()), set[str]()
         own = [source for source in sources if source.config is config and lacking]
         for batch in (batch for source in own for batch in source.batches()):
-            for _, row in parse_block(batch):
-                found |= dict.fromkeys(row if isinstance(row, dict) else ())
-            lacking -= found.keys()
-            if not lacking:
+            found.update(*(row for _, row in parse_block(batch) if isinstance(row, dict)))
+            if lacking <= found:
                 break
-        if lacking:
+        if lacking - found:
             raise DataError(
-                f"no row of {config.path} has the column {', '.join(sorted(lacking))}",
-                fix=f"name columns that rows have in `columns`: {', '.join(map(str, found))[:300]}",
+                f"no row of {config.path} has the column {', '.join(sorted(lacking - found))}",
+                fix=f"its columns are: {', '.join(sorted(found))[:300]}",
             )
 
 
@@ -401,15 +384,15 @@ def distribution(lengths: list[int]) -> dict[str, float]:
 
 
 COLUMNS: tuple[tuple[str, pa.DataType, Callable[[str, str, Tokenised], Any]], ...] = (
-    ("example_id", pa.string(), lambda _, __, row: row.example.example_id),
-    ("source", pa.string(), lambda _, __, row: row.example.source),
+    ("example_id", TEXT, lambda _, __, row: row.example.example_id),
+    ("source", TEXT, lambda _, __, row: row.example.source),
     ("line", pa.int64(), lambda _, __, row: row.example.line),
-    ("group", pa.string(), lambda _, group, __: group),
+    ("group", TEXT, lambda _, group, __: group),
     ("messages", MESSAGES, lambda _, __, row: [asdict(turn) for turn in row.example.messages]),
     ("input_ids", pa.list_(pa.int32()), lambda _, __, row: row.input_ids),
     ("labels", pa.list_(pa.int32()), lambda _, __, row: row.labels),
     ("length", pa.int32(), lambda _, __, row: row.length),
-    ("part", pa.string(), lambda part, _, __: part),
+    ("part", TEXT, lambda part, _, __: part),
 )
 """Columns of prepared rows; `part` only where there are several."""
 

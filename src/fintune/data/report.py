@@ -107,11 +107,8 @@ def _lengths(page: Page, manifest: dict[str, Any], findings: Findings) -> None:
     )
     lengths = np.array(findings.lengths_train, np.int64)
     plans: list[list[object]] = []
-    choices: tuple[tuple[Plan, bool], ...] = (
-        ("random", True),
-        ("bucketed", True),
-        ("stratified", False),
-    )
+    choices: list[tuple[Plan, bool]]
+    choices = [("random", True), ("bucketed", True), ("stratified", False)]
     for plan, padded in choices:
         epoch = plan_epoch(
             lengths,
