@@ -34,10 +34,7 @@ class State(Enum):
 
 def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
-
-    Raises:
-        OutputError: a file that is `needed` is not there.
-    """
+    Raises OutputError when a file that is `needed` is not there."""
     files = _files(folder)
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(

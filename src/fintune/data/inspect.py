@@ -1,7 +1,10 @@
-"""`fintune inspect`: a row as the model sees it, or why a row was dropped."""
+"""`fintune inspect`: a row as the model sees it, or why a row was dropped.
+
+Every function raises OutputError where the data is not prepared, or by another version, and
+DataError for a source or a reason that no row has.
+"""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -60,18 +63,16 @@ def inspect(
         source: only rows of this source.
 
     Raises:
-        DataError: no such row in `part`, or no such source.
-        OutputError: the data is not prepared, or by another version.
+        DataError: no such row in `part`.
     """
-    folder = _folder(config, source)
-    table = _matching(folder / FILES[part], source=source)
+    table = _matching(config, FILES[part], source=source)
     if row is not None:
         table = table.filter(pc.starts_with(table["example_id"], row))
-        if table.num_rows == 0:
-            raise DataError(
-                f"no row {row} in {folder / FILES[part]}",
-                fix="it may have been dropped: fintune inspect --dropped, or be in the other part",
-            )
+    if table.num_rows == 0:
+        raise DataError(
+            f"no such row in {config.data_dir / FILES[part]}",
+            fix="it may have been dropped: fintune inspect --dropped, or be in the other part",
+        )
     tokenizer = load_tokenizer(find_base(config.model, weights=False))
     return [_shown(found, part, tokenizer) for found in table.slice(0, count).to_pylist()]
 
@@ -79,17 +80,8 @@ def inspect(
 def why_dropped(
     config: Config, *, source: str | None = None, line: int | None = None, reason: str | None = None
 ) -> list[dict[str, Any]]:
-    """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments.
-
-    Raises:
-        DataError: no such source, or no row that was dropped for that reason.
-        OutputError: the data is not prepared, or by another version.
-    """
-    folder = _folder(config, source)
-    reasons = read_json(folder / "manifest.json")["rows"]["dropped"]
-    if reason not in (None, *reasons):
-        raise DataError(f"no row was dropped as {reason}", fix=f"reasons: {', '.join(reasons)}")
-    table = _matching(folder / "ledger.parquet", source=source, line=line, reason=reason)
+    """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments."""
+    table = _matching(config, "ledger.parquet", source=source, line=line, reason=reason)
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
@@ -100,43 +92,37 @@ def find(
     """The row of a line, of every source that has one unless it is named: kept, or of the ledger.
 
     Raises:
-        DataError: no such source, or none that has a row there.
-        OutputError: the data is not prepared, or by another version.
+        DataError: no source has a row there.
     """
     kept = [
         (row, part)
         for part, name in FILES.items()
-        for row in _matching(_folder(config, source) / name, source=source, line=line).to_pylist()
+        for row in _matching(config, name, source=source, line=line).to_pylist()
     ]
     dropped = why_dropped(config, source=source, line=line)
     if not kept and not dropped:
-        names = ", ".join(read_json(_folder(config, None) / "manifest.json")["sources"])
-        raise DataError(f"no row at {source or 'any source'}:{line}", fix=f"sources: {names}")
+        raise DataError(f"no row at {source or 'any source'}:{line}", fix="lines count from 1")
     tokenizer = load_tokenizer(find_base(config.model, weights=False)) if kept else None
     return [_shown(row, part, tokenizer) for row, part in kept], dropped
 
 
-def _matching(path: Path, **wanted: str | int | None) -> Any:
-    """The rows of a Parquet file whose columns have these values; None: any."""
-    table = pq.read_table(path)
+def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
+    """The rows of a prepared file whose columns have these values; None: any."""
+    folder = config.data_dir
+    seal.read_seal(folder, stage="prepared data", make="fintune prepare")
+    table = pq.read_table(folder / name)
     if "line" not in table.column_names:
-        raise OutputError(
-            f"{path} was prepared by another version: it has no lines",
-            fix="run: fintune prepare --fresh",
-        )
+        fix = "run: fintune prepare --fresh"
+        raise OutputError(f"{folder} was prepared by another version: rows lack lines", fix=fix)
+    manifest = read_json(folder / "manifest.json")
+    there = {"source": manifest["sources"], "reason": manifest["rows"]["dropped"]}
     for column, value in wanted.items():
         if value is not None:
+            known = there.get(column, [value])
+            if value not in known:
+                raise DataError(f"no {column} {value}", fix=f"there are: {', '.join(known)}")
             table = table.filter(pc.equal(table[column], value))
     return table
-
-
-def _folder(config: Config, source: str | None) -> Path:
-    """The prepared data, which has that source."""
-    seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
-    names = read_json(config.data_dir / "manifest.json")["sources"]
-    if source not in (None, *names):
-        raise DataError(f"there is no source {source}", fix=f"sources: {', '.join(names)}")
-    return config.data_dir
 
 
 def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:

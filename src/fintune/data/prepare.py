@@ -208,9 +208,6 @@ class _Preparation:
     def _fill(self, rows: list[Tokenised], of_line: dict[tuple[str, int], Example]) -> bool:
         """Put rows in hash order onto their sides until the caps are full.
 
-        Args:
-            of_line: rows before they were shortened, for a side that no maximum length changes.
-
         Returns:
             True when they are, or when no more candidates could fill them: each source is spent,
             or has no rows left but these.
@@ -224,6 +221,7 @@ class _Preparation:
         self.kept: dict[str, list[tuple[str, Tokenised]]] = {name: [] for name in caps}
         room = {source.name: source.config for source in self.sources}
         taken: Counter[int] = Counter()
+        # As they were before they were shortened: no maximum length moves a row across.
         whole = [of_line[row.example.source, row.example.line] for row in rows]
         places = split(whole, self.data.validation_share) if rows else []
         for row, place in zip(rows, places, strict=True):
@@ -243,10 +241,7 @@ class _Preparation:
         reasons = Counter(row.reason for row in self.dropped)
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(6))
         read = sum(self.scanned.read.values())
-        if not read:
-            names = ", ".join(source.name for source in self.sources)
-            raise DataError(f"no row in {names}", fix="check how it was made or downloaded")
-        if reasons["unknown_columns"] == read:
+        if reasons["unknown_columns"] == read > 0:
             columns = next(row.detail for row in self.dropped)
             raise DataError(
                 f"no row fits a known format; the first one's columns are: {columns}",
@@ -254,7 +249,7 @@ class _Preparation:
             )
         if not self.kept["train"]:
             raise DataError(
-                f"no training row is left of {read} rows read: {told}",
+                f"no training row is left of {read} rows read: {told or 'the sources are empty'}",
                 fix="look at the rows, or relax the filters in the data section",
             )
         if not self.kept["select"] or not self.kept["decide"]:
@@ -352,11 +347,7 @@ class _Preparation:
 
 
 def _check_columns(sources: list[Source]) -> None:
-    """See that each column that is named exists: without it a system text would just be absent.
-
-    Raises:
-        DataError: no row of a source has one of them.
-    """
+    """Refuse columns that no row has: the system texts would be missing, and nothing said."""
     for config in {id(source.config): source.config for source in sources}.values():
         lacking, found = set((config.columns or {}).values()), set[str]()
         own = [source for source in sources if source.config is config and lacking]
