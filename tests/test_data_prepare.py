@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -428,21 +430,35 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
     assert kept == [100, 200]
 
 
+def killed_in_writing(folder: Path, wait: float) -> None:
+    """Let this process kill itself so many seconds after its first file is begun."""
+
+    def watch() -> None:
+        while not [*folder.glob(".staging-data-*/*")]:
+            time.sleep(0.001)
+        time.sleep(wait)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
     settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(1500)))
     started = time.time()
     assert harmed(lambda: prepare(settings)).code == 0
     written = [path.stat().st_mtime - started for path in settings.data_dir.iterdir()]
     draw, landed = random.Random(0), 0
-    for number in range(10):
-        shutil.rmtree(settings.data_dir, ignore_errors=True)
-        # Half of them while files are written, which is a small part of the run.
-        least = min(written) if number % 2 else 0.0
-        harmed(lambda: prepare(settings), kill_after=draw.uniform(least, max(written)))
-        landed += bool([*settings.out.glob(".staging-data-*/*")])
-        if settings.data_dir.exists():
-            seal.read_seal(settings.data_dir, stage="data", make="x")
-    assert landed
+    for _ in range(5):
+        for harm, after in (
+            (lambda: None, draw.uniform(0, max(written))),
+            (partial(killed_in_writing, settings.out, draw.uniform(0, np.ptp(written))), None),
+        ):
+            shutil.rmtree(settings.out, ignore_errors=True)
+            harmed(lambda: prepare(settings), harm, kill_after=after)
+            landed += bool([*settings.out.glob(".staging-data-*/*")])
+            if settings.data_dir.exists():
+                seal.read_seal(settings.data_dir, stage="data", make="x")
+    assert landed, "none while files were written"
     prepare(settings)
     assert {path.name for path in settings.out.iterdir()} == {"data", ".data.lock"}
 

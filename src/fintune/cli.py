@@ -1,5 +1,6 @@
 """The command line: one short function a verb. Stages are imported inside, so --help is instant."""
 
+import errno
 import os
 import shlex
 import signal
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, OutputError, Stopped
+from fintune.errors import ConfigError, FintuneError, Stopped
+from fintune.files import reaching
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -465,15 +467,10 @@ def _folder(path: Path) -> Path:
     Raises:
         OutputError: it is a file or below one, or its name is impossible.
     """
-    from fintune.files import reaching
-
     with reaching(path):
         for part in (path, *path.parents):
             if part.exists() and not part.is_dir():
-                raise OutputError(
-                    f"{path} cannot be a folder: {part} is a file",
-                    fix="choose another place for what is written, such as --set out=runs/mine",
-                )
+                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a file")
     return path
 
 

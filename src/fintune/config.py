@@ -39,7 +39,10 @@ SEVEN_PROJECTIONS = (
 FORMER_NAMES = read_toml(__file__, "former_names.toml")
 
 
-Column = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
+Columns = Annotated[
+    dict[Annotated[str, Field(pattern="^(system|user|assistant|messages)$")], str] | None,
+    Field(description="our column (system, user, assistant, messages): the file's column"),
+]
 
 
 class Section(BaseModel):
@@ -85,9 +88,7 @@ class BenchmarkConfig(Section):
     path: str = Field(min_length=1, description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
     split: str = Field("test", description="split of a hub data set")
-    columns: dict[Column, str] | None = Field(
-        None, description="our column (system, user, assistant, messages): the file's column"
-    )
+    columns: Columns = None
 
     @model_validator(mode="before")
     @classmethod
@@ -110,9 +111,7 @@ class DataConfig(Section):
     source: str = Field("", description="file, folder, glob or hub id")
     revision: str | None = Field(None, description="commit of a hub data set")
     split: str = Field("train", description="split of a hub data set")
-    columns: dict[Column, str] | None = Field(
-        None, description="our column (system, user, assistant, messages): the file's column"
-    )
+    columns: Columns = None
     sources: tuple[SourceConfig, ...] = Field(
         (), description="several sources, instead of or besides `source`"
     )

@@ -164,37 +164,30 @@ class _Preparation:
         for example in examples:
             messages, kinds = mask_messages(example.messages)
             self.personal.update(kinds)
-            if kinds and self.data.personal_data == "drop":
-                self._drop(
-                    replace(example, messages=messages), "personal_data", " ".join(sorted(kinds))
-                )
-            else:
-                kept.append(replace(example, messages=messages) if kinds else example)
-                if kinds:
-                    place = {"source": example.source, "line": example.line}
-                    self.masked.append({**place, "kinds": sorted(kinds)})
+            found = sorted(kinds)
+            clean = replace(example, messages=messages)
+            if found and self.data.personal_data == "drop":
+                self._drop(clean, "personal_data", " ".join(found))
+                continue
+            kept.append(clean)
+            if found:
+                place = {"source": example.source, "line": example.line}
+                self.masked.append({**place, "kinds": found})
         return kept
 
     def _decontaminate(self, examples: list[Example]) -> list[Example]:
         passages = np.array([hash64(passage(example)) for example in examples], np.uint64)
         hits = contaminated(examples, passages, self.questions)
-        self.contamination = [
-            {
-                "source": examples[at].source,
-                "line": examples[at].line,
-                "row_sha256": examples[at].row_sha256,
-                "measure": hit.measure,
-                "score": hit.score,
-                "benchmark": hit.question.benchmark,
-                "benchmark_line": hit.question.line,
-                "row_text": asked(examples[at])[-300:],
-                "benchmark_text": hit.question.text[-300:],
-            }
-            for at, hit in sorted(hits.items())
-        ]
+        self.contamination: list[dict[str, Any]] = []
         for at, hit in sorted(hits.items()):
-            detail = f"{hit.question.benchmark}:{hit.question.line} {hit.measure} {hit.score}"
-            self._drop(examples[at], "contaminated", detail)
+            row, question = examples[at], hit.question
+            detail = f"{question.benchmark}:{question.line} {hit.measure} {hit.score}"
+            self._drop(row, "contaminated", detail)
+            place = {"source": row.source, "line": row.line, "row_sha256": row.row_sha256}
+            near = {"measure": hit.measure, "score": hit.score}
+            of = {"benchmark": question.benchmark, "benchmark_line": question.line}
+            texts = {"row_text": asked(row)[-300:], "benchmark_text": question.text[-300:]}
+            self.contamination.append({**place, **near, **of, **texts})
         return [example for at, example in enumerate(examples) if at not in hits]
 
     def _unrepeated(self, rows: list[Tokenised]) -> list[Tokenised]:
