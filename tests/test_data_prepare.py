@@ -261,16 +261,22 @@ def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Pa
     holder = "I cannot provide what was asked of us by the holder of card number"
     refused = {"user": told, "assistant": f"{holder} 4111 1111 1111 1111, john.doe@acme.com."}
     kept = {"user": told, "assistant": "The fee is returned within thirty days of the complaint."}
-    source = write(tmp_path / "rows.jsonl", [*rows(300), refused, kept])
-    settings = config(tmp_path / "out", source, personal_data="mask")
+    number = "5500 0000 0000 0004"
+    asked = f"Which of the fees that {number} paid in March did the bank take twice?"
+    tested = {"user": asked, "assistant": "The fee for a payment abroad was taken twice in March."}
+    source = write(tmp_path / "rows.jsonl", [*rows(300), refused, kept, tested])
+    benchmark = write(tmp_path / "bench.jsonl", [{"question": asked, "answer": "abroad"}])
+    settings = config(tmp_path / "out", source, personal_data="mask", benchmarks=[str(benchmark)])
     prepare(settings)
+    (hit,) = read_json(settings.data_dir / "contamination.json")["contaminated"]
+    assert hit["row_text"] == hit["benchmark_text"] == asked.replace(number, "[CARD]")
     for path in settings.data_dir.iterdir():
         content = path.read_bytes()
         if path.suffix == ".parquet":
             content = str(pq.read_table(path).to_pylist()).encode()
-        assert b"4111" not in content and b"john.doe" not in content, path.name
-    (row,) = read_json(settings.data_dir / "personal.json")["rows"]
-    assert row["kinds"] == ["card"]
+        assert not [v for v in (b"4111", b"5500", b"john.doe") if v in content], path.name
+    listed = read_json(settings.data_dir / "personal.json")["rows"]
+    assert [row["kinds"] for row in listed] == [["card"], ["card"]]
 
 
 def test_the_report_shows_duplicates_and_torn_labels_without_personal_values(

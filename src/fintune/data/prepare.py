@@ -21,7 +21,7 @@ from fintune.config import Config, DataConfig, SourceConfig
 from fintune.console import heading, say
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.lengths import Tokenised, adaptive_max_length, drop, fit, tokenise
-from fintune.data.personal import mask_messages
+from fintune.data.personal import mask, mask_messages
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
 from fintune.data.scan import SAMPLES, Scanned, excerpt, scan
@@ -121,6 +121,8 @@ class _Preparation:
         self.data: DataConfig = config.data
         self.seed = config.seed
         self.sources, self.chat, self.questions = sources, chat, questions
+        if self.data.personal_data != "off":  # as the rows that they are compared with
+            self.questions = [replace(each, text=mask(each.text)[0]) for each in questions]
         share = self.data.validation_share
         rows = max(self.data.max_train_rows / (1 - share), self.data.max_validation_rows / share)
         wanted = math.ceil(MARGIN * rows)
@@ -238,7 +240,7 @@ class _Preparation:
             columns = next(row.detail for row in self.dropped)
             raise DataError(
                 f"no row fits a known format; the first one's columns are: {columns}",
-                fix="name them in data.columns, such as user=QUESTION, assistant=ANSWER",
+                fix="name them in data.columns, such as {user: QUESTION, assistant: ANSWER}",
             )
         if not self.kept["train"]:
             raise DataError(
