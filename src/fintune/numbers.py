@@ -21,6 +21,7 @@ from decimal import Decimal, DecimalException
 from typing import Literal
 
 from fintune.errors import DataError
+from fintune.files import read_toml
 
 Unit = Literal["plain", "percent", "percentage_point", "basis_point", "multiple", "duration"]
 Role = Literal["", "year", "date", "ordinal", "label", "footnote", "list"]
@@ -39,34 +40,20 @@ _FACTOR: dict[str, Decimal] = {
 }
 
 
-def _table(text: str) -> dict[str, str]:
-    """ "a: x y; b: z" as {"x": "a", "y": "a", "z": "b"}."""
-    pairs = (line.split(":") for line in text.split(";"))
-    return {word: key.strip() for key, words in pairs for word in words.split()}
+def _by_word(table: dict[str, str]) -> dict[str, str]:
+    """Each word of a table of numbers.toml -> its key."""
+    return {word: key for key, words in table.items() for word in words.split()}
 
 
-_POWERS = _table(
-    "-6: millionth millionths; -3: thousandth thousandths; -2: hundredth hundredths"
-    "; -1: tenth tenths; 2: hundred hundreds; 3: k thousand thousands; 4: 万; 5: lakh lakhs lac"
-    "; 6: m mm mn mln million millions; 7: cr crore crores; 8: 億 亿; 9: b bn bln billion billions"
-    "; 12: t tn trn trillion trillions 兆"
-)
-_SCALES = {word: Decimal(10) ** int(power) for word, power in _POWERS.items()}
-_CURRENCIES = _table(
-    "$: $ dollar dollars; USD: us$ usdollar usdollars; CAD: c$ ca$; AUD: a$ au$; HKD: hk$; NZD: nz$"
-    "; SGD: s$; EUR: € euro euros; GBP: £ pound pounds poundsterling poundssterling p pence"
-    "; JPY: ¥ yen 円; CNY: yuan 元 rmb; INR: ₹ rs rupee rupees; CHF: franc francs; : cent cents"
-)
+_TEXTS = read_toml(__file__, "numbers.toml")
+_SCALES = {word: Decimal(10) ** int(power) for word, power in _by_word(_TEXTS["powers"]).items()}
+_CURRENCIES = _by_word(_TEXTS["currencies"])
 _HUNDREDTHS = {"p", "pence", "cent", "cents"}
 _DOLLARS = {"$", "USD", "CAD", "AUD", "HKD", "NZD", "SGD"}  # "$" alone may be any of these
-_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
-_ONES = re.findall(
-    r"\w+",
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-    " sixteen seventeen eighteen nineteen",
-)
+_ONES, _TENS = _TEXTS["counting"]["ones"].split(), _TEXTS["counting"]["tens"].split()
 _WORDS = {word: n for n, word in enumerate(_ONES)}
 _WORDS |= {word: 10 * n for n, word in enumerate(_TENS, start=2)}
+_SAY: dict[str, str] = _TEXTS["words"]
 _BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -218,12 +205,11 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_CODES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|NZD"
 _PREFIX = re.compile(
     rf"""
     (?P<sign>[-+])?[ \u00a0]?
     (?:(?P<currency>
-      (?<![A-Za-z])(?:U\.?S\.?[ ]?\$|[A-Z]{{1,3}}\$|[Rr]s\.?|{_CODES}) | [$€£¥₹]
+      (?<![A-Za-z])(?:U\.?S\.?[ ]?\$|[A-Z]{{1,3}}\$|[Rr]s\.?|{_SAY["codes"]}) | [$€£¥₹]
     )[ \u00a0]?(?P<inner>\([ ]?-?|-)?)?                                  # $(3.4)  $-3.4
     \Z
     """,
@@ -244,15 +230,12 @@ _SUFFIX = re.compile(
       | (?P<duration>(?i:year|yr|quarter|month|week|day|hour))s?(?![A-Za-z]) ))?
     (?: [ \u00a0-]?(?P<currency>
         (?i:U\.?S\.?[ ]dollars?|dollars?|euros?|pounds?(?:[ ]sterling)?|yen|yuan|rupees?|francs?
-          |pence|cents?|{_CODES})(?![A-Za-z])
+          |pence|cents?|{_SAY["codes"]})(?![A-Za-z])
       | [€£¥₹円元] | (?<=[0-9])p(?![A-Za-z]) )(?![ ]?[0-9]))?
     """,
     re.VERBOSE,
 )
-_MONTH = (
-    r"(?:(?i:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|june?|july?|aug(?:ust)?"
-    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)|May)\b\.?"
-)
+_MONTH = rf"(?:(?i:{_SAY['months']})|May)\b\.?"
 _DATE = re.compile(
     rf"""
     \b(?=[A-Za-z]){_MONTH}[ ](?:[0-3]?[0-9](?:st|nd|rd|th)?\b(?![.,]?[0-9%]))?
@@ -263,11 +246,7 @@ _DATE = re.compile(
     """,
     re.VERBOSE,
 )
-_LABEL = _before(r"""
-    (?<![\w#])(?:notes?|items?|sections?|sec|pages?|pg|steps?|level|tier|tables?|figures?|fig|chapters?
-    |part|form|rule|articles?|phase|class|series|questions?|asc|asu|ifrs|ias|fas|sfas|topic|exhibit
-    |schedule|appendix|paragraph|line|column|row|source|documents?|s&p|russell|ftse|nasdaq|nikkei
-    |stoxx|fortune|basel|quarter|year|month|week|day|period|option|no\.|[#])\.?[ #-]{0,2}""")
+_LABEL = _before(rf"(?<![\w#])(?:{_SAY['labels']})\.?[ #-]{{0,2}}")
 _FISCAL = _before(r"\b(?:FY|CY|fiscal|year)[ ']?|(?<!\w)'")
 _NEGATIVE = _before(r"\b(?:negative|minus)[ ]")
 _GLUED = _before(r"[A-Z_][-_]?|[0-9]:")  # Q3, COVID-19, 2:1
@@ -275,10 +254,7 @@ _GLUE = re.compile(r"[A-Za-z_]|\([a-z]\)|-[A-Za-z]")  # 5G, 401(k), 10-K, two-st
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
 _BULLET = _before(r"(?:\A|\n)\s{0,3}[*(>-]{0,2}\s?")
 _LISTED = re.compile(r"[.)][ \t]+(?!thousand|[mb]illion|trillion|[bm]n\b)\S")
-_COUNTED = re.compile(  # "2000 shares" is no year
-    r"(?i:[ ](?:shares|units|options|rights|employees|people|stores|contracts|customers|workers"
-    r"|barrels|tons|tonnes|acres|square|points|homes|rooms|aircraft|vehicles)\b)"
-)
+_COUNTED = re.compile(rf"(?i:[ ](?:{_SAY['counted']})\b)")
 _CLOSED = re.compile(  # (12.5)%  (2,085) thousand
     r"[ ]?\)(?:[ ]?(?P<percent>%|percent\b)"
     r"|[ ](?P<scale>(?i:thousand|million|billion|trillion|[bm]n))\b)?"
@@ -287,18 +263,13 @@ _GROUPS_AFTER = re.compile(r"[ ]{0,2}(?:[+*/×÷^⁄]|-[ ]?[0-9($€£])")
 _GROUPS_BEFORE = _before(r"(?:[+*/×÷^(]|[0-9)%][ ]{0,2}-)[ ]{0,2}")
 _TINY = re.compile(r"\([ ]?[0-9]{1,2}[ ]?\)")
 _VERB = _before(r"(?:\b(?:is|was|were|are|be|of|by|at|to|an?|the|about|approximately)|[|=:])[ ]*")
-_DOWN = r"decreases?|declines?|reductions?|drops?|loss(?:es)?|deficits?|falls?|outflows?"
-_UP = r"increases?|growth|gains?|rises?|improvements?|jumps?|surplus"
+_DOWN, _UP, _HEDGES = _SAY["down"], _SAY["up"], _SAY["hedges"]
 _CUE = re.compile(
     rf"""\b(?=[cdf-jlnorstuCDF-JLNORSTU])(?<![(])(?i:
-      (?P<down>(?P<down_noun>{_DOWN}|cash[ ]used|negative[ ]growth)|decreas(?:ed|ing)
-        |declin(?:ed|ing)|reduced|fell|fallen|falling|dropped|shrank|contracted|slipped|slid|sank
-        |plunged|tumbled|down|lower)
-      | (?P<up>(?P<up_noun>{_UP})|increas(?:ed|ing)|grew|grown|rose|risen|gained|jumped|climbed
-        |surged|soared|up|higher|improved) )\b""",
+      (?P<down>(?P<down_noun>{_DOWN}|cash[ ]used|negative[ ]growth)|{_SAY["down_verbs"]})
+      | (?P<up>(?P<up_noun>{_UP})|{_SAY["up_verbs"]}) )\b""",
     re.VERBOSE,
 )
-_HEDGES = r"approximately|about|around|roughly|nearly|almost|an?|~|[ ]"
 _LINK = _before(rf"(?:by|of|was|is|were|are|at|totall?ed|the|:|{_HEDGES})*")
 _TAIL = _before(  # "decrease in revenue between 2017 and 2018 was ", "fell in the quarter by "
     rf"""(?:[^.;,:()|\n0-9]|(?:19|20)[0-9]{{2}}){{0,60}}\b(of|was|is|were|by|totall?ed)[ ]
@@ -518,9 +489,7 @@ def _join_ranges(text: str, found: list[Amount]) -> None:
 # --- the answer of a reply ------------------------------------------------------------------------
 
 _STOP = re.compile(r"\n+|[.!?;。][\"')\]]{0,3}(?:\s+|\Z)")
-_ABBREVIATION = _before(
-    r"\b(?:U\.?S|vs|approx|no|inc|corp|co|ltd|rs|e\.g|i\.e|st|mr|fig|cf|est|[a-z])"
-)
+_ABBREVIATION = _before(rf"\b(?:{_SAY['abbreviations']})")
 _MARKER = re.compile(
     r"(?i:\\boxed\{|\#{4}|<answer>|\banswer\b(?:[ ]to[^.:\n]{1,60}?)?[ ]?(?:\bis\b|\bwas\b|[=:]))"
 )
