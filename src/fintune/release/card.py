@@ -52,15 +52,8 @@ def write_card(
     )
     parts = [f"# {name}"]
     if llama:
-        parts.append(
-            f"**Built with Llama.** The Llama {llama} Community License applies to this adapter"
-            " too; its text is in `LICENSE`, its attribution in `NOTICE`."
-        )
-    parts.append(
-        f"A LoRA adapter (rank {config.train.lora.r}) for `{base.id}` at revision"
-        f" `{base.revision}`, tuned on finance instructions."
-        " **Not financial advice**: have a person check what it says before anyone acts on it."
-    )
+        parts.append(TEXT["llama"].format(version=llama))
+    parts.append(TEXT["lead"].format(rank=config.train.lora.r, base=base))
     parts += ["## Against its base", *_evidence(inputs.results, accepted), _judges(judged)]
     parts += ["## Data", *_data(inputs.manifest)]
     parts += ["## Recipe", _recipe(config), "Every setting is in `training_config.json`."]
@@ -79,12 +72,8 @@ def write_card(
         [text, _number(found[key])] for key, text in TEXT["environment"].items() if key in found
     ]
     parts += ["## Machine and time", _table(["fact", "value"], facts)] if facts else []
-    parts += [
-        "## Usage",
-        *_usage(config, base.id, name.replace(" ", "-")),
-        "## Limits",
-        TEXT["limits"],
-    ]
+    parts += ["## Usage", _usage(config, base.id, name.replace(" ", "-"))]
+    parts += ["## Limits", TEXT["limits"]]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
@@ -160,26 +149,14 @@ def _recipe(config: Config) -> str:
     return _table(["setting", "value"], rows.items())
 
 
-def _usage(config: Config, base: str, name: str) -> Iterator[str]:
-    yield "```python\n" + TEXT["seed_snippet"].format(base=base, adapter=name) + "```"
-    yield (
-        "The snippet continues plain text. Better: ask through the chat template it was trained"
-        " on, with the date it was trained with and `do_sample` given, since without it the base's"
-        " generation_config decides whether the answer is sampled:"
-    )
-    yield "```python\n" + TEXT["chat_snippet"].format(date=config.chat.date_string) + "```"
-    yield (
-        "vLLM (its default rank limit is 16):\n\n"
-        f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {vllm_rank(config.train.lora.r)}"
-        f" --lora-modules {name}={name}\n```"
-    )
-    yield (
-        "Ollama: `fintune export ollama` writes the merged GGUF and a Modelfile with this"
-        f" template and its stop token.\n\n```sh\nollama create {name.lower()} -f Modelfile\n```"
-    )
-    yield (
-        "`prompt_fixture.json` holds prompts with their exact token ids. `fintune verify .` checks"
-        " this folder against them, `fintune verify . --server URL` a running server."
+def _usage(config: Config, base: str, name: str) -> str:
+    return str(TEXT["usage"]).format(
+        seed_snippet=TEXT["seed_snippet"].format(base=base, adapter=name),
+        chat_snippet=TEXT["chat_snippet"].format(date=config.chat.date_string),
+        base=base,
+        rank=vllm_rank(config.train.lora.r),
+        name=name,
+        model=name.lower(),
     )
 
 
