@@ -101,7 +101,13 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     tokenizer = load_tokenizer(base)
     _write_tokenizer(tokenizer, staging)
     arguments = _training_arguments(config.run_dir)
-    files.write_json(staging / "training_config.json", _training_config(inputs, arguments))
+    facts = {
+        "fintune": __version__,
+        "config": _without_paths(inputs.recipe.model_dump(mode="json")),
+        "training_arguments": _without_paths(arguments),
+        PROVENANCE: inputs.provenance,
+    }
+    files.write_json(staging / "training_config.json", facts)
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(arguments))
     for name in (RESULTS, JUDGED):
@@ -157,21 +163,9 @@ def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
 def _training_arguments(run: Path) -> dict[str, Any]:
     """The run's effective TrainingArguments without paths, names and tokens of its machine."""
     path = run / "training_arguments.json"
-    if not path.is_file():
-        return {}
-    tree = files.read_json(path)
+    tree = files.read_json(path) if path.is_file() else {}
     tree.pop("format", None)
     return {key: value for key, value in tree.items() if not _PRIVATE_ARGUMENTS.search(key)}
-
-
-def _training_config(inputs: Inputs, arguments: dict[str, Any]) -> dict[str, Any]:
-    tree = _without_paths(inputs.recipe.model_dump(mode="json"))
-    return {
-        "fintune": __version__,
-        "config": tree,
-        "training_arguments": _without_paths(arguments),
-        PROVENANCE: inputs.provenance,
-    }
 
 
 def _without_paths(value: Any) -> Any:

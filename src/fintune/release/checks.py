@@ -70,6 +70,11 @@ class Check:
     status: Literal["ok", "failed", "note"]
     detail: str
 
+    @staticmethod
+    def of(name: str, problem: str, good: str) -> "Check":
+        """Failed for a problem; ok, with what is good, where there is none."""
+        return Check(name, "failed", problem) if problem else Check(name, "ok", good)
+
 
 @dataclass(slots=True)
 class Report:
@@ -139,10 +144,7 @@ def check_sums(folder: Path) -> Iterator[Check]:
     problems = [f"changed: {', '.join(changed)}"] if changed else []
     problems += [f"missing: {name}" for name in sorted(sums.keys() - present)]
     problems += [f"not listed: {name}" for name in sorted(present - sums.keys())]
-    if problems:
-        yield Check("checksums", "failed", "; ".join(problems))
-    else:
-        yield Check("checksums", "ok", f"{len(sums)} files as listed")
+    yield Check.of("checksums", "; ".join(problems), f"{len(sums)} files as listed")
 
 
 def check_configs(folder: Path) -> Iterator[Check]:
@@ -156,16 +158,10 @@ def check_configs(folder: Path) -> Iterator[Check]:
             broken.append(path.name)
     if broken:
         yield Check("config", "failed", f"not JSON: {', '.join(broken)}")
-    hooks = [
-        f"{name}: {key}"
-        for name, tree in trees.items()
-        if name != "tokenizer.json"
-        for key in _hooks(tree)
-    ]
-    if hooks:
-        yield Check("code hooks", "failed", f"asks to import code ({', '.join(hooks)})")
-    else:
-        yield Check("code hooks", "ok", "no configuration names code")
+    configs = {name: tree for name, tree in trees.items() if name != "tokenizer.json"}
+    hooks = [f"{name}: {key}" for name, tree in configs.items() for key in _hooks(tree)]
+    asked = f"asks to import code ({', '.join(hooks)})" if hooks else ""
+    yield Check.of("code hooks", asked, "no configuration names code")
     config = trees.get(ADAPTER_CONFIG)
     if not isinstance(config, dict):
         return
@@ -256,10 +252,8 @@ def check_base(folder: Path, base: Base) -> Iterator[Check]:
         for name, shape in sorted(expected.items())
         if found_shapes.get(name, shape) != shape
     ]
-    if problems:
-        yield Check("keys", "failed", _some(problems))
-    else:
-        yield Check("keys", "ok", f"{len(expected)} keys and shapes as the base needs them")
+    good = f"{len(expected)} keys and shapes as the base needs them"
+    yield Check.of("keys", _some(problems), good)
 
 
 def check_paths(folder: Path, private: list[str]) -> Check:
@@ -277,9 +271,8 @@ def check_paths(folder: Path, private: list[str]) -> Check:
         match = _PATH.search(text)
         if found or match:
             hits.append(f"{path.name} ({found or (match and match.group())})")
-    if hits:
-        return Check("paths", "failed", f"a local path in {', '.join(hits)}")
-    return Check("paths", "ok", "no local path in any file")
+    found_in = f"a local path in {', '.join(hits)}" if hits else ""
+    return Check.of("paths", found_in, "no local path in any file")
 
 
 def _expected_tensors(folder: Path, base: Base) -> dict[str, tuple[int, ...]]:
@@ -336,6 +329,6 @@ def _sums(folder: Path) -> dict[str, str]:
     return {name.strip().lstrip("*"): digest for digest, _, name in pairs}
 
 
-def _some(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _some(names: list[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -56,17 +56,13 @@ def read_fixture(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
 
 
-def messages_of(conversation: dict[str, Any]) -> list[Message]:
-    """A fixture conversation's messages."""
-    return [Message(row["role"], row["content"]) for row in conversation["messages"]]
-
-
 def check_fixture(fixture: dict[str, Any], chat: ChatFormat) -> Check:
     """Every conversation renders to the same text, ids and labels as when it was trained."""
     if chat.template_sha256 != fixture["template_sha256"]:
         return Check("fixture", "failed", "the chat template is not the one it was trained with")
     for row in fixture["conversations"]:
-        now = _rendered(chat, messages_of(row))
+        messages = [Message(turn["role"], turn["content"]) for turn in row["messages"]]
+        now = _rendered(chat, messages)
         differing = [key for key, value in now.items() if value != row[key]]
         if differing:
             return Check("fixture", "failed", f"{row['name']}: other {', '.join(differing)}")

@@ -52,7 +52,7 @@ def check_server(
     for row in fixture["conversations"]:
         if row["name"] == CONTROL:
             count, _ = server.chat(row)
-            as_control = len(_ids(tokenizer, row["prompt"]))
+            as_control = len(tokenizer.encode(row["prompt"], add_special_tokens=False))
             read = {len(row["prompt_ids"]): "stay text", as_control: "act as control tokens"}
             told = read.get(count, "are read in another way")
             checks.append(Check("server", "note", f"control tokens in a user's text {told} there"))
@@ -170,7 +170,7 @@ class _Server:
         rendered = self._ask("/apply-template", {"messages": messages})
         if not rendered or not isinstance(rendered.get("prompt"), str):
             return None
-        own = _ids(tokenizer, rendered["prompt"])
+        own: list[int] = tokenizer.encode(rendered["prompt"], add_special_tokens=False)
         # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
         bos = tokenizer.bos_token_id
         return own if bos is None or own[:1] == [bos] else [bos, *own]
@@ -198,16 +198,11 @@ class _Server:
             ) from None
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 def _variant(
     change: Callable[[str, Row, str], str], row: Row, tokenizer: Any
 ) -> tuple[str, list[int]]:
     text = change(row["prompt"], row, tokenizer.bos_token or "")
-    return text, _ids(tokenizer, text)
+    return text, tokenizer.encode(text, add_special_tokens=False)
 
 
 def _no_dates(text: str) -> str:
