@@ -17,11 +17,11 @@ import llama_cpp
 from fintune import console, files, generate
 from fintune.chat import ChatFormat
 from fintune.example import Message
-from fintune.model import load_base
+from fintune.model import load_base, read_tokenizer, release_base
 from fintune.release import export, gguf
 from fintune.release.fixture import read_fixture
 from fintune.release.gate import JUDGED
-from fintune.release.verify import load_release, release_base, release_tokenizer
+from fintune.release.verify import load_release
 
 QUESTIONS, TOKENS = 20, 48
 
@@ -44,7 +44,7 @@ def main() -> None:
     fixture = read_fixture(options.release)
     assert fixture is not None
     base = release_base(options.release, options.base)
-    tokenizer = release_tokenizer(options.release)
+    tokenizer = read_tokenizer(options.release)
     chat, ends = ChatFormat(tokenizer, fixture["date_string"]), fixture["end_token_ids"]
     rows = list(files.read_jsonl(options.release / JUDGED))[:QUESTIONS]
     prompts = [[Message("user", row["question"])] for row in rows]

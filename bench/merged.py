@@ -16,9 +16,10 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generate import Prompt, answer_all
+from fintune.model import read_tokenizer, release_base
 from fintune.release.export import merged
 from fintune.release.gate import JUDGED
-from fintune.release.verify import load_release, release_base, release_tokenizer
+from fintune.release.verify import load_release
 
 TOKENS = 48
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
     base = release_base(options.release, options.base)
-    tokenizer = release_tokenizer(options.release)
+    tokenizer = read_tokenizer(options.release)
     chat = ChatFormat(tokenizer, "26 Jul 2024")
     rows = files.read_jsonl(options.release / JUDGED)
     questions = [row["question"] for row in rows]

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
+from fintune.model import release_base
 from fintune.release import export
 from fintune.release import gguf as writing
 from fintune.release.checks import _template_reaches
 from fintune.release.fixture import CONVERSATIONS
-from fintune.release.verify import load_release, release_base
+from fintune.release.verify import load_release
 
 DATE = "26 Jul 2024"
 

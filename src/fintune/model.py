@@ -101,6 +101,20 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
     return Base(config.id, revision, folder)
 
 
+def release_base(folder: Path, base: Path | None) -> Base:
+    """The base that a release names, with the revision its weights really have.
+
+    Args:
+        base: folder of the base; absent: the bundled one, or the hub's by id and revision.
+    """
+    config = read_json(folder / "adapter_config.json")
+    name = config["base_model_name_or_path"]
+    # No revision for a local folder: it is named by its weights, so that another base shows.
+    local = base is not None or name == nano.NANO_ID
+    revision = None if local else config.get("revision")
+    return find_base(ModelConfig(id=name, path=base, revision=revision))
+
+
 def _fetch(config: ModelConfig, weights: bool) -> Path:
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
     try:
@@ -176,13 +190,7 @@ def load_tokenizer(base: Base) -> Any:
     Padding with the end-of-turn token would hide every true end of turn from a loss that
     ignores padding; Llama 3 keeps `<|finetune_right_pad_id|>` free for this.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer in {base.folder} does not load: {str(error)[:200]}",
-            fix="its folder needs tokenizer.json and tokenizer_config.json",
-        ) from None
+    tokenizer = read_tokenizer(base.folder)
     if not tokenizer.is_fast:
         raise ModelError(f"{base.id} has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -193,6 +201,17 @@ def load_tokenizer(base: Base) -> Any:
         ]
         tokenizer.pad_token = free[0] if free else tokenizer.eos_token
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as the seed's usage snippet loads it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer in {folder} does not load: {str(error)[:200]}",
+            fix="its folder needs tokenizer.json and tokenizer_config.json",
+        ) from None
 
 
 def load_base(

@@ -14,11 +14,11 @@ from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.files import read_json
-from fintune.model import DTYPES, Base
+from fintune.model import DTYPES, Base, read_tokenizer, release_base
 from fintune.release import checks
 from fintune.release.card import VLLM_RANKS, vllm_rank
 from fintune.release.fixture import CONVERSATIONS, read_fixture
-from fintune.release.verify import load_release, release_base, release_tokenizer, verify
+from fintune.release.verify import load_release, verify
 
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
@@ -109,7 +109,7 @@ def vllm(folder: Path) -> str:
 def ollama(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "f16") -> Path:
     """Write a folder that `ollama create NAME -f Modelfile` takes: merged GGUF and Modelfile."""
     _check_free(out)
-    tokenizer, fixture = release_tokenizer(folder), read_fixture(folder)
+    tokenizer, fixture = read_tokenizer(folder), read_fixture(folder)
     if fixture is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE}", why="it pins the template's date")
     template = ollama_template(ChatFormat(tokenizer, fixture["date_string"]))
@@ -181,7 +181,7 @@ def push(folder: Path, repository: str, *, base: Path | None = None, really: boo
 def _load_merged(folder: Path, out: Path, base: Path | None) -> tuple[Base, Any, Any]:
     """Base, tokenizer and merged fp32 model, its logits held against the adapter's."""
     _check_free(out)
-    found, tokenizer = release_base(folder, base), release_tokenizer(folder)
+    found, tokenizer = release_base(folder, base), read_tokenizer(folder)
     model = load_release(folder, found, "fp32")
     fixture = read_fixture(folder)
     chat = ChatFormat(tokenizer, fixture["date_string"] if fixture else "26 Jul 2024")

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from fintune import nano
 from fintune.chat import ChatFormat
-from fintune.config import ModelConfig
 from fintune.errors import FintuneError, ModelError, OutputError
 from fintune.files import read_json
-from fintune.model import Base, find_base, load_adapter, load_base
+from fintune.model import Base, load_adapter, load_base, read_tokenizer, release_base
 from fintune.release import checks
 from fintune.release.checks import Check, Report
 from fintune.release.fixture import check_answers, check_fixture, read_fixture
@@ -56,19 +53,9 @@ def verify(
         if fixture is None:
             raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
         names = ["adapter", folder.resolve().name]
-        report.checks += check_server(fixture, release_tokenizer(folder), server, names)
+        report.checks += check_server(fixture, read_tokenizer(folder), server, names)
         report.settle()
     return report
-
-
-def release_base(folder: Path, base: Path | None) -> Base:
-    """The base that a release names, with the revision its weights really have."""
-    config = read_json(folder / checks.ADAPTER_CONFIG)
-    name = config["base_model_name_or_path"]
-    if base is not None or name == nano.NANO_ID:
-        # No revision: a local folder is named by its weights, so that another base shows.
-        return find_base(ModelConfig(id=name, path=base))
-    return find_base(ModelConfig(id=name, revision=config.get("revision")))
 
 
 def load_release(folder: Path, base: Base, dtype: str) -> Any:
@@ -76,18 +63,10 @@ def load_release(folder: Path, base: Base, dtype: str) -> Any:
     return load_adapter(load_base(base, "none", dtype), folder)  # type: ignore[arg-type]
 
 
-def release_tokenizer(folder: Path) -> Any:
-    """The release's own tokenizer, as the seed's usage snippet loads it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the tokenizer does not load: {str(error)[:200]}") from None
-
-
 def _check_loaded(report: Report, base: Base) -> None:
     folder, dtype = report.folder, "bf16" if torch.cuda.is_available() else "fp32"
     try:
-        tokenizer = release_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         model = load_release(folder, base, dtype)
     except FintuneError as error:
         report.checks.append(Check("load", "failed", error.what))

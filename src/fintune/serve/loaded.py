@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from fintune import nano
 from fintune.chat import ChatFormat
-from fintune.config import ModelConfig
 from fintune.errors import ModelError, OutputError
 from fintune.files import read_json
-from fintune.model import Base, end_token_ids, find_base, load_adapter, load_base
+from fintune.model import (
+    Base,
+    end_token_ids,
+    load_adapter,
+    load_base,
+    read_tokenizer,
+    release_base,
+)
 
 FULL_CONTEXT = 8192
 """Most tokens of prompt and answer served here, also where the base could take more: one process
@@ -43,20 +47,15 @@ def load(folder: Path, base: Path | None = None) -> Loaded:
     if not (folder / "adapter_config.json").is_file():
         raise OutputError(f"{folder} holds no adapter (adapter_config.json)", fix="fintune release")
     config = read_json(folder / "adapter_config.json")
-    name, revision = config["base_model_name_or_path"], config.get("revision")
-    local = base is not None or name == nano.NANO_ID
-    found = find_base(ModelConfig(id=name, path=base, revision=None if local else revision))
+    found, revision = release_base(folder, base), config.get("revision")
     if revision and len(revision) == len(found.revision) and revision != found.revision:
         raise ModelError(
-            f"{folder.name} was trained on revision {revision[:12]} of {name},"
+            f"{folder.name} was trained on revision {revision[:12]} of {found.id},"
             f" {found.folder} is {found.revision[:12]}",
             why="on other weights an adapter answers nonsense",
             fix="give the base it was trained on (--base)",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer in {folder} does not load: {str(error)[:200]}") from None
+    tokenizer = read_tokenizer(folder)
     fixture = folder / "prompt_fixture.json"
     date = read_json(fixture)["date_string"] if fixture.is_file() else "26 Jul 2024"
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
