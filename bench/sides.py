@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -275,7 +276,7 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
         start = time.perf_counter()
         for step in order.epoch(number).steps:
             for micro in step:
-                batch = memory._on_device(collator([rows[index] for index in micro]), model)
+                batch = send_to_device(collator([rows[index] for index in micro]), model.device)
                 del batch["labels"]
                 ids = batch.pop("input_ids")
                 inputs = model.get_input_embeddings()(ids).requires_grad_()

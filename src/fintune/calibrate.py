@@ -5,13 +5,13 @@ straight lines in the number of blocks; two points give them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import attention
@@ -162,19 +162,18 @@ def _measure(
 ) -> tuple[float, float, float, float]:
     """Seconds of a training pass, of an evaluation pass, of an update; bytes kept."""
     model = _model(config, shape, depth, name)
-    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = send_to_device(batch, model.device)
     kept = memory.kept_bytes(model, batch, name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
-    autocast = partial(torch.autocast, model.device.type, DTYPES[name], enabled=name != "fp32")
 
     def train() -> None:
-        with autocast():
+        with memory.autocast(model, name):
             total, count = sum_loss(model.train(), batch)
         (total / count).backward()
 
     def evaluate() -> None:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), memory.autocast(model, name):
             sum_loss(model.eval(), batch)
 
     if config.train.activation_checkpointing == "on":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from fintune.attention import takes_flat_batches
 from fintune.collate import flat_batch, padded_batch
@@ -43,12 +44,8 @@ def sums(
     flat = takes_flat_batches(causal_model(model)) is None
     for batch in _batches(rows):
         made = flat_batch(batch) if flat else padded_batch(batch, pad_token_id)
-        placed = {
-            key: value.to(model.device) if torch.is_tensor(value) else value
-            for key, value in made.items()
-        }
         with torch.inference_mode():
-            total, count = sum_loss(model, placed)
+            total, count = sum_loss(model, send_to_device(made, model.device))
         if not math.isfinite(float(total)):
             raise NotFinite(
                 "the held-out loss is not finite", fix="or try --set train.precision=fp32"

@@ -9,13 +9,13 @@ import ctypes
 import gc
 import mmap
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from fintune.batches import Ints
 from fintune.collate import Batch, Collator
@@ -34,7 +34,7 @@ SAMPLE_TOKENS = 256
 def activation_bytes_per_token(model: Any, rows: Rows, collator: Collator, precision: str) -> float:
     """Bytes that the forward pass keeps for the backward pass, a token, without recomputation."""
     index = int(np.argmin(np.abs(rows.lengths - SAMPLE_TOKENS)))
-    batch = _on_device(collator([rows[index]]), model)
+    batch = send_to_device(collator([rows[index]]), model.device)
     return kept_bytes(model, batch, precision) / int(batch["input_ids"].numel())
 
 
@@ -51,7 +51,7 @@ def kept_bytes(model: Any, batch: Batch, precision: str) -> int:
         return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with _same_masks(model), _autocast(model, precision), hooks:
+    with _same_masks(model), autocast(model, precision), hooks:
         # The loss is held until the count is read, so that no storage is freed and used again.
         loss = sum_loss(model.train(), batch)
         total = sum(kept.values())
@@ -87,10 +87,8 @@ def recompute(
         largest: tokens of the largest micro-batch of the whole plan.
     """
     if choice != "auto":
-        return (
-            choice == "on",
-            f"activations are {'recomputed' if choice == 'on' else 'kept'}, as set",
-        )
+        on = choice == "on"
+        return on, f"activations are {'recomputed' if on else 'kept'}, as set"
     needed = activation_bytes_per_token(model, rows, collator, precision) * largest
     free = free_memory(model.device)
     on = needed > HEADROOM * free
@@ -111,10 +109,9 @@ def try_largest(
         model.enable_input_require_grads()
     try:
         with _same_masks(model):
-            with _autocast(model, precision):
-                total, count = sum_loss(
-                    model.train(), _on_device(collator([rows[i] for i in batch]), model)
-                )
+            with autocast(model, precision):
+                inputs = send_to_device(collator([rows[i] for i in batch]), model.device)
+                total, count = sum_loss(model.train(), inputs)
             (total / max(count, 1)).backward()
     finally:
         lora.forget(model)
@@ -130,18 +127,9 @@ def _same_masks(model: Any) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=used)
 
 
-@contextmanager
-def _autocast(model: Any, precision: str) -> Iterator[None]:
-    enabled = precision != "fp32"
-    with torch.autocast(model.device.type, DTYPES[precision] if enabled else None, enabled=enabled):
-        yield
-
-
-def _on_device(batch: Batch, model: Any) -> Batch:
-    return {
-        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+def autocast(model: Any, precision: str) -> torch.autocast:
+    """The forward pass of a run in its precision."""
+    return torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def hold() -> None:
