@@ -42,7 +42,7 @@ def check_best(best: Path, trainer: LoraTrainer) -> None:
         weights = load_file(best / ADAPTER)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{best / ADAPTER} does not load: {error}", fix=again) from None
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trained = trainer.trainable()
     if sha256_file(best / ADAPTER) != facts["sha256"] or len(weights) != len(trained):
         raise OutputError(
             f"{best / ADAPTER} is not the file that the evaluation kept"
@@ -74,9 +74,7 @@ def environment(trainer: LoraTrainer, rows: Rows, run: Path, record: Record) -> 
         "steps": trainer.state.global_step,
         "epochs": round(epochs, 3),
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
-        "trainable_parameters": sum(
-            parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
-        ),
+        "trainable_parameters": sum(p.numel() for p in trainer.trainable()),
         "adapter_sha256": sha256_file(Path(trainer.best) / ADAPTER),
         "token_caps": record.caps,
         "accepted_changes": seal.accepted(run),

@@ -374,7 +374,7 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
         ):
             bar.advance(done)
             if metrics is not None:
-                trainer.add_callback(Watch(metrics, bar, _tokens_of_step(trainer)))
+                trainer.add_callback(Watch(metrics, bar, trainer.tokens_of_step))
                 trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
             trainer.resume(checkpoint, total) if checkpoint else trainer.train()
     finally:
@@ -385,14 +385,3 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",
         )
-
-
-def _tokens_of_step(trainer: LoraTrainer) -> Any:
-    lengths = trainer.train_dataset.lengths
-
-    def tokens(step: int) -> tuple[int, int]:
-        micro = [lengths[batch].tolist() for batch in trainer.order.step(step)]
-        laid = sum(trainer.data_collator.laid_tokens(batch) for batch in micro)
-        return sum(map(sum, micro)), laid
-
-    return tokens

@@ -215,13 +215,20 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def checkpoint_bytes(self) -> int:
         """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
-        return 2 * self.adapter_bytes() + SLACK + sum(2 * 4 * p.numel() for p in self._trainable())
+        return 2 * self.adapter_bytes() + SLACK + sum(2 * 4 * p.numel() for p in self.trainable())
 
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's weights."""
-        return sum(p.numel() * p.element_size() for p in self._trainable())
+        return sum(p.numel() * p.element_size() for p in self.trainable())
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
+    def tokens_of_step(self, step: int) -> tuple[int, int]:
+        """Useful and laid-out tokens of an update, counted from 0 over the whole run."""
+        micro = [self.train_dataset.lengths[batch].tolist() for batch in self.order.step(step)]
+        laid = sum(self.data_collator.laid_tokens(batch) for batch in micro)
+        return sum(map(sum, micro)), laid
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The adapter's parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _keep_best(self, loss: float) -> None:
