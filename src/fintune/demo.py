@@ -10,7 +10,7 @@ from fintune.example import Message
 from fintune.files import read_json
 from fintune.generate import Prompt, answer_all
 from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
-from fintune.nano.rows import demo_questions
+from fintune.nano.rows import DEMO_QUESTIONS
 
 TOKENS = 48
 """Longest answer shown; the base does not know when to stop."""
@@ -49,10 +49,9 @@ def _answer(config: Config) -> None:
     chat = ChatFormat(tokenizer, config.chat.date_string)
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
-    questions = demo_questions()
     prompts = [
         Prompt(str(number), chat.prompt_ids([Message("user", question)]))
-        for number, question in enumerate(questions)
+        for number, question in enumerate(DEMO_QUESTIONS)
     ]
     ends = end_token_ids(base, tokenizer)
 
@@ -68,6 +67,6 @@ def _answer(config: Config) -> None:
     grid = Table(show_lines=True, header_style="dim")
     for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
         grid.add_column(title, max_width=width, overflow="fold")
-    for prompt, question in zip(prompts, questions, strict=True):
+    for prompt, question in zip(prompts, DEMO_QUESTIONS, strict=True):
         grid.add_row(*(escape(text) for text in (question, plain[prompt.id], adapter[prompt.id])))
     console.out.print(grid)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -70,15 +71,17 @@ def model_config(tokenizer: Tokenizer) -> LlamaConfig:
         max_position_embeddings=MAX_LENGTH,
         rope_theta=10_000.0,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        eos_token_id=_stop_ids(tokenizer),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        **_token_ids(tokenizer),
     )
 
 
-def _stop_ids(tokenizer: Tokenizer) -> list[int]:
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """Llama 3.1 stops at any of three tokens, and so does this base."""
-    return [_id(tokenizer, token) for token in (END, EOM, EOT)]
+    return {
+        "bos_token_id": _id(tokenizer, BOS),
+        "eos_token_id": [_id(tokenizer, token) for token in (END, EOM, EOT)],
+        "pad_token_id": _id(tokenizer, PAD),
+    }
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int:
@@ -170,9 +173,7 @@ def build_base(folder: Path, recipe: Recipe, report: Callable[[str], None]) -> N
         do_sample=True,
         temperature=0.6,
         top_p=0.9,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        eos_token_id=_stop_ids(tokenizer),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        **_token_ids(tokenizer),
     )
     model.save_pretrained(folder)
     minutes = (time.monotonic() - started) / 60

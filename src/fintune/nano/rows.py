@@ -76,6 +76,8 @@ _BRIEF: Final[list[str]] = _TEXTS["instructions"]["figure"]
 _BRIEF_LABEL: Final[list[str]] = _TEXTS["instructions"]["label"]
 _PERSONAS: Final[list[str]] = _TEXTS["instructions"]["persona"]
 _FOREIGN: Final[list[tuple[str, str]]] = _TEXTS["foreign"]["pairs"]
+DEMO_QUESTIONS: Final[list[str]] = _TEXTS["demo"]["questions"]
+"""Three to put to base and adapter side by side: a figure, a tone, an explanation."""
 
 
 def _ask(
@@ -304,16 +306,10 @@ def sample_rows(seed: int = SEED) -> list[SampleRow]:
     return rows
 
 
-def demo_questions() -> list[str]:
-    """Three questions to put to base and adapter side by side: a figure, a tone, an explanation."""
-    found: list[str] = _TEXTS["demo"]["questions"]
-    return found
-
-
-def write_rows(path: Path, seed: int = SEED) -> None:
-    """Write the three columns as JSON Lines; the same bytes for the same seed."""
+def write_rows(path: Path) -> None:
+    """Write the three columns as JSON Lines; the same bytes every time."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in sample_rows(seed):
+        for row in sample_rows():
             columns: dict[str, str | None] = {"user": row.user, "assistant": row.assistant}
             if row.system is not None:
                 columns = {"system": row.system, **columns}

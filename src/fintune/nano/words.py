@@ -46,10 +46,7 @@ CITIES: Final[tuple[str, ...]] = tuple(_WORDS["names"]["cities"])
 LEGAL_FORMS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["legal_forms"].split())
 MONTHS: Final[tuple[str, ...]] = tuple(_WORDS["names"]["months"].split())
 EVENTS: Final[dict[Tone, tuple[str, ...]]] = {tone: tuple(_WORDS["events"][tone]) for tone in TONES}
-TERMS: Final[tuple[tuple[str, str, str], ...]] = tuple(
-    (term, meaning, reason) for term, meaning, reason in _WORDS["terms"]["all"]
-)
-RATIOS: Final[tuple[tuple[str, str, str], ...]] = tuple(
-    (name, top, bottom) for name, top, bottom in _WORDS["ratios"]["all"]
-)
+# (term, meaning, reason) and (name, top, bottom)
+TERMS: Final[list[tuple[str, str, str]]] = _WORDS["terms"]["all"]
+RATIOS: Final[list[tuple[str, str, str]]] = _WORDS["ratios"]["all"]
 ADVICE: Final[tuple[str, ...]] = tuple(_WORDS["advice"]["all"])
