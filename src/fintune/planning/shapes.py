@@ -102,10 +102,9 @@ class Shape:
         tensors = {}
         for layer in range(self.layers):
             for name, (inner, outer) in self.adapted(lora).items():
-                place = (
-                    "mlp" if name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else ""
-                )
-                stem = f"base_model.model.model.layers.{layer}.{place or 'self_attn'}.{name}"
+                gated = name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+                place = "mlp" if gated else "self_attn"
+                stem = f"base_model.model.model.layers.{layer}.{place}.{name}"
                 tensors[f"{stem}.lora_A.weight"] = (lora.r, inner)
                 tensors[f"{stem}.lora_B.weight"] = (outer, lora.r)
         return tensors
@@ -117,8 +116,7 @@ def safetensors_bytes(tensors: dict[str, tuple[int, int]]) -> int:
     end = 0
     for name in sorted(tensors):
         start, end = end, end + 4 * tensors[name][0] * tensors[name][1]
-        facts = {"dtype": "F32", "shape": tensors[name], "data_offsets": [start, end]}
-        header[name] = facts
+        header[name] = {"dtype": "F32", "shape": tensors[name], "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + length + -length % 8 + end
 
