@@ -1,17 +1,7 @@
 """The error tree. Every error that a user can meet says what happened, why it matters, what to do.
 
-FintuneError            exit code 1
-├── ConfigError         1   a config key or value
-├── DataError           1   rows, files, columns
-├── ModelError          1   base, tokenizer, template, adapter
-├── OutputError         1   an output folder that is taken, unfinished or another run's
-├── GateRefused         3   a gate or a budget said no
-├── NotFinite           65  a loss, gradient or weight is not finite
-├── NoSpace             74  no space left after waiting
-└── Stopped             75  stopped on request, can be continued
-
-The command line catches FintuneError and nothing else: any other exception is a defect of ours
-and keeps its traceback.
+Each class below names its exit code, 1 where it names none. The command line catches FintuneError
+and nothing else: any other exception is a defect of ours and keeps its traceback.
 """
 
 
