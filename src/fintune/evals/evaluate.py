@@ -26,14 +26,7 @@ from fintune.errors import ConfigError, DataError, OutputError
 from fintune.evals import heldout, raw, regression
 from fintune.evals.lines import Lines
 from fintune.evals.report import COMMAND, write_results
-from fintune.evals.results import (
-    CHECKED,
-    FEWEST_CHECKABLE,
-    WHO,
-    Pair,
-    load_pairs,
-    words,
-)
+from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, WHO, Pair, load_pairs, words
 from fintune.evals.tasks import DecideItems, Item, source_hash, task_items
 from fintune.example import Message
 from fintune.files import read_json, sha256_bytes, sha256_json, write_json, write_jsonl

@@ -9,14 +9,7 @@ import torch
 from fintune.chat import ChatFormat
 from fintune.errors import ModelError, OutputError
 from fintune.files import read_json
-from fintune.model import (
-    Base,
-    end_token_ids,
-    load_adapter,
-    load_base,
-    read_tokenizer,
-    release_base,
-)
+from fintune.model import Base, end_token_ids, load_adapter, load_base, read_tokenizer, release_base
 
 FULL_CONTEXT = 8192
 """Most tokens of prompt and answer served here, also where the base could take more: one process
