@@ -74,11 +74,8 @@ class ChatFormat:
         self.date_string = date_string
         self.template = tokenizer.get_chat_template()
         self.template_sha256 = sha256_bytes(self.template.encode())
-        self._special = re.compile(
-            "|".join(
-                re.escape(token) for token in sorted(_control_tokens(tokenizer), key=len)[::-1]
-            )
-        )
+        longest_first = sorted(_control_tokens(tokenizer), key=len)[::-1]
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
         self._shapes: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
         self._template_tokens: dict[tuple[str, ...], int] = {}
         self._proofs: Counter[tuple[str, ...]] = Counter()
@@ -176,9 +173,8 @@ class ChatFormat:
             cut = end.end() if end else 0
             pieces += [_Piece(text[:cut], None, True), _Piece(text[cut:], None, False)]
         pieces = [piece for piece in pieces if piece.text or piece.message is not None]
-        if sorted(piece.message for piece in pieces if piece.message is not None) != [
-            *range(len(shape))
-        ]:
+        placed = [piece.message for piece in pieces if piece.message is not None]
+        if sorted(placed) != [*range(len(shape))]:
             raise ModelError(f"the chat template leaves out a turn of {' / '.join(shape)}")
         self._shapes[shape, prompt] = pieces
         if not prompt:
@@ -218,9 +214,8 @@ class ChatFormat:
     def _tokenise_raw(self, run: _Run) -> list[int]:
         ids: list[int] = []
         for text, raw in run.pieces:
-            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=raw)[
-                "input_ids"
-            ]
+            found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=raw)
+            ids += found["input_ids"]
         return ids
 
     @staticmethod
