@@ -39,6 +39,8 @@ LONGEST_WAIT_S = 600.0
 """Most seconds that the waits of one call may take together."""
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; a verdict is read from all of it."""
+UNSCORED = {"length": "truncated", "content_filter": "content_filter"}
+"""Why a reply whose end the endpoint names holds no verdict."""
 _REPAIR = "That was not one JSON object of the schema with the id given. Send only that object."
 _SECRETS = re.compile(PHRASES["secrets"])
 _SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|auth")
@@ -188,13 +190,14 @@ async def _ask_one(state: _State, client: Any, call: Call) -> None:
             )
         return
     state.answered += 1
+    finish = tried.served["finish"]
     row = redacted(
         {
             "row": "done",
             "key": call.key,
             "attempt": tried.attempt,
             "status": "scored" if verdict else "unscored",
-            "unscored_reason": None if verdict else _why_unscored(tried.served["finish"]),
+            "unscored_reason": None if verdict else UNSCORED.get(finish, "parse_failure"),
             "outcome": outcome(call, verdict) if verdict else None,
             "verdict": verdict,
             "replies": [reply[:KEPT_CHARACTERS] for reply in tried.replies],
@@ -222,7 +225,9 @@ async def _try(state: _State, client: Any, call: Call, tried: _Tried) -> dict[st
         except _Retry as failed:
             state.file.append({"row": "failed", **mark, "why": failed.why})
             tried.possibly_paid += failed.paid
-            wait = failed.wait_s if failed.wait_s is not None else _backoff(len(tried.failures))
+            wait = failed.wait_s
+            if wait is None:
+                wait = random.uniform(0.5, 1.0) * min(0.5 * 2.0 ** len(tried.failures), 30.0)
             waited += wait
             tried.failures.append({"why": failed.why, "wait_s": round(wait, 2)})
             timeouts = sum(failure["why"] == "timeout" for failure in tried.failures)
@@ -336,16 +341,6 @@ def _retry_after(headers: Any) -> float | None:
             return None
         seconds = (then - datetime.datetime.now(datetime.UTC)).total_seconds()
     return min(max(seconds, 0.0), LONGEST_WAIT_S) if seconds == seconds else None
-
-
-def _backoff(tries: int) -> float:
-    return random.uniform(0.5, 1.0) * min(0.5 * 2.0**tries, 30.0)
-
-
-def _why_unscored(finish: str | None) -> str:
-    return {"length": "truncated", "content_filter": "content_filter"}.get(
-        finish or "", "parse_failure"
-    )
 
 
 def api_key(config: JudgeConfig) -> str:

@@ -46,15 +46,11 @@ class Lines:
             data = data[os.write(self._handle, data) :]
         os.fsync(self._handle)
 
-    def close(self) -> None:
-        """Release the file and its lock."""
-        os.close(self._handle)
-
     def __enter__(self) -> "Lines":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        os.close(self._handle)  # and its lock with it
 
     def _cut_torn_line(self) -> None:
         size = os.fstat(self._handle).st_size

@@ -142,9 +142,9 @@ def _settled(pair: Pair) -> str | None:
 
 
 def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
-    counts = {who: sum(_is(pair, who, "correct") for pair in checked) for who in WHO}
-    gained = [_is(pair, "adapter", "correct") - _is(pair, "base", "correct") for pair in checked]
-    n = len(checked)
+    right = {who: [_has(pair, who, lambda g: g.correct) for pair in checked] for who in WHO}
+    counts, n = {who: sum(right[who]) for who in WHO}, len(checked)
+    gained = [a - b for b, a in zip(right["base"], right["adapter"], strict=True)]
     found = stats.paired(gained, [pair.item.group for pair in checked], seed=seed)
     told = [pair.item for pair in checked if pair.item.commonest is not None]
     commonest = sum(bool((g := grade(item, item.commonest or "")) and g.correct) for item in told)
@@ -270,10 +270,6 @@ def _verdict(
 def _has(pair: Pair, who: str, test: Callable[[Graded], bool]) -> bool:
     graded = pair.graded[who]
     return graded is not None and test(graded)
-
-
-def _is(pair: Pair, who: str, outcome: str) -> bool:
-    return _has(pair, who, lambda graded: graded.outcome == outcome)
 
 
 def _six(value: float) -> float:

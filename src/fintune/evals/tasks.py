@@ -160,11 +160,8 @@ def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
     for choice in choices:
         if whole == _plain(choice):
             return choice
-    pattern = re.compile(
-        "|".join(rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1])
-        or r"(?!)",
-        re.IGNORECASE,
-    )
+    each = [rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1]]
+    pattern = re.compile("|".join(each) or r"(?!)", re.IGNORECASE)
     named: set[str] = set()
     for text in (answer.split("\n", 1)[0], answer):
         named = {
@@ -227,7 +224,8 @@ class DecideItems:
             _plain(reference) in self._labels or _plain(reference) in family
         ):
             kind = "label"
-            choices = tuple(sorted({*family, *self._offered(family), reference}))
+            offered = {answer.strip(" .") for answer in self._commonest[family]}
+            choices = tuple(sorted({*family, *offered, reference}))
         counted = self._commonest[family] or self._commonest["label",]
         most = counted.most_common(1) if kind != "text" else []
         return Item(
@@ -244,9 +242,6 @@ class DecideItems:
     def _family(self, prompt: str) -> tuple[str, ...]:
         """The label set that a prompt lists, or ()."""
         return tuple(sorted({_plain(choice) for choice in listed_choices(prompt)}))
-
-    def _offered(self, family: tuple[str, ...]) -> set[str]:
-        return {answer.strip(" .") for answer in self._commonest[family]}
 
 
 class Task(Section):
