@@ -15,6 +15,7 @@ from fintune.page import Page
 COMMAND = "fintune eval"
 OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
 NAMES: dict[str, str] = PHRASES["names"]
+SAID: dict[str, str] = PHRASES["report"]
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
@@ -122,12 +123,7 @@ def _head(page: _Report, found: dict[str, Any]) -> None:
             ("questions", found["n"]["checkable"]),
         ]
     )
-    page.text(
-        "Both models answered the same prompts, greedily, from one copy of the base's weights; "
-        "the adapter was switched off and on. Figures were compared by arithmetic, labels by the "
-        "words offered. Rows that chose the checkpoint are not among these questions.",
-        dim=True,
-    )
+    page.text(SAID["how"], dim=True)
 
 
 def _differences(page: _Report, found: dict[str, Any]) -> None:
@@ -140,11 +136,7 @@ def _differences(page: _Report, found: dict[str, Any]) -> None:
         for key, measure in found["measures"].items()
         if not (key == "judge_win_rate" and primary["measure"] == "win_rate")
     ]
-    page.intervals(
-        rows,
-        caption="Percentage points with 95 % intervals. Only the first line decides; an interval "
-        "that leaves out 0 on another line is an observation, not a proof.",
-    )
+    page.intervals(rows, caption=SAID["differences"])
     page.table(
         ["measure", "base", "adapter", "points", "found at 80 % from", "p", "p (Holm)"],
         [
@@ -159,8 +151,7 @@ def _differences(page: _Report, found: dict[str, Any]) -> None:
             ]
             for key, measure in found["measures"].items()
         ],
-        caption="Secondary measures. The fifth column is the smallest difference that a "
-        "comparison of this size finds four times in five.",
+        caption=SAID["measures"],
     )
 
 
@@ -168,14 +159,8 @@ def _tasks(page: _Report, found: dict[str, Any]) -> None:
     page.heading("Outcomes by task")
     page.outcomes(found["tasks"])
     page.table(
-        [
-            "task",
-            "questions",
-            "correct less wrong, base",
-            "adapter",
-            "less 3 × wrong, base",
-            "adapter ",
-        ],
+        ["task", "questions"]
+        + ["correct less wrong, base", "adapter", "less 3 × wrong, base", "adapter "],
         [
             [
                 name,
@@ -184,8 +169,7 @@ def _tasks(page: _Report, found: dict[str, Any]) -> None:
             ]
             for name, task in found["tasks"].items()
         ],
-        caption="Score a question where a wrong answer costs one, or three, right ones; "
-        "an abstention costs nothing.",
+        caption=SAID["tasks"],
     )
     kinds = list(dict.fromkeys(kind for who in WHO for kind in found["misses"][who]))
     if kinds:
@@ -193,8 +177,7 @@ def _tasks(page: _Report, found: dict[str, Any]) -> None:
         page.bars(
             kinds,
             {who: [float(found["misses"][who].get(kind, 0)) for kind in kinds] for who in WHO},
-            caption="Wrong figures by the way they miss. Scale, percent and sign slips are the "
-            "dangerous ones: the figure looks right.",
+            caption=SAID["misses"],
         )
 
 
@@ -217,8 +200,7 @@ def _loss(page: _Report, found: dict[str, Any]) -> None:
             ]
             for name, part in rows
         ],
-        caption="Mean cross-entropy of the answers' tokens. A lower loss shows that the format "
-        "was learnt; it does not show that answers are right.",
+        caption=SAID["loss"],
     )
 
 
@@ -226,10 +208,7 @@ def _judge(page: _Report, found: dict[str, Any], pairs: list[Pair]) -> None:
     page.heading("The judge")
     judged = found["judge"]
     if judged is None:
-        page.text(
-            "No judge was asked. Missing here: what a reader would prefer among answers that "
-            "neither arithmetic nor a label settles. Set eval.judge.model to add it."
-        )
+        page.text(SAID["no_judge"])
         return
     cost, canaries = judged["cost"], judged["canaries"]
     facts = [
@@ -264,7 +243,7 @@ def _judge(page: _Report, found: dict[str, Any], pairs: list[Pair]) -> None:
                 ]
                 for name, check in judged["checks"].items()
             ],
-            caption="Each answer alone against the reference: share of answers, quality 1 to 5.",
+            caption=SAID["checks"],
         )
 
 
