@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fintune.errors import GateRefused
-from fintune.files import sha256_file
+from fintune.files import read_toml, sha256_file
 from fintune.model import Base
 
 ADAPTER = "adapter_model.safetensors"
@@ -29,35 +29,10 @@ FIXTURE = "prompt_fixture.json"
 SUMS = "SHA256SUMS"
 TRAINING_ARGS = "training_args.bin"
 TEMPLATE = "chat_template.jinja"
-ALLOWED = frozenset(
-    {
-        ADAPTER,
-        ADAPTER_CONFIG,
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        TEMPLATE,
-        "training_config.json",
-        TRAINING_ARGS,
-        "test_results.json",
-        "eval_50_gpt_judged_raw.jsonl",
-        FIXTURE,
-        "README.md",
-        SUMS,
-        "LICENSE",
-        "NOTICE",
-        "USE_POLICY.md",
-        ".gitattributes",
-    }
-)
-"""Every name a release may hold; anything else is refused, known to be harmful or not."""
-PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
-"""Suffixes of formats that run code, or may, when they are read."""
-HOOKS = ("auto_map", "auto_mapping", "custom_pipelines", "megatron_config")
-"""Keys by which a configuration names code to import (transformers, peft)."""
+_LISTS: dict[str, list[str]] = read_toml(__file__, "allowed.toml")
+ALLOWED, PICKLES = frozenset(_LISTS["names"]), frozenset(_LISTS["pickles"])
 _PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TEMPLATE_TAGS = frozenset({"include", "import", "from", "extends"})
 _REVISION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """A commit of the hub, or the sha256 of a local base's weights; only like is held against like."""
 
@@ -115,11 +90,10 @@ def check_files(folder: Path, *, no_pickle: bool) -> Iterator[Check]:
     pickles = [p.name for p in found if p.suffix.lower() in PICKLES and p.name != TRAINING_ARGS]
     unknown = [p.name for p in found if p.name not in ALLOWED and p.name not in {*odd, *pickles}]
     missing = [name for name in (ADAPTER, ADAPTER_CONFIG) if not (folder / name).is_file()]
-    for names, what in ((odd, "no plain file"), (unknown, "not in the allow-list")):
+    wrong = {"no plain file": odd, "not in the allow-list": unknown, "missing": missing}
+    for what, names in wrong.items():
         if names:
             yield Check("files", "failed", f"{what}: {', '.join(names)}")
-    if missing:
-        yield Check("files", "failed", f"missing: {', '.join(missing)}")
     if not odd + unknown + missing:
         yield Check("files", "ok", f"{len(found)} files, all in the allow-list")
     if pickles:
@@ -294,7 +268,7 @@ def _template_reaches(source: str) -> str:
             return value
         if kind == "name" and last == "|" and value == "attr":
             return "the attr filter"
-        if kind == "name" and last == "{%" and value in _TEMPLATE_TAGS:
+        if kind == "name" and last == "{%" and value in _LISTS["template_tags"]:
             return f"{{% {value} %}}"
         if kind != "whitespace":
             last = value.rstrip("-+") if kind == "block_begin" else value
@@ -307,7 +281,7 @@ def _hooks(tree: Any) -> Iterator[str]:
             yield from _hooks(value)
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            if value and (key in HOOKS or key.endswith("_internal")):
+            if value and (key in _LISTS["hooks"] or key.endswith("_internal")):
                 yield key
             yield from _hooks(value)
 
