@@ -21,6 +21,8 @@ from fintune.files import sha256_bytes, sha256_json
 
 RUBRIC = resources.files("fintune.evals").joinpath("rubric.md").read_text(encoding="utf-8")
 CHECKS = ("agrees", "contradicts", "grounded", "complete", "safe")
+SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+"""What an outcome of a pair counts in the adapter's win rate."""
 _ANGLES = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
 _SPOILT: dict[str, str] = PHRASES["spoilt"]
 """Answers of canaries that must lose: nothing, phrases that fit any question, and an attack."""
@@ -255,8 +257,7 @@ def _pairwise(
     both: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         both.setdefault(row["id"], {})[row["slots"][0]] = row
-    score = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
-    wins: dict[str, float] = {}
+    wins: dict[str, str] = {}
     unscored, agree, against, first, decided = 0, 0, 0, 0, 0
     for key, orders in both.items():
         words = [row["outcome"] for row in orders.values()]
@@ -273,12 +274,12 @@ def _pairwise(
         if opinion is None:
             unscored += 1
         else:
-            wins[key] = score[opinion]
-    n, total, names = len(wins), sum(wins.values()), [groups[key] for key in wins]
-    difference = stats.paired([win - 0.5 for win in wins.values()], names, seed=seed).as_json()
+            wins[key] = opinion
+    values, names = [SCORE[opinion] for opinion in wins.values()], [groups[key] for key in wins]
+    n, total = len(values), sum(values)
+    difference = stats.paired([value - 0.5 for value in values], names, seed=seed).as_json()
     lengths = {row["id"]: row["lengths"] for row in rows}
     ratios = [(lengths[key]["adapter"] + 1) / (lengths[key]["base"] + 1) for key in wins]
-    values = list(wins.values())
     return {
         "win_rate": {
             "value": round(total / n, 6) if n else None,
@@ -298,7 +299,7 @@ def _pairwise(
             "settled_by_arithmetic": sum(settled.get(key) is not None for key in both),
             "against_arithmetic": against,
         },
-        "items": {key: {1.0: "adapter", 0.5: "tie", 0.0: "base"}[win] for key, win in wins.items()},
+        "items": wins,
     }
 
 

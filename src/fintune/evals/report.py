@@ -7,6 +7,7 @@ from typing import Any
 
 from fintune import seal
 from fintune.evals import raw
+from fintune.evals.judge import SCORE
 from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
 from fintune.evals.tasks import PHRASES
 from fintune.files import FORMAT, read_jsonl, write_json, write_text
@@ -248,14 +249,13 @@ def _judge(page: _Report, found: dict[str, Any], pairs: list[Pair]) -> None:
 
 
 def _lengths(page: _Report, judged: dict[str, Any], pairs: list[Pair]) -> None:
-    score = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
     bins: dict[str, list[float]] = {"shorter": [], "alike (± 20 %)": [], "longer": []}
     for pair in pairs:
         if pair.item.id in judged["items"]:
             base, adapter = (len(pair.answers[who]["text"]) + 1 for who in WHO)
             ratio = adapter / base
             name = "shorter" if ratio < 0.8 else "longer" if ratio > 1.25 else "alike (± 20 %)"
-            bins[name].append(score[judged["items"][pair.item.id]])
+            bins[name].append(SCORE[judged["items"][pair.item.id]])
     kept = {name: wins for name, wins in bins.items() if wins}
     even = judged["win_rate"]["at_equal_length"]
     page.bars(
