@@ -33,8 +33,6 @@ DEPTHS = (1, 3)
 """Blocks of the two models that are timed."""
 STEPS = 6
 """Steps of each, the first of which warms up; the median of the others counts."""
-
-
 CPU = "this CPU"
 TIME_BAND = 0.25
 """Above the largest error of six CPU runs (bench/plan.py), in processor seconds: 22 % too few."""

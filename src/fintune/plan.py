@@ -147,10 +147,6 @@ def _setting(
     return Setting(quantization, checkpointing, plan.micro_batch, plan.largest, counted)
 
 
-def _switch(setting: Setting) -> str:
-    return "on" if setting.checkpointing else "off"
-
-
 def _described(shape: Shape, config: Config, setting: Setting) -> dict[str, Any]:
     parts = estimate.memory(shape, config.train.lora, config.train.optimizer, setting)
     return {
@@ -191,7 +187,7 @@ def _on_gpu(
         "fits": True,
         "set": {
             "model.quantization": best.setting.quantization,
-            "train.activation_checkpointing": _switch(best.setting),
+            "train.activation_checkpointing": "on" if best.setting.checkpointing else "off",
             "train.micro_batch_size": best.setting.micro_batch,
             "train.accumulation": best.accumulation,
         },

@@ -37,7 +37,8 @@ def merged(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "b
         GateRefused: merged and adapter logits differ by more than `MERGE_LIMIT`.
         OutputError: `out` exists.
     """
-    found, tokenizer, model = _load_merged(folder, out, base)
+    _check_free(out)
+    found, tokenizer, model = _load_merged(folder, base)
     with files.staged_folder(out) as staging:
         model.to(DTYPES[dtype]).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -64,13 +65,14 @@ def gguf(
         OutputError: `out` exists.
     """
     writing = _gguf_module()
+    _check_free(out)
+    temporary = out.with_name(f".{out.name}.part")
     if whole:
-        found, tokenizer, model = _load_merged(folder, out, base)
-        temporary = _beside(out)
+        found, tokenizer, model = _load_merged(folder, base)
+        out.parent.mkdir(parents=True, exist_ok=True)
         writing.write_model(found, tokenizer, model.state_dict(), temporary, dtype, folder.name)
     else:
-        _check_free(out)
-        temporary = _beside(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
         writing.write_adapter(folder, release_base(folder, base), temporary, dtype)
     temporary.chmod(0o644)
     os.replace(temporary, out)
@@ -178,9 +180,8 @@ def push(folder: Path, repository: str, *, base: Path | None = None, really: boo
         ) from None
 
 
-def _load_merged(folder: Path, out: Path, base: Path | None) -> tuple[Base, Any, Any]:
+def _load_merged(folder: Path, base: Path | None) -> tuple[Base, Any, Any]:
     """Base, tokenizer and merged fp32 model, its logits held against the adapter's."""
-    _check_free(out)
     found, tokenizer = release_base(folder, base), read_tokenizer(folder)
     model = load_release(folder, found, "fp32")
     fixture = read_fixture(folder)
@@ -210,11 +211,6 @@ def _between(text: str) -> list[str]:
     """The pieces of a rendered text before, between and after its marks."""
     pieces = text.replace("\ue001", "\ue000").split("\ue000")
     return pieces[::2]
-
-
-def _beside(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name(f".{out.name}.part")
 
 
 def _check_free(out: Path) -> None:
