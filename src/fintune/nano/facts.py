@@ -186,24 +186,16 @@ def opening(rng: Random, report: Report) -> str:
 
 def table(report: Report, style: int) -> str:
     """The report as a table: style 0 with bars, 1 with a colon and commas, 2 one figure a row."""
+    rows = []
     if style == 0:
-        head = "| Item | " + " | ".join(str(year) for year in report.years) + " |"
-        rows = (
-            f"| {capital(line.metric.name)} | {' | '.join(a.cell for a in line.amounts)} |"
-            for line in report.lines
-        )
-        return "\n".join((head, *rows))
-    if style == 1:
-        return "\n".join(
-            f"{capital(line.metric.name)}: "
-            + ", ".join(
-                f"{amount.cell} ({year})"
-                for amount, year in zip(line.amounts, report.years, strict=True)
-            )
-            for line in report.lines
-        )
-    return "\n".join(
-        f"{capital(line.metric.name)} {year}: {amount.cell}"
-        for line in report.lines
-        for amount, year in zip(line.amounts, report.years, strict=True)
-    )
+        rows.append("| Item | " + " | ".join(map(str, report.years)) + " |")
+    for line in report.lines:
+        name, cells = capital(line.metric.name), [amount.cell for amount in line.amounts]
+        pairs = list(zip(cells, report.years, strict=True))
+        if style == 0:
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+        elif style == 1:
+            rows.append(f"{name}: " + ", ".join(f"{cell} ({year})" for cell, year in pairs))
+        else:
+            rows += [f"{name} {year}: {cell}" for cell, year in pairs]
+    return "\n".join(rows)

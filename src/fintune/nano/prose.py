@@ -177,15 +177,12 @@ def _difference(rng: Random) -> str:
     small, step = 10 * rng.randrange(2, 60), 10 * rng.randrange(1, 30)
     first, last = (small, small + step) if rng.randrange(2) else (small + step, small)
     moved = "rose" if last > first else "fell"
-    metric = report.lines[0].metric.name
-    values = {"m": metric, "M": capital(metric), "a": first, "b": last, "s": step, "w": moved}
-    values |= {
-        "hi": max(first, last),
-        "lo": min(first, last),
-        "u": rng.choice(("million", "billion")),
-    }
-    values |= {"y": report.years[0], "q": report.years[1], "C": report.company.short}
-    return rng.choice(TEXTS["changed"]).format(**values)
+    metric, unit = report.lines[0].metric.name, rng.choice(("million", "billion"))
+    return rng.choice(TEXTS["changed"]).format(
+        m=metric, M=capital(metric), a=first, b=last, s=step, w=moved, u=unit,
+        hi=max(first, last), lo=min(first, last),
+        y=report.years[0], q=report.years[1], C=report.company.short,
+    )  # fmt: skip
 
 
 def _advice(rng: Random) -> str:
