@@ -7,6 +7,7 @@ go into every run. Arithmetic outranks the judge: where exactly one answer is ri
 label, that decides the item, and the judge's opposite opinion is counted against the judge.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -58,11 +59,7 @@ def plan(
     calls: list[Call] = []
     for mode in config.modes:
         for item, answers in items:
-            orders = (
-                [("base", "adapter"), ("adapter", "base")]
-                if mode == "pairwise"
-                else [("base",), ("adapter",)]
-            )
+            orders = itertools.permutations(("base", "adapter"), 2 if mode == "pairwise" else 1)
             calls += [_call(item, mode, order, answers, config) for order in orders]
         calls += _canaries([item for item, _ in items], mode, config, seed)
     return calls
@@ -88,10 +85,9 @@ def read_verdict(call: Call, reply: str) -> dict[str, Any] | None:
         return None
     if call.mode == "pairwise":
         return found if found.get("winner") in ("A", "B", "tie") else None
-    good = all(isinstance(found.get(check), bool) for check in CHECKS)
-    return (
-        found if good and type(found.get("quality")) is int and 1 <= found["quality"] <= 5 else None
-    )
+    answered = all(isinstance(found.get(check), bool) for check in CHECKS)
+    quality = found.get("quality")
+    return found if answered and type(quality) is int and 1 <= quality <= 5 else None
 
 
 def outcome(call: Call, verdict: dict[str, Any]) -> str:
@@ -239,14 +235,12 @@ def summary(
         found["checks"] = _pointwise(pointwise, groups, seed)
     labelled = [row for row in real if row["human"] and row["outcome"]]
     if labelled:
+        said, human = [row["outcome"] for row in labelled], [row["human"] for row in labelled]
+        alike = sum(a == b for a, b in zip(said, human, strict=True))
         found["human"] = {
             "n": len(labelled),
-            "kappa": round(
-                stats.kappa([r["outcome"] for r in labelled], [r["human"] for r in labelled]), 6
-            ),
-            "agreement": stats.rate(
-                sum(r["outcome"] == r["human"] for r in labelled), len(labelled)
-            ),
+            "kappa": round(stats.kappa(said, human), 6),
+            "agreement": stats.rate(alike, len(labelled)),
         }
     return found
 
