@@ -292,19 +292,18 @@ def _generate(
                     max_new_tokens=config.eval.max_new_tokens,
                     batch_size=config.eval.batch_size,
                 ):
-                    file.append(
-                        *(
-                            {
-                                "model": who,
-                                "text": answer.text,
-                                "tokens": answer.tokens,
-                                "finish": answer.finish,
-                                "prompt_sha256": sha256_json(ids[answer.id]),
-                                "item": by_id[answer.id].as_json(),
-                            }
-                            for answer in batch
-                        )
-                    )
+                    made = [
+                        {
+                            "model": who,
+                            "text": answer.text,
+                            "tokens": answer.tokens,
+                            "finish": answer.finish,
+                            "prompt_sha256": sha256_json(ids[answer.id]),
+                            "item": by_id[answer.id].as_json(),
+                        }
+                        for answer in batch
+                    ]
+                    file.append(*made)
                     progress.advance(len(batch), note=who)
         place = {key: at for at, key in enumerate(by_id)}
         rows = sorted(

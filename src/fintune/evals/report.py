@@ -14,7 +14,7 @@ from fintune.files import FORMAT, read_jsonl, write_json, write_text
 from fintune.page import Page
 
 COMMAND = "fintune eval"
-OUTCOMES = ("correct", "abstained", "unparsed", "wrong")
+OUTCOMES: dict[str, str] = PHRASES["outcomes"]
 NAMES: dict[str, str] = PHRASES["names"]
 SAID: dict[str, str] = PHRASES["report"]
 _STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -32,10 +32,8 @@ class _Report(Page):
         reach = max([0.02, *(abs(end) for _, found, _ in rows for end in found["ci95"])]) * 1.05
         cells = []
         for name, found, decides in rows:
-            low, value, high = (
-                50 + 50 * end / reach
-                for end in (found["ci95"][0], found["value"], found["ci95"][1])
-            )
+            ends = (found["ci95"][0], found["value"], found["ci95"][1])
+            low, value, high = (50 + 50 * end / reach for end in ends)
             points = [f"{100 * end:+.1f}" for end in (found["value"], *found["ci95"])]
             cells.append(
                 f"<span>{'<b>' * decides}{escape(name)}{'</b>' * decides}</span>"
@@ -63,9 +61,7 @@ class _Report(Page):
                 )
         keys = "".join(
             f"<span class='key {outcome}'>&nbsp;</span>{label} &ensp;"
-            for outcome, label in zip(
-                OUTCOMES, ("correct", "abstained", "no answer found", "wrong"), strict=True
-            )
+            for outcome, label in OUTCOMES.items()
         )
         self.add(f"<div class=chart>{''.join(cells)}</div><p class=dim>{keys}</p>")
 
