@@ -56,8 +56,6 @@ class Calibration:
         matrix_flops: operations a second of one large product.
     """
 
-    device: str
-    precision: str
     train_s: float
     eval_s: float
     update_s: float
@@ -65,8 +63,8 @@ class Calibration:
     matrix_flops: float
 
 
-def calibrate(config: Config, shape: Shape, found: Lengths) -> Calibration:
-    """Measure. Takes some ten seconds at the size of the bundled base.
+def calibrate(config: Config, shape: Shape, found: Lengths, name: str) -> Calibration:
+    """Measure in a precision. Takes some ten seconds at the size of the bundled base.
 
     Raises:
         ModelError: a base whose blocks are not Llama's, or a quantised one.
@@ -76,8 +74,6 @@ def calibrate(config: Config, shape: Shape, found: Lengths) -> Calibration:
             "--calibrate times Llama blocks in full precision, and this base is another",
             fix="leave --calibrate out",
         )
-    on = device()
-    name = precision(config.train.precision, on)
     batch = _median_batch(config, shape, found)
     tokens = int(batch["input_ids"].numel())
     points = [_measure(config, shape, depth, batch, name) for depth in DEPTHS]
@@ -85,8 +81,6 @@ def calibrate(config: Config, shape: Shape, found: Lengths) -> Calibration:
     slope = (high - low) / (DEPTHS[1] - DEPTHS[0])
     train, evaluation, update, kept = low + slope * (shape.layers - DEPTHS[0])
     return Calibration(
-        device=torch.cuda.get_device_name(on) if on.type == "cuda" else CPU,
-        precision=name,
         train_s=float(train) / tokens,
         eval_s=float(evaluation) / tokens,
         update_s=float(update),
@@ -98,8 +92,9 @@ def calibrate(config: Config, shape: Shape, found: Lengths) -> Calibration:
 def this_machine(config: Config, row_count: int | None, mean_tokens: int | None) -> dict[str, Any]:
     """Peak memory and hours here, from a few real steps."""
     shape, found = find_shape(config.model), lengths(config, row_count, mean_tokens)
-    measured = calibrate(config, shape, found)
-    cpu = measured.device == CPU
+    on = device()
+    cpu, name = on.type != "cuda", precision(config.train.precision, on)
+    measured = calibrate(config, shape, found, name)
     multiple = CPU_MULTIPLE if cpu else 1
     own = plan_batches(config, found.train, config.train.micro_batch_size, multiple=multiple)
     whole = work(config, found, own)
@@ -110,7 +105,7 @@ def this_machine(config: Config, row_count: int | None, mean_tokens: int | None)
         micro_batch=own.micro_batch,
         largest=own.largest,
         supervised=round(own.largest * found.supervised),
-        element=4 if measured.precision == "fp32" else 2,
+        element=4 if name == "fp32" else 2,
         cuda=not cpu,
     )
     parts = estimate.memory(shape, config.train.lora, config.train.optimizer, setting)
@@ -119,7 +114,7 @@ def this_machine(config: Config, row_count: int | None, mean_tokens: int | None)
     process = CONTEXT_BYTES
     if cpu:
         parts["activations"] = int(parts["activations"] * HEAP)
-        process = PROCESS_BYTES + (0 if measured.precision == "fp32" else ONEDNN_BYTES)
+        process = PROCESS_BYTES + (0 if name == "fp32" else ONEDNN_BYTES)
     batches = len(plan_evaluation(found.select, own.largest))
     laid = batches * own.largest if cpu else int(found.select.sum())
     filled = whole.tokens + own.passes * (multiple - 1) / 2
@@ -129,8 +124,8 @@ def this_machine(config: Config, row_count: int | None, mean_tokens: int | None)
     }
     flops = estimate.train_flops(shape, config.train.lora, whole, checkpointing=checkpointing)
     return {
-        "device": measured.device,
-        "precision": measured.precision,
+        "device": CPU if cpu else torch.cuda.get_device_name(on),
+        "precision": name,
         "memory": {**parts, "process": process},
         "peak": estimate.peak(parts) + process,
         "seconds": seconds,
