@@ -194,12 +194,9 @@ def load_tokenizer(base: Base) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(f"{base.id} has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        free = [
-            t
-            for t in ("<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>")
-            if t in tokenizer.get_vocab()
-        ]
-        tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+        known = tokenizer.get_vocab()
+        spare = (t for t in ("<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>") if t in known)
+        tokenizer.pad_token = next(spare, tokenizer.eos_token)
     return tokenizer
 
 

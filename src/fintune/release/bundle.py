@@ -228,11 +228,8 @@ def _license_file(inputs: Inputs) -> Path | None:
     if beside or inputs.config.model.path is not None:
         return beside[0] if beside else None
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                inputs.base.id, "LICENSE", revision=inputs.base.revision
-            )
-        )
+        base = inputs.base
+        return Path(huggingface_hub.hf_hub_download(base.id, "LICENSE", revision=base.revision))
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError):
         return None
 

@@ -55,11 +55,9 @@ def write_model(
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp falls back on the embedding
         value = _permuted(source, weight.float(), config)
-        small = dtype == "f16" and value.ndim > 1
+        target = np.float16 if dtype == "f16" and value.ndim > 1 else np.float32
         stem = rename(source.removesuffix(".weight"))
-        writer.add_tensor(
-            f"{stem}.weight", value.numpy().astype(np.float16 if small else np.float32)
-        )
+        writer.add_tensor(f"{stem}.weight", value.numpy().astype(target))
     _finish(writer)
 
 

@@ -104,10 +104,8 @@ def _compare_answers(
         if completed != text:
             if server.chat(row)[1] != text:
                 return "undecided", "the counts agree; the server's greedy answers do not repeat"
-            return (
-                "different",
-                f"{row['name']}: the same count, another answer to the fixture's text",
-            )
+            other = f"{row['name']}: the same count, another answer to the fixture's text"
+            return "different", other
     for name, texts in alike.items():
         others = [
             server.complete(text, len(row["prompt_ids"]))

@@ -67,7 +67,6 @@ def _read(path: Path) -> pa.Table:
 def _values(column: Any, index: int) -> NDArray[np.int32]:
     offsets = column.offsets
     start, end = offsets[index].as_py(), offsets[index + 1].as_py()
-    values: NDArray[np.int32] = column.values.slice(start, end - start).to_numpy(
-        zero_copy_only=True
-    )
+    own = column.values.slice(start, end - start)
+    values: NDArray[np.int32] = own.to_numpy(zero_copy_only=True)
     return values

@@ -83,9 +83,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         fill = eval_tokens if collator.multiple > 1 else 1
         self._eval_collator = replace(collator, multiple=fill)
         self.add_callback(_StopAtStep(stop))
-        if (
-            self.args.process_index
-        ):  # dropout masks of its own; the first keeps those of one process
+        if self.args.process_index:
+            # Dropout masks of its own; the first keeps those of one process.
             torch.manual_seed(self.args.seed + self.args.process_index)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
