@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
+from fintune.data.rows import FORMATS as ROW_FORMATS
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 
@@ -27,8 +28,24 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 4 << 20
 ROWS_A_BATCH = 4096
+BOM = b"\xef\xbb\xbf"
+WINDOW = 1 << 18
+"""Characters of JSON read ahead; a broken element is sought to end within them."""
+LONGEST = 1 << 26
+"""Characters after which an element that does not end is given up."""
+DEEPEST = 32
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LONE = re.compile("[\udc80-\udcff]")
+_END = "\ud800"  # what no file's text can hold
+_COLUMNS = {f'"{name}"' for _, asked, answer in ROW_FORMATS for name in (*asked, answer)}
+_COLUMNS |= {'"messages"', '"conversations"'}
+_SPACE = re.compile(r"[\s,]*")
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_MEMBER = re.compile(rf"[\s,{{]*({_STRING})\s*:\s*(\[?)", re.DOTALL)
+# A quotation mark that opens nothing a comma, colon or bracket follows is not taken for a string.
+_BRACKETS = re.compile(rf"{_STRING}(?=\s*[],:}}])|\\.|[][{{}},]", re.DOTALL)
+_NEXT = re.compile(r",\s*(?=\{)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +135,16 @@ def locate(item: SourceConfig) -> list[Source]:
     if path.is_file():
         return [_local(path, path.name, item)]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _format(p) and not p.name.startswith("."))
+        files = _below(path)
         if not files:
             raise DataError(
                 f"{path} holds no data file", fix=f"it needs one of {', '.join(FORMATS)}"
             )
         return [_local(file, file.relative_to(path).as_posix(), item) for file in files]
     if any(sign in item.path for sign in "*?["):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        whole = [file for folder in found if _format(folder) for file in _below(folder)]
+        files = sorted({*whole, *(file for file in found if not file.is_dir())})
         if not files:
             raise DataError(f"no file matches {item.path}", fix="check the pattern")
         fixed = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
@@ -133,6 +152,12 @@ def locate(item: SourceConfig) -> list[Source]:
     if _HUB_ID.fullmatch(item.path) and _format(path) is None:
         return [Source(item.path, _hub_commit(item), item, None)]
     raise DataError(f"no file or folder at {item.path}", fix="check data.source")
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files of data at any depth, hidden files and folders left out; none below a file."""
+    found = (folder / name for name in glob.glob("**/*", root_dir=folder, recursive=True))
+    return sorted(file for file in found if _format(file) and not file.is_dir())
 
 
 def _format(path: Path) -> str | None:
@@ -147,6 +172,8 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
         raise DataError(
             f"{path}: no known data format", fix=f"it must end in one of {', '.join(FORMATS)}"
         )
+    if not path.is_file():
+        raise DataError(f"{path} is a link to nothing, or no file", fix="mend or remove it")
     with path.open("rb") as file:
         head = file.read(len(LFS_HEAD))
     if head == LFS_HEAD:
@@ -160,9 +187,36 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
     return Source(name, sha256_file(path), item, path)
 
 
-def _open(path: Path) -> BinaryIO:
-    packing = PACKINGS.get(path.suffix)
-    return cast(BinaryIO, pa.input_stream(str(path), compression=packing))
+class _Unpacked(io.RawIOBase):
+    """The bytes of a file, packed or not, up to where it breaks off; `broken` says how it does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._step, self.broken = path, 1 << 16, ""
+        self._stream, self._done = self._open(), 0
+
+    def _open(self) -> pa.NativeFile:
+        return pa.input_stream(str(self._path), compression=PACKINGS.get(self._path.suffix))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.broken:
+            return 0
+        try:
+            data = self._stream.read(min(len(buffer), self._step))
+        except OSError as error:
+            if self._step == 1:
+                self.broken = str(error)[:200]
+                return 0
+            # A read that fails loses what it had unpacked: again up to here, then byte by byte.
+            self._stream, self._step = self._open(), 1
+            for start in range(0, self._done, 1 << 16):
+                self._stream.read(min(1 << 16, self._done - start))
+            return self.readinto(buffer)
+        buffer[: len(data)] = data
+        self._done += len(data)
+        return len(data)
 
 
 def _file_batches(path: Path) -> Iterator[Batch]:
@@ -170,26 +224,28 @@ def _file_batches(path: Path) -> Iterator[Batch]:
     if kind == ".parquet":
         yield from _parquet_batches(path)
         return
-    with _open(path) as stream:
-        if kind == ".csv":
-            yield from _grouped(_csv_rows(stream))
-            return
-        head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf").lstrip()
-    with _open(path) as stream:
-        if kind == ".json" and head[:1] == b"[":
-            yield from _grouped(_array_rows(stream))
-        elif kind == ".json" and head[:1] == b"{" and not _is_json(head.split(b"\n")[0]):
-            yield from _grouped(_document_rows(stream))
-        else:
-            yield from _blocks(stream)
+    packed = _Unpacked(path)
+    head = io.BufferedReader(packed).read(WINDOW)
+    if packed.broken and not head:
+        raise DataError(
+            f"{path} is no {PACKINGS[path.suffix]} data: {packed.broken}",
+            fix="check how it was made or downloaded, and its name",
+        )
+    head, packed = head.removeprefix(BOM).lstrip(), _Unpacked(path)
+    if kind == ".csv":
+        yield from _grouped(_csv_rows(packed, path))
+    elif kind == ".json" and (head[:1] == b"[" or (head[:1] == b"{" and not _is_lines(head))):
+        yield from _grouped(_json_rows(packed))
+    else:
+        yield from _blocks(packed)
 
 
-def _is_json(line: bytes) -> bool:
-    """Whether a first line stands alone (or was cut at the head's end, being a long line)."""
-    try:
-        return len(line) >= 1 << 15 or json.loads(line) is not None
-    except ValueError:
-        return False
+def _is_lines(head: bytes) -> bool:
+    """Whether a file that starts so is JSON Lines: the first line is JSON and not all there is."""
+    first, _, rest = head.partition(b"\n")
+    if not rest.strip():
+        return not _members(head.decode("utf-8", "replace"), 0)[1]
+    return not isinstance(_parse(first), Bad)
 
 
 def _grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
@@ -203,28 +259,24 @@ def _grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
         yield Batch(batch[0][0], rows=batch)
 
 
-def _blocks(stream: BinaryIO) -> Iterator[Batch]:
-    line, kept = 1, [b""]
-    while True:
-        try:
-            data = stream.read(BLOCK_BYTES)
-        except OSError as error:
-            rest = b"".join(kept)
-            yield Batch(line, rows=[(line, Bad("truncated_file", str(error)[:200], rest))])
-            return
-        if line == 1 and kept == [b""]:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        cut = data.rfind(b"\n") + 1 if data else 0
-        if data and not cut:
-            kept.append(data)
-            continue
-        block = b"".join(kept) + data[:cut]
-        if block:
+def _blocks(packed: _Unpacked) -> Iterator[Batch]:
+    stream, line = io.BufferedReader(packed), 1
+    pieces: list[bytes] = []
+    while data := stream.read(BLOCK_BYTES):
+        if line == 1 and not pieces:
+            data = data.removeprefix(BOM)
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            block = b"".join(pieces) + data[:cut]
             yield Batch(line, block)
-        if not data:
-            return
-        line += block.count(b"\n")
-        kept = [data[cut:]]
+            line += block.count(b"\n")
+            pieces = []
+        pieces.append(data[cut:])
+    rest = b"".join(pieces)
+    if packed.broken:
+        yield Batch(line, rows=[(line, Bad("truncated_file", packed.broken, rest))])
+    elif rest:
+        yield Batch(line, rest)
 
 
 def parse_block(batch: Batch) -> Iterator[tuple[int, Any]]:
@@ -250,76 +302,157 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _text(stream: BinaryIO) -> io.TextIOWrapper:
-    """Text of a stream; bytes that are no UTF-8 become lone surrogates, found by `_checked`."""
+def _text(packed: _Unpacked) -> io.TextIOWrapper:
+    """Text of a file; bytes that are no UTF-8 become lone surrogates, which no encoding takes."""
+    stream = io.BufferedReader(packed)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _checked(line: int, row: Any) -> tuple[int, Any]:
-    values = row.values() if isinstance(row, dict) else ()
-    if any(isinstance(v, str) and re.search("[\udc80-\udcff]", v) for v in values):
-        return line, Bad("not_utf8", "", repr(row).encode("ascii", "backslashreplace"))
-    return line, row
+def _whole(text: str) -> bool:
+    return text.isascii() or not _LONE.search(text)
 
 
-def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(_text(stream))
-    line = 1
-    try:
-        header = next(reader, [])
-        line = reader.line_num + 1
-        for cells in reader:
-            if len(cells) == len(header):
-                yield _checked(line, dict(zip(header, cells, strict=True)))
-            elif cells:
-                detail = f"{len(cells)} cells, {len(header)} columns"
-                yield line, Bad("wrong_cells", detail, repr(cells).encode("ascii", "replace"))
-            line = reader.line_num + 1
-    except (csv.Error, OSError) as error:
-        yield line, Bad("truncated_file", str(error)[:200])
+def _csv_lines(packed: _Unpacked) -> Iterator[str]:
+    """Lines, but not the one in which a file breaks off; then `_END`, to see an open quotation."""
+    for line in _text(packed):
+        if not packed.broken or line.endswith(("\n", "\r")):
+            yield line
+    yield _END
 
 
-def _array_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Elements of one JSON array, streamed; the line is the element's number, from 1."""
-    decoder = json.JSONDecoder()  # NaN is one row's fault, not the end of all that follow
-    text, buffer, at, number, more = _text(stream), "", 0, 0, True
-    skip = re.compile(r"[\s,\[]*")
+def _csv_rows(packed: _Unpacked, path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows by the header's names. Where a quotation is not closed within `BLOCK_BYTES` characters,
+    that is one `Bad`, and the next line is a row again."""
+    csv.field_size_limit(BLOCK_BYTES)
+    reader = csv.reader(_csv_lines(packed))
+    header: list[str] = []
     while True:
+        line = reader.line_num + 1
         try:
-            if at > BLOCK_BYTES or not buffer:
-                buffer, at = buffer[at:] + text.read(BLOCK_BYTES), 0
-            start = skip.match(buffer, at).end()  # type: ignore[union-attr]
-            if buffer[start : start + 1] == "]":
-                return
-            row, end = decoder.raw_decode(buffer, start)
-            if end == len(buffer) and more:
-                raise ValueError("cut by the buffer's end")
-        except (ValueError, RecursionError, OSError) as error:
-            addition = "" if isinstance(error, OSError) else text.read(max(1, len(buffer)))
-            more, buffer, at = bool(addition), buffer[at:] + addition, 0
-            if more:
+            cells = next(reader)
+        except csv.Error as error:
+            yield line, Bad("wrong_cells", str(error)[:200])
+            continue
+        if cells and cells[-1].endswith(_END):
+            break
+        raw = ",".join(cells).encode("utf-8", "surrogateescape")
+        if not header:
+            header = cells
+            if twice := [name for name in set(header) if name and header.count(name) > 1]:
+                raise DataError(
+                    f"{path}: the header names {', '.join(sorted(twice))} more than once",
+                    why="of columns with one name all but the last would be lost",
+                    fix="rename or remove one",
+                )
+        elif cells and len(cells) != len(header):
+            yield line, Bad("wrong_cells", f"{len(cells)} cells, {len(header)} columns", raw)
+        elif cells:
+            row = dict(zip(header, cells, strict=True))
+            yield line, row if _whole("".join(cells)) else Bad("not_utf8", "", raw)
+    if packed.broken or cells != [_END]:
+        yield line, Bad("truncated_file", packed.broken or "a quotation is not closed")
+
+
+def _json_rows(packed: _Unpacked) -> Iterator[tuple[int, Any]]:
+    """Elements of arrays and of documents' lists, and what stands beside them, streamed.
+
+    The line is the element's number, from 1. What cannot be read is one `Bad`, see `_behind`.
+    """
+    constants: list[str] = []  # NaN is the fault of one element, whose end is known
+    decoder = json.JSONDecoder(parse_constant=constants.append)
+    text, buffer, at, number, more = _text(packed), "", 0, 0, True
+    inside = document = False
+    while True:
+        if more and len(buffer) - at < WINDOW:
+            more = bool(addition := text.read(WINDOW))
+            buffer, at = buffer[at:] + addition, 0
+        start = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]
+        sign = buffer[start : start + 1]
+        if not sign:
+            at = start
+            if not more:
+                break
+            continue
+        if sign == "[" and not inside or sign == ("]" if inside else document and "}"):
+            inside, at = sign == "[", start + 1
+            continue
+        if not inside and (document or (sign == "{" and not number)):
+            end, inside = _members(buffer, start)
+            if inside or (sign == '"' and end > start):
+                document, at = True, end
                 continue
-            detail = f"the array breaks after {number} elements: {error}"[:200]
-            rest = buffer[:1000].encode("utf-8", "replace")
-            yield number + 1, Bad("truncated_file", detail, rest)
-            return
+        constants.clear()
+        try:
+            row, end = decoder.raw_decode(buffer, start)
+            cut = end == len(buffer)
+        except (ValueError, RecursionError) as error:
+            row, end = None, -1
+            cut = getattr(error, "pos", 0) > len(buffer) - 16 or "Unterminated" in str(error)
+        if cut and more and len(buffer) - start < LONGEST:
+            more = bool(addition := text.read(len(buffer)))
+            buffer, at = buffer[at:] + addition, 0
+            continue
+        whole = end > 0 and not constants
+        if end < 0 and (end := len(buffer) if cut and more else _behind(buffer, at, start)) < 0:
+            at = start
+            if not more:
+                break
+            end = len(buffer)
         number, at, written = number + 1, end, buffer[start:end]
-        if "NaN" in written or "Infinity" in written:
-            row = _parse(written.encode("utf-8", "replace"))
-        yield (number, row) if isinstance(row, Bad) else _checked(number, row)
+        whole = whole and _whole(written)
+        yield number, row if whole else _parse(written.encode("utf-8", "surrogateescape"))
+    if inside or packed.broken or buffer[at:]:
+        detail = packed.broken or f"what follows {number} elements cannot be read to the end"
+        rest = buffer[at : at + 1000].encode("utf-8", "surrogateescape")
+        yield number + 1, Bad("truncated_file", detail, rest)
 
 
-def _document_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """One object that holds the rows under one of its keys (`{"data": [...]}`)."""
-    raw = stream.read()
-    document = _parse(raw)
-    if isinstance(document, Bad):
-        yield 1, document
-        return
-    lists = [value for value in document.values() if isinstance(value, list)]
-    rows = lists[0] if len(lists) == 1 else [document]
-    yield from enumerate(rows, 1)
+def _members(buffer: str, at: int) -> tuple[int, bool]:
+    """Place behind the `[` of a document's next list, and True; behind its last member, and False.
+
+    An object with a column of a row before any list is that row: its list may be its messages.
+    """
+    while found := _MEMBER.match(buffer, at):
+        if found[1] in _COLUMNS:
+            break
+        if found[2]:
+            return found.end(), True
+        try:
+            _, at = json.JSONDecoder().raw_decode(buffer, found.end())
+        except (ValueError, RecursionError):
+            break
+    return at, False
+
+
+def _behind(buffer: str, at: int, start: int) -> int:
+    """Where a broken element ends that begins at `start`, behind white space from `at`, or -1.
+
+    That is where its brackets close (outside strings), or at the comma where it has none; where
+    they do not close, before the next line that begins as the element's own did, with `{` behind
+    the same indentation; without such a line, before the next object that follows a comma. At most
+    `WINDOW` characters are looked at, so that rubbish costs time in proportion to its length.
+    """
+    lead, stop = buffer[at:start], min(len(buffer), start + WINDOW)
+    line = buffer.find(lead[lead.rindex("\n") :] + "{", start, stop) if "\n" in lead else -1
+    awaited: list[str] = []
+    for token in _BRACKETS.finditer(buffer, start, stop if line < 0 else line):
+        sign = token[0]
+        if sign in "{[":
+            if not awaited and token.start() > start:
+                return token.start()
+            awaited.append("}" if sign == "{" else "]")
+            if len(awaited) > DEEPEST:
+                break
+        elif sign in "}]" and awaited:
+            if awaited.pop() != sign:
+                break
+            if not awaited:
+                return token.end()
+        elif sign in ",]" and not awaited:
+            return max(token.start(), start + 1)
+    if line < 0 and (found := _NEXT.search(buffer, start + 1, stop)):
+        return found.start()
+    return line
 
 
 def _parquet_batches(path: Path) -> Iterator[Batch]:
@@ -327,11 +460,24 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
     try:
         with pq.ParquetFile(path) as file:
             for chunk in file.iter_batches(ROWS_A_BATCH):
-                rows = list(enumerate(chunk.to_pylist(), line))
+                try:
+                    rows = chunk.to_pylist()
+                except (ValueError, OverflowError):
+                    rows = [_cells(chunk.slice(at, 1)) for at in range(len(chunk))]
+                yield Batch(line, rows=list(enumerate(rows, line)))
                 line += len(rows)
-                yield Batch(rows[0][0] if rows else line, rows=rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         yield Batch(line, rows=[(line, Bad("truncated_file", str(error)[:200]))])
+
+
+def _cells(row: pa.RecordBatch) -> Any:
+    """One row of a batch in which some row holds what Python cannot."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Bad("not_utf8", f"byte {error.start}", error.object)
+    except (ValueError, OverflowError) as error:
+        return Bad("not_text", str(error)[:200])
 
 
 def _hub_commit(item: SourceConfig) -> str:
