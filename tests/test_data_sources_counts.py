@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,138 @@ def test_every_element_is_counted_once(
     found = read(path)
     assert [None if isinstance(row, Bad) else row for _, row in found] == expected(elements)
     assert [line for line, _ in found] == list(range(1, len(elements) + 1))
+
+
+CELLS = [["q", "a"], ['q, "x"\ny', "a"], ["caf\udce9", "a"], ["a\x00", "b"], ["1", "2", "3"], ["1"]]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(st.sampled_from(CELLS), max_size=12))
+@pytest.mark.parametrize("packing", PACKERS)
+def test_every_row_of_cells_is_counted_once(
+    tmp_path: Path, packing: str, rows: list[list[str]]
+) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["user", "assistant"], *rows])
+    raw = text.getvalue().encode("utf-8", "surrogateescape")
+    (tmp_path / f"rows.csv{packing}").write_bytes(PACKERS[packing](raw))
+    found = [row for _, row in read(tmp_path / f"rows.csv{packing}")]
+    good = [len(row) == 2 and row[0] != "caf\udce9" for row in rows]
+    assert [None if isinstance(row, Bad) else [*row.values()] for row in found] == [
+        row if whole else None for row, whole in zip(rows, good, strict=True)
+    ]
+
+
+def reasons(path: Path) -> list[Any]:
+    return [row.reason if isinstance(row, Bad) else row for _, row in read(path)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_rows_before_a_break_are_rows(tmp_path: Path, name: str, packing: str) -> None:
+    rng = random.Random(0)
+    rows = [{"user": rng.randbytes(40).hex(), "assistant": str(n)} for n in range(20_000)]
+    text = "\n".join(map(json.dumps, rows))
+    if name == "rows.json":
+        text = "[" + text.replace("\n", ",\n") + "]"
+    if name == "rows.csv":
+        text = "user,assistant\n" + "".join(f"{r['user']},{r['assistant']}\n" for r in rows)
+    path = tmp_path / f"{name}{packing}"
+    path.write_bytes(PACKERS[packing](text.encode())[:-2000])
+    found = reasons(path)
+    assert found[:-1] == rows[: len(found) - 1] and found[-1] == "truncated_file"
+    stream, size = (
+        pa.input_stream(
+            str(path), compression=packing[1:].replace("gz", "gzip").replace("zst", "zstd")
+        ),
+        0,
+    )
+    with pytest.raises(OSError, match="Truncated"):
+        while stream.read(1):
+            size += 1
+    assert len(found) - 1 == text.encode()[:size].count(b"\n") - (name == "rows.csv")
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("cut", [None, 6])
+def test_a_packed_file_without_data_is_one_message(
+    tmp_path: Path, name: str, packing: str, cut: int | None
+) -> None:
+    path = tmp_path / (name + packing)
+    path.write_bytes(PACKERS[packing](b"x" * 99)[:cut] if cut else b"[1, 2] is not packed")
+    with pytest.raises(DataError, match="what its name says"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('[{"a": 1}]\n[{"a": 2}]', [{"a": 1}, {"a": 2}]),
+        ('[{"a": 1}] and more', [{"a": 1}, "truncated_file"]),
+        ('[{"a": 1}, {"a": 2}', [{"a": 1}, {"a": 2}, "truncated_file"]),
+        ('[{"a": 1}{"a": 2}]', [{"a": 1}, {"a": 2}]),
+        ('[[{"a": 1}], []]', [[{"a": 1}], []]),
+        ('{"a": ' + "[" * 5000 + '\n{"a": 1}\n{"a": 2}', ["not_json", {"a": 1}, {"a": 2}]),
+        ('{"data": [{"a": 1}, {"a": NaN}]}', [{"a": 1}, "not_json"]),
+        ('{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}\n', [{"data": [{"a": n}]} for n in (1, 2)]),
+        ('{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n', [{"a": 1}, {"a": 2}]),
+        ('{"messages": [{"a": 1}]}', [{"messages": [{"a": 1}]}]),
+        ('{\n"user": "q",\n"tags": ["x"]\n}', [{"user": "q", "tags": ["x"]}]),
+        (
+            '[\n{"a": "x",\n{"a": 1},\n{"a": "y,\n{"a": 2}\n]',
+            ["not_json", {"a": 1}, "not_json", {"a": 2}],
+        ),
+        ('[{"a": "x, {"a": 1}]', ["not_json", {"a": 1}]),
+    ],
+)  # fmt: skip
+def test_odd_json_files(tmp_path: Path, text: str, found: list[Any]) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    assert reasons(tmp_path / "rows.json") == found
+
+
+def test_an_element_longer_than_what_is_read_ahead_is_one(tmp_path: Path) -> None:
+    rows = [{"user": "q" * 700_000}, {"user": "r" * 100_000, "n": list(range(100_000))}] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert reasons(tmp_path / "rows.json") == rows
+
+
+def test_rubbish_costs_time_in_proportion_to_its_length(tmp_path: Path) -> None:
+    for rubbish in ("{", "[", '{"', '"\\"', "\\", "x ", "\n{"):
+        (tmp_path / "rows.json").write_text("[" + rubbish * 100_000)
+        assert reasons(tmp_path / "rows.json")[-1] == "truncated_file"
+
+
+def test_a_folder_named_as_a_file_is_its_files(tmp_path: Path) -> None:
+    for name in ("rows.parquet/part-0.parquet", "rows.parquet/.hidden.parquet", ".git/x.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"user": ["q"]}), tmp_path / name)
+    (tmp_path / "rows.parquet" / "_SUCCESS").touch()
+    for given_path in ("", "*.parquet", "rows.parquet", "**/*.parquet"):
+        found = locate(SourceConfig(path=str(tmp_path / given_path)))
+        assert [Path(source.name).name for source in found] == ["part-0.parquet"]
+
+
+def test_a_cell_that_is_no_utf8_costs_its_own_row(tmp_path: Path) -> None:
+    cells = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"user": cells}), tmp_path / "rows.parquet")
+    assert reasons(tmp_path / "rows.parquet") == [{"user": "a"}, "not_utf8", {"user": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\n\nuser\nq\n", [{"user": "q"}]),
+        ("user,b\nq,a\nr,\"open\ns,t\n", [{"user": "q", "b": "a"}, "truncated_file"]),
+        ("user\n\"" + "x\n" * 2_500_000 + "q", ["wrong_cells"]),
+    ],
+)  # fmt: skip
+def test_odd_csv_files(tmp_path: Path, text: str, found: list[Any]) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    assert reasons(tmp_path / "rows.csv")[: len(found)] == found
+
+
+def test_a_header_that_repeats_a_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("user,user\na,b\n")
+    with pytest.raises(DataError, match="user more than once"):
+        read(tmp_path / "rows.csv")

@@ -5,13 +5,16 @@ may be another process. Every other format is parsed here. A row that cannot be 
 with its line; only a file that is no data at all ends the run.
 """
 
+import codecs
 import csv
 import glob
 import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,11 @@ PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 4 << 20
 ROWS_A_BATCH = 4096
 BOM = b"\xef\xbb\xbf"
-WINDOW = 1 << 18
+WINDOW = 1 << 17
 """Characters of JSON read ahead; a broken element is sought to end within them."""
 LONGEST = 1 << 26
 """Characters after which an element that does not end is given up."""
-DEEPEST = 32
+DEEPEST = 16
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LONE = re.compile("[\udc80-\udcff]")
@@ -187,36 +190,28 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
     return Source(name, sha256_file(path), item, path)
 
 
-class _Unpacked(io.RawIOBase):
-    """The bytes of a file, packed or not, up to where it breaks off; `broken` says how it does."""
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """A file's bytes, unpacked; `OSError` where they break off, behind the last byte before."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._step, self.broken = path, 1 << 16, ""
-        self._stream, self._done = self._open(), 0
+    def stream() -> pa.NativeFile:
+        return pa.input_stream(str(path), compression=PACKINGS.get(path.suffix))
 
-    def _open(self) -> pa.NativeFile:
-        return pa.input_stream(str(self._path), compression=PACKINGS.get(self._path.suffix))
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self.broken:
-            return 0
-        try:
-            data = self._stream.read(min(len(buffer), self._step))
-        except OSError as error:
-            if self._step == 1:
-                self.broken = str(error)[:200]
-                return 0
-            # A read that fails loses what it had unpacked: again up to here, then byte by byte.
-            self._stream, self._step = self._open(), 1
-            for start in range(0, self._done, 1 << 16):
-                self._stream.read(min(1 << 16, self._done - start))
-            return self.readinto(buffer)
-        buffer[: len(data)] = data
-        self._done += len(data)
-        return len(data)
+    whole, opened = 0, stream()
+    try:
+        while data := opened.read(size):
+            whole += 1
+            yield data
+    except OSError as error:
+        # A read that fails loses what it had unpacked: again up to here, then byte by byte.
+        opened, rest = stream(), bytearray()
+        for _ in range(whole):
+            opened.read(size)
+        with suppress(OSError):
+            while data := opened.read(1):
+                rest += data
+        if rest:
+            yield bytes(rest)
+        raise error
 
 
 def _file_batches(path: Path) -> Iterator[Batch]:
@@ -224,57 +219,47 @@ def _file_batches(path: Path) -> Iterator[Batch]:
     if kind == ".parquet":
         yield from _parquet_batches(path)
         return
-    packed = _Unpacked(path)
-    head = io.BufferedReader(packed).read(WINDOW)
-    if packed.broken and not head:
-        raise DataError(
-            f"{path} is no {PACKINGS[path.suffix]} data: {packed.broken}",
-            fix="check how it was made or downloaded, and its name",
-        )
-    head, packed = head.removeprefix(BOM).lstrip(), _Unpacked(path)
+    try:
+        head = next(_pieces(path, WINDOW), b"").removeprefix(BOM).lstrip()
+    except OSError as error:
+        raise DataError(f"{path}: {error}", fix="check that it is what its name says") from None
     if kind == ".csv":
-        yield from _grouped(_csv_rows(packed, path))
+        yield from _grouped(_csv_rows(path))
     elif kind == ".json" and (head[:1] == b"[" or (head[:1] == b"{" and not _is_lines(head))):
-        yield from _grouped(_json_rows(packed))
+        yield from _grouped(_json_rows(path))
     else:
-        yield from _blocks(packed)
+        yield from _blocks(path)
 
 
 def _is_lines(head: bytes) -> bool:
-    """Whether a file that starts so is JSON Lines: the first line is JSON and not all there is."""
+    """Whether a file that starts so is JSON Lines: its first line is JSON and not a document."""
     first, _, rest = head.partition(b"\n")
-    if not rest.strip():
-        return not _members(head.decode("utf-8", "replace"), 0)[1]
-    return not isinstance(_parse(first), Bad)
+    if rest.strip():
+        return not isinstance(_parse(first), Bad)
+    return not _members(head.decode("utf-8", "replace"), 0)[1]
 
 
 def _grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
-    batch: list[tuple[int, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == ROWS_A_BATCH:
-            yield Batch(batch[0][0], rows=batch)
-            batch = []
-    if batch:
+    while batch := list(islice(rows, ROWS_A_BATCH)):
         yield Batch(batch[0][0], rows=batch)
 
 
-def _blocks(packed: _Unpacked) -> Iterator[Batch]:
-    stream, line = io.BufferedReader(packed), 1
-    pieces: list[bytes] = []
-    while data := stream.read(BLOCK_BYTES):
-        if line == 1 and not pieces:
-            data = data.removeprefix(BOM)
-        cut = data.rfind(b"\n") + 1
-        if cut:
-            block = b"".join(pieces) + data[:cut]
-            yield Batch(line, block)
-            line += block.count(b"\n")
-            pieces = []
-        pieces.append(data[cut:])
-    rest = b"".join(pieces)
-    if packed.broken:
-        yield Batch(line, rows=[(line, Bad("truncated_file", packed.broken, rest))])
+def _blocks(path: Path) -> Iterator[Batch]:
+    line, kept, bad = 1, [b""], ""
+    try:
+        for data in _pieces(path, BLOCK_BYTES):
+            if line == 1 and kept == [b""]:
+                data = data.removeprefix(BOM)
+            if cut := data.rfind(b"\n") + 1:
+                block = b"".join(kept) + data[:cut]
+                yield Batch(line, block)
+                line, kept = line + block.count(b"\n"), []
+            kept.append(data[cut:])
+    except OSError as error:
+        bad = str(error)[:200]
+    rest = b"".join(kept)
+    if bad:
+        yield Batch(line, rows=[(line, Bad("truncated_file", bad, rest))])
     elif rest:
         yield Batch(line, rest)
 
@@ -302,29 +287,21 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _text(packed: _Unpacked) -> io.TextIOWrapper:
-    """Text of a file; bytes that are no UTF-8 become lone surrogates, which no encoding takes."""
-    stream = io.BufferedReader(packed)
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _csv_lines(path: Path) -> Iterator[str]:
+    """Lines, but not one in which a file breaks off; then `_END` and how it breaks, if it does."""
+    bad = ""
+    for batch in _blocks(path):
+        # Bytes that are no UTF-8 become lone surrogates.
+        yield from io.TextIOWrapper(io.BytesIO(batch.block), "utf-8", "surrogateescape", "")
+        bad = "".join(row.detail for _, row in batch.rows)
+    yield _END + bad
 
 
-def _whole(text: str) -> bool:
-    return text.isascii() or not _LONE.search(text)
-
-
-def _csv_lines(packed: _Unpacked) -> Iterator[str]:
-    """Lines, but not the one in which a file breaks off; then `_END`, to see an open quotation."""
-    for line in _text(packed):
-        if not packed.broken or line.endswith(("\n", "\r")):
-            yield line
-    yield _END
-
-
-def _csv_rows(packed: _Unpacked, path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows by the header's names. Where a quotation is not closed within `BLOCK_BYTES` characters,
-    that is one `Bad`, and the next line is a row again."""
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows by the header's names. A quotation that is not closed within `BLOCK_BYTES` characters
+    is one `Bad`, and the next line a row again."""
     csv.field_size_limit(BLOCK_BYTES)
-    reader = csv.reader(_csv_lines(packed))
+    reader = csv.reader(_csv_lines(path))
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -333,38 +310,45 @@ def _csv_rows(packed: _Unpacked, path: Path) -> Iterator[tuple[int, Any]]:
         except csv.Error as error:
             yield line, Bad("wrong_cells", str(error)[:200])
             continue
-        if cells and cells[-1].endswith(_END):
+        text = ",".join(cells)
+        if _END in text:
             break
-        raw = ",".join(cells).encode("utf-8", "surrogateescape")
+        raw = text.encode("utf-8", "surrogateescape")
         if not header:
             header = cells
-            if twice := [name for name in set(header) if name and header.count(name) > 1]:
+            if twice := [name for name in header if name and header.count(name) > 1]:
                 raise DataError(
-                    f"{path}: the header names {', '.join(sorted(twice))} more than once",
-                    why="of columns with one name all but the last would be lost",
-                    fix="rename or remove one",
+                    f"{path}: the header names {twice[0]} more than once",
+                    why="all but the last of these columns would be lost",
+                    fix="rename or remove them",
                 )
         elif cells and len(cells) != len(header):
             yield line, Bad("wrong_cells", f"{len(cells)} cells, {len(header)} columns", raw)
         elif cells:
-            row = dict(zip(header, cells, strict=True))
-            yield line, row if _whole("".join(cells)) else Bad("not_utf8", "", raw)
-    if packed.broken or cells != [_END]:
-        yield line, Bad("truncated_file", packed.broken or "a quotation is not closed")
+            whole = not _LONE.search(text)
+            yield line, dict(zip(header, cells, strict=True)) if whole else Bad("not_utf8", "", raw)
+    if text != _END:
+        bad = text.partition(_END)[2] or "a quotation is not closed"
+        yield line, Bad("truncated_file", bad, text.encode("utf-8", "replace"))
 
 
-def _json_rows(packed: _Unpacked) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Elements of arrays and of documents' lists, and what stands beside them, streamed.
 
     The line is the element's number, from 1. What cannot be read is one `Bad`, see `_behind`.
     """
     constants: list[str] = []  # NaN is the fault of one element, whose end is known
     decoder = json.JSONDecoder(parse_constant=constants.append)
-    text, buffer, at, number, more = _text(packed), "", 0, 0, True
-    inside = document = False
+    text = codecs.iterdecode(_pieces(path, WINDOW), "utf-8-sig", "surrogateescape")
+    # The first element begins a line as those behind it do.
+    buffer, at, number, wanted, bad = "\n", 0, 0, WINDOW, ""
+    inside, document, more = False, False, True
     while True:
-        if more and len(buffer) - at < WINDOW:
-            more = bool(addition := text.read(WINDOW))
+        while more and len(buffer) - at < wanted:
+            try:
+                more = bool(addition := next(text, ""))
+            except OSError as error:
+                more, addition, bad = False, "", str(error)[:200]
             buffer, at = buffer[at:] + addition, 0
         start = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]
         sign = buffer[start : start + 1]
@@ -388,23 +372,29 @@ def _json_rows(packed: _Unpacked) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             row, end = None, -1
             cut = getattr(error, "pos", 0) > len(buffer) - 16 or "Unterminated" in str(error)
-        if cut and more and len(buffer) - start < LONGEST:
-            more = bool(addition := text.read(len(buffer)))
-            buffer, at = buffer[at:] + addition, 0
+        if cut and more and len(buffer) < LONGEST:
+            wanted = 2 * len(buffer)
             continue
-        whole = end > 0 and not constants
+        wanted, whole = WINDOW, end > 0 and not constants
         if end < 0 and (end := len(buffer) if cut and more else _behind(buffer, at, start)) < 0:
-            at = start
             if not more:
                 break
             end = len(buffer)
-        number, at, written = number + 1, end, buffer[start:end]
-        whole = whole and _whole(written)
-        yield number, row if whole else _parse(written.encode("utf-8", "surrogateescape"))
-    if inside or packed.broken or buffer[at:]:
-        detail = packed.broken or f"what follows {number} elements cannot be read to the end"
+        written = buffer[start:end].encode("utf-8", "surrogateescape")
+        number += 1
+        if whole and (written.isascii() or not _LONE.search(buffer, start, end)):
+            at = end
+            yield number, row
+        else:
+            buffer, at = (
+                buffer[end:],
+                0,
+            )  # errors count the lines before their place
+            yield number, _parse(written)
+    if inside or bad or buffer[at:].strip():
+        bad = bad or f"what follows {number} elements cannot be read to the end"
         rest = buffer[at : at + 1000].encode("utf-8", "surrogateescape")
-        yield number + 1, Bad("truncated_file", detail, rest)
+        yield number + 1, Bad("truncated_file", bad, rest)
 
 
 def _members(buffer: str, at: int) -> tuple[int, bool]:
