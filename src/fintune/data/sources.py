@@ -164,10 +164,8 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _format(path: Path) -> str | None:
-    suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] in PACKINGS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    suffix = path.with_suffix("").suffix if path.suffix in PACKINGS else path.suffix
+    return suffix if suffix in FORMATS else None
 
 
 def _local(path: Path, name: str, item: SourceConfig) -> Source:
@@ -175,8 +173,8 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
         raise DataError(
             f"{path}: no known data format", fix=f"it must end in one of {', '.join(FORMATS)}"
         )
-    if not path.is_file():
-        raise DataError(f"{path} is a link to nothing, or no file", fix="mend or remove it")
+    if not path.is_file() or path.name.endswith((".parquet.gz", ".parquet.zst")):
+        raise DataError(f"{path} is no file, or packed Parquet", fix="unpack, mend or remove it")
     with path.open("rb") as file:
         head = file.read(len(LFS_HEAD))
     if head == LFS_HEAD:
@@ -344,12 +342,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     buffer, at, number, wanted, bad = "\n", 0, 0, WINDOW, ""
     inside, document, more = False, False, True
     while True:
-        while more and len(buffer) - at < wanted:
+        if more and len(buffer) - at < wanted:
+            parts = [buffer[at:]]
             try:
-                more = bool(addition := next(text, ""))
-            except OSError as error:
-                more, addition, bad = False, "", str(error)[:200]
-            buffer, at = buffer[at:] + addition, 0
+                parts += islice(text, wanted // WINDOW)
+            except OSError as error:  # what came before it stands in `parts`
+                bad = str(error)[:200]
+            more, buffer, at = len(parts) > wanted // WINDOW and not bad, "".join(parts), 0
         start = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]
         sign = buffer[start : start + 1]
         if not sign:
@@ -357,7 +356,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if not more:
                 break
             continue
-        if sign == "[" and not inside or sign == ("]" if inside else document and "}"):
+        if sign == "]" or (not inside and (sign == "[" or (document and sign == "}"))):
             inside, at = sign == "[", start + 1
             continue
         if not inside and (document or (sign == "{" and not number)):
