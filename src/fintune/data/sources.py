@@ -385,10 +385,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             at = end
             yield number, row
         else:
-            buffer, at = (
-                buffer[end:],
-                0,
-            )  # errors count the lines before their place
+            buffer, at = buffer[end:], 0  # the next error counts the lines before its place
             yield number, _parse(written)
     if inside or bad or buffer[at:].strip():
         bad = bad or f"what follows {number} elements cannot be read to the end"
