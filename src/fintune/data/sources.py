@@ -372,7 +372,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             row, end = None, -1
             cut = getattr(error, "pos", 0) > len(buffer) - 16 or "Unterminated" in str(error)
         if cut and more and len(buffer) < LONGEST:
-            wanted = 2 * len(buffer)
+            wanted = max(2 * len(buffer), WINDOW)  # a piece at least, or nothing would end
             continue
         wanted, whole = WINDOW, end > 0 and not constants
         if end < 0 and (end := len(buffer) if cut and more else _behind(buffer, at, start)) < 0:
