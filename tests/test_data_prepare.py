@@ -22,8 +22,8 @@ from fintune import nano, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig, load_config
 from fintune.data import prepare as prepare_module
+from fintune.data import raw as raw_module
 from fintune.data import scan as scan_module
-from fintune.data import sources as sources_module
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.filters import refuse
 from fintune.data.inspect import find, inspect, why_dropped
@@ -231,7 +231,7 @@ def test_workers_change_nothing_where_few_rows_keep_their_text(
     """Small caps, small blocks and many duplicates: the limit falls while batches are under way."""
     monkeypatch.setattr(scan_module, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(scan_module, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 1 << 12)
     draw = random.Random(3)
     found = rows(900)
     path = write(tmp_path / "rows.jsonl", [draw.choice(found) for _ in range(1_500)])

@@ -16,9 +16,10 @@ import pytest
 
 from fintune.config import DataConfig, SourceConfig
 from fintune.data import scan as scan_module
+from fintune.data.raw import Bad, parse_block
 from fintune.data.rows import Rejected, repair, to_messages
 from fintune.data.scan import scan
-from fintune.data.sources import Bad, find_sources, locate, parse_block
+from fintune.data.sources import find_sources, locate
 from fintune.errors import ConfigError, DataError, FintuneError
 
 ROWS = [

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_data_sources import read
 
 from fintune.config import SourceConfig
-from fintune.data.sources import Bad, locate
+from fintune.data.raw import Bad
+from fintune.data.sources import locate
 from fintune.errors import DataError
 
 GOOD = [

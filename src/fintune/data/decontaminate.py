@@ -22,8 +22,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from fintune.console import warn
+from fintune.data.raw import parse_block
 from fintune.data.rows import Rejected, to_messages
-from fintune.data.sources import Source, parse_block
+from fintune.data.sources import Source
 from fintune.data.text import Hashes, Integers, asked, normal, sequences, words
 from fintune.errors import DataError
 from fintune.example import Example

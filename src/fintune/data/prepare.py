@@ -22,10 +22,11 @@ from fintune.console import heading, say
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.lengths import Tokenised, adaptive_max_length, drop, fit, tokenise
 from fintune.data.personal import mask, mask_messages
+from fintune.data.raw import parse_block
 from fintune.data.related import near_duplicates, split
 from fintune.data.report import Findings, write_report
 from fintune.data.scan import SAMPLES, Scanned, excerpt, scan
-from fintune.data.sources import Source, find_sources, named, parse_block
+from fintune.data.sources import Source, find_sources, named
 from fintune.data.text import asked, hash64, passage
 from fintune.errors import DataError
 from fintune.example import Dropped, Example

@@ -19,8 +19,9 @@ import numpy as np
 from fintune.config import DataConfig
 from fintune.data.filters import refuse
 from fintune.data.personal import mask
+from fintune.data.raw import Bad, Batch, parse_block
 from fintune.data.rows import Rejected, repair, to_messages
-from fintune.data.sources import Bad, Batch, Source, parse_block
+from fintune.data.sources import Source
 from fintune.data.text import hash64, normal, passage
 from fintune.example import Dropped, Example, Message
 from fintune.files import sha256_bytes, sha256_json
