@@ -291,7 +291,7 @@ def inspect(
     if out or dropped:
         columns = ["source", "line", "reason", "detail"]
         cells = ([entry[column] for column in columns] for entry in out[: count or 20])
-        console.table(f"{len(out)} dropped rows", columns, cells)
+        console.table(f"dropped rows: {len(out)}", columns, cells)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
             raise OutputError(
                 f"{stage}: {path} is missing or has another size than when it was finished",
                 why="a later stage must read exactly what the earlier one wrote",
-                fix=f"move {folder} away and run: {make}",
+                fix=f"run: {make} --fresh (it moves the old folder aside)",
             )
     return done
 

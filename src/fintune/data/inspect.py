@@ -81,9 +81,8 @@ def why_dropped(
     config: Config, *, source: str | None = None, line: int | None = None, reason: str | None = None
 ) -> list[dict[str, Any]]:
     """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments."""
-    table = _matching(config, "ledger.parquet", source=source, line=line, reason=reason)
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    found = _matching(config, "ledger.parquet", source=source, line=line, reason=reason)
+    return list(found.to_pylist())
 
 
 def find(
@@ -101,7 +100,8 @@ def find(
     ]
     dropped = why_dropped(config, source=source, line=line)
     if not kept and not dropped:
-        raise DataError(f"no row at {source or 'any source'}:{line}", fix="lines count from 1")
+        fix = "lines count from 1; a row of several lines goes by its first"
+        raise DataError(f"no row at {source or 'any source'}:{line}", fix=fix)
     tokenizer = load_tokenizer(find_base(config.model, weights=False)) if kept else None
     return [_shown(row, part, tokenizer) for row, part in kept], dropped
 
