@@ -26,15 +26,7 @@ from pydantic import (
 from fintune.errors import ConfigError
 from fintune.files import read_toml
 
-SEVEN_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 FORMER_NAMES = read_toml(__file__, "former_names.toml")
 
@@ -192,9 +184,7 @@ class TrainConfig(Section):
         4, ge=1, description="forward passes of one update, of all processes together"
     )
     max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="most tokens of a forward pass; a step is dealt into more of them",
+        None, ge=1, description="most tokens of a forward pass; a step is dealt into more of them"
     )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",

@@ -240,7 +240,7 @@ def _notes(found: rows.Lengths, share: float) -> list[str]:
     notes = [
         f"one GPU, one process; memory +-{MEMORY_BAND:.0%}, as measured on CPU runs"
         f" (bench/plan.py): a GPU was never measured, and its time assumes {usual:.0%} of the dense"
-        f" bf16 peak, the range {least:.0%} to {most:.0%}",
+        f" bf16 peak, the range {least:.0%} to {most:.0%}"
     ]
     if found.assumed:
         notes.append(

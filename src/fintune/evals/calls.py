@@ -138,10 +138,7 @@ def ask(folder: Path, calls: Sequence[Call], config: JudgeConfig) -> dict[str, d
 async def _ask_all(state: _State, todo: list[Call]) -> None:
     openai, key = _openai(), api_key(state.config)
     client = openai.AsyncOpenAI(
-        api_key=key,
-        base_url=state.config.base_url,
-        max_retries=0,
-        timeout=state.config.timeout_s,
+        api_key=key, base_url=state.config.base_url, max_retries=0, timeout=state.config.timeout_s
     )
     queue, answered = iter(todo), asyncio.Event()
 

@@ -170,10 +170,7 @@ def build_base(folder: Path, recipe: Recipe, report: Callable[[str], None]) -> N
     loss = pretrain(model, token_stream(tokenizer, recipe.seed + 1), recipe, report)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-        **_token_ids(tokenizer),
+        do_sample=True, temperature=0.6, top_p=0.9, **_token_ids(tokenizer)
     )
     model.save_pretrained(folder)
     minutes = (time.monotonic() - started) / 60

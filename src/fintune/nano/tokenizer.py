@@ -21,15 +21,7 @@ END: Final = "<|end_of_text|>"
 EOM: Final = "<|eom_id|>"
 EOT: Final = "<|eot_id|>"
 PAD: Final = "<|finetune_right_pad_id|>"
-SPECIAL_TOKENS: Final = (
-    BOS,
-    END,
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    EOM,
-    EOT,
-    PAD,
-)
+SPECIAL_TOKENS: Final = (BOS, END, "<|start_header_id|>", "<|end_header_id|>", EOM, EOT, PAD)
 
 # Llama 3's split: words take one preceding blank or mark, digits come in groups of at most three
 # from the left.
