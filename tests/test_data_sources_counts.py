@@ -194,6 +194,8 @@ def test_a_cell_that_is_no_utf8_costs_its_own_row(tmp_path: Path) -> None:
     ("text", "found"),
     [
         ("\n\nuser\nq\n", [{"user": "q"}]),
+        ("user;b\n1,5;\"q;\n\"\nr\n", [{"user": "1,5", "b": "q;\n"}, "wrong_cells"]),
+        ("\nuser\tb\nq;r\ts,t\n", [{"user": "q;r", "b": "s,t"}]),
         ("user,b\nq,a\nr,\"open\ns,t\n", [{"user": "q", "b": "a"}, "truncated_file"]),
         ("user\n\"" + "x\n" * 2_500_000 + "q", ["wrong_cells"]),
     ],

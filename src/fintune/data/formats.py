@@ -8,7 +8,7 @@ with its line; only a file that is no data at all ends the run.
 import csv
 import io
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,17 @@ def _csv_lines(path: Path) -> Iterator[str]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows by the header's names. A quotation that is not closed within `BLOCK_BYTES` characters
-    is one `Bad`, and the next line a row again."""
+    """Rows by the header's names, cut where the header is: at commas, semicolons or tabs.
+
+    A quotation that is not closed within `BLOCK_BYTES` characters is one `Bad`, and the next line
+    a row again.
+    """
     csv.field_size_limit(BLOCK_BYTES)
-    reader = csv.reader(_csv_lines(path))
+    lines = _csv_lines(path)
+    head = [next(lines)]
+    while not head[-1].strip():
+        head.append(next(lines))
+    reader = csv.reader(chain(head, lines), delimiter=max(",;\t", key=head[-1].count))
     header: list[str] = []
     while True:
         line = reader.line_num + 1

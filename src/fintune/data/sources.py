@@ -9,11 +9,20 @@ from pathlib import Path
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
 from fintune.data.formats import FORMATS, ROWS_A_BATCH, file_batches, format_of
-from fintune.data.raw import Batch
+from fintune.data.raw import PACKINGS, Batch
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 
-LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+HEADS: dict[tuple[bytes, ...], tuple[str, str]] = {
+    (b"version https://git-lfs",): ("a Git LFS pointer, not the data", "run: git lfs pull"),
+    (b"\x1f\x8b",): ("packed with gzip", "add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd",): ("packed with zstd", "add .zst to its name"),
+    (b"PK\x03\x04",): ("a zip archive or a spreadsheet", "unpack it, or save it as CSV in UTF-8"),
+    (b"\xff\xfe", b"\xfe\xff"): ("UTF-16", "save it as UTF-8"),
+    (b"<!", b"<html"): ("a web page", "download the file itself"),
+}
+"""First bytes of what often stands under the name of a data file, what it is and what to do."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -119,13 +128,10 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
     if not path.is_file() or path.name.endswith((".parquet.gz", ".parquet.zst")):
         raise DataError(f"{path} is no file, or packed Parquet", fix="unpack, mend or remove it")
     with path.open("rb") as file:
-        head = file.read(len(LFS_HEAD))
-    if head == LFS_HEAD:
-        raise DataError(
-            f"{path} is a Git LFS pointer, not the data",
-            why="git cloned without LFS leaves a few lines of text in place of the file",
-            fix="run: git lfs pull",
-        )
+        head = file.read(64)
+    for starts, (what, fix) in HEADS.items():
+        if head.startswith(starts) and what != f"packed with {PACKINGS.get(path.suffix)}":
+            raise DataError(f"{path} is {what}", fix=fix)
     if not head:
         raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
     return Source(name, sha256_file(path), item, path)
