@@ -123,7 +123,10 @@ class _Preparation:
         self.seed = config.seed
         self.sources, self.chat, self.questions = sources, chat, questions
         if self.data.personal_data != "off":  # as the rows that they are compared with
-            self.questions = [replace(each, text=mask(each.text)[0]) for each in questions]
+            self.questions = [
+                replace(each, text=mask(each.text)[0], answer=mask(each.answer)[0])
+                for each in questions
+            ]
         share = self.data.validation_share
         rows = max(self.data.max_train_rows / (1 - share), self.data.max_validation_rows / share)
         wanted = math.ceil(MARGIN * rows)
