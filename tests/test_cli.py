@@ -1,5 +1,6 @@
 """The command line: one readable message and the right exit code; nothing half-written."""
 
+import errno
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from fintune import cli, nano
 from fintune.config import dotted_keys
+from fintune.data import prepare as stage
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -236,3 +238,16 @@ def test_the_reference_lists_every_key() -> None:
     text = page.read_text(encoding="utf-8")
     missing = [key for key in dotted_keys() if f"`{key}`" not in text]
     assert missing == [], "make reference"
+
+
+def test_a_full_disk_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(stage, "write_json", full)
+    code, _, said = run(capsys, "prepare", "-c", "nano", "-s", f"out={tmp_path / 'out'}")
+    assert code == 74 and "no room left" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "data").exists()
+    assert not list((tmp_path / "out").glob(".staging-*"))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, Stopped
-from fintune.files import reaching
+from fintune.errors import ConfigError, FintuneError, NoSpace, Stopped
+from fintune.files import FULL, reaching
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -56,7 +56,7 @@ DEFAULT = "fintune.yaml"
 
 
 def main() -> None:
-    """Entry point: a FintuneError becomes one message and its exit code, nothing else is caught."""
+    """Entry point: a FintuneError, or a full disk, becomes one message and its exit code."""
     _quiet()
     try:
         app()
@@ -66,6 +66,12 @@ def main() -> None:
             again = [word for word in sys.argv[1:] if word != "--fresh"]
             console.say(f"continue with: {shlex.join(['fintune', *again])}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        what = "no room left where the results are written"
+        console.fail(str(NoSpace(what, fix="make room; the same command begins again")))
+        sys.exit(NoSpace.exit_code)
 
 
 @contextmanager
