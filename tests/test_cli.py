@@ -42,7 +42,7 @@ def bad_inputs(root: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
     (root / "weightless").mkdir()
     (root / "weightless" / "config.json").write_text("{}")
     (root / "hooked").mkdir()
-    (root / "hooked" / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    (root / "hooked" / "config.json").write_text('{"auto_map": {"AutoConfig": "evil.Config"}}')
     (root / "wordless").mkdir()
     for path in tiny_base.iterdir():
         if path.suffix != ".jinja":
@@ -89,7 +89,7 @@ def test_bad_input_is_one_message(
         word for override in [*overrides, f"out={tmp_path / 'out'}"] for word in ("-s", override)
     ]
     code, _, err = run(capsys, "prepare", "-c", "nano", *sets)
-    assert code == 1, err
+    assert code == (3 if case == "code in a base" else 1), err
     assert expected in err.replace("\n", " ")
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "data").exists(), "nothing half-written under a final name"

@@ -143,10 +143,10 @@ def test_verify_accepts_our_own_release(config: Config, base: Path) -> None:
         "tokenizer", "fixture", "answers",
     }  # fmt: skip
     assert [check.detail for check in report.checks if check.name == "pickle"] == [
-        "training_args.bin is a pickle; it was never opened"
+        "training_args.bin is a pickle; it is never opened"
     ]
     with pytest.raises(GateRefused, match="--no-pickle"):
-        verify(config.release_dir, base=base, no_pickle=True)
+        verify(config.release_dir, base=base, no_pickle=True).settle()
 
 
 def test_same_release_again_is_kept_and_another_refused(config: Config) -> None:

@@ -1,7 +1,9 @@
 """Merged, GGUF, vLLM and Ollama forms of a release, read back and held against the adapter."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import gguf as gguf_package
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_release import built
+from tiny_release import built, rewrite_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fintune.chat import ChatFormat
@@ -18,9 +20,9 @@ from fintune.example import Message
 from fintune.model import release_base
 from fintune.release import export
 from fintune.release import gguf as writing
-from fintune.release.checks import _template_reaches
 from fintune.release.fixture import CONVERSATIONS
 from fintune.release.verify import load_release
+from fintune.untrusted.checks import template_reaches
 
 DATE = "26 Jul 2024"
 
@@ -179,10 +181,13 @@ def test_push_is_dry_by_default(built: tuple[Path, Path]) -> None:
     assert plan.startswith("would upload to someone/tiny (private): README.md, SHA256SUMS")
 
 
-def test_vllm_and_gguf_refuse_what_they_cannot_load(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"r": 1024, "use_dora": true}')
+def test_vllm_refuses_what_it_cannot_load(built: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built[0], tmp_path / "copy"))
+    tree = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(tree | {"r": 1024, "use_dora": True}))
+    rewrite_sums(copy)
     with pytest.raises(ModelError, match="use_dora, rank 1024"):
-        export.vllm(tmp_path)
+        export.vllm(copy)
 
 
 def test_real_llama_template_passes_and_becomes_ollamas() -> None:
@@ -190,7 +195,7 @@ def test_real_llama_template_passes_and_becomes_ollamas() -> None:
     if not folder.is_dir():
         pytest.skip("no ../shared/tokenizers/llama3")
     chat = ChatFormat(AutoTokenizer.from_pretrained(folder), DATE)
-    assert _template_reaches(chat.template) == ""
+    assert template_reaches(chat.template) == ""
     template = export.ollama_template(chat)
     for messages in CONVERSATIONS.values():
         prompt = chat.render(messages[:-1], prompt=True)

@@ -103,11 +103,11 @@ def test_broken_release_is_refused_by_name(built: Folders, tmp_path: Path, name:
     breaks, message = BROKEN[name]
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     breaks(copy)
-    with pytest.raises(GateRefused, match="checksums: "):
-        verify(copy, base=base)
+    with pytest.raises(GateRefused, match="checksums: |pickle: "):
+        verify(copy, base=base).settle()
     rewrite_sums(copy)
     with pytest.raises(GateRefused, match=message) as refused:
-        verify(copy, base=base)
+        verify(copy, base=base).settle()
     assert refused.value.exit_code == 3
     assert "checksums: " not in str(refused.value)
 
@@ -117,22 +117,22 @@ def test_one_bit_is_refused_by_checksum_and_by_answers(built: Folders, tmp_path:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     _flip_bit(copy)
     with pytest.raises(GateRefused, match="checksums: changed: adapter_model.safetensors"):
-        verify(copy, base=base)
+        verify(copy, base=base).settle()
     rewrite_sums(copy)
     with pytest.raises(GateRefused, match="answers: |weights: "):
-        verify(copy, base=base)
+        verify(copy, base=base).settle()
 
 
 def test_other_base_of_the_same_shape_is_refused(built: Folders, tmp_path: Path) -> None:
     folder, _ = built
     other = tiny_base(tmp_path / "other", seed=5)
     with pytest.raises(GateRefused, match="base: trained on another base"):
-        verify(folder, base=other)
+        verify(folder, base=other).settle()
 
 
 def test_template_walls() -> None:
     """What reaches out of a template is refused; what real templates use is not."""
-    from fintune.release.checks import _template_reaches
+    from fintune.untrusted.checks import template_reaches
 
     bad = [
         "{{ x['__glo' 'bals__'] }}",
@@ -142,9 +142,9 @@ def test_template_walls() -> None:
         "{%- from 'a' import b -%}",
         "{{ x._secret }}",
     ]
-    assert [text for text in bad if not _template_reaches(text)] == []
+    assert [text for text in bad if not template_reaches(text)] == []
     good = "{% generation %}{{ m['content']|trim }}{% endgeneration %}{{ _x }} a __b__ {# __c__ #}"
-    assert _template_reaches(good) == ""
+    assert template_reaches(good) == ""
 
 
 def test_foreign_release_without_our_files_is_read(built: Folders, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_foreign_release_without_our_files_is_read(built: Folders, tmp_path: Pat
     notes = {check.name for check in report.checks if check.status == "note"}
     assert {"checksums", "fixture", "template"} <= notes
     (copy / "training_args.bin").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(GateRefused, match="pickle without a checksum"):
-        verify(copy, base=base)
+    with pytest.raises(GateRefused, match="training_args.bin is a pickle"):
+        verify(copy, base=base).settle()
     with pytest.raises(OutputError):
         verify(tmp_path / "absent")

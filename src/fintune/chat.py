@@ -127,6 +127,18 @@ class ChatFormat:
             rows.pop()
         return list(chain.from_iterable(self._tokenise(self._runs(rows, prompt=True))))
 
+    def recorded(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """A conversation as a release records it: text, prompt, ids and labels as trained."""
+        encoded = self.encode(messages)
+        return {
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "text": self.render(messages),
+            "prompt": self.render(messages[:-1], prompt=True),
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "prompt_ids": self.prompt_ids(messages),
+        }
+
     def text_tokens(self, messages: Sequence[Message], encoded: Encoded) -> int:
         """Tokens of the conversation's own texts: its length less what the template alone takes."""
         shape = _shape(messages)

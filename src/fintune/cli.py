@@ -333,12 +333,19 @@ def verify(
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
     from fintune.release.verify import verify as stage
 
-    report = stage(folder, base=base, no_pickle=no_pickle, server=server)
+    try:
+        report = stage(folder, base=base, no_pickle=no_pickle, server=server)
+    except FintuneError as error:
+        if as_json:
+            console.emit_json([{"name": "folder", "status": "failed", "detail": error.what}])
+        raise
     if as_json:
         console.emit_json([asdict(check) for check in report.checks])
-        return
-    rows = [(check.name, check.status, check.detail) for check in report.checks]
-    console.table(f"{folder}: verified", ["check", "", "detail"], rows)
+    else:
+        rows = [(check.name, check.status, check.detail) for check in report.checks]
+        said = "refused" if report.failed else "verified"
+        console.table(f"{folder}: {said}", ["check", "", "detail"], rows)
+    report.settle()
 
 
 @app.command()

@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error, so `--json` st
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,11 @@ from rich.progress import (
 from rich.table import Table
 
 T = TypeVar("T")
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""C0 (but tab and newline), C1 and bidirectional controls, half characters: they move the cursor,
+clear the screen, or show a line in another order than it is read."""
 PLAIN_INTERVAL_S = 10.0
 """Seconds between plain progress lines where there is no terminal (a log stays readable)."""
 
@@ -30,43 +36,54 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
+def printable(text: str) -> str:
+    """Text of others for a terminal or a page: every control character as its escape."""
+    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def _safe(text: str) -> str:
+    """Our own markup stays; what stands in `text` is shown as it is."""
+    return escape(printable(text))
+
+
 def say(text: str) -> None:
     """One line of progress or notice, to standard error."""
-    err.print(escape(text))
+    err.print(_safe(text))
 
 
 def heading(text: str) -> None:
     """The start of a stage, to standard error."""
-    err.print(f"[bold cyan]{escape(text)}[/]")
+    err.print(f"[bold cyan]{_safe(text)}[/]")
 
 
 def warn(text: str) -> None:
     """Something a user should read but that does not stop the run."""
-    err.print(f"[yellow]note:[/] {escape(text)}")
+    err.print(f"[yellow]note:[/] {_safe(text)}")
 
 
 def fail(text: str) -> None:
     """The one message of a failed command."""
-    err.print(f"[bold red]error:[/] {escape(text)}")
+    err.print(f"[bold red]error:[/] {_safe(text)}")
 
 
 def result(text: str) -> None:
     """A command's result, to standard output."""
-    out.print(escape(text))
+    out.print(_safe(text))
 
 
 def emit_json(value: Any) -> None:
     """A command's result for programs: one JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(_CONTROLS.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "\n")
 
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """A small table; columns after the first are right-aligned, as numbers read best."""
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    grid = Table(title=_safe(title), title_justify="left", title_style="bold", header_style="dim")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
+        grid.add_row(*(_safe(str(cell)) for cell in row))
     out.print(grid)
 
 
@@ -84,7 +101,7 @@ class Meter:
         self._count += count
         self._note = self._note if note is None else note
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._count, note=escape(self._note))
+            self._progress.update(self._task, completed=self._count, note=_safe(self._note))
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._printed = time.monotonic()
             say(self._plain())

@@ -1,7 +1,9 @@
 """Base and adapter: where the files are, loading, precision, quantisation, device."""
 
+import functools
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,15 @@ import torch
 from huggingface_hub import errors as hub_errors
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fintune import nano
+from fintune import console, nano
 from fintune.config import LoraConfig, ModelConfig
-from fintune.errors import ModelError, NoSpace
-from fintune.files import free_bytes, read_json, sha256_bytes, sha256_file
+from fintune.errors import ModelError, NoSpace, OutputError
+from fintune.files import free_bytes, sha256_bytes, sha256_file
+from fintune.untrusted import Check, Report, checks, open_folder
+from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -28,6 +32,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 disable_progress_bar()  # loading a base has a line of ours
 
+_REVISION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""A commit of the hub, or the sha256 of a local base's weights; only like is held against like."""
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 """All of a hub base but its weights; no *.py: code of a hub is never run."""
 
@@ -101,18 +107,56 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
     return Base(config.id, revision, folder)
 
 
+def open_release(folder: Path, base: Path | None) -> Base:
+    """Check a release, or any adapter of peft with a tokenizer, and find its base.
+
+    Args:
+        base: folder of the base; absent: the bundled one, or the hub's by id and revision.
+
+    Raises:
+        OutputError: no adapter there.
+        GateRefused: a check failed (`untrusted`), or the adapter is of another base.
+        ModelError: the base is not on this machine and cannot be fetched.
+    """
+    if not (folder / checks.ADAPTER_CONFIG).exists():
+        raise OutputError(f"{folder} holds no adapter (adapter_config.json)", fix="fintune release")
+    report = Report(folder)
+    ours = (folder / checks.SUMS).exists()
+    report.checks += open_folder(folder, "release" if ours else "adapter")
+    found = release_base(folder, base)
+    report.run(lambda: check_revision(folder, found))
+    report.run(lambda: probe_release(folder, found.folder))
+    report.settle()
+    return found
+
+
 def release_base(folder: Path, base: Path | None) -> Base:
-    """The base that a release names, with the revision its weights really have.
+    """The base that a checked release names, with the revision its weights really have.
 
     Args:
         base: folder of the base; absent: the bundled one, or the hub's by id and revision.
     """
-    config = read_json(folder / "adapter_config.json")
-    name = config["base_model_name_or_path"]
+    config = checks.read_object(folder, checks.ADAPTER_CONFIG)
+    name = str(config.get("base_model_name_or_path"))
     # No revision for a local folder: it is named by its weights, so that another base shows.
     local = base is not None or name == nano.NANO_ID
     revision = None if local else config.get("revision")
     return find_base(ModelConfig(id=name, path=base, revision=revision))
+
+
+def check_revision(folder: Path, base: Base) -> list[Check]:
+    """The adapter was trained on these weights, as far as the release says it."""
+    revision = checks.read_object(folder, checks.ADAPTER_CONFIG).get("revision") or ""
+    comparable = _REVISION.fullmatch(revision) and len(revision) == len(base.revision)
+    if comparable and revision != base.revision:
+        found = f"revision {revision[:12]}, this base is {base.revision[:12]}"
+        return [Check("base", "failed", f"trained on another base ({found})")]
+    if comparable:
+        return [Check("base", "ok", f"{base.id} at {revision[:12]}")]
+    if revision:
+        note = f"trained on {revision[:12]}; not comparable with this folder"
+        return [Check("base", "note", note)]
+    return []
 
 
 def _fetch(config: ModelConfig, weights: bool) -> Path:
@@ -160,22 +204,25 @@ def _check_room(config: ModelConfig) -> None:
 
 
 def _check_folder(folder: Path, weights: bool) -> None:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise ModelError(f"{folder} is no model folder: config.json is missing")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    hooks = [key for key in config if key == "auto_map" or key.endswith("_internal")]
-    if hooks:
-        raise ModelError(
-            f"{folder / 'config.json'} asks to run its own code ({', '.join(hooks)})",
-            why="a base is data here; code found in a model folder is never run",
-            fix="use a base whose architecture transformers itself has",
-        )
     if weights and not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} holds no weights (*.safetensors)",
             why="pickled weights (.bin, .pt) are never read",
             fix="download the base again, or convert it to safetensors",
         )
+    state = sorted((p.name, p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.iterdir())
+    _check_once(folder, weights, tuple(state))
+
+
+@functools.cache
+def _check_once(folder: Path, weights: bool, state: tuple[tuple[str, int, int], ...]) -> None:
+    """A base is checked once in a process, and again when its files change."""
+    for check in open_folder(folder, "base"):
+        if check.status == "note" and check.name == "code hooks":
+            console.warn(f"{folder.name}: {check.detail}")
+    probe_base(folder, weights=weights)
 
 
 def _weights_sha256(folder: Path) -> str:
@@ -198,17 +245,6 @@ def load_tokenizer(base: Base) -> Any:
         spare = (t for t in ("<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>") if t in known)
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
     return tokenizer
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, as the seed's usage snippet loads it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"the tokenizer in {folder} does not load: {str(error)[:200]}",
-            fix="its folder needs tokenizer.json and tokenizer_config.json",
-        ) from None
 
 
 def load_base(
@@ -247,6 +283,7 @@ def load_base(
             device_map={"": "cpu" if on_cpu else device()},
             attn_implementation=attention,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             **quantised,
         )
@@ -305,7 +342,4 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
 
 def end_token_ids(base: Base, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the generation_config's list and the tokenizer's own."""
-    path = base.folder / "generation_config.json"
-    listed = read_json(path).get("eos_token_id", []) if path.is_file() else []
-    ids = set([listed] if isinstance(listed, int) else listed)
-    return sorted(ids | {tokenizer.eos_token_id})
+    return stop_token_ids(base.folder, tokenizer)

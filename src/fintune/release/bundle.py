@@ -2,7 +2,7 @@
 
 Built beside its place and renamed (`files.staged_folder`), so a release is whole or absent. The
 same inputs give the same bytes: no clock, no set order, modes 0644. What may be inside is the
-allow-list of `checks.ALLOWED`, and every file is made or copied here by name.
+allow-list of `untrusted.checks`, and every file is made or copied here by name.
 """
 
 import io
@@ -22,11 +22,19 @@ from fintune import __version__, console, files, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import device, end_token_ids, load_adapter, load_base, load_tokenizer
-from fintune.release import checks
+from fintune.model import (
+    check_revision,
+    device,
+    end_token_ids,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+)
 from fintune.release.card import write_card
 from fintune.release.fixture import make_fixture
 from fintune.release.gate import JUDGED, RESULTS, Inputs, gate, read_inputs
+from fintune.untrusted import checks, open_folder
+from fintune.untrusted.probe import probe_release
 
 PROVENANCE = "provenance"
 LLAMA_NOTICE = (
@@ -67,9 +75,10 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     with files.staged_folder(final) as staging:
         _build(staging, inputs, accept)
         report = checks.Report(final)
-        report.checks += checks.static_checks(staging)
-        report.checks += checks.check_base(staging, inputs.base)
-        report.checks.append(checks.check_paths(staging, _private(inputs)))
+        report.run(lambda: checks.static_checks(staging, "release"))
+        report.run(lambda: [checks.check_paths(staging, _private(inputs))])
+        report.run(lambda: check_revision(staging, inputs.base))
+        report.run(lambda: probe_release(staging, inputs.base.folder))
         report.settle()
     console.say(f"released: {final}")
     return final
@@ -87,8 +96,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
             fix="choose another folder (--set release.out=...), or --fresh (moves it aside)",
         )
-    report = checks.Report(final, list(checks.static_checks(final)))
-    report.settle()
+    open_folder(final, "release")
     console.say(f"released already, unchanged: {final}")
     return final
 

@@ -13,12 +13,12 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
-from fintune.files import read_json
-from fintune.model import DTYPES, Base, read_tokenizer, release_base
-from fintune.release import checks
+from fintune.model import DTYPES, Base, open_release
 from fintune.release.card import VLLM_RANKS, vllm_rank
 from fintune.release.fixture import CONVERSATIONS, read_fixture
 from fintune.release.verify import load_release, verify
+from fintune.untrusted import checks, open_folder
+from fintune.untrusted.probe import read_tokenizer
 
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
@@ -73,7 +73,7 @@ def gguf(
         writing.write_model(found, tokenizer, model.state_dict(), temporary, dtype, folder.name)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        writing.write_adapter(folder, release_base(folder, base), temporary, dtype)
+        writing.write_adapter(folder, open_release(folder, base), temporary, dtype)
     temporary.chmod(0o644)
     os.replace(temporary, out)
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
@@ -89,7 +89,8 @@ def vllm(folder: Path) -> str:
     Raises:
         ModelError: an adapter that vLLM refuses.
     """
-    config = read_json(folder / checks.ADAPTER_CONFIG)
+    open_folder(folder, "release")
+    config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     asked = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
     if config["r"] > VLLM_RANKS[-1]:
         asked.append(f"rank {config['r']} (at most {VLLM_RANKS[-1]})")
@@ -111,6 +112,7 @@ def vllm(folder: Path) -> str:
 def ollama(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "f16") -> Path:
     """Write a folder that `ollama create NAME -f Modelfile` takes: merged GGUF and Modelfile."""
     _check_free(out)
+    open_release(folder, base)
     tokenizer, fixture = read_tokenizer(folder), read_fixture(folder)
     if fixture is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE}", why="it pins the template's date")
@@ -165,7 +167,7 @@ def push(folder: Path, repository: str, *, base: Path | None = None, really: boo
     Returns:
         The address of the upload, or the plan.
     """
-    verify(folder, base=base)
+    verify(folder, base=base).settle()
     names = sorted(path.name for path in folder.iterdir())
     if not really:
         return f"would upload to {repository} (private): {', '.join(names)}"
@@ -182,7 +184,8 @@ def push(folder: Path, repository: str, *, base: Path | None = None, really: boo
 
 def _load_merged(folder: Path, base: Path | None) -> tuple[Base, Any, Any]:
     """Base, tokenizer and merged fp32 model, its logits held against the adapter's."""
-    found, tokenizer = release_base(folder, base), read_tokenizer(folder)
+    found = open_release(folder, base)
+    tokenizer = read_tokenizer(folder)
     model = load_release(folder, found, "fp32")
     fixture = read_fixture(folder)
     chat = ChatFormat(tokenizer, fixture["date_string"] if fixture else "26 Jul 2024")

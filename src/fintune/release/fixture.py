@@ -15,7 +15,7 @@ from torch import Tensor
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.files import read_json
-from fintune.release.checks import FIXTURE, Check
+from fintune.untrusted.checks import FIXTURE, Check
 
 ANSWER_TOKENS = 24
 """Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
@@ -44,7 +44,7 @@ def make_fixture(chat: ChatFormat, model: Any, ends: list[int], dtype: str) -> d
         "end_token_ids": ends,
         "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": dtype},
         "conversations": [
-            {"name": name, **_rendered(chat, messages)}
+            {"name": name, **chat.recorded(messages)}
             | {"answer": _answer(chat, model, chat.prompt_ids(messages), ends)}
             for name, messages in CONVERSATIONS.items()
         ],
@@ -54,19 +54,6 @@ def make_fixture(chat: ChatFormat, model: Any, ends: list[int], dtype: str) -> d
 def read_fixture(folder: Path) -> dict[str, Any] | None:
     """A release's fixture, or None where it has none."""
     return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
-
-
-def check_fixture(fixture: dict[str, Any], chat: ChatFormat) -> Check:
-    """Every conversation renders to the same text, ids and labels as when it was trained."""
-    if chat.template_sha256 != fixture["template_sha256"]:
-        return Check("fixture", "failed", "the chat template is not the one it was trained with")
-    for row in fixture["conversations"]:
-        messages = [Message(turn["role"], turn["content"]) for turn in row["messages"]]
-        now = _rendered(chat, messages)
-        differing = [key for key, value in now.items() if value != row[key]]
-        if differing:
-            return Check("fixture", "failed", f"{row['name']}: other {', '.join(differing)}")
-    return Check("fixture", "ok", f"{len(fixture['conversations'])} conversations, same ids")
 
 
 def check_answers(fixture: dict[str, Any], model: Any, dtype: str) -> Iterator[Check]:
@@ -98,18 +85,6 @@ def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tenso
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
-
-
-def _rendered(chat: ChatFormat, messages: list[Message]) -> dict[str, Any]:
-    encoded = chat.encode(messages)
-    return {
-        "messages": [{"role": m.role, "content": m.content} for m in messages],
-        "text": chat.render(messages),
-        "prompt": chat.render(messages[:-1], prompt=True),
-        "input_ids": encoded.input_ids,
-        "labels": encoded.labels,
-        "prompt_ids": chat.prompt_ids(messages),
-    }
 
 
 def _answer(chat: ChatFormat, model: Any, prompt: list[int], ends: list[int]) -> dict[str, Any]:

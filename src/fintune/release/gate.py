@@ -10,7 +10,7 @@ from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused
 from fintune.model import Base, find_base
-from fintune.release import checks
+from fintune.untrusted import checks
 
 JUDGED = "eval_50_gpt_judged_raw.jsonl"
 RESULTS = "test_results.json"

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fintune.errors import ModelError
 from fintune.model import Base
-from fintune.release.checks import ADAPTER, ADAPTER_CONFIG
+from fintune.untrusted.checks import ADAPTER, ADAPTER_CONFIG
+from fintune.untrusted.probe import read_architecture
 
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
 ARCHITECTURE = "llama"
@@ -112,7 +113,7 @@ def _permuted(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
 
 
 def _llama_config(base: Base) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    config = read_architecture(base.folder)
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
         raise ModelError(
             f"{base.id} is {config.model_type}-shaped; this export knows plain Llama only",

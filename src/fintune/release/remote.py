@@ -17,7 +17,7 @@ from datetime import date
 from typing import Any
 
 from fintune.errors import ModelError
-from fintune.release.checks import Check
+from fintune.untrusted.checks import Check
 
 TIMEOUT_S = 120.0
 ANSWER_TOKENS = 16

@@ -1,29 +1,36 @@
 """Any release folder, ours or not: does it hold what it says, and does it answer as trained?
 
-First what the bytes say (`checks`), and nothing is loaded unless all of that passed. Then the
-base: keys and shapes. Then the adapter is loaded as the seed's usage snippet loads it, the prompt
-fixture is rendered again, and the recorded greedy answers are held against the weights.
+First what the bytes say (`untrusted.checks`), and nothing is loaded unless all of that passed.
+Then, in a limited child, tokenizer, golden prompts, keys and shapes (`untrusted.probe`). Then the
+adapter is loaded as the seed's usage snippet loads it, and the recorded greedy answers are held
+against the weights.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fintune.chat import ChatFormat
 from fintune.errors import FintuneError, ModelError, OutputError
-from fintune.files import read_json
-from fintune.model import Base, load_adapter, load_base, read_tokenizer, release_base
-from fintune.release import checks
-from fintune.release.checks import Check, Report
-from fintune.release.fixture import check_answers, check_fixture, read_fixture
+from fintune.model import (
+    Base,
+    check_revision,
+    load_adapter,
+    load_base,
+    release_base,
+)
+from fintune.release.fixture import check_answers, read_fixture
 from fintune.release.remote import check_server
+from fintune.untrusted import checks
+from fintune.untrusted.checks import Check, Report
+from fintune.untrusted.probe import probe_release, read_tokenizer
 
 
 def verify(
     folder: Path, *, base: Path | None = None, no_pickle: bool = False, server: str | None = None
 ) -> Report:
-    """Check a release folder; return the report when nothing failed.
+    """Check a release folder, up to the first stage that fails.
 
     Args:
         folder: the release.
@@ -32,29 +39,27 @@ def verify(
             checksum and never opened.
         server: URL of a running OpenAI-compatible server that serves this release.
 
+    Returns:
+        Every check that ran; `Report.settle` raises GateRefused where one failed.
+
     Raises:
-        GateRefused: at least one check failed; the message names each.
         OutputError: no such folder.
+        GateRefused: the base is refused, or the release passed a limit of the child.
         ModelError: the base is not on this machine and cannot be fetched.
     """
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
     report = Report(folder)
-    report.checks += checks.static_checks(folder, no_pickle=no_pickle)
-    report.checks.append(checks.check_paths(folder, []))
-    report.settle()
+    report.run(lambda: checks.static_checks(folder, "release", no_pickle=no_pickle))
+    report.run(lambda: [checks.check_paths(folder, [])])
+    if report.failed:
+        return report
     found = release_base(folder, base)
-    report.checks += checks.check_base(folder, found)
-    report.settle()
-    _check_loaded(report, found)
-    report.settle()
+    report.run(lambda: check_revision(folder, found))
+    report.run(lambda: probe_release(folder, found.folder))
+    report.run(lambda: _check_loaded(folder, found))
     if server is not None:
-        fixture = read_fixture(folder)
-        if fixture is None:
-            raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
-        names = ["adapter", folder.resolve().name]
-        report.checks += check_server(fixture, read_tokenizer(folder), server, names)
-        report.settle()
+        report.run(lambda: _check_server(folder, server))
     return report
 
 
@@ -63,36 +68,22 @@ def load_release(folder: Path, base: Base, dtype: str) -> Any:
     return load_adapter(load_base(base, "none", dtype), folder)  # type: ignore[arg-type]
 
 
-def _check_loaded(report: Report, base: Base) -> None:
-    folder, dtype = report.folder, "bf16" if torch.cuda.is_available() else "fp32"
+def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"
     try:
-        tokenizer = read_tokenizer(folder)
         model = load_release(folder, base, dtype)
     except FintuneError as error:
-        report.checks.append(Check("load", "failed", error.what))
+        yield Check("load", "failed", error.what)
         return
-    report.checks.append(Check("load", "ok", f"peft loads it on {base.id} ({dtype})"))
-    report.checks.append(_check_tokens(folder, tokenizer))
+    yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
+    fixture = read_fixture(folder)
+    if fixture is not None:
+        yield from check_answers(fixture, model, dtype)
+
+
+def _check_server(folder: Path, server: str) -> list[Check]:
     fixture = read_fixture(folder)
     if fixture is None:
-        report.checks.append(Check("fixture", "note", "no prompt_fixture.json: prompts unproved"))
-        return
-    try:
-        report.checks.append(check_fixture(fixture, ChatFormat(tokenizer, fixture["date_string"])))
-        report.checks += check_answers(fixture, model, dtype)
-    except (FintuneError, KeyError, TypeError, IndexError) as error:
-        report.checks.append(Check("fixture", "failed", f"unusable: {str(error)[:200]}"))
-
-
-def _check_tokens(folder: Path, tokenizer: Any) -> Check:
-    """special_tokens_map.json says what the tokenizer does."""
-    path = folder / "special_tokens_map.json"
-    if not path.is_file():
-        return Check("tokenizer", "note", "no special_tokens_map.json")
-    tree = read_json(path)
-    named = {k: v["content"] if isinstance(v, dict) else v for k, v in tree.items()}
-    known = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    other = [key for key in sorted(named) if key in known and named[key] != known[key]]
-    if other:
-        return Check("tokenizer", "failed", f"special_tokens_map differs: {', '.join(other)}")
-    return Check("tokenizer", "ok", f"{len(tokenizer)} tokens, special tokens agree")
+        raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
+    names = ["adapter", folder.resolve().name]
+    return [*check_server(fixture, read_tokenizer(folder), server, names)]

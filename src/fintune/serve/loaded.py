@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fintune.chat import ChatFormat
-from fintune.errors import ModelError, OutputError
 from fintune.files import read_json
-from fintune.model import Base, end_token_ids, load_adapter, load_base, read_tokenizer, release_base
+from fintune.model import Base, end_token_ids, load_adapter, load_base, open_release
+from fintune.untrusted.probe import read_tokenizer
 
 FULL_CONTEXT = 8192
 """Most tokens of prompt and answer served here, also where the base could take more: one process
@@ -35,19 +35,10 @@ def load(folder: Path, base: Path | None = None) -> Loaded:
 
     Raises:
         OutputError: no such folder.
+        GateRefused: the folder is refused (`untrusted`).
         ModelError: base, adapter or tokenizer does not load.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise OutputError(f"{folder} holds no adapter (adapter_config.json)", fix="fintune release")
-    config = read_json(folder / "adapter_config.json")
-    found, revision = release_base(folder, base), config.get("revision")
-    if revision and len(revision) == len(found.revision) and revision != found.revision:
-        raise ModelError(
-            f"{folder.name} was trained on revision {revision[:12]} of {found.id},"
-            f" {found.folder} is {found.revision[:12]}",
-            why="on other weights an adapter answers nonsense",
-            fix="give the base it was trained on (--base)",
-        )
+    found = open_release(folder, base)
     tokenizer = read_tokenizer(folder)
     fixture = folder / "prompt_fixture.json"
     date = read_json(fixture)["date_string"] if fixture.is_file() else "26 Jul 2024"
