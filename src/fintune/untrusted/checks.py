@@ -130,7 +130,7 @@ def open_file(folder: Path, name: str) -> BufferedReader:
         if path.is_symlink():
             path = _blob(folder, name)
         handle = os.open(path, flags)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = (error.strerror if isinstance(error, OSError) else None) or "no file name"
         raise Unreadable(f"{name} cannot be opened: {reason}") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):

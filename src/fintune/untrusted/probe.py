@@ -152,15 +152,21 @@ def _release_checks(folder: Path, base: Path) -> Iterator[Check]:
 
 
 def _check_special_tokens(folder: Path, tokenizer: Any) -> Check:
-    """special_tokens_map.json, where there is one, says exactly what the tokenizer does."""
-    if not (folder / "special_tokens_map.json").exists():
-        return Check("tokenizer", "note", "no special_tokens_map.json")
-    tree = checks.read_object(folder, "special_tokens_map.json")
-    known = {key: _content(value) for key, value in tokenizer.special_tokens_map.items()}
-    named = {key: _content(value) for key, value in tree.items()}
-    differing = [key for key in sorted(known | named) if named.get(key) != known.get(key)]
-    problem = f"special_tokens_map differs: {checks.some(differing)}" if differing else ""
-    return Check.of("tokenizer", problem, f"{len(tokenizer)} tokens, special tokens agree")
+    """Both files that name special tokens say what the tokenizer does.
+
+    transformers lets special_tokens_map.json win; other loaders read tokenizer_config.json alone.
+    A release of ours names each token in both; in other folders one may be silent.
+    """
+    ours = (folder / checks.FIXTURE).exists()
+    problems = []
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        tree = checks.read_object(folder, name) if (folder / name).exists() else {}
+        for key, value in sorted(tokenizer.special_tokens_map.items()):
+            named = tree.get(key)
+            if (named is not None or ours) and _content(named) != _content(value):
+                problems.append(f"{key} of {name} is {named!r:.80}")
+    good = f"{len(tokenizer)} tokens, special tokens agree"
+    return Check.of("tokenizer", checks.some(problems), good)
 
 
 def _check_fixture(folder: Path, base: Path, tokenizer: Any) -> Iterator[Check]:
