@@ -453,7 +453,7 @@ BASES: dict[str, Change] = {
     "10^10 rounds": template(LOOP),
     "a text of 10^11 characters": template("{%- set x = 'abcdefghij' * 10000000000 -%}"),
     "a pattern that explodes": tokenizer(_pattern(EXPLODES)),
-    "stop tokens of text": edit_json("generation_config.json", auto_map={"A": "b.C"}, x=1),
+    "recursion": template(RECURSION),
 }
 """Bases for `prepare`, which reads no weights."""
 
