@@ -82,8 +82,16 @@ def test_a_later_stage_reads_only_what_was_sealed(tmp_path: Path) -> None:
     (folder / "rows").write_text("12345")
     seal.seal(folder, {})
     assert "rows" in seal.read_seal(folder, stage="data", make="x")["files"]
-    (folder / "rows").write_text("1")
-    with pytest.raises(OutputError, match="another size"):
+    for changed in ("1", "12354"):
+        (folder / "rows").write_text(changed)
+        with pytest.raises(OutputError, match="rows was changed"):
+            seal.read_seal(folder, stage="data", make="x")
+    (folder / "rows").write_text("12345")
+    for added in (".hidden", "checkpoints/1"):  # nobody reads these
+        write_bytes(folder / added, b"")
+    seal.read_seal(folder, stage="data", make="x")
+    (folder / "regression.json").write_text("{}")
+    with pytest.raises(OutputError, match="regression.json was not there"):
         seal.read_seal(folder, stage="data", make="x")
 
 

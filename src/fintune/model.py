@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from fintune import nano
 from fintune.config import LoraConfig, ModelConfig
 from fintune.errors import ModelError, NoSpace
-from fintune.files import free_bytes, read_json, sha256_bytes, sha256_file
+from fintune.files import free_bytes, read_json, remembered_sha256, sha256_bytes
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -180,7 +180,7 @@ def _check_folder(folder: Path, weights: bool) -> None:
 
 def _weights_sha256(folder: Path) -> str:
     """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
-    hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    hashes = [remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
 
 
@@ -273,6 +273,9 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
             f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}",
             fix="name the base's own projections, such as q_proj, v_proj",
         ) from None
+    for name, value in vars(peft.active_peft_config).items():
+        if isinstance(value, set):  # saved in its order, which is another in every process
+            setattr(peft.active_peft_config, name, sorted(value))
     for parameter in peft.parameters():  # biases are the base's own, in its precision
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()

@@ -17,6 +17,7 @@ from fintune.model import Base, load_adapter, load_base, read_tokenizer, release
 from fintune.release import checks
 from fintune.release.checks import Check, Report
 from fintune.release.fixture import check_answers, check_fixture, read_fixture
+from fintune.release.provenance import check_provenance
 from fintune.release.remote import check_server
 
 
@@ -41,6 +42,7 @@ def verify(
         raise OutputError(f"no release folder at {folder}")
     report = Report(folder)
     report.checks += checks.static_checks(folder, no_pickle=no_pickle)
+    report.checks += check_provenance(folder)
     report.checks.append(checks.check_paths(folder, []))
     report.settle()
     found = release_base(folder, base)
