@@ -107,12 +107,11 @@ def _unaccountable(inputs: Inputs) -> list[str]:
         ),
     ]
     reasons = [reason for claimed, found, reason in claims if claimed != found]
+    if not reasons and (shared := _shared_groups(inputs.config.data_dir)):
+        reasons.append(f"{shared} groups of the decision set are also in the training rows")
     flagged = _at(inputs.results, "n", "contaminated")
     if flagged != 0:
         reasons.append(f"contaminated rows in the decision set: {flagged}")
-    shared = _shared_groups(inputs.config.data_dir)
-    if shared:
-        reasons.append(f"{shared} groups of the decision set are also in the training rows")
     return reasons
 
 
