@@ -7,7 +7,14 @@ import pytest
 
 from fintune import seal
 from fintune.errors import OutputError
-from fintune.files import read_json, staged_folder, write_bytes, write_json
+from fintune.files import (
+    read_json,
+    remembered_sha256,
+    sha256_bytes,
+    staged_folder,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -82,8 +89,16 @@ def test_a_later_stage_reads_only_what_was_sealed(tmp_path: Path) -> None:
     (folder / "rows").write_text("12345")
     seal.seal(folder, {})
     assert "rows" in seal.read_seal(folder, stage="data", make="x")["files"]
-    (folder / "rows").write_text("1")
-    with pytest.raises(OutputError, match="another size"):
+    for changed in ("1", "12354"):
+        (folder / "rows").write_text(changed)
+        with pytest.raises(OutputError, match="rows was changed"):
+            seal.read_seal(folder, stage="data", make="x")
+    (folder / "rows").write_text("12345")
+    for added in (".hidden", "checkpoints/1"):  # nobody reads these
+        write_bytes(folder / added, b"")
+    seal.read_seal(folder, stage="data", make="x")
+    (folder / "regression.json").write_text("{}")
+    with pytest.raises(OutputError, match="regression.json was not there"):
         seal.read_seal(folder, stage="data", make="x")
 
 
@@ -97,6 +112,30 @@ def test_a_part_of_a_result_is_never_taken_for_all_of_it(tmp_path: Path) -> None
     (tmp_path / "ledger").unlink()
     with pytest.raises(OutputError, match="ledger is missing"):
         seal.state(tmp_path, {}, command="x")
+
+
+def test_the_hash_of_a_base_is_kept_for_the_same_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights, cache = tmp_path / "weights", tmp_path / "cache" / "fintune" / "sha256.json"
+    write_bytes(weights, b"one")
+    assert remembered_sha256(weights) == sha256_bytes(b"one")
+    known = read_json(cache)
+    *facts, digest = known[str(weights)]
+    assert digest == sha256_bytes(b"one")
+    write_json(cache, known | {str(weights): [*facts, "kept"], "/gone": [1, "x"]})
+    assert remembered_sha256(weights) == "kept", "it is not read again"
+    times = weights.stat()
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert remembered_sha256(weights) == sha256_bytes(b"two"), "size and mtime are the same"
+    assert "/gone" not in read_json(cache)
+    for damaged in ("[", f'{{"{weights}": 7}}', f'{{"{weights}": []}}'):
+        cache.write_text(damaged)
+        assert remembered_sha256(weights) == sha256_bytes(b"two")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # no folder: nothing can be kept
+    assert remembered_sha256(weights) == sha256_bytes(b"two")
 
 
 def test_moving_aside_deletes_nothing(tmp_path: Path) -> None:

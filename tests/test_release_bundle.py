@@ -193,12 +193,21 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
     good, tensors = weights.read_bytes(), load_file(weights)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
+    run = json.loads((config.run_dir / "done.json").read_text())["inputs"]
+    with pytest.raises(OutputError, match="adapter_model.safetensors was changed"):
+        release(config)
+    seal.seal(config.run_dir, run)
     with pytest.raises(GateRefused, match="NaN or infinite"):
         release(config)
     weights.write_bytes(good)
+    seal.seal(config.run_dir, run)
     held_out = pa.table({"group": ["c", "a"], "part": ["select", "decide"]})
     pq.write_table(held_out, config.data_dir / "validation.parquet")
     seal.seal(config.data_dir, {})
+    with pytest.raises(GateRefused, match="decided by other rows"):
+        release(config)
+    seals["validation"] = files.sha256_file(config.data_dir / "validation.parquet")
+    seal.seal(config.eval_dir, seals)
     with pytest.raises(GateRefused, match="1 groups of the decision set"):
         release(config)
     (config.run_dir / "done.json").unlink()

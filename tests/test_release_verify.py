@@ -152,13 +152,14 @@ def test_foreign_release_without_our_files_is_read(built: Folders, tmp_path: Pat
     folder, base = built
     copy = tmp_path / "foreign"
     copy.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(folder / name, copy / name)
+    (copy / "README.md").write_text("# An adapter of another tool\n")
     for path in base.glob("*token*"):
         shutil.copy(path, copy / path.name)
     report = verify(copy, base=base)
     notes = {check.name for check in report.checks if check.status == "note"}
-    assert {"checksums", "fixture", "template"} <= notes
+    assert {"checksums", "provenance", "fixture", "template"} <= notes
     (copy / "training_args.bin").write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(GateRefused, match="training_args.bin is a pickle"):
         verify(copy, base=base).settle()

@@ -251,9 +251,7 @@ def release(
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, prompt fixture, checksums; needs a passing gate."""
-    from fintune.release.bundle import release as stage
-
-    stage(_load(config, overrides), fresh=fresh, accept=accept)
+    _release(_load(config, overrides), fresh=fresh, accept=accept)
 
 
 @app.command()
@@ -449,14 +447,22 @@ def doctor(as_json: Json = False) -> None:
 def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:
     from fintune.data.prepare import prepare as prepare_stage
     from fintune.evals.evaluate import evaluate as evaluate_stage
-    from fintune.release.bundle import release as release_stage
     from fintune.train.run import train as train_stage
 
     with _stoppable():
         prepare_stage(config, fresh=fresh)
     train_stage(config, fresh=fresh)
     evaluate_stage(config, fresh=fresh)
-    release_stage(config, fresh=fresh, accept=accept)
+    _release(config, fresh=fresh, accept=accept)
+
+
+def _release(config: "Config", *, fresh: bool, accept: str | None) -> None:
+    """The stage, after what only another one can say: that the results are those of the answers."""
+    from fintune.evals.report import check_results
+    from fintune.release.bundle import release as stage
+
+    check_results(config.eval_dir)
+    stage(config, fresh=fresh, accept=accept)
 
 
 def _needed(value: T | None, message: str) -> T:

@@ -34,6 +34,30 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remembered_sha256(path: Path) -> str:
+    """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
+
+    It counts for the same path, inode, size and times alone. The time of the inode is one of
+    them: a program can set the time of the content back, that one it cannot.
+    """
+    name, facts = str(path.resolve()), path.stat()
+    now = [facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(caches, "fintune", "sha256.json")
+    try:
+        known = read_json(cache)
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    kept = known.get(name)
+    if isinstance(kept, list) and kept[:-1] == now and isinstance(kept[-1], str):
+        return kept[-1]
+    found = sha256_file(path)
+    there = {old: fact for old, fact in known.items() if os.path.isfile(old)}
+    with contextlib.suppress(OSError, ValueError):  # it only saves time
+        write_json(cache, there | {name: [*now, found]})
+    return found
+
+
 def canonical_json(value: Any) -> str:
     """One spelling for equal values: sorted keys, no spaces. Used wherever JSON is hashed."""
     return json.dumps(

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from fintune import console, nano
 from fintune.config import LoraConfig, ModelConfig
 from fintune.errors import ModelError, NoSpace, OutputError
-from fintune.files import free_bytes, sha256_bytes, sha256_file
+from fintune.files import free_bytes, remembered_sha256, sha256_bytes
 from fintune.untrusted import Check, Report, checks, open_folder
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 
@@ -227,7 +227,7 @@ def _check_once(folder: Path, weights: bool, state: tuple[tuple[str, int, int], 
 
 def _weights_sha256(folder: Path) -> str:
     """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
-    hashes = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    hashes = [remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
 
 
@@ -310,6 +310,9 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
             f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}",
             fix="name the base's own projections, such as q_proj, v_proj",
         ) from None
+    for name, value in vars(peft.active_peft_config).items():
+        if isinstance(value, set):  # saved in its order, which is another in every process
+            setattr(peft.active_peft_config, name, sorted(value))
     for parameter in peft.parameters():  # biases are the base's own, in its precision
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()

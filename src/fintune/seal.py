@@ -22,6 +22,8 @@ from fintune.files import reaching, read_json, sha256_file, sha256_json, write_j
 
 DONE = "done.json"
 INPUTS = "inputs.json"
+UNREAD = ("checkpoints/",)
+"""Beginnings of names that only an unfinished run reads, under manifests of their own."""
 
 
 class State(Enum):
@@ -35,7 +37,7 @@ class State(Enum):
 def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
     Raises OutputError when a file that is `needed` is not there."""
-    files = _files(folder)
+    files = {name: _fact(path) for name, path in _files(folder).items()}
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
             f"{folder} has lost {', '.join(lacking)} while it was written",
@@ -46,30 +48,55 @@ def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) ->
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
-def read_seal(folder: Path, *, stage: str, make: str) -> dict[str, Any]:
-    """Return a finished folder's `done.json`.
+def read_seal(
+    folder: Path,
+    *,
+    stage: str,
+    make: str,
+    needed: Iterable[str] = (),
+    unread: tuple[str, ...] = UNREAD,
+) -> dict[str, Any]:
+    """Return a finished folder's `done.json`, after hashing every file that it names.
 
     Args:
         folder: the folder a later stage wants to read.
         stage: its name in the message, such as "prepared data".
         make: the command that makes it.
+        needed: files that the caller reads.
+        unread: beginnings of names that no caller reads: they may be changed or gone.
 
     Raises:
-        OutputError: when the folder is absent, unfinished, or a file in it changed since.
+        OutputError: when the folder is absent, unfinished, its seal is damaged, or a file in it
+            was changed, removed or added since. A hidden file that was added is passed over.
     """
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done = read_json(folder / DONE)
-    for name, fact in done["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != fact["bytes"]:
-            raise OutputError(
-                f"{stage}: {path} is missing or has another size than when it was finished",
-                why="a later stage must read exactly what the earlier one wrote",
-                fix=f"run: {make} --fresh (it moves the old folder aside)",
-            )
+    done, found = _read(folder / DONE), _files(folder)
+    problems = []
+    for name in sorted(done["files"].keys() | found.keys() | {*needed}):
+        if name.startswith(unread):
+            continue
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif name not in done["files"]:
+            if not found[name].name.startswith("."):
+                problems.append(f"{name} was not there when it was finished")
+        elif done["files"][name] != _fact(found[name]):
+            problems.append(f"{name} was changed after it was finished")
+    if problems:
+        raise OutputError(
+            f"{stage}: {folder}: {'; '.join(problems[:5])}",
+            why="a later stage must read exactly what the earlier one wrote",
+            fix=f"put the files back, or run: {make} --fresh (it moves the old folder aside)",
+        )
     return done
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """The seal of prepared data, which most stages read (see `read_seal`)."""
+    needed = ("train.parquet", "validation.parquet", "manifest.json")
+    return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
 
 @contextmanager
@@ -132,7 +159,7 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
         return State.NEW
     for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
         if (folder / name).is_file():
-            differing = differences(read_json(folder / name)["inputs"], inputs)
+            differing = differences(_read(folder / name)["inputs"], inputs)
             if differing:
                 raise OutputError(
                     f"{folder} holds the result of other inputs; these differ: "
@@ -169,7 +196,7 @@ def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
     """
     if not (folder / INPUTS).is_file() or (folder / DONE).is_file():
         return []
-    old = read_json(folder / INPUTS)["inputs"]
+    old = _read(folder / INPUTS)["inputs"]
     differing = differences(old, inputs)
     if differing:
         change = {"reason": reason, "differs": differing, "was": sha256_json(old)}
@@ -180,7 +207,7 @@ def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
 def accepted(folder: Path) -> list[dict[str, Any]]:
     """Changes of inputs that were accepted: `reason`, `differs`, and the hash of what `was`."""
     path = folder / INPUTS
-    changes: list[dict[str, Any]] = read_json(path).get("accepted", []) if path.is_file() else []
+    changes: list[dict[str, Any]] = _read(path).get("accepted", []) if path.is_file() else []
     return changes
 
 
@@ -204,13 +231,33 @@ def move_aside(folder: Path) -> Path | None:
     return aside
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below a folder but the seal itself."""
-    return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != DONE
-    }
+def _read(path: Path) -> dict[str, Any]:
+    """A `done.json` or `inputs.json` of the form in which they are written here.
+
+    Raises:
+        OutputError: it has another form, or `inputs` are not those of `inputs_sha256`.
+    """
+    try:
+        tree = read_json(path)
+        inputs, files = tree.get("inputs"), tree.setdefault("files", {})
+        ours = isinstance(inputs, dict) and isinstance(files, dict)
+        ours &= path.name == INPUTS or tree.get("inputs_sha256") == sha256_json(inputs)
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{path} was changed or damaged after it was written",
+            why="it says what the folder was made from, and nothing else does",
+            fix="put the file back, or make the folder again with --fresh (moves it aside)",
+        )
+    return tree
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder but the seal itself, by its name in the seal."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != DONE)
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+def _fact(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

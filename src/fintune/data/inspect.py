@@ -109,7 +109,7 @@ def find(
 def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
     """The rows of a prepared file whose columns have these values; None: any."""
     folder = config.data_dir
-    seal.read_seal(folder, stage="prepared data", make="fintune prepare")
+    seal.read_data(folder)
     table = pq.read_table(folder / name)
     if "line" not in table.column_names:
         fix = "run: fintune prepare --fresh"

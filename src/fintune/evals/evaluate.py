@@ -25,7 +25,7 @@ from fintune.console import meter, say, table
 from fintune.errors import ConfigError, DataError, OutputError
 from fintune.evals import heldout, raw, regression
 from fintune.evals.lines import Lines
-from fintune.evals.report import COMMAND, write_results
+from fintune.evals.report import COMMAND, read_evaluation, write_results
 from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, WHO, Pair, load_pairs, words
 from fintune.evals.tasks import DecideItems, Item, source_hash, task_items
 from fintune.example import Message
@@ -67,7 +67,7 @@ def judge_answers(config: Config) -> dict[str, Any]:
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
-    done = seal.read_seal(folder, stage="evaluation", make=COMMAND)
+    done = read_evaluation(folder)
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     return _finish(config, folder, done["inputs"])
@@ -100,14 +100,17 @@ def _judged(folder: Path) -> list[Pair]:
 
 
 def _inputs(config: Config) -> dict[str, Any]:
-    data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
-    run = seal.read_seal(config.run_dir, stage="training run", make="fintune train")
+    data = seal.read_data(config.data_dir)
+    adapter = "best/adapter_model.safetensors"
+    run = seal.read_seal(
+        config.run_dir, stage="training run", make="fintune train", needed=[adapter]
+    )
     apart = {"out", "judge", "tasks", "regression_folder"}  # paths say nothing on another machine
     settings = config.eval.model_dump(mode="json", exclude=apart)
     return {
         "train": data["files"]["train.parquet"]["sha256"],
         "validation": data["files"]["validation.parquet"]["sha256"],
-        "adapter": run["files"]["best/adapter_model.safetensors"]["sha256"],
+        "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": model.find_base(config.model).revision,
         "quantization": config.model.quantization,

@@ -1,19 +1,23 @@
 """`report.html`: the verdict first, then what it rests on, then every item with both answers."""
 
+import contextlib
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fintune import seal
+from fintune.errors import GateRefused
 from fintune.evals import raw
 from fintune.evals.judge import SCORE
 from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
 from fintune.evals.tasks import PHRASES
-from fintune.files import FORMAT, read_jsonl, write_json, write_text
+from fintune.files import FORMAT, json_text, read_json, read_jsonl, write_json, write_text
 from fintune.page import Page
 
 COMMAND = "fintune eval"
+RESULTS, REPORT = "test_results.json", "report.html"
 OUTCOMES: dict[str, str] = PHRASES["outcomes"]
 NAMES: dict[str, str] = PHRASES["names"]
 SAID: dict[str, str] = PHRASES["report"]
@@ -66,15 +70,43 @@ class _Report(Page):
         self.add(f"<div class=chart>{''.join(cells)}</div><p class=dim>{keys}</p>")
 
 
+def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
+    needed = ("run.json", "predictions.jsonl", "heldout.jsonl", raw.NAME)
+    return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+
+
+def check_results(folder: Path) -> None:
+    """Hold test_results.json of a finished evaluation against what its raw files give.
+
+    Raises:
+        GateRefused: it says something else.
+        OutputError: the evaluation is unfinished, or a file of it was changed.
+    """
+    read_evaluation(folder)
+    path, differing = folder / RESULTS, ["they cannot be read"]
+    broken = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+    with contextlib.suppress(*broken):
+        text = json_text(results(folder, load_pairs(folder)))
+        if path.read_text(encoding="utf-8") == text:
+            return
+        differing = seal.differences(read_json(path), json.loads(text)) or ["its spelling"]
+    raise GateRefused(
+        f"{path} is not what its raw files give: {'; '.join(differing[:5])}",
+        why="a verdict is a function of the answers beside it, and of nothing else",
+        fix=f"make it again: fintune eval --rescore {folder}",
+    )
+
+
 def rescore(folder: Path) -> dict[str, Any]:
     """Make test_results.json and report.html of an evaluation again, from its raw files alone.
 
     Nothing that this module imports loads torch: the command takes the time of the grading.
 
     Raises:
-        OutputError: the evaluation is unfinished or damaged.
+        OutputError: the evaluation is unfinished, or a raw file is not the one that was sealed.
     """
-    done = seal.read_seal(folder, stage="evaluation", make=COMMAND)
+    done = read_evaluation(folder, unread=(RESULTS, REPORT))
     found = write_results(folder)
     seal.seal(folder, done["inputs"])
     return found
@@ -84,7 +116,7 @@ def write_results(folder: Path) -> dict[str, Any]:
     """Write test_results.json and report.html from the raw files; the former's content."""
     pairs = load_pairs(folder)
     found = results(folder, pairs)
-    write_json(folder / "test_results.json", found)
+    write_json(folder / RESULTS, found)
     write(folder, found, pairs)
     return {"format": FORMAT, **found}
 
@@ -105,7 +137,7 @@ def write(folder: Path, found: dict[str, Any], pairs: list[Pair]) -> None:
     page.heading("Where this comes from")
     page.code("\n".join(_flat(found["provenance"])))
     # The file is a function of the raw files, so it carries no date.
-    write_text(folder / "report.html", page.html())
+    write_text(folder / REPORT, page.html())
 
 
 def _head(page: _Report, found: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from fintune import batches
 from fintune.batches import Ints
 from fintune.config import Config
 from fintune.planning.estimate import Work
-from fintune.seal import DONE
+from fintune.seal import DONE, read_data
 
 SIGMA = 0.9
 """Standard deviation of the logarithm of a length: 11,869 rows of finance instructions, Llama 3
@@ -48,6 +48,7 @@ class Batches:
 def lengths(config: Config, rows: int | None, mean_tokens: int | None) -> Lengths:
     """Of the prepared data where there is some and nothing else was said, else assumed."""
     if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
+        read_data(config.data_dir)
         train = _read(config, "train.parquet")
         held = _read(config, "validation.parquet")
         select = held["length"][np.array(held["part"]) == "select"]

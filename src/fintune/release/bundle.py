@@ -32,11 +32,11 @@ from fintune.model import (
 )
 from fintune.release.card import write_card
 from fintune.release.fixture import make_fixture
-from fintune.release.gate import JUDGED, RESULTS, Inputs, gate, read_inputs
+from fintune.release.gate import Inputs, gate, read_inputs
 from fintune.untrusted import checks, open_folder
 from fintune.untrusted.probe import probe_release
+from fintune.untrusted.provenance import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 
-PROVENANCE = "provenance"
 LLAMA_NOTICE = (
     "Llama {version} is licensed under the Llama {version} Community License, "
     "Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
@@ -87,10 +87,10 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
 def _keep(final: Path, inputs: Inputs) -> Path:
     """An existing release of the same inputs stays; any other is never overwritten."""
     try:
-        old = files.read_json(final / "training_config.json").get(PROVENANCE, {})
-    except (OSError, ValueError):
-        old = {}
-    differing = seal.differences(old, inputs.provenance)
+        old = files.read_json(final / CONFIG).get(PROVENANCE)
+    except (OSError, ValueError, RecursionError):
+        old = None
+    differing = seal.differences(old if isinstance(old, dict) else {}, inputs.provenance)
     if differing:
         raise OutputError(
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
@@ -109,13 +109,6 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     tokenizer = load_tokenizer(base)
     _write_tokenizer(tokenizer, staging)
     arguments = _training_arguments(config.run_dir)
-    facts = {
-        "fintune": __version__,
-        "config": _without_paths(inputs.recipe.model_dump(mode="json")),
-        "training_arguments": _without_paths(arguments),
-        PROVENANCE: inputs.provenance,
-    }
-    files.write_json(staging / "training_config.json", facts)
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(arguments))
     for name in (RESULTS, JUDGED):
@@ -126,27 +119,33 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     files.write_json(
         staging / checks.FIXTURE, make_fixture(chat, model, end_token_ids(base, tokenizer), dtype)
     )
+    llama = _llama_duties(staging, inputs)
+    hashes = {path.name: files.sha256_file(path) for path in staging.iterdir()}
+    facts = {
+        "fintune": __version__,
+        "config": _without_paths(inputs.recipe.model_dump(mode="json")),
+        "training_arguments": _without_paths(arguments),
+        PROVENANCE: inputs.provenance,
+        "files": dict(sorted(hashes.items())),
+    }
+    files.write_json(staging / CONFIG, facts)
+    hashes[CONFIG] = files.sha256_file(staging / CONFIG)
     judged = list(files.read_jsonl(staging / JUDGED))
-    card = write_card(inputs, judged, llama=_llama_duties(staging, inputs), accepted=accept)
-    files.write_text(staging / "README.md", card)
-    sums = "".join(
-        f"{files.sha256_file(path)}  {path.name}\n" for path in sorted(staging.iterdir())
-    )
+    card = write_card(inputs, judged, hashes[CONFIG], llama=llama, accepted=accept)
+    files.write_text(staging / CARD, card)
+    hashes[CARD] = files.sha256_file(staging / CARD)
+    sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     files.write_text(staging / checks.SUMS, sums)
 
 
 def _adapter_config(inputs: Inputs) -> dict[str, Any]:
-    """peft's configuration with the base by public name, lists in one order (peft saves sets)."""
+    """peft's configuration with the base by public name."""
     path = inputs.config.run_dir / "best" / checks.ADAPTER_CONFIG
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    tree |= {
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return tree | {
         "base_model_name_or_path": inputs.base.id,
         "revision": inputs.base.revision,
         "inference_mode": True,
-    }
-    return {
-        key: sorted(value) if isinstance(value, list) and key.endswith("modules") else value
-        for key, value in sorted(tree.items())
     }
 
 

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from fintune.config import Config
 from fintune.files import read_toml
-from fintune.release.gate import JUDGED, Inputs
+from fintune.release.gate import Inputs
+from fintune.untrusted.provenance import CONFIG, JUDGED
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
@@ -29,12 +30,18 @@ def vllm_rank(rank: int) -> int:
 
 
 def write_card(
-    inputs: Inputs, judged: list[dict[str, Any]], *, llama: str | None, accepted: str | None
+    inputs: Inputs,
+    judged: list[dict[str, Any]],
+    settings_sha256: str,
+    *,
+    llama: str | None,
+    accepted: str | None,
 ) -> str:
     """README.md of a release: metadata block and text.
 
     Args:
         judged: rows of the judged set.
+        settings_sha256: of training_config.json, which names the hashes of the other files.
         llama: version of a Llama base, whose licence has duties; None for any other base.
         accepted: the reason given for publishing without the verdict `better`.
     """
@@ -56,7 +63,8 @@ def write_card(
     parts.append(TEXT["lead"].format(rank=config.train.lora.r, base=base))
     parts += ["## Against its base", *_evidence(inputs.results, accepted), _judges(judged)]
     parts += ["## Data", *_data(inputs.manifest)]
-    parts += ["## Recipe", _recipe(config), "Every setting is in `training_config.json`."]
+    parts += ["## Recipe", _recipe(config)]
+    parts.append(f"Every setting is in `{CONFIG}` (sha256 `{settings_sha256}`).")
     parts += [
         f"Changed during training, for this reason: {change['reason']}"
         f" ({'; '.join(change['differs'])})."

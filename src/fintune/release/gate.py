@@ -11,9 +11,7 @@ from fintune.config import Config, load_config
 from fintune.errors import GateRefused
 from fintune.model import Base, find_base
 from fintune.untrusted import checks
-
-JUDGED = "eval_50_gpt_judged_raw.jsonl"
-RESULTS = "test_results.json"
+from fintune.untrusted.provenance import JUDGED, RESULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +30,16 @@ class Inputs:
 
 def read_inputs(config: Config, accept: str | None) -> Inputs:
     """Read the three finished folders; each seal says what it was made from."""
-    folders = (
-        ("data", config.data_dir, "prepared data", "fintune prepare"),
-        ("run", config.run_dir, "training run", "fintune train"),
-        ("eval", config.eval_dir, "evaluation", "fintune eval"),
-    )
-    seals = {key: seal.read_seal(at, stage=what, make=make) for key, at, what, make in folders}
-    results, judged = seals["eval"]["files"][RESULTS], seals["eval"]["files"][JUDGED]
+    adapter, evidence = f"best/{checks.ADAPTER}", (RESULTS, JUDGED)
+    run, evaluation = config.run_dir, config.eval_dir
+    seals = {
+        "data": seal.read_data(config.data_dir),
+        "run": seal.read_seal(run, stage="training run", make="fintune train", needed=[adapter]),
+        "eval": seal.read_seal(
+            evaluation, stage="evaluation", make="fintune eval", needed=evidence
+        ),
+    }
+    results, judged = (seals["eval"]["files"][name] for name in evidence)
     environment, written = config.run_dir / "environment.json", config.run_dir / "config.yaml"
     return Inputs(
         config=config,
@@ -49,7 +50,7 @@ def read_inputs(config: Config, accept: str | None) -> Inputs:
         results=files.read_json(config.eval_dir / RESULTS),
         environment=files.read_json(environment) if environment.is_file() else {},
         provenance={
-            "adapter_sha256": files.sha256_file(config.run_dir / "best" / checks.ADAPTER),
+            "adapter_sha256": seals["run"]["files"][adapter]["sha256"],
             "manifest_sha256": seals["data"]["files"]["manifest.json"]["sha256"],
             "test_results_sha256": results["sha256"],
             "judged_sha256": judged["sha256"],
@@ -99,14 +100,18 @@ def _unaccountable(inputs: Inputs) -> list[str]:
             "the evaluation is of another adapter than run/best",
         ),
         (_at(evaluation, "inputs", "train"), train, "the evaluation knows other training rows"),
+        (
+            _at(evaluation, "inputs", "validation"),
+            data["files"]["validation.parquet"]["sha256"],
+            "the evaluation decided by other rows than data/validation.parquet",
+        ),
     ]
     reasons = [reason for claimed, found, reason in claims if claimed != found]
+    if not reasons and (shared := _shared_groups(inputs.config.data_dir)):
+        reasons.append(f"{shared} groups of the decision set are also in the training rows")
     flagged = _at(inputs.results, "n", "contaminated")
     if flagged != 0:
         reasons.append(f"contaminated rows in the decision set: {flagged}")
-    shared = _shared_groups(inputs.config.data_dir)
-    if shared:
-        reasons.append(f"{shared} groups of the decision set are also in the training rows")
     return reasons
 
 

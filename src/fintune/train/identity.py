@@ -30,7 +30,7 @@ FIXED = ("r", "bias", "target_modules")
 
 def inputs_of(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """All that makes a run the run it is; a base counts by its content, wherever it is."""
-    data = seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
+    data = seal.read_data(config.data_dir)
     sections = config.sections("model", "chat", "train", "seed")
     sections["model"].pop("path")
     words = {

@@ -13,7 +13,7 @@ from fintune.chat import ChatFormat
 from fintune.collate import CPU_MULTIPLE, Collator
 from fintune.config import Config, dump_yaml
 from fintune.console import heading, meter, say, warn
-from fintune.errors import DataError, OutputError, Stopped
+from fintune.errors import DataError, Stopped
 from fintune.files import read_json, sha256_json, write_json, write_text
 from fintune.loss import why_full_logits
 from fintune.model import (
@@ -157,9 +157,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 
 def _batch_facts(config: Config) -> dict[str, Any]:
     train = config.train
-    try:
-        seal.read_seal(config.data_dir, stage="prepared data", make="fintune prepare")
-    except OutputError:
+    if not (config.data_dir / seal.DONE).is_file():
         step = train.micro_batch_size * train.accumulation
         return {
             "estimated": True,
@@ -169,6 +167,7 @@ def _batch_facts(config: Config) -> dict[str, Any]:
             "largest_micro_batch": train.micro_batch_size * config.data.max_length_cap,
             "padding": None,
         }
+    seal.read_data(config.data_dir)
     rows = read_train(config.data_dir)
     order, _ = _order(config, rows, 1, train.max_tokens)
     facts = batches.facts(rows.lengths, order.epoch(0), padded=False)

@@ -1,0 +1,185 @@
+"""Reading single files of a folder made by others, without torch: what, how much, how deep.
+
+Only regular files are opened, never through a link, with a bound on their size. JSON is parsed
+with bounded depth and without duplicate keys.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Literal
+
+from fintune.errors import GateRefused
+from fintune.files import read_toml
+
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+FIXTURE = "prompt_fixture.json"
+SUMS = "SHA256SUMS"
+TRAINING_ARGS = "training_args.bin"
+TEMPLATE = "chat_template.jinja"
+LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
+_SMALL = 2**20
+"""Bytes of a text file that has no bound of its own in limits.toml."""
+_DEPTH = 64
+_SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
+
+
+class Unreadable(Exception):
+    """A file that is not opened, or not what its name says; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about a folder and its answer; a `note` informs and never fails."""
+
+    name: str
+    status: Literal["ok", "failed", "note"]
+    detail: str
+
+    @staticmethod
+    def of(name: str, problem: str, good: str) -> "Check":
+        """Failed for a problem; ok, with what is good, where there is none."""
+        return Check(name, "failed", problem) if problem else Check(name, "ok", good)
+
+
+@dataclass(slots=True)
+class Report:
+    """Every check of one folder, in the order they ran."""
+
+    folder: Path
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that refuse the folder."""
+        return [check for check in self.checks if check.status == "failed"]
+
+    def run(self, stage: Callable[[], Iterable[Check]]) -> None:
+        """Add a stage's checks, unless an earlier stage failed."""
+        if not self.failed:
+            self.checks += stage()
+
+    def settle(self) -> None:
+        """Raise GateRefused naming each failed check, if there is one."""
+        if self.failed:
+            raise GateRefused(
+                f"{self.folder.name} is refused: "
+                + "; ".join(f"{check.name}: {check.detail}" for check in self.failed),
+                why="a folder that fails a check may answer differently, or run code, elsewhere",
+                fix="get it again from its source; a release of your own: fintune release",
+            )
+
+
+def open_file(folder: Path, name: str) -> BufferedReader:
+    """Open a regular file of a folder without following links.
+
+    One exception: a link of a hub cache's snapshot to a file in the `blobs` of its repository.
+
+    Raises:
+        Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
+    """
+    path = folder / name
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if path.is_symlink():
+            path = _blob(folder, name)
+        handle = os.open(path, flags)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = (error.strerror if isinstance(error, OSError) else None) or "no file name"
+        raise Unreadable(f"{name} cannot be opened: {reason}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Unreadable(f"{name} is no regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_text(folder: Path, name: str) -> str:
+    """A file's UTF-8 text within its bound (limits.toml). Raises Unreadable."""
+    limit = LIMITS["bytes"].get(name, _SMALL)
+    with open_file(folder, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise Unreadable(f"{name} is larger than {limit:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Unreadable(f"{name} is not UTF-8") from None
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of bounded depth that holds no key twice. Raises Unreadable."""
+    try:
+        tree = json.loads(
+            read_text(folder, name), object_pairs_hook=unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        raise Unreadable(f"{name} is not JSON: {reason}") from None
+    if not isinstance(tree, dict):
+        raise Unreadable(f"{name} is no JSON object")
+    if _deeper(tree, _DEPTH):
+        raise Unreadable(f"{name} is nested deeper than {_DEPTH}")
+    return tree
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> sha256 as SHA256SUMS lists them (`sha256sum`, also with -b). Raises Unreadable.
+
+    Empty where there is no SHA256SUMS.
+    """
+    if not (folder / SUMS).exists():
+        return {}
+    sums = {}
+    for line in read_text(folder, SUMS).splitlines():
+        match = _SUM_LINE.fullmatch(line.rstrip())
+        if match is None or match.group(2) in sums:
+            raise Unreadable(f"{SUMS} has a line that is none of sha256sum: {line[:80]!r}")
+        sums[match.group(2)] = match.group(1)
+    return sums
+
+
+def some(names: list[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def sha256_of(folder: Path, name: str) -> str:
+    """Hex sha256 of a regular file of a folder. Raises Unreadable."""
+    with open_file(folder, name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _blob(folder: Path, name: str) -> Path:
+    """Where a link of a hub cache's snapshot ends, if that is a blob of the same repository."""
+    snapshot = folder.absolute()
+    target = (folder / name).resolve()
+    blobs = snapshot.parent.parent / "blobs"
+    if snapshot.parent.name != "snapshots" or target.parent != blobs.resolve():
+        raise Unreadable(f"{name} is a link")
+    return target
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` of json: refuse a key that stands twice, as readers differ on it."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key stands twice")
+    return tree
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _deeper(tree: Any, depth: int) -> bool:
+    if not isinstance(tree, dict | list):
+        return False
+    values = tree.values() if isinstance(tree, dict) else tree
+    return depth == 0 or any(_deeper(value, depth - 1) for value in values)
