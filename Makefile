@@ -1,14 +1,18 @@
-# Two commands are all the set-up there is: `make demo`, `make test`. Python 3.11 or newer.
+# Two commands are all the set-up there is: `make demo`, `make test`; `make test-all` before a release. Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gguf check lock reference soak clean
+.PHONY: demo test test-all test-gguf check lock reference soak clean
 
 demo: .venv/installed
 	$(BIN)/fintune demo
 
 test: .venv/installed check
 	$(BIN)/python -m pytest
+
+# What takes too long for every change: all hostile folders, 1,000 fuzzed ones, tests marked slow.
+test-all: .venv/installed check
+	FINTUNE_TEST_ALL=1 $(BIN)/python -m pytest
 
 # Holds our GGUF files against llama.cpp. Its Python package is built from source (about six minutes,
 # needs cmake and a C++ compiler) into a folder of its own, so that .venv stays what the lock says.

@@ -4,10 +4,12 @@
 """
 
 import os
+import random
 import shutil
 from pathlib import Path
 
 import pytest
+from fuzz import meaning, mutate, redo
 from hostile import BASES, MARK, RELEASES, SUMS_CASES, Outcome, make, run_verb
 from tiny_release import built
 
@@ -96,3 +98,26 @@ def test_a_good_release_passes_every_verb(tmp_path: Path) -> None:
     assert good.code == 0, good.output
     talk = run_verb(["chat", str(folder), "--base", str(base)], tmp_path / "log", stdin="hello\n")
     assert talk.code == 0, talk.output
+
+
+def test_random_changes_never_pass(tmp_path: Path) -> None:
+    """No traceback, no hang; what passes says the same, unless every hash was forged."""
+    release, base = built()
+    passed = 0
+    for seed in range(1000 if EVERY else 60):
+        rng = random.Random(seed)
+        folder = shutil.copytree(release, tmp_path / f"{seed}")
+        how = rng.choice(["none", "sums", "all"])
+        done = f"seed {seed}: {mutate(folder, rng)}, redone: {how}"
+        redo(folder, release, how)
+        words = ["verify", str(folder), "--base", str(base), "--json"]
+        outcome = run_verb(words, tmp_path / "log", limit_s=140)
+        assert outcome.code in (0, 3), f"{done}\n{outcome.output[-3000:]}"
+        assert "Traceback" not in outcome.output, f"{done}\n{outcome.output[-3000:]}"
+        if outcome.code == 0:
+            passed += 1
+            same = meaning(folder) == meaning(release)
+            card_alone = how == "sums" and "README.md" in done
+            assert same or how == "all" or card_alone, f"{done}\n{outcome.output[-3000:]}"
+        shutil.rmtree(folder)
+    assert passed < 500, "the changes change nothing"

@@ -41,34 +41,40 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
-def _safe(text: str) -> str:
-    """Our own markup stays; what stands in `text` is shown as it is."""
+def safe_markup(text: str) -> str:
+    """Text of others inside rich markup: shown as it is, no control character, no tag."""
     return escape(printable(text))
 
 
 def say(text: str) -> None:
     """One line of progress or notice, to standard error."""
-    err.print(_safe(text))
+    err.print(safe_markup(text))
 
 
 def heading(text: str) -> None:
     """The start of a stage, to standard error."""
-    err.print(f"[bold cyan]{_safe(text)}[/]")
+    err.print(f"[bold cyan]{safe_markup(text)}[/]")
 
 
 def warn(text: str) -> None:
     """Something a user should read but that does not stop the run."""
-    err.print(f"[yellow]note:[/] {_safe(text)}")
+    err.print(f"[yellow]note:[/] {safe_markup(text)}")
 
 
 def fail(text: str) -> None:
     """The one message of a failed command."""
-    err.print(f"[bold red]error:[/] {_safe(text)}")
+    err.print(f"[bold red]error:[/] {safe_markup(text)}")
 
 
 def result(text: str) -> None:
     """A command's result, to standard output."""
-    out.print(_safe(text))
+    out.print(safe_markup(text))
+
+
+def stream(text: str) -> None:
+    """A piece of a running answer, to standard output at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
 
 
 def emit_json(value: Any) -> None:
@@ -79,11 +85,13 @@ def emit_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """A small table; columns after the first are right-aligned, as numbers read best."""
-    grid = Table(title=_safe(title), title_justify="left", title_style="bold", header_style="dim")
+    grid = Table(
+        title=safe_markup(title), title_justify="left", title_style="bold", header_style="dim"
+    )
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        grid.add_row(*(_safe(str(cell)) for cell in row))
+        grid.add_row(*(safe_markup(str(cell)) for cell in row))
     out.print(grid)
 
 
@@ -101,7 +109,7 @@ class Meter:
         self._count += count
         self._note = self._note if note is None else note
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._count, note=_safe(self._note))
+            self._progress.update(self._task, completed=self._count, note=safe_markup(self._note))
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._printed = time.monotonic()
             say(self._plain())

@@ -1,6 +1,5 @@
 """What `fintune demo` shows after its run: three questions, base and adapter side by side."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from fintune import console
@@ -68,5 +67,10 @@ def _answer(config: Config) -> None:
     for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
         grid.add_column(title, max_width=width, overflow="fold")
     for prompt, question in zip(prompts, DEMO_QUESTIONS, strict=True):
-        grid.add_row(*(escape(text) for text in (question, plain[prompt.id], adapter[prompt.id])))
+        grid.add_row(
+            *(
+                console.safe_markup(text)
+                for text in (question, plain[prompt.id], adapter[prompt.id])
+            )
+        )
     console.out.print(grid)

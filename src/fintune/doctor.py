@@ -20,7 +20,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
@@ -65,7 +64,9 @@ def show(findings: list[Finding]) -> None:
     for column in ("this machine", "", "found", "what it means, or what to do"):
         grid.add_column(column, overflow="fold")
     for row in findings:
-        grid.add_row(row.name, MARKS[row.status], escape(row.found), escape(row.advice))
+        grid.add_row(
+            row.name, MARKS[row.status], *map(console.safe_markup, (row.found, row.advice))
+        )
     console.out.print(grid)
 
 

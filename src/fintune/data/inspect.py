@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fintune import seal
 from fintune.config import Config
+from fintune.console import printable
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE
 from fintune.files import read_json
@@ -37,13 +38,13 @@ class Shown:
 
     def text(self) -> Text:
         """The row for a terminal: what is trained in green, what is only read dimmed."""
-        line = Text(
+        head = (
             f"{self.example_id}  {self.source}:{self.line}  {self.part}  group {self.group}  "
-            f"{self.length} tokens, {self.trained} trained\n",
-            style="bold",
+            f"{self.length} tokens, {self.trained} trained\n"
         )
+        line = Text(printable(head), style="bold")
         for piece, trained in self.pieces:
-            line.append(piece, style="green" if trained else "dim")
+            line.append(printable(piece), style="green" if trained else "dim")
         return line
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fintune.evals.judge import SCORE
 from fintune.evals.results import CHECKED, WHO, Pair, load_pairs, results, words
 from fintune.evals.tasks import PHRASES
 from fintune.files import FORMAT, json_text, read_json, read_jsonl, write_json, write_text
-from fintune.page import Page
+from fintune.page import Page, escape
 
 COMMAND = "fintune eval"
 RESULTS, REPORT = "test_results.json", "report.html"

@@ -43,9 +43,8 @@ def _talk(loaded: Loaded, engine: Engine, max_new_tokens: int) -> None:
                 answer = ""
                 for piece in reply(loaded, engine, history, name, max_new_tokens):
                     answer += piece
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-                sys.stdout.write("\n")
+                    console.stream(piece)
+                console.stream("\n")
             history.append(Message("assistant", answer.strip()))
 
 
