@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 disable_progress_bar()  # loading a base has a line of ours
 
+COMMIT, WEIGHTS = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+"""What `Base.revision` is: a commit of the hub, or the sha256 of a local base's weights."""
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 """All of a hub base but its weights; no *.py: code of a hub is never run."""
 
@@ -101,6 +104,26 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
     return Base(config.id, revision, folder)
 
 
+def trained_revision(folder: Path) -> str:
+    """The base that a released adapter was trained on: a commit of the hub, or its weights' sha256.
+
+    Empty where neither is recorded. Releases of 0.2 have the sha256 as `revision`.
+    """
+    for name, keys in (
+        ("adapter_config.json", ("revision",)),
+        ("training_config.json", ("provenance", "base_sha256")),
+    ):
+        try:
+            value: Any = read_json(folder / name)
+        except (OSError, ValueError, RecursionError):
+            continue
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str) and value:
+            return value
+    return ""
+
+
 def release_base(folder: Path, base: Path | None) -> Base:
     """The base that a release names, with the revision its weights really have.
 
@@ -112,6 +135,8 @@ def release_base(folder: Path, base: Path | None) -> Base:
     # No revision for a local folder: it is named by its weights, so that another base shows.
     local = base is not None or name == nano.NANO_ID
     revision = None if local else config.get("revision")
+    if revision and WEIGHTS.fullmatch(revision):  # releases of 0.2 have it; the hub knows none
+        revision = None
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 

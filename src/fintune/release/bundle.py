@@ -22,7 +22,15 @@ from fintune import __version__, console, files, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import device, end_token_ids, load_adapter, load_base, load_tokenizer
+from fintune.model import (
+    COMMIT,
+    WEIGHTS,
+    device,
+    end_token_ids,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+)
 from fintune.release import checks
 from fintune.release.card import write_card
 from fintune.release.fixture import make_fixture
@@ -45,7 +53,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     """Build `config.release_dir` from the finished data, run and evaluation folders.
 
     Args:
-        fresh: move an existing release aside first.
+        fresh: replace an existing release, which is moved aside when the new one is complete.
         accept: reason to publish an adapter whose verdict is not `better`; printed on the card.
 
     Returns:
@@ -58,21 +66,27 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     """
     inputs = read_inputs(config, accept)
     final = config.release_dir
-    if final.exists() and not fresh:
-        return _keep(final, inputs)
-    gate(inputs, accept)
-    if aside := seal.move_aside(final):
-        console.say(f"moved the old release to {aside}")
-    console.heading(f"release {config.release.name or config.name}")
-    with files.staged_folder(final) as staging:
-        _build(staging, inputs, accept)
-        report = checks.Report(final)
-        report.checks += checks.static_checks(staging)
-        report.checks += checks.check_base(staging, inputs.base)
-        report.checks.append(checks.check_paths(staging, _private(inputs)))
-        report.settle()
+    with seal.lock(final):
+        if not seal.empty(final):
+            seal.check_ours(final)
+            if not fresh:
+                return _keep(final, inputs)
+        gate(inputs, accept)
+        console.heading(f"release {config.release.name or config.name}")
+        with files.staged_folder(final, published=True, free=lambda: _move(final)) as staging:
+            _build(staging, inputs, accept)
+            report = checks.Report(final)
+            report.checks += checks.static_checks(staging)
+            report.checks += checks.check_base(staging, inputs.base)
+            report.checks.append(checks.check_paths(staging, _private(inputs)))
+            report.settle()
     console.say(f"released: {final}")
     return final
+
+
+def _move(final: Path) -> None:
+    if aside := seal.move_aside(final):
+        console.say(f"moved the old release to {aside}")
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
@@ -81,7 +95,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
         old = files.read_json(final / "training_config.json").get(PROVENANCE, {})
     except (OSError, ValueError):
         old = {}
-    differing = seal.differences(old, inputs.provenance)
+    differing = seal.differences(old, _provenance(inputs))
     if differing:
         raise OutputError(
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
@@ -105,7 +119,7 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
         "fintune": __version__,
         "config": _without_paths(inputs.recipe.model_dump(mode="json")),
         "training_arguments": _without_paths(arguments),
-        PROVENANCE: inputs.provenance,
+        PROVENANCE: _provenance(inputs),
     }
     files.write_json(staging / "training_config.json", facts)
     if config.release.training_args_bin:
@@ -127,13 +141,22 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     files.write_text(staging / checks.SUMS, sums)
 
 
+def _provenance(inputs: Inputs) -> dict[str, Any]:
+    """What the release was made from; a base without a commit by the sha256 of its weights."""
+    local = WEIGHTS.fullmatch(inputs.base.revision)
+    return inputs.provenance | ({"base_sha256": inputs.base.revision} if local else {})
+
+
 def _adapter_config(inputs: Inputs) -> dict[str, Any]:
-    """peft's configuration with the base by public name, lists in one order (peft saves sets)."""
+    """peft's configuration with the base by public name, lists in one order (peft saves sets).
+
+    `revision` is what peft asks the hub for, so only a commit may stand there.
+    """
     path = inputs.config.run_dir / "best" / checks.ADAPTER_CONFIG
     tree = json.loads(path.read_text(encoding="utf-8"))
     tree |= {
         "base_model_name_or_path": inputs.base.id,
-        "revision": inputs.base.revision,
+        "revision": inputs.base.revision if COMMIT.fullmatch(inputs.base.revision) else None,
         "inference_mode": True,
     }
     return {

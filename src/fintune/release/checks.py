@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fintune.errors import GateRefused
 from fintune.files import read_toml, sha256_file
-from fintune.model import Base
+from fintune.model import Base, trained_revision
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -203,7 +203,7 @@ def check_base(folder: Path, base: Base) -> Iterator[Check]:
     The expected tensors come from peft on an empty copy of the base (torch's meta device), so no
     weight of the base is read.
     """
-    revision = _object(folder / ADAPTER_CONFIG).get("revision") or ""
+    revision = trained_revision(folder)
     comparable = _REVISION.fullmatch(revision) and len(revision) == len(base.revision)
     if comparable and revision != base.revision:
         found = f"revision {revision[:12]}, this base is {base.revision[:12]}"

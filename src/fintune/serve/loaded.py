@@ -9,7 +9,15 @@ import torch
 from fintune.chat import ChatFormat
 from fintune.errors import ModelError, OutputError
 from fintune.files import read_json
-from fintune.model import Base, end_token_ids, load_adapter, load_base, read_tokenizer, release_base
+from fintune.model import (
+    Base,
+    end_token_ids,
+    load_adapter,
+    load_base,
+    read_tokenizer,
+    release_base,
+    trained_revision,
+)
 
 FULL_CONTEXT = 8192
 """Most tokens of prompt and answer served here, also where the base could take more: one process
@@ -39,8 +47,7 @@ def load(folder: Path, base: Path | None = None) -> Loaded:
     """
     if not (folder / "adapter_config.json").is_file():
         raise OutputError(f"{folder} holds no adapter (adapter_config.json)", fix="fintune release")
-    config = read_json(folder / "adapter_config.json")
-    found, revision = release_base(folder, base), config.get("revision")
+    found, revision = release_base(folder, base), trained_revision(folder)
     if revision and len(revision) == len(found.revision) and revision != found.revision:
         raise ModelError(
             f"{folder.name} was trained on revision {revision[:12]} of {found.id},"
