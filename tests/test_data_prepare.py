@@ -436,6 +436,13 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
     assert kept == [100, 200]
 
 
+def test_a_system_without_cpu_affinity_prepares_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    prepare(config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(300))))
+
+
 def killed_in_writing(folder: Path, wait: float) -> None:
     """Let this process kill itself so many seconds after its first file is begun."""
 

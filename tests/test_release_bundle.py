@@ -23,6 +23,7 @@ from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
+from fintune.release import card
 from fintune.release.bundle import release
 from fintune.release.card import TEXT, vllm_rank
 from fintune.release.verify import verify
@@ -111,6 +112,14 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
         exec(seed.replace("max_new_tokens=256", "max_new_tokens=4") + chat, {})
     fixture = json.loads((config.release_dir / "prompt_fixture.json").read_text())
     assert f'date_string="{fixture["date_string"]}"' in chat and printed.getvalue()
+
+
+def test_card_names_the_judge() -> None:
+    scored = {"status": "scored", "model": "judge-1", "served_model": "judge-1-2026-01-01"}
+    rows = [scored, scored, {**scored, "served_model": None}, {"status": "unscored"}]
+    said = card._judges(rows)
+    assert "2 verdicts of judge-1-2026-01-01" in said and "1 verdicts of judge-1;" in said + ";"
+    assert "verdicts of None" not in said
 
 
 def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
