@@ -204,6 +204,17 @@ def test_a_run_is_refused_before_its_first_stage(
     assert (code, os.listdir(tmp_path)) == (1, []), said
 
 
+@pytest.mark.parametrize("out", ["2024", "010", "a: b", "x #y", "~/[z]", "true"])
+def test_a_demo_goes_where_it_is_told(
+    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Config] = []
+    monkeypatch.setattr(cli, "_run", lambda config, **_: taken.append(config))
+    monkeypatch.setattr("fintune.demo.show", lambda config: None)
+    assert run(capsys, "demo", "--out", out)[0] == 0
+    assert taken[0].out == Path(out).expanduser()
+
+
 @pytest.mark.parametrize("name", ["data", "[ab]", "data-x"])
 def test_builds_of_other_folders_are_left_alone(name: str, tmp_path: Path) -> None:
     others = [".staging-data-y", ".staging-a", ".staging-data-x-old", ".staging-data-12345678"]

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -41,7 +41,8 @@ class StopRequest:
         if first and self._stepping:
             return
         if self._last_words is not None:
-            os.write(2, self._last_words)
+            with suppress(OSError):
+                os.write(2, self._last_words)
             os._exit(Stopped.exit_code)
         self._interrupted = True
         raise _Interrupt
@@ -62,7 +63,8 @@ class StopRequest:
             yield
             return
         self.asked = self._interrupted = False
-        self._last_words = None if last_words is None else last_words.encode()
+        said = None if last_words is None else last_words.encode(errors="backslashreplace")
+        self._last_words = said
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
