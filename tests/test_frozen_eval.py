@@ -23,6 +23,9 @@ def same_numbers(found: Any, kept: Any, place: str = "") -> None:
         assert sorted(found) == sorted(kept), place
         for key in kept:
             same_numbers(found[key], kept[key], f"{place}.{key}")
+    elif isinstance(kept, list) and len(kept) == len(found):
+        for at, value in enumerate(kept):
+            same_numbers(found[at], value, f"{place}.{at}")
     elif isinstance(kept, float):
         assert found == pytest.approx(kept, rel=1e-4, abs=1e-6), place
     else:
@@ -228,11 +231,12 @@ def test_a_judge_that_was_killed_asks_again_only_what_was_under_way(
     with fake_judge.serve(fake_judge.FakeJudge(delay=0.2)) as judge:
         words = judged.words(judge_url=judge.url, **given)
         process = tiny.Forked("judge", *words, log=tmp_path / "log")
-        tiny.until(lambda: len(judge.paid) > 2, process)
+        log = judged.eval / "judge_calls.jsonl"
+        tiny.until(lambda: log.is_file() and b'"done"' in log.read_bytes(), process)
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         judge.delay = 0
-        lines = tiny.read_lines(judged.eval / "judge_calls.jsonl")
+        lines = [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
         finished = {line["key"] for line in lines if line["row"] == "done"}
         assert tiny.fintune("eval", *words).code == 0
     assert finished

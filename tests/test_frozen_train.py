@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 ADAPTER = "best/adapter_model.safetensors"
-STEPS = 4
+STEPS = 2
 CHANGES = {
     "learning_rate": (0.02, "learning_rate: 0.01 -> 0.02"),
     "seed": (7, "seed: 42 -> 7"),

@@ -205,6 +205,7 @@ class Forked:
     ) -> None:
         _entry_point()
         self.log = log
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             code = 70
@@ -232,16 +233,18 @@ class Forked:
 
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code is None
 
     def wait(self, seconds: float = 120) -> int:
         """Its exit code, or the negative number of the signal that ended it."""
         end = time.monotonic() + seconds
-        while self.running() and time.monotonic() < end:
+        while self.running():
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
             time.sleep(0.01)
-        if self.running():
-            self.send(signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return int(self.code or 0)
 
     def text(self) -> str:
         """What it wrote, both streams."""
