@@ -167,8 +167,11 @@ def test_no_file_holds_the_key(judged: tiny.Chain) -> None:
     ("fault", "replies", "why"),
     [
         ("429 after seconds", 1, ["HTTP 429"]),
+        ("reset in the reply", 1, ["connection"]),
         ("cut json", 1, ["no completion in the reply"]),
         ("prose", 2, []),
+        ("wrong id", 2, []),
+        ("5 MB", 1, []),
     ],
 )
 def test_a_fault_that_passes_costs_no_verdict(
@@ -196,13 +199,19 @@ def test_replies_that_are_never_verdicts_are_counted_and_decide_nothing(
     assert any("unscored" in reason for reason in found["invalid_reasons"])
 
 
-def test_a_key_that_is_refused_ends_with_1_after_one_request(judged: tiny.Chain) -> None:
-    with fake_judge.serve(fake_judge.FakeJudge("401")) as judge:
+@pytest.mark.parametrize("status", ["401", "402", "404"])
+def test_a_refusal_ends_with_1_after_one_request_and_asking_goes_on(
+    judged: tiny.Chain, status: str
+) -> None:
+    with fake_judge.serve(fake_judge.FakeJudge(status)) as judge:
         said = ask(judge, judged)
-    assert said.code == 1
-    assert "does not accept the key in OPENAI_API_KEY" in said.err
-    assert KEY not in said.err
-    assert sum(judge.asked.values()) == 1
+        assert (said.code, f"(HTTP {status})" in said.err) == (1, True), said.err
+        assert ("OPENAI_API_KEY" in said.err) == (status == "401")
+        assert KEY not in said.err
+        assert sum(judge.asked.values()) == 1
+        judge.fault = ""
+        assert ask(judge, judged, verb="eval").code == 0
+    assert len(judge.paid) == CALLS
 
 
 def test_a_key_that_is_not_set_ends_with_1_before_any_request(judged: tiny.Chain) -> None:

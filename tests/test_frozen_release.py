@@ -1,9 +1,12 @@
 """Frozen: what a release holds, what verify accepts and refuses, and every form it exports."""
 
 import json
+import re
 import shlex
 import shutil
+import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import tiny
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -74,6 +78,8 @@ def test_sha256sum_verifies_it(chain: tiny.Chain) -> None:
     checked = subprocess.run(command, cwd=chain.release, capture_output=True, text=True, check=True)
     listed = {line.partition(":")[0] for line in checked.stdout.splitlines()}
     assert listed == {path.name for path in chain.release.iterdir()} - {"SHA256SUMS"}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in chain.release.iterdir()}
+    assert modes == {0o644}
 
 
 def test_its_parts_are_those_of_the_run_and_the_evaluation(chain: tiny.Chain) -> None:
@@ -201,47 +207,119 @@ def test_one_bit_under_rewritten_checksums_is_refused_by_the_answers(release: Pa
     assert (said.code, "answers: " in said.err) == (3, True), said.err
 
 
-def broken(release: Path, what: str) -> None:
-    """Break a release in one way, its checksums rewritten after it."""
-    config = frozen.read_json(release / "adapter_config.json")
-    if what == "a pickle":
-        (release / "model.bin").write_bytes(b"x")
-    elif what == "a file that is not known":
-        (release / "setup.py").write_text("")
-    elif what == "no weights":
-        (release / "adapter_model.safetensors").unlink()
-    elif what == "another revision":
-        config["revision"] = "0" * 64
-    elif what == "code":
-        config["auto_mapping"] = {"base_model_class": "Evil"}
-    elif what == "a local base":
-        config["base_model_name_or_path"] = "/home/someone/base"
-    elif what == "another template":
-        path = release / "chat_template.jinja"
-        path.write_text(path.read_text().replace("Today Date", "Date"))
-    elif what == "a template that reaches out":
-        (release / "chat_template.jinja").write_text("{{ ''.__class__ }}")
-    (release / "adapter_config.json").write_text(json.dumps(config))
+def changed_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A change of the adapter's tensors."""
+
+    def breaks(release: Path) -> None:
+        path = release / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return breaks
+
+
+def changed_json(name: str, **values: object) -> Callable[[Path], None]:
+    """Other values in a file of settings."""
+    return lambda release: edited(release / name, values)
+
+
+def edited(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(frozen.read_json(path) | values))
+
+
+def written(name: str, text: str) -> Callable[[Path], None]:
+    """A file of this text."""
+    return lambda release: (release / name).write_text(text) and None
+
+
+def no_effect(tensors: dict[str, Any]) -> None:
+    for name, value in tensors.items():
+        value *= 0 if "lora_B" in name else 1
+
+
+def not_a_number(tensors: dict[str, Any]) -> None:
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+
+
+B = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pickle": (written("model.bin", "x"), "pickle: reading it can run code: model.bin"),
+    "an unknown file": (written("setup.py", ""), "not in the allow-list: setup.py"),
+    "no weights": (
+        lambda release: (release / "adapter_model.safetensors").unlink(),
+        "missing: adapter_model.safetensors",
+    ),
+    "empty weights": (changed_weights(dict.clear), "weights: empty"),
+    "weights of zero": (changed_weights(no_effect), "weights: every B matrix is zero"),
+    "weights that are no numbers": (changed_weights(not_a_number), "weights: NaN"),
+    "a missing key": (changed_weights(lambda t: t.pop(B)), "keys: missing key base_model"),
+    "an extra key": (
+        changed_weights(lambda t: t.update({B.replace(".0.", ".9."): torch.ones(64, 8)})),
+        "keys: extra key base_model",
+    ),
+    "another revision": (
+        changed_json("adapter_config.json", revision="0" * 64),
+        "trained on another base",
+    ),
+    "code beside the adapter": (
+        changed_json("adapter_config.json", auto_mapping={"base_model_class": "Evil"}),
+        "asks to import code (adapter_config.json: auto_mapping)",
+    ),
+    "code beside the tokenizer": (
+        changed_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["x--y.Z", None]}),
+        "asks to import code (tokenizer_config.json: auto_map)",
+    ),
+    "a base by a local path": (
+        changed_json("adapter_config.json", base_model_name_or_path="/home/someone/base"),
+        "no public model id",
+    ),
+    "another template": (
+        written("chat_template.jinja", "{{ bos_token }}<|eot_id|>"),
+        "the chat template is not the one it was trained with",
+    ),
+    "a template that reaches out": (
+        written("chat_template.jinja", "{{ ''.__class__ }}"),
+        "template: reaches for __class__",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_release_is_refused_by_name(release: Path, what: str) -> None:
+    breaks, said = BROKEN[what]
+    breaks(release)
+    first = verify(release)
+    assert (first.code, "checksums: " in first.err) == (3, True), first.err
     rewrite_sums(release)
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("a pickle", "pickle: reading it can run code: model.bin"),
-        ("a file that is not known", "not in the allow-list: setup.py"),
-        ("no weights", "missing: adapter_model.safetensors"),
-        ("another revision", "trained on another base"),
-        ("code", "asks to import code"),
-        ("a local base", "no public model id"),
-        ("another template", "the chat template is not the one it was trained with"),
-        ("a template that reaches out", "template: reaches for __class__"),
-    ],
-)
-def test_a_broken_release_is_refused_by_name(release: Path, what: str, said: str) -> None:
-    broken(release, what)
     found = verify(release)
-    assert (found.code, said in found.err) == (3, True), found.err
+    assert (found.code, said in found.err, "checksums" in found.err) == (3, True, False), found.err
+
+
+def test_another_base_of_the_same_shape_is_refused(chain: tiny.Chain, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny.base(), tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    said = tiny.fintune("verify", chain.release, "--base", other)
+    assert (said.code, "base: trained on another base" in said.err) == (3, True), said.err
+
+
+def test_a_folder_of_peft_alone_is_verified_as_far_as_it_can_be(
+    chain: tiny.Chain, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        shutil.copy(chain.release / name, foreign)
+    for path in tiny.base().glob("*token*"):
+        shutil.copy(path, foreign)
+    checks = json.loads(verify(foreign, "--json").out)
+    notes = {check["name"] for check in checks if check["status"] == "note"}
+    assert {"checksums", "fixture", "template"} <= notes
+    (foreign / "training_args.bin").write_bytes(b"x")
+    said = verify(foreign)
+    assert (said.code, "a pickle without a checksum" in said.err) == (3, True)
 
 
 def test_what_is_not_there_ends_with_1(chain: tiny.Chain, tmp_path: Path) -> None:
@@ -285,7 +363,18 @@ def text_of(reader: Any, name: str) -> str:
     return str(reader.get_field(name).contents())
 
 
-def test_gguf_of_the_adapter_is_read_back(chain: tiny.Chain, tmp_path: Path) -> None:
+def reordered(rows: Any, heads: int) -> Any:
+    """Rows of q or k as llama.cpp has them: those of a head's halves take turns."""
+    first, second = rows.reshape(heads, 2, -1, *rows.shape[1:]).unbind(1)
+    return torch.stack((first, second), 2).reshape(rows.shape)
+
+
+def stored(reader: Any) -> dict[str, Any]:
+    """The tensors of a GGUF file, by name."""
+    return {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+
+
+def test_gguf_of_the_adapter_is_read_back(chain: tiny.Chain, tuned: Any, tmp_path: Path) -> None:
     out = tmp_path / "adapter.gguf"
     said = export("gguf", chain.release, "--out", out, "--dtype", "f32")
     assert said.code == 0, said.err
@@ -293,25 +382,56 @@ def test_gguf_of_the_adapter_is_read_back(chain: tiny.Chain, tmp_path: Path) -> 
     assert text_of(reader, "general.type") == "adapter"
     assert text_of(reader, "adapter.type") == "lora"
     assert reader.get_field("adapter.lora.alpha").contents() == 16.0
-    assert len(reader.tensors) == 2 * 2 * 7
-    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
+    found = stored(reader)
+    assert len(found) == 2 * 2 * 7
+    layer = tuned.base_model.model.model.layers[1].self_attn.q_proj
+    made = found["blk.1.attn_q.weight.lora_b"] @ found["blk.1.attn_q.weight.lora_a"]
+    change = layer.get_delta_weight("default").detach()  # the scale is alpha / rank
+    torch.testing.assert_close(made * 16 / 8, reordered(change, 4), rtol=0, atol=1e-6)
 
 
-def test_gguf_of_the_whole_model_is_read_back(chain: tiny.Chain, tmp_path: Path) -> None:
+def test_gguf_of_the_whole_model_is_read_back(
+    chain: tiny.Chain, tuned: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "model.gguf"
-    said = export("gguf", chain.release, "--out", out, "--merged")
+    said = export("gguf", chain.release, "--out", out, "--merged", "--dtype", "f32")
     assert said.code == 0, said.err
     reader = read_gguf(out)
     assert text_of(reader, "general.architecture") == "llama"
+    assert text_of(reader, "tokenizer.ggml.pre") == "llama-bpe"
     assert text_of(reader, "tokenizer.chat_template").strip() == (
         (tiny.base() / "chat_template.jinja").read_text().strip()
     )
     assert reader.get_field("llama.block_count").contents() == 2
-    assert len(reader.get_field("tokenizer.ggml.tokens").data) == 512
-    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
-    assert shapes["token_embd.weight"] == shapes["output.weight"] == (128, 512)
-    assert len(shapes) == 3 + 2 * 9
-    assert {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1} == {"F16"}
+    assert reader.get_field("llama.attention.head_count_kv").contents() == 2
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    control = {text for text, kind in zip(tokens, types, strict=True) if kind == 3}
+    assert {"<|begin_of_text|>", "<|eot_id|>"} <= control
+    assert "a" not in control
+    assert tokens[reader.get_field("tokenizer.ggml.eot_token_id").contents()] == "<|eot_id|>"
+    found = stored(reader)
+    assert len(found) == 3 + 2 * 9
+    layers = tuned.base_model.model.model.layers
+    attention = layers[0].self_attn
+
+    def merged(module: Any) -> Any:
+        return (module.weight + module.get_delta_weight("default")).detach()
+
+    for name, expected in {
+        "token_embd.weight": tuned.get_input_embeddings().weight.detach(),
+        "blk.0.attn_q.weight": reordered(merged(attention.q_proj), 4),
+        "blk.0.attn_k.weight": reordered(merged(attention.k_proj), 2),
+        "blk.1.attn_v.weight": merged(layers[1].self_attn.v_proj),
+        "blk.0.ffn_down.weight": merged(layers[0].mlp.down_proj),
+    }.items():
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+
+
+def test_gguf_is_f16_where_nothing_is_said(chain: tiny.Chain, tmp_path: Path) -> None:
+    said = export("gguf", chain.release, "--out", tmp_path / "a.gguf")
+    assert said.code == 0, said.err
+    assert {t.tensor_type.name for t in read_gguf(tmp_path / "a.gguf").tensors} == {"F16"}
 
 
 def test_the_vllm_command_names_rank_template_and_date(chain: tiny.Chain) -> None:
@@ -325,7 +445,24 @@ def test_the_vllm_command_names_rank_template_and_date(chain: tiny.Chain) -> Non
     assert json.loads(options["--default-chat-template-kwargs"]) == {"date_string": "26 Jul 2024"}
 
 
-def test_the_ollama_folder_holds_a_model_and_its_template(
+def in_go(template: str, messages: list[dict[str, str]]) -> str:
+    """The few words of Go's text/template that the Modelfile uses."""
+    opening = r"\{\{ if \.System }}(.*?)\{\{ else }}(.*?)\{\{ end }}\{\{ range \.Messages }}"
+    start = re.match(opening, template, re.DOTALL)
+    assert start is not None
+    body, tail = template[start.end() :].split("{{ end }}{{ end }}")
+    user, answer = body.removeprefix('{{ if eq .Role "user" }}').split(
+        '{{ else if eq .Role "assistant" }}'
+    )
+    system = "".join(turn["content"] for turn in messages if turn["role"] == "system")
+    text = start[1].replace("{{ .System }}", system) if system else start[2]
+    for turn in messages:
+        form = {"user": user, "assistant": answer, "system": ""}[turn["role"]]
+        text += form.replace("{{ .Content }}", turn["content"])
+    return text + tail
+
+
+def test_the_ollama_folder_holds_a_model_and_renders_the_trained_prompt(
     chain: tiny.Chain, tmp_path: Path
 ) -> None:
     out = tmp_path / "ollama"
@@ -334,9 +471,11 @@ def test_the_ollama_folder_holds_a_model_and_its_template(
     assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model.gguf"]
     modelfile = (out / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./model.gguf\n")
-    assert "Today Date: 26 Jul 2024\n" in modelfile
-    assert "{{ .System }}" in modelfile
     assert "PARAMETER stop <|eot_id|>" in modelfile
+    template = modelfile.split('"""')[1]
+    for row in frozen.read_json(chain.release / "prompt_fixture.json")["conversations"]:
+        prompt = "<|begin_of_text|>" + in_go(template, row["messages"][:-1])
+        assert prompt == row["prompt"], row["name"]
     assert text_of(read_gguf(out / "model.gguf"), "general.architecture") == "llama"
 
 

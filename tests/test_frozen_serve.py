@@ -3,7 +3,9 @@
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -202,6 +204,11 @@ def test_requests_that_are_none(server: tiny.Server) -> None:
     assert server.ask("/v1/nothing", good)[0] == 404
     assert server.ask(CHAT)[0] == 405
     assert server.ask(CHAT, b"{" + b" " * (1 << 20) + b"}")[0] == 413
+    assert server.ask(CHAT, good, **{f"X_{n}": "y" for n in range(80)})[0] == 431
+    assert server.ask(CHAT, good, X_Long="y" * 20_000)[0] == 431
+    assert server.ask(CHAT, b"[" * 100_000)[0] == 400
+    assert server.ask(CHAT, b'{"model": NaN}')[0] == 400
+    assert server.ask(CHAT, b"\xff\xfe")[0] == 400
     assert server.ask(CHAT, good)[0] == 200
 
 
@@ -212,6 +219,23 @@ def test_a_client_that_hangs_up_harms_nobody(server: tiny.Server) -> None:
     assert connection.getresponse().read(10)
     connection.close()
     assert asked(server)["choices"]
+    for _ in range(200):
+        if server.get("/health") == {"status": "ok", "running": 0, "waiting": 0}:
+            return
+        time.sleep(0.02)
+    raise AssertionError("a row outlived its client")
+
+
+def test_clients_at_once_get_the_answers_that_each_gets_alone(server: tiny.Server) -> None:
+    def answer(number: int) -> str:
+        who = "adapter" if number % 2 else "base"
+        text = f"What is {number} of {number * 13}?" + " margin" * (number % 7)
+        found = asked(server, model=who, messages=[{"role": "user", "content": text}])
+        return str(found["choices"][0]["message"]["content"])
+
+    alone = [answer(number) for number in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(answer, range(24))) == alone
 
 
 def test_verify_finds_the_trained_prompt_at_the_server(
