@@ -46,7 +46,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_readme_states_the_figures_of_the_results() -> None:
-    """The control experiment's table is what bench/control.py last wrote."""
+    """The control experiment's table is what tools/control.py last wrote."""
     found = json.loads((ROOT / "bench" / "results" / "control.json").read_text())
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for who in ("base", "control", "always the commonest", "adapter"):

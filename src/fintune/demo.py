@@ -10,7 +10,7 @@ from fintune.example import Message
 from fintune.files import read_json
 from fintune.generate import Prompt, answer_all
 from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
-from fintune.nano.rows import DEMO_QUESTIONS
+from fintune.nano import DEMO_QUESTIONS
 
 TOKENS = 48
 """Longest answer shown; the base does not know when to stop."""
