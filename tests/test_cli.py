@@ -139,7 +139,7 @@ def test_a_dry_run_needs_neither_data_nor_weights(
     words = ("train", "-c", "llama-3.1-8b-finance", "--dry-run", "--json", "-s", f"out={tmp_path}")
     code, out, _ = run(capsys, *words)
     assert code == 0
-    assert set(json.loads(out)) == {"training_arguments", "lora_config", "batches", "notes"}
+    assert {"training_arguments", "lora_config", "batches", "notes"} <= json.loads(out).keys()
     assert not list(tmp_path.iterdir())
 
 

@@ -214,22 +214,12 @@ def deal_rows() -> Iterator[str]:
         yield f"| busiest of {world} processes, over the mean | <= 2 % | {shown}"
 
 
-def plan_rows() -> Iterator[str]:
-    """What bench/plan.py last wrote."""
-    for run in figures("plan")["runs"]:
-        memory = f"{run['planned_peak_mb']:,} / {run['measured_peak_mb']:,} MB"
-        seconds = f"{run['planned_seconds']:.0f} / {run['measured_seconds']:.0f} s"
-        errors = f"{run['peak_error']:+.0%} | {seconds} | {run['time_error']:+.0%}"
-        yield f"| {run['hidden']} | {run['precision']} | {memory} | {errors}"
-
-
 @pytest.mark.parametrize(
     ("page", "rows"),
     [
         ("engine", engine_rows),
         ("engine", curve_rows),
         ("engine", deal_rows),
-        ("engine", plan_rows),
         ("serving", serving_rows),
         ("data", data_rows),
         ("evaluation", evaluation_rows),

@@ -369,13 +369,10 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
         real = memory.sum_loss
 
         def sum_loss(model: Any, batch: Any) -> Any:
-            if torch.is_grad_enabled() and not model.is_gradient_checkpointing and tried():
+            if torch.is_grad_enabled() and not model.is_gradient_checkpointing:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(model, batch)
 
-        # `recompute` measures a short example first: only the trial after it lacks memory.
-        calls: list[int] = []
-        tried = lambda: calls.append(1) or len(calls) > 1  # noqa: E731
         memory.sum_loss = sum_loss
 
     outcome = harmed(lambda: train(config), small)
