@@ -4,7 +4,6 @@ The short form of bench/soak.py: the same harms, fewer of them.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import random
@@ -591,21 +590,3 @@ def test_a_config_without_room_for_an_example_is_refused(new: Callable[..., Conf
     with pytest.raises(FintuneError, match="max_tokens"):
         train(new("train.max_tokens=20"))
     assert load_config("nano").train.max_tokens is None
-
-
-def test_the_page_states_the_measured_figures() -> None:
-    bench = Path(__file__).parents[1] / "bench"
-    spec = importlib.util.spec_from_file_location("soak", bench / "soak.py")
-    assert spec is not None
-    assert spec.loader is not None
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
-    kept = read_json(soak.RESULTS)
-    assert soak.table(kept) in soak.PAGE.read_text(encoding="utf-8"), "run bench/soak.py"
-
-
-def test_a_kill_inside_the_first_write_leaves_a_folder_that_starts(tmp_path: Path) -> None:
-    (tmp_path / f".{seal.INPUTS}.x1").write_text("{")
-    assert seal.state(tmp_path, {}, command="fintune train") is seal.State.NEW
-    seal.start(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == [seal.INPUTS]
