@@ -11,7 +11,7 @@ import docs
 from fintune.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     name: {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     for name, command in typer.main.get_group(app).commands.items()  # type: ignore[attr-defined]
