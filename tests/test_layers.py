@@ -37,7 +37,7 @@ SPINE = (
 """A module imports only what stands before it; `nano` here is its __init__, which imports none."""
 STAGES = ("data", "train", "planning", "evals", "release", "serve", "nano")
 TOP = ("demo", "doctor", "init", "plan", "calibrate", "cli")
-LINES = 17_540
+LINES = 18_002
 """Most lines of src; DESIGN.md says why it is more than the 7,000 first planned."""
 
 
