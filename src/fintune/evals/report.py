@@ -331,7 +331,6 @@ def _item(pair: Pair, said: list[dict[str, Any]]) -> str:
         facts += [f"miss: {graded.miss}"] if graded and graded.miss else []
         if graded and graded.ungrounded:
             facts.append(f"ungrounded: {', '.join(graded.ungrounded)}")
-        facts += [f"wrong steps: {graded.wrong_steps}"] if graded and graded.wrong_steps else []
         sides.append(
             f"<div><b>{who}</b> <span class={style}>{verdict}</span>"
             f"<pre>{escape(text or '(empty)')}</pre><small>{escape('; '.join(facts))}</small></div>"

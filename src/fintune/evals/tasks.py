@@ -98,8 +98,6 @@ class Graded:
     read: str | None = None
     miss: str | None = None
     ungrounded: tuple[str, ...] = ()
-    steps: int = 0
-    wrong_steps: int = 0
 
     @property
     def correct(self) -> bool:
@@ -138,16 +136,14 @@ def grade(item: Item, answer: str) -> Graded | None:
 
 def _grade_number(item: Item, answer: str) -> Graded:
     verdict = numbers.compare(item.reference, answer, question=item.question, context=item.context)
-    steps = numbers.check_steps(answer)
-    shown = f"{item.context}\n{item.question}"
-    free = tuple(answer[a.start : a.end] for a in numbers.ungrounded(answer, shown))
-    wrong = sum(not step.ok for step in steps)
+    known = (item.context, item.question, item.reference)
+    free = tuple(answer[a.start : a.end] for a in numbers.ungrounded(answer, *known))
     if verdict.read is None or (not verdict.lenient and _ABSTAINS.search(answer)):
         outcome: Outcome = "abstained" if _ABSTAINS.search(answer) else "unparsed"
-        return Graded(outcome, False, None, None, free, len(steps), wrong)
+        return Graded(outcome, False, ungrounded=free)
     read = answer[verdict.read.start : verdict.read.end]
-    outcome = "correct" if verdict.strict else "wrong"
-    return Graded(outcome, verdict.lenient, read, verdict.miss, free, len(steps), wrong)
+    outcome = "correct" if verdict.correct else "wrong"
+    return Graded(outcome, verdict.lenient, read, verdict.miss, free)
 
 
 def read_label(answer: str, choices: tuple[str, ...]) -> str | None:

@@ -1,0 +1,14 @@
+"""Amounts read out of prose, and compared."""
+
+from fintune.numbers.compare import NumberVerdict, compare, ungrounded
+from fintune.numbers.parse import Amount, answer_amounts, is_number_answer, read_amounts
+
+__all__ = [
+    "Amount",
+    "NumberVerdict",
+    "answer_amounts",
+    "compare",
+    "is_number_answer",
+    "read_amounts",
+    "ungrounded",
+]
