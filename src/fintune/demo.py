@@ -29,7 +29,7 @@ def show(config: Config) -> None:
                 "answers right",
                 f"{accuracy['base']:.1%}",
                 f"{accuracy['adapter']:.1%}",
-                f"{accuracy['always_commonest']['value']:.1%}",
+                f"{accuracy['majority_class']['value']:.1%}",
             ),
             ("loss (nats a token)", f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""),
         ],

@@ -22,8 +22,9 @@ from fintune.files import reaching, read_json, sha256_file, sha256_json, write_j
 
 DONE = "done.json"
 INPUTS = "inputs.json"
-UNREAD = ("checkpoints/",)
-"""Beginnings of names that only an unfinished run reads, under manifests of their own."""
+UNREAD = ("checkpoints/", "judge_calls.jsonl")
+"""Beginnings of names that no later stage reads: under manifests of their own, or a log that grows
+when its stage is finished."""
 
 
 class State(Enum):

@@ -295,12 +295,8 @@ def ungrounded(answer: str, *known: str) -> list[Amount]:
 
     def grounded(low: float, high: float) -> bool:
         low, high = low - 1e-9 * abs(low), high + 1e-9 * abs(high)  # rounding of the float
-        spans: list[tuple[Any, Any]] = [
-            (low, high),
-            (low - pool, high - pool),
-            (low + pool, high + pool),
-        ]
-        spans += [(low / pool, high / pool), (low * pool, high * pool)]
+        spans: list[tuple[Any, Any]] = [(low, high), (low - pool, high - pool)]
+        spans += [(low + pool, high + pool), (low / pool, high / pool), (low * pool, high * pool)]
         spans += [((1 + low) * pool, (1 + high) * pool), ((1 - high) * pool, (1 - low) * pool)]
         return any(
             bool((np.searchsorted(pool, end, "right") > np.searchsorted(pool, start)).any())
