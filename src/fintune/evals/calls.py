@@ -6,13 +6,12 @@ that breaks) after `Retry-After` or a growing, jittered wait. A call that stays 
 is asked again by the next run of the same command.
 """
 
+import contextlib
 import ipaddress
 import json
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,66 +53,6 @@ class _Unanswered(Exception):
     """A call that stayed without a completion; the message says why."""
 
 
-@dataclass(slots=True)
-class _Session:
-    """What the threads of one run share; `lock` guards all of it but the client."""
-
-    client: Any
-    config: JudgeConfig
-    log: JsonlLog
-    progress: Meter
-    queue: Iterator[Call]
-    done: dict[str, dict[str, Any]]
-    spent: float
-    reserved: float = 0.0
-    answered: int = 0
-    unanswered: list[str] = field(default_factory=list)
-    stop: BaseException | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def work(self) -> None:
-        """Make calls until none is left or the run has to stop."""
-        try:
-            while (call := self._next()) is not None:
-                self._make(call)
-        except BaseException as error:
-            self.stop = self.stop or error
-
-    def _make(self, call: Call) -> None:
-        row, why = None, ""
-        try:
-            row = _ask(self.client, call, self.config)
-        except _Unanswered as error:
-            why = str(error)
-        with self.lock:
-            self.reserved -= most_usd(call, self.config)
-            if row is None:
-                self.unanswered.append(why)
-                if not self.answered:  # the others would wait in vain
-                    raise _no_reply(self)
-                return
-            self.log.append(row)
-            self.done[call.key] = row
-            self.answered += 1
-            self.spent += row["usage"]["usd"]
-            self.progress.advance(note=f"${self.spent:.3f}")
-
-    def _next(self) -> Call | None:
-        with self.lock:
-            call = next(self.queue, None) if self.stop is None else None
-            if call is None:
-                return None
-            bound, budget = most_usd(call, self.config), self.config.max_usd
-            if budget is not None and self.spent + self.reserved + bound > budget:
-                self.stop = GateRefused(
-                    f"judge: ${self.spent:.4f} spent, and the next call may pass ${budget}",
-                    fix="the same command with a higher limit continues; no call is made twice",
-                )
-                return None
-            self.reserved += bound
-            return call
-
-
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of the finished calls by key."""
     path = folder / LOG
@@ -143,36 +82,74 @@ def ask(
     with JsonlLog(folder / LOG) as log:
         done = {row["key"]: row for row in log.rows()}
         todo = [call for call in calls if call.key not in done]
-        if not todo:
-            return done
-        most = sum(most_usd(call, config) for call in todo)
-        say(
-            f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
-            f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
-        )
-        spent = sum(row["usage"]["usd"] for row in done.values())
-        with _client(config, judge_host) as client, meter("judge", len(todo)) as progress:
-            session = _Session(client, config, log, progress, iter(todo), done, spent)
-            with ThreadPoolExecutor(CONCURRENCY) as pool:
-                try:
-                    wait([pool.submit(session.work) for _ in range(CONCURRENCY)])
-                except BaseException as error:  # a signal: calls under way end and are logged
-                    session.stop = error
-                    raise
-        if session.stop is not None:
-            raise session.stop
-        if session.unanswered:
-            raise _no_reply(session)
+        if todo:
+            most = sum(most_usd(call, config) for call in todo)
+            say(
+                f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
+                f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
+            )
+            with _client(config, judge_host) as client, meter("judge", len(todo)) as progress:
+                _ask_all(client, todo, config, log, done, progress)
         return done
 
 
-def _no_reply(session: _Session) -> ModelError:
-    return ModelError(
-        f"judge: {len(session.unanswered)} calls got no reply from {session.config.base_url}"
-        f" ({session.unanswered[0]}, {1 + RETRIES} tries each)",
-        why=f"{session.answered} calls of this run were answered and are kept",
-        fix="check eval.judge.base_url and the server, then run the same command again",
-    )
+def _ask_all(
+    client: Any,
+    todo: list[Call],
+    config: JudgeConfig,
+    log: JsonlLog,
+    done: dict[str, dict[str, Any]],
+    progress: Meter,
+) -> None:
+    """Make calls, a few at once; each is logged and added to `done` as soon as it is finished."""
+    running: dict[Future[dict[str, Any]], Call] = {}
+    unanswered: list[str] = []
+    before = len(done)
+
+    def collect(return_when: str) -> None:
+        for future in wait(running, return_when=return_when).done:
+            del running[future]
+            try:
+                row = future.result()
+            except _Unanswered as error:
+                unanswered.append(str(error))
+                continue
+            log.append(row)
+            done[row["key"]] = row
+            progress.advance(note=f"${_spent(done):.3f}")
+
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        try:
+            for call in todo:
+                if len(running) == CONCURRENCY:
+                    collect(FIRST_COMPLETED)
+                if unanswered and len(done) == before:  # the others would wait in vain
+                    break
+                reserved = sum(most_usd(one, config) for one in [*running.values(), call])
+                if config.max_usd is not None and _spent(done) + reserved > config.max_usd:
+                    spent = f"${_spent(done):.4f} spent"
+                    raise GateRefused(
+                        f"judge: {spent}, and the next call may pass ${config.max_usd}",
+                        fix="the same command with a higher limit continues; no call is made twice",
+                    )
+                running[pool.submit(_ask, client, call, config)] = call
+            while running:
+                collect(ALL_COMPLETED)
+        finally:  # a refusal, or a signal: calls under way end and are logged
+            while running:
+                with contextlib.suppress(ModelError):
+                    collect(ALL_COMPLETED)
+    if unanswered:
+        raise ModelError(
+            f"judge: {len(unanswered)} calls got no reply from {config.base_url}"
+            f" ({unanswered[0]}, {1 + RETRIES} tries each)",
+            why=f"{len(done) - before} calls of this run were answered and are kept",
+            fix="check eval.judge.base_url and the server, then run the same command again",
+        )
+
+
+def _spent(done: dict[str, dict[str, Any]]) -> float:
+    return float(sum(row["usage"]["usd"] for row in done.values()))
 
 
 def _client(config: JudgeConfig, judge_host: str) -> Any:
