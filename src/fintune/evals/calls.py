@@ -20,7 +20,7 @@ from fintune.config import JudgeConfig
 from fintune.console import Meter, meter, say
 from fintune.errors import ConfigError, GateRefused, ModelError
 from fintune.evals.judge import SCHEMA, Call, outcome, read_verdict
-from fintune.files import JsonlLog, read_jsonl
+from fintune.files import JsonlLog
 
 LOG = "judge_calls.jsonl"
 CONCURRENCY = 8
@@ -55,8 +55,10 @@ class _Unanswered(Exception):
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
     """The rows of the finished calls by key."""
-    path = folder / LOG
-    return {row["key"]: row for row in read_jsonl(path)} if path.is_file() else {}
+    if not (folder / LOG).is_file():
+        return {}
+    with JsonlLog(folder / LOG) as log:
+        return {row["key"]: row for row in log.rows() if row["row"] == "done"}
 
 
 def most_usd(call: Call, config: JudgeConfig) -> float:
@@ -74,23 +76,30 @@ def ask(
     Args:
         judge_host: a host that may get the key besides the variable's own.
 
+    Args:
+        judge_host: a host that may get the key besides the variable's own.
+
     Raises:
         ConfigError: no key, one for another host, or the `openai` package is not installed.
         ModelError: the endpoint refuses the key, the account or the model, or does not answer.
         GateRefused: the next call could pass `max_usd`.
     """
-    with JsonlLog(folder / LOG) as log:
-        done = {row["key"]: row for row in log.rows()}
-        todo = [call for call in calls if call.key not in done]
-        if todo:
-            most = sum(most_usd(call, config) for call in todo)
-            say(
-                f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
-                f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
-            )
-            with _client(config, judge_host) as client, meter("judge", len(todo)) as progress:
-                _ask_all(client, todo, config, log, done, progress)
+    done = finished(folder)
+    todo = [call for call in calls if call.key not in done]
+    if not todo:
         return done
+    most = sum(most_usd(call, config) for call in todo)
+    say(
+        f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
+        f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
+    )
+    with (
+        _client(config, judge_host) as client,
+        JsonlLog(folder / LOG) as log,
+        meter("judge", len(todo)) as progress,
+    ):
+        _ask_all(client, todo, config, log, done, progress)
+    return done
 
 
 def _ask_all(
@@ -127,9 +136,9 @@ def _ask_all(
                     break
                 reserved = sum(most_usd(one, config) for one in [*running.values(), call])
                 if config.max_usd is not None and _spent(done) + reserved > config.max_usd:
-                    spent = f"${_spent(done):.4f} spent"
+                    limit = f"the next call may pass the limit of ${config.max_usd}"
                     raise GateRefused(
-                        f"judge: {spent}, and the next call may pass ${config.max_usd}",
+                        f"judge: ${_spent(done):.4f} spent, and {limit}",
                         fix="the same command with a higher limit continues; no call is made twice",
                     )
                 running[pool.submit(_ask, client, call, config)] = call
@@ -188,7 +197,7 @@ def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
         why = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
         raise _Unanswered(why) from None
     # A server that writes the key into its reply must not bring it into a file.
-    return _row(call, raw.http_response.text.replace(client.api_key, "[key]"), config)
+    return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
 
 
 def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
@@ -205,6 +214,7 @@ def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
     verdict = read_verdict(call, text)
     reason = UNSCORED.get(str(choice.get("finish_reason")), "parse_failure")
     return {
+        "row": "done",
         "key": call.key,
         "status": "scored" if verdict else "unscored",
         "unscored_reason": None if verdict else reason,
@@ -221,22 +231,18 @@ def _refusal(status: int, config: JudgeConfig) -> Exception:
     """What a status means that the client did not repeat, or repeated in vain."""
     if status in (408, 409, 429) or status >= 500:
         return _Unanswered(f"HTTP {status}")
-    what = {
-        401: f"does not accept the key in {config.key_variable}",
-        402: "asks for payment: the account has no credit left",
-        403: "forbids this key the use of the model",
-        404: f"knows no model {config.model}, or has no chat completions there",
-    }.get(status, "rejects the request")
-    fix = "correct eval.judge or the key, then run the same command again"
+    what, fix = {
+        401: (f"does not accept the key in {config.key_variable}", "correct the key"),
+        402: ("asks for payment: the account has no credit left", "pay"),
+        403: ("forbids this key the use of the model", "correct the key or eval.judge.model"),
+        404: (f"knows no model {config.model}", "correct eval.judge.model or base_url"),
+    }.get(status, ("rejects the request", "use a model with structured output (JSON schemas)"))
     if 300 <= status < 400:
-        what = "redirects to another address, and key and rows go to no host but the configured one"
-        fix = "set eval.judge.base_url to the address where it answers"
-    elif what == "rejects the request":
-        fix = "use an endpoint and a model with structured output (response_format)"
+        what, fix = "redirects to another address", "set eval.judge.base_url to that address"
     return ModelError(
         f"judge: the endpoint {what} (HTTP {status})",
-        why="everything judged so far is kept",
-        fix=fix,
+        why="what was judged so far is kept; key and rows go to no host but the configured one",
+        fix=f"{fix}, and run the same command again",
     )
 
 

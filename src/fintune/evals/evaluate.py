@@ -48,17 +48,18 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         DataError: no `decide` row. GateRefused: the judge's budget is spent.
     """
     folder, inputs = config.eval_dir, _inputs(config)
-    if fresh:
-        seal.move_aside(folder)
-    if seal.state(folder, inputs, command=COMMAND) is not seal.State.FINISHED:
-        seal.start(folder, inputs)
-        _answer(config, folder, inputs)
-        _finish(folder, inputs, judged.unjudged_rows(_judged_set(folder)))
-    elif not judged.pending(folder, _judged_set(folder), config.eval.judge, config.seed):
-        say(f"{folder}: unchanged, kept")
-        return read_json(folder / RESULTS)
-    if config.eval.judge.model is not None:
-        _judge(config, folder, inputs, judge_host)
+    with seal.lock(folder):
+        if fresh:
+            seal.move_aside(folder)
+        if seal.state(folder, inputs, command=COMMAND) is not seal.State.FINISHED:
+            seal.start(folder, inputs)
+            _answer(config, folder, inputs)
+            _finish(folder, inputs, judged.unjudged_rows(_judged_set(folder)))
+        elif not judged.pending(folder, _judged_set(folder), config.eval.judge, config.seed):
+            say(f"{folder}: unchanged, kept")
+            return read_json(folder / RESULTS)
+        if config.eval.judge.model is not None:
+            _judge(config, folder, inputs, judge_host)
     return _show(config)
 
 
@@ -68,10 +69,12 @@ def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
-    done = read_evaluation(config.eval_dir)
+    folder = config.eval_dir
+    read_evaluation(folder)  # before anything is made there
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
-    _judge(config, config.eval_dir, done["inputs"], judge_host)
+    with seal.lock(folder):
+        _judge(config, folder, read_evaluation(folder)["inputs"], judge_host)
     return _show(config)
 
 

@@ -59,8 +59,9 @@ class Item:
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> "Item":
+        known = {name: row[name] for name in Item.__slots__ if name in row}
         messages = tuple(Message(**message) for message in row["messages"])
-        return Item(**{**row, "messages": messages, "choices": tuple(row["choices"])})
+        return Item(**{**known, "messages": messages, "choices": tuple(row["choices"])})
 
     def grade(self, answer: str) -> Graded | None:
         """Grade an answer to this question; None where only a judge can."""

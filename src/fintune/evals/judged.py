@@ -65,7 +65,7 @@ def judged_rows(
             "model": config.model,
             "rubric_sha256": rubric,
             "positions": call.positions,
-            "control": call.control,
+            "canary": call.control,
             "expect": call.expect,
             "human": None if call.control else human.get(call.item),
             **{name: done[call.key][name] for name in ANSWERED},
@@ -120,8 +120,8 @@ def summary(
     asked = [row for row in rows if row.get("key")]
     if not asked:
         return None
-    pairs = [row for row in asked if row["control"] is None]
-    controls = [row for row in asked if row["control"] is not None]
+    pairs = [row for row in asked if row["canary"] is None]
+    controls = [row for row in asked if row["canary"] is not None]
     labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     return {
         "model": asked[0]["model"],
@@ -129,11 +129,11 @@ def summary(
         "rubric_sha256": asked[0]["rubric_sha256"],
         "calls": len(asked),
         "unscored": stats.rate(sum(row["status"] != "scored" for row in asked), len(asked)),
-        "control_items": {
+        "canaries": {
             "ok": sum(row["outcome"] == row["expect"] for row in controls),
             "of": len(controls),
             "failed": sorted(
-                {row["control"] for row in controls if row["outcome"] != row["expect"]}
+                {row["canary"] for row in controls if row["outcome"] != row["expect"]}
             ),
         },
         "cost": {
@@ -191,8 +191,8 @@ def _pairwise(
             ],
         },
         "reliability": {
-            "position_consistency": stats.rate(consistent, len(orders)),
-            "first_position": stats.rate(first, len(chosen)),
+            "swap_consistency": stats.rate(consistent, len(orders)),
+            "first_slot": stats.rate(first, len(chosen)),
             "decided_by_arithmetic": sum(decided.get(key) is not None for key in orders),
             "against_arithmetic": against,
         },

@@ -83,7 +83,7 @@ def write(folder: Path, found: dict[str, Any], pairs: list[Pair]) -> None:
     ends = [abs(end) for _, difference, _ in differences for end in difference["ci95"]]
     verdicts: dict[str, list[dict[str, Any]]] = {}
     for row in read_jsonl(folder / judged.NAME):
-        if row.get("key") and not row["control"]:
+        if row.get("key") and not row["canary"]:
             verdicts.setdefault(row["id"], []).append(row)
     misses = found["misses"]
     kinds = list(dict.fromkeys(kind for variant in VARIANTS for kind in misses[variant]))

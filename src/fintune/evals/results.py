@@ -213,8 +213,8 @@ def _verdict(
     difference = wins if primary == "win_rate" and wins else accuracy["difference"]
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
-    if judge and judge["control_items"]["failed"]:
-        invalid.append(f"control items failed: {', '.join(judge['control_items']['failed'])}")
+    if judge and judge["canaries"]["failed"]:
+        invalid.append(f"control items failed: {', '.join(judge['canaries']['failed'])}")
     if judge and judge["unscored"]["value"] and judge["unscored"]["value"] > MOST_UNSCORED:
         invalid.append(f"{judge['unscored']['value']:.1%} of the judge's calls unscored")
     if run["contaminated"]:

@@ -27,6 +27,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
+from fintune.stop import STOP, StopRequest
 from fintune.train import checkpoints, lora, memory, pointwise, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
@@ -36,7 +37,6 @@ from fintune.train.order import Order
 from fintune.train.record import Record, fits
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
-from fintune.train.stop import StopRequest
 from fintune.train.trainer import BEST, LoraTrainer
 from fintune.train.watch import Watch, draw_curves
 
@@ -58,15 +58,16 @@ def train(config: Config, *, fresh: bool = False, accept_drift: str | None = Non
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with StopRequest().listening() as stop:
+    with STOP.listening():
+        STOP.guard()  # also where another process holds the lock for this one
         processes.start(config.train.strategy, config.model.quantization)
-        room = Room(run, lambda: stop.asked)
+        room = Room(run, lambda: STOP.asked)
         processes.from_lead(lambda: room.write(SLACK, lambda: None))
         # Of several processes the first one writes, and holds the lock for all.
         with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
-            return _train_alone(config, stop, room, fresh=fresh, accept_drift=accept_drift)
+            return _train_alone(config, STOP, room, fresh=fresh, accept_drift=accept_drift)
 
 
 def _train_alone(
@@ -379,7 +380,7 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     finally:
         if metrics is not None:
             metrics.close()
-    if trainer.stop.everywhere():
+    if processes.stop_asked(trainer.stop):
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",
