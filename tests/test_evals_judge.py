@@ -140,7 +140,7 @@ def ask(folder, plan, url, **settings):
 
 @pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "5 MB"])
 def test_a_fault_loses_nothing_and_no_call_is_made_twice(tmp_path, fault):
-    # Three of the kinds, on two items; bench/judge_faults.py meets all of them on fifty.
+    # Three of the kinds, on two items; `bench/evaluation.py faults` meets all of them on fifty.
     with serve(FakeJudge(fault)) as server:
         plan = judge.plan(items(2), config(server.url), seed=1)
         done = ask(tmp_path, plan, server.url)

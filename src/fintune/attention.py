@@ -68,16 +68,14 @@ def attend(
     # On a CPU torch's flash kernel takes 1.1 ms in fp32 and 4.1 ms in bf16, forward and backward
     # together, for a sequence of 150 tokens and 8 heads of 32; the same at 2,048 tokens.
     on_cpu = query.device.type == "cpu"
+    gqa = grouped and on_cpu  # elsewhere torch has no fast kernel that groups
     precise = torch.promote_types(query.dtype, torch.float32) if on_cpu else query.dtype
-    if grouped and not on_cpu:  # without flash attention, torch has no fast kernel that groups
-        times = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+    if grouped and not gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     parts = [tensor.to(precise).split(sizes, dim=2) for tensor in (query, key, value)]
     with torch.autocast("cpu", enabled=False):  # it would cast them back to bf16
         pieces = [
-            F.scaled_dot_product_attention(
-                q, k, v, scale=scaling, is_causal=True, enable_gqa=grouped and on_cpu
-            )
+            F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=gqa)
             for q, k, v in zip(*parts, strict=True)
         ]
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
@@ -85,6 +83,8 @@ def attend(
 
 def _has_varlen(query: torch.Tensor) -> bool:
     """Flash attention wants a CUDA device of capability 8.0 and half precision."""
+    if query.device.type == "meta":  # shapes alone: of a plan for such a device
+        return True
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.device.type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)
 

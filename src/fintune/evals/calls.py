@@ -192,7 +192,8 @@ def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
             **limits,
         )
     except openai.APIStatusError as error:
-        raise _refusal(error.status_code, config) from None
+        said = error.response.text.replace(client.api_key, "[redacted]")
+        raise _refusal(error.status_code, said, config) from None
     except openai.APIConnectionError as error:
         why = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
         raise _Unanswered(why) from None
@@ -227,7 +228,7 @@ def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
     }
 
 
-def _refusal(status: int, config: JudgeConfig) -> Exception:
+def _refusal(status: int, said: str, config: JudgeConfig) -> Exception:
     """What a status means that the client did not repeat, or repeated in vain."""
     if status in (408, 409, 429) or status >= 500:
         return _Unanswered(f"HTTP {status}")
@@ -240,7 +241,7 @@ def _refusal(status: int, config: JudgeConfig) -> Exception:
     if 300 <= status < 400:
         what, fix = "redirects to another address", "set eval.judge.base_url to that address"
     return ModelError(
-        f"judge: the endpoint {what} (HTTP {status})",
+        f"judge: the endpoint {what} (HTTP {status}): {' '.join(said.split())[:300]}",
         why="what was judged so far is kept; key and rows go to no host but the configured one",
         fix=f"{fix}, and run the same command again",
     )

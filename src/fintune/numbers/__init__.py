@@ -1,7 +1,8 @@
 """Amounts read out of prose, and compared."""
 
+from fintune.numbers.answers import answer_amounts, is_number_answer
 from fintune.numbers.compare import NumberVerdict, compare, ungrounded
-from fintune.numbers.parse import Amount, answer_amounts, is_number_answer, read_amounts
+from fintune.numbers.parse import Amount, read_amounts
 
 __all__ = [
     "Amount",

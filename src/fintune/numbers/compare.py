@@ -2,6 +2,20 @@
 
 compare("$1,577", "It was $1.577 billion.", question="... in USD millions?").correct   True
 compare("12.5%", "The margin was 1250%").miss                                          "percent"
+
+- A gold in percent takes 12.5 %, a bare 12.5, and a bare 0.125 up to 1.5. A bare gold takes
+  its percentage by value (0.125 = 12.5 %); where `question` asks for a percentage also a bare
+  12.5, and the percent sign beside a bare gold above 1.5.
+- Percent and percentage points differ, unless the question asks for points; basis points may
+  stand for either.
+- A unit in the question ("in USD millions") is the unit of a bare gold and of a bare reply,
+  applied once. Without one, a bare number is not a scaled one: 388 for "388 million" is a
+  scale miss. A scale that only `context` names ("in thousands" over a table) lets the reply
+  add it to a bare gold, or write the gold out in full with its currency.
+- A fall in words ("decreased by 5 %") is negative. Where the question names a fall or a loss,
+  a positive gold takes it, and a negative gold takes a number without a sign; where it asks
+  for one ("by how much did it fall", "the net loss"), a positive gold also takes a minus.
+- A bare year as gold must be met exactly, by the first year of the answer.
 """
 
 import math
@@ -14,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fintune.errors import DataError
-from fintune.numbers import parse
+from fintune.numbers import answers, parse
 from fintune.numbers.parse import FACTORS, SCALES, Amount, Unit, any_of, before, ends_with
 
 Miss = Literal["scale", "percent", "sign", "other"]
@@ -119,21 +133,7 @@ def compare(
     """Whether a reply gives the gold number: |x - g| <= max(rel x |g|, half a printed unit of g).
 
     `rel` is 0.5 % for `correct` and 1 % for `lenient`. The reply is right when any of its
-    `answer_amounts` is.
-
-    - A gold in percent takes 12.5 %, a bare 12.5, and a bare 0.125 up to 1.5. A bare gold takes
-      its percentage by value (0.125 = 12.5 %); where `question` asks for a percentage also a bare
-      12.5, and the percent sign beside a bare gold above 1.5.
-    - Percent and percentage points differ, unless the question asks for points; basis points may
-      stand for either.
-    - A unit in the question ("in USD millions") is the unit of a bare gold and of a bare reply,
-      applied once. Without one, a bare number is not a scaled one: 388 for "388 million" is a
-      scale miss. A scale that only `context` names ("in thousands" over a table) lets the reply
-      add it to a bare gold, or write the gold out in full with its currency.
-    - A fall in words ("decreased by 5 %") is negative. Where the question names a fall or a loss,
-      a positive gold takes it, and a negative gold takes a number without a sign; where it asks
-      for one ("by how much did it fall", "the net loss"), a positive gold also takes a minus.
-    - A bare year as gold must be met exactly, by the first year of the answer.
+    `answer_amounts` is. See the module.
 
     Args:
         gold: the reference; of a text, the first of `answer_amounts`.
@@ -148,7 +148,10 @@ def compare(
     target = target if decimals is None else replace(target, decimals=decimals)
     asked = _Asked.of(question, context)
     text, amounts = parse.scan(reply)
-    candidates, years = parse.answers(text, parse.eligible(text, amounts)), _years(text, amounts)
+    candidates, years = (
+        answers.answers(text, answers.eligible(text, amounts)),
+        _years(text, amounts),
+    )
     exact = target.role == "year" and not asked.scale
     # "The total is 2015." may be 2,015.
     said = [year for year in years if ends_with(_SAID, text, year.start, 12)]
@@ -169,14 +172,16 @@ def compare(
 
 def _years(text: str, amounts: list[Amount]) -> list[Amount]:
     """The years of the answer, as amounts."""
-    return parse.answers(text, [replace(year, role="") for year in amounts if year.role == "year"])
+    return answers.answers(
+        text, [replace(year, role="") for year in amounts if year.role == "year"]
+    )
 
 
 def _gold(gold: Amount | str) -> Amount:
     if isinstance(gold, Amount):
         return gold
     text, amounts = parse.scan(gold)
-    for found in parse.answers(text, parse.eligible(text, amounts)):
+    for found in answers.answers(text, answers.eligible(text, amounts)):
         return found
     for found in _years(text, amounts):
         return replace(found, role="year")

@@ -82,6 +82,8 @@ def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch
         source: `kept_bits`; off the CPU a seed, from which the device draws the same mask again.
     """
     dtype = _WIDTH[like.element_size()]
+    if like.device.type == "meta":  # shapes alone
+        return torch.empty_like(like, dtype=dtype)
     if isinstance(source, torch.Tensor):
         signs = source.to(dtype) << _planes(dtype)
         mask = signs.bitwise_right_shift_(8 * dtype.itemsize - 1)
@@ -194,7 +196,7 @@ class _Group:
         # Seeds come from torch's own generator, which checkpoints and recomputation restore.
         seeds = tuple(int(seed) for seed in torch.randint(2**62, (count,)))
         flat = x.reshape(-1, x.shape[-1]).to(matrices[0].dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             outputs = _Fused.apply(flat, first.scaling[name], p, seeds, *matrices)  # type: ignore[no-untyped-call]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from fintune.model import (
     find_base,
     load_base,
     load_tokenizer,
-    peft_config,
     precision,
 )
 from fintune.stop import STOP, StopRequest
@@ -33,7 +31,7 @@ from fintune.train.arguments import arguments_dict, effective, training_argument
 from fintune.train.finish import check_best, environment
 from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
-from fintune.train.order import Order
+from fintune.train.order import Order, epoch_plan
 from fintune.train.record import Record, fits
 from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
@@ -126,68 +124,6 @@ def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrain
     processes.from_lead(lambda: trainer.room.write(SLACK, leave))
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """What `train` would do, without loading weights.
-
-    Returns:
-        `training_arguments`, `lora_config`, `batches`, and `notes` on what was assumed.
-    """
-    notes = []
-    on = device()
-    if on.type == "cuda":
-        name = precision(config.train.precision, on)
-    else:
-        name = config.train.precision if config.train.precision != "auto" else "bf16"
-        notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.activation_checkpointing == "on"
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
-    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
-    arguments["use_cpu"] = False
-    lora = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in peft_config(config.train.lora).to_dict().items()
-        if isinstance(value, str | int | float | bool | list | set | None)
-    }
-    return {
-        "training_arguments": arguments,
-        "lora_config": lora,
-        "batches": _batch_facts(config),
-        "notes": notes,
-    }
-
-
-def _batch_facts(config: Config) -> dict[str, Any]:
-    train = config.train
-    if not (config.data_dir / seal.DONE).is_file():
-        step = train.micro_batch_size * train.accumulation
-        return {
-            "estimated": True,
-            "plan": train.plan,
-            "boundaries": list(train.bucket_boundaries or ()),
-            "steps": -(-config.data.max_train_rows // step) * train.epochs,
-            "largest_micro_batch": train.micro_batch_size * config.data.max_length_cap,
-            "padding": None,
-        }
-    seal.read_data(config.data_dir)
-    rows = read_train(config.data_dir)
-    order, _ = _order(config, rows, 1, train.max_tokens)
-    facts = batches.facts(rows.lengths, order.epoch(0), padded=False)
-    return {
-        "estimated": False,
-        "plan": train.plan,
-        "boundaries": list(_boundaries(config, rows) or ()),
-        **asdict(facts),
-        "steps": facts.steps * train.epochs,
-    }
-
-
-def _boundaries(config: Config, rows: Rows) -> tuple[int, ...] | None:
-    if config.train.plan != "bucketed":
-        return None
-    given = config.train.bucket_boundaries
-    return given or batches.choose_boundaries(rows.lengths, config.train.buckets)
-
-
 def _order(
     config: Config,
     rows: Rows,
@@ -196,20 +132,11 @@ def _order(
     laid: Callable[[list[int]], int] = sum,
 ) -> tuple[Order, int]:
     """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
-    train, boundaries = config.train, _boundaries(config, rows)
+    train = config.train
     each = processes.share(train.accumulation, world_size)
 
     def plan(epoch: int) -> batches.EpochPlan:
-        return batches.plan_epoch(
-            rows.lengths,
-            micro_batch_size=train.micro_batch_size,
-            accumulation=each,
-            seed=config.seed,
-            epoch=epoch,
-            plan=train.plan,
-            boundaries=boundaries,
-            world_size=world_size,
-        )
+        return epoch_plan(config, rows.lengths, epoch, train.micro_batch_size, each, world_size)
 
     if cap is None:
         return Order(rows, plan), each
@@ -294,7 +221,7 @@ def _recomputed(
         if config.train.strategy == "fsdp" and choice == "auto":
             return True, "activations are recomputed: a base in parts is one that hardly fits"
         tokens = collator.laid_tokens(rows.lengths[largest].tolist())
-        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
+        found, why = memory.recompute(config.train, peft, collator, name, tokens)
         return processes.any_of(found), why
 
     def attempt(recomputed: bool) -> None:
