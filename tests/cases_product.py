@@ -193,7 +193,7 @@ def graded(
 ) -> tuple[str, str]:
     messages = [{"role": "user", "content": question}]
     item = {"id": "x", "task": "x", "kind": kind, "group": "g", "messages": messages}
-    item |= {"reference": reference, "choices": list(choices), "commonest": None}
+    item |= {"reference": reference, "choices": list(choices), "majority": None}
     with tempfile.TemporaryDirectory() as folder:
         return regraded(Path(folder) / "eval", item, answer)
 

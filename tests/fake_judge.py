@@ -18,9 +18,10 @@ FENCED = re.compile(r"<([\w ]+) ([0-9a-f]{32})>\n(.*?)\n</\1 \2>", re.DOTALL)
 RETRIED = (
     "429 after seconds", "429 after a date", "429", "408", "409", "500", "502 html", "503", "529",
     "reset before the reply", "reset in the reply", "timeout", "drip",
-    "empty", "html", "cut json", "null content",
 )  # fmt: skip
-REPAIRED = ("wrong schema", "wrong id", "prose")
+ASKED_AGAIN = ("empty", "html", "cut json", "null content")
+"""No completion: the call stays open, and the next run of the command makes it."""
+UNSCORED = ("wrong schema", "wrong id", "prose")
 FINE = ("5 MB",)
 STOPPED = ("401", "402", "404")
 
@@ -28,10 +29,6 @@ STOPPED = ("401", "402", "404")
 def honest(prompt: str) -> dict[str, Any]:
     """Candidates that say the reference win; two alike are a tie."""
     texts = {name: text for name, _, text in FENCED.findall(prompt)}
-    if "candidate" in texts:
-        right = texts["candidate"] == texts["reference"]
-        checks = {"agrees": right, "contradicts": not right, "grounded": right}
-        return {**checks, "complete": right, "safe": True, "quality": 5 if right else 1}
     a, b = (texts[f"candidate {slot}"] == texts["reference"] for slot in "AB")
     return {"winner": "tie" if a == b else "A" if a else "B"}
 
@@ -119,7 +116,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
             with judge.lock:
                 judge.asked[call] += 1
                 judge.keys.add(self.headers["authorization"])
-                first = judge.asked[call] == 1 and call.endswith("-2")
+                first = judge.asked[call] == 1
                 judge.bodies.append(json.dumps(request))
             fault = judge.fault if first or judge.fault in STOPPED else ""
             time.sleep(judge.delay)

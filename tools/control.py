@@ -24,9 +24,8 @@ from fintune import console, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, load_config
 from fintune.evals.evaluate import evaluate
-from fintune.evals.results import Pair, load_pairs
+from fintune.evals.items import Pair, load_pairs
 from fintune.evals.stats import paired
-from fintune.evals.tasks import grade
 from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_tokenizer
@@ -123,7 +122,7 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
         "control": [right(other[pair.item.id], "adapter") for pair in adapter],
         "adapter": [right(pair, "adapter") for pair in adapter],
         "always the commonest": [
-            float(bool((own := grade(pair.item, pair.item.commonest or "")) and own.correct))
+            float(bool((own := pair.item.grade(pair.item.majority or "")) and own.correct))
             for pair in adapter
         ],
     }

@@ -251,23 +251,14 @@ class JudgeConfig(Section):
         "OPENAI_API_KEY",
         description="environment variable that holds the key; never the key itself",
     )
-    modes: tuple[Literal["pairwise", "pointwise"], ...] = Field(
-        ("pairwise",),
-        min_length=1,
-        description="base against adapter in both orders; each answer alone against the reference",
-    )
-    concurrency: int = Field(8, ge=1, description="calls under way at once")
-    max_tokens: int = Field(600, ge=50, description="longest reply of the judge")
     reasoning: bool = Field(
         False, description="the model takes max_completion_tokens, and no temperature or seed"
     )
-    timeout_s: float = Field(120, gt=0, description="seconds that one call may take in all")
-    tries: int = Field(6, ge=1, description="tries of one call, the first included")
     usd_per_million_in: float = Field(0, ge=0, description="price of a million prompt tokens")
     usd_per_million_out: float = Field(0, ge=0, description="price of a million reply tokens")
     max_usd: float | None = Field(None, ge=0, description="stop before the call that may pass it")
     labels: Path | None = Field(
-        None, description="human verdicts to compare with, JSON Lines of id, mode and verdict"
+        None, description="human verdicts to compare with, JSON Lines of id and verdict"
     )
 
     @field_validator("base_url", "key_variable")

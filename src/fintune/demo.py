@@ -19,7 +19,7 @@ def show(config: Config) -> None:
     """Print the verdict of a finished demo and answer three questions it was not trained on."""
     results = read_json(config.eval_dir / "test_results.json")
     accuracy, loss = results["accuracy"], results["loss"]
-    difference, always = accuracy["difference"], accuracy["always_commonest"]["value"]
+    difference, always = accuracy["difference"], accuracy["majority_class"]["value"]
     low, high = difference["ci95"]
     right = [f"{value:.1%}" for value in (accuracy["base"], accuracy["adapter"], always)]
     nats = [f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""]

@@ -6,6 +6,7 @@ renamed. JSON never contains NaN (`allow_nan=False`), because `NaN` is not JSON 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -140,6 +141,58 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.strip():
                 yield json.loads(line)
+
+
+class JsonlLog:
+    """An append-only JSON Lines file with one writer; a line that a kill left torn is cut off.
+
+    Args:
+        sync: `append` returns only when its rows are on disk (fsync); `close` always syncs.
+
+    Raises:
+        OutputError: another process writes it.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._sync = path, sync
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise OutputError(
+                f"{path} is being written by another process", fix="wait for it, or stop it"
+            ) from None
+        os.ftruncate(self._handle, path.read_bytes().rfind(b"\n") + 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything written so far."""
+        return list(read_jsonl(self.path))
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write rows, one line each; on a full disk none. Raises ValueError on NaN."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        data, end = text.encode("utf-8", "backslashreplace"), os.fstat(self._handle).st_size
+        try:
+            if os.write(self._handle, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            if self._sync:
+                os.fsync(self._handle)
+        except OSError:
+            os.ftruncate(self._handle, end)
+            raise
+
+    def close(self) -> None:
+        """Sync, and let another writer in."""
+        os.fsync(self._handle)
+        os.close(self._handle)
+
+    def __enter__(self) -> "JsonlLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def copy_file(source: Path, target: Path) -> None:

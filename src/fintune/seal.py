@@ -23,8 +23,9 @@ from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
-UNREAD = ("checkpoints/",)
-"""Beginnings of names that only an unfinished run reads, under manifests of their own."""
+UNREAD = ("checkpoints/", "judge_calls.jsonl")
+"""Beginnings of names that no later stage reads: under manifests of their own, or a log that grows
+when its stage is finished."""
 HOLDER = "process "
 """How the line of a lock's holder begins."""
 _OWNED = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
