@@ -31,7 +31,7 @@ SPINE = (
     "collate",
     "attention",
     "loss",
-    "generate",
+    "generation",
     "page",
 )
 """A module imports only what stands before it; `nano` here is its __init__, which imports none."""

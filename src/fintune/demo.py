@@ -7,7 +7,7 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.example import Message
 from fintune.files import read_json
-from fintune.generate import Prompt, answer_all
+from fintune.generation import Request, generate
 from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
 from fintune.nano.rows import DEMO_QUESTIONS
 
@@ -48,15 +48,13 @@ def _answer(config: Config) -> None:
     chat = ChatFormat(tokenizer, config.chat.date_string)
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
-    prompts = [
-        Prompt(str(number), chat.prompt_ids([Message("user", question)]))
-        for number, question in enumerate(DEMO_QUESTIONS)
-    ]
+    prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
     ends = end_token_ids(base, tokenizer)
 
     def answers() -> dict[str, str]:
-        batches = answer_all(
-            model, tokenizer, prompts, ends=ends, max_new_tokens=TOKENS, batch_size=len(prompts)
+        requests = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
+        batches = generate(
+            model, tokenizer, requests, stop_token_ids=ends, batch_size=len(requests)
         )
         return {answer.id: answer.text for batch in batches for answer in batch}
 
@@ -66,11 +64,7 @@ def _answer(config: Config) -> None:
     grid = Table(show_lines=True, header_style="dim")
     for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
         grid.add_column(title, max_width=width, overflow="fold")
-    for prompt, question in zip(prompts, DEMO_QUESTIONS, strict=True):
-        grid.add_row(
-            *(
-                console.safe_markup(text)
-                for text in (question, plain[prompt.id], adapter[prompt.id])
-            )
-        )
+    for number, question in enumerate(DEMO_QUESTIONS):
+        answered = (question, plain[str(number)], adapter[str(number)])
+        grid.add_row(*(console.safe_markup(text) for text in answered))
     console.out.print(grid)

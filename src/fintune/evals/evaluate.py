@@ -30,7 +30,7 @@ from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, WHO, Pair, load_pai
 from fintune.evals.tasks import DecideItems, Item, source_hash, task_items
 from fintune.example import Message
 from fintune.files import read_json, sha256_bytes, sha256_json, write_json, write_jsonl
-from fintune.generate import Prompt, answer_all
+from fintune.generation import Request, generate
 
 
 def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -285,22 +285,22 @@ def _generate(
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
         for who in WHO:
-            prompts = [Prompt(key, ids[key]) for key in by_id if (who, key) not in done]
+            limit = config.eval.max_new_tokens
+            requests = [Request(key, ids[key], limit) for key in by_id if (who, key) not in done]
             with _as(both, who):
-                for batch in answer_all(
+                for batch in generate(
                     both,
                     tokenizer,
-                    prompts,
-                    ends=ends,
-                    max_new_tokens=config.eval.max_new_tokens,
+                    requests,
+                    stop_token_ids=ends,
                     batch_size=config.eval.batch_size,
                 ):
                     made = [
                         {
                             "model": who,
                             "text": answer.text,
-                            "tokens": answer.tokens,
-                            "finish": answer.finish,
+                            "tokens": len(answer.token_ids),
+                            "finish": answer.finish_reason,
                             "prompt_sha256": sha256_json(ids[answer.id]),
                             "item": by_id[answer.id].as_json(),
                         }
