@@ -36,7 +36,7 @@ SPINE = (
     "attention",
     "loss",
     "memory",
-    "generate",
+    "generation",
     "page",
 )
 """A module imports only what stands before it; `nano` is a folder of data with an __init__."""
