@@ -17,6 +17,7 @@ of another installation. BASE is how a small base is named; without it a tiny on
 
 import atexit
 import collections
+import hashlib
 import json
 import os
 import re
@@ -175,7 +176,16 @@ def regraded(folder: Path, item: dict[str, Any], answer: str) -> tuple[str, str]
     said = {"text": answer, "tokens": 1, "finish": "stop", "prompt_sha256": "0", "item": item}
     lines = [json.dumps({"model": who, **said}) + "\n" for who in ("base", "adapter")]
     (folder / "predictions.jsonl").write_text("".join(lines))
-    (folder / "done.json").write_text(json.dumps({"format": 1, "inputs": {}, "files": {}}))
+    (folder / "done.json").unlink(missing_ok=True)
+    facts = {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.iterdir()
+    }
+    sealed = {"inputs": {}, "inputs_sha256": hashlib.sha256(b"{}").hexdigest(), "files": facts}
+    (folder / "done.json").write_text(json.dumps({"format": 1, **sealed}))
     found = tiny.answer_json("eval", "--rescore", folder)
     counts = found["tasks"].get(item["task"], {}).get("adapter", {})
     outcomes = ("correct", "wrong", "abstained", "unparsed")
