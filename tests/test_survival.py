@@ -53,6 +53,7 @@ from fintune.release.bundle import release
 from fintune.train import checkpoints, identity, memory, metrics, record, room, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
+from fintune.untrusted.child import run_limited
 
 CI_KILLS = 20
 
@@ -417,6 +418,16 @@ def test_a_volume_without_locks_is_told_of(
     with seal.lock(tmp_path / "run") as dead:
         assert dead == ""
     assert "has no locks" in capsys.readouterr().err
+
+
+def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> None:
+    def held() -> None:
+        with seal.lock(tmp_path / "run"):
+            run_limited(lambda: time.sleep(5), "a folder")
+
+    assert harmed(held, kill_after=1.0).code == -signal.SIGKILL
+    with seal.lock(tmp_path / "run") as dead:
+        assert "process" in dead
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
