@@ -48,7 +48,6 @@ from fintune.files import read_json  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
 from fintune.train import memory, pointwise  # noqa: E402
 from fintune.train.record import Record  # noqa: E402
-from fintune.train.room import Room  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
 from fintune.train.stop import StopRequest  # noqa: E402
@@ -110,7 +109,7 @@ def _ours(folder: Path, epochs: int) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     run, stop = config.run_dir, StopRequest()
     run.mkdir(parents=True, exist_ok=True)
-    return _build(config, rows, {}, tokenizer, base, stop, Room(run, lambda: False), Record(run))
+    return _build(config, rows, {}, tokenizer, base, stop, Record(run))
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from victims import (
     die,
     drifts,
     fill,
+    half_written,
     harmed,
     killed_runs,
     poisoned,
@@ -44,13 +44,13 @@ from victims import (
     usable,
 )
 
-from fintune import seal
+from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.data import prepare
-from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError, Stopped
-from fintune.files import read_json, read_jsonl, write_json
+from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
+from fintune.files import read_json, read_jsonl, space_for, write_json
 from fintune.release.bundle import release
-from fintune.train import checkpoints, identity, memory, metrics, record, room, trainer
+from fintune.train import checkpoints, identity, memory, metrics, record, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
 from fintune.untrusted.child import run_limited
@@ -499,7 +499,7 @@ def volume(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
-    """24 amounts of room, each too little; all three kinds of writers meet the end of it."""
+    """24 amounts of free space, each too little; all three kinds of writers meet the end of it."""
     values = torch.randn(40_000)
 
     def write(staging: Path) -> None:
@@ -508,75 +508,44 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
         torch.save({"a": values}, staging / "third")
         write_json(staging / "fourth", {"a": values[:4_000].tolist()})
 
-    def ran_out() -> bool:
-        try:
-            checkpoints.save(volume, 10, write)
-        except Exception as error:
-            return room.out_of_space(error)
-        return False
-
     checkpoints.save(volume, 5, write)
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
-        assert ran_out(), left
+        with pytest.raises(NoSpace), space_for(volume, 0):
+            checkpoints.save(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
         assert checkpoints.damage(volume / "checkpoint-5") is None
         ballast.unlink()
     checkpoints.save(volume, 10, write)
 
 
-def test_a_full_disk_is_waited_for(volume: Path, new: Callable[..., Config], whole: Whole) -> None:
-    """Filled at the second save: the run waits, goes on when there is room, and is the same."""
-    config = new(f"train.out={volume / 'run'}")
-
-    def full() -> None:
-        room.POLL_S = 0.1
-        ballast = fill(volume, 60_000)
-        threading.Timer(1.0, ballast.unlink).start()
-
-    outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 2, full))
-    assert (outcome.code, "waiting" in outcome.text) == (0, True), outcome.text
-    assert "room again" in outcome.text
-    assert print_of(config) == whole.mark
-
-
-def test_a_disk_that_stays_full_ends_the_run(
-    volume: Path, new: Callable[..., Config], whole: Whole
+@pytest.mark.parametrize("left", [0, 60_000, 250_000])
+def test_a_full_disk_ends_the_run_at_once(
+    left: int, volume: Path, new: Callable[..., Config], whole: Whole
 ) -> None:
+    """Before a save; inside one, where the volume holds less than it said."""
     config = new(f"train.out={volume / 'run'}")
 
     def full() -> None:
-        room.POLL_S, room.WAIT_S = 0.1, 0.5
-        fill(volume, 0)
+        fill(volume, left)
+        if left == 250_000:
+            files.free_bytes = lambda folder: 2**60
 
     outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 3, full))
     assert outcome.code == 74, outcome.text
+    assert "the same command continues" in outcome.text
     assert usable(config) == ["checkpoint-5", "checkpoint-10"]
-    assert harmed(lambda: train(config), lambda: setattr(room, "WAIT_S", 0.0)).code == 74
+    assert half_written(config.run_dir) == []
+    assert harmed(lambda: train(config)).code == 74, "no space before the run either"
     (volume / "ballast").unlink()
     continues(config, whole)
-
-
-def test_waiting_says_so_and_heeds_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(room.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
-    with pytest.raises(NoSpace, match="after waiting 30 minutes"):
-        room.Room(tmp_path, lambda: False).write(2**60, lambda: None)
-    assert capsys.readouterr().err.count("waiting,") == 30, "at once, then each minute"
-    with pytest.raises(Stopped):
-        room.Room(tmp_path, lambda: True).write(2**60, lambda: None)
 
 
 def test_a_line_of_metrics_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    kept = metrics.Metrics(
-        path, resumed_at=9, evaluated=True, room=room.Room(tmp_path, lambda: False)
-    )
+    kept = metrics.Metrics(path, resumed_at=9, evaluated=True)
     with pytest.raises(ValueError, match="JSON compliant"):
         kept.append({"step": 3, "loss": float("nan")})
     kept.append({"step": 3, "loss": 1.5})

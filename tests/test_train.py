@@ -20,7 +20,6 @@ from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.train import checkpoints, memory, trainer
 from fintune.train.arguments import training_arguments
 from fintune.train.record import Record
-from fintune.train.room import Room
 from fintune.train.rows import read_train
 from fintune.train.run import _build, dry_run, train
 from fintune.train.stop import StopRequest
@@ -102,7 +101,6 @@ def built(config: Config) -> Any:
         load_tokenizer(base),
         base,
         StopRequest(),
-        Room(config.run_dir, lambda: False),
         Record(config.run_dir),
     )
 

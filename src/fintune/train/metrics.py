@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 
 from fintune.console import warn
 from fintune.files import write_jsonl
-from fintune.train.room import SLACK, Room
 
 WINDOW = 50
 """Updates that a loss is compared with; below `LEAST` there is no judgement."""
@@ -32,25 +31,21 @@ class Metrics:
     Args:
         resumed_at: step of the checkpoint; what came after it is dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
-        room: lines wait here when the volume is full.
     """
 
-    def __init__(self, path: Path, *, resumed_at: int, evaluated: bool, room: Room) -> None:
+    def __init__(self, path: Path, *, resumed_at: int, evaluated: bool) -> None:
         kept = [
             row
             for row in _whole_rows(path)
             if row["step"] < resumed_at
             or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
         ]
-        room.write(SLACK, lambda: write_jsonl(path, kept))
-        self._file, self._room = path.open("ab", buffering=0), room
+        write_jsonl(path, kept)
+        self._file = path.open("ab", buffering=0)
 
     def append(self, row: dict[str, Any]) -> None:
         """Hand a line to the operating system, whole. Raises ValueError on NaN."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        self._room.write(0, lambda: self._write(line))
-
-    def _write(self, line: bytes) -> None:
         end = self._file.tell()
         try:
             if self._file.write(line) < len(line):

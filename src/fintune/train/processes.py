@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
-from fintune.train.room import WAIT_S
 
 T = TypeVar("T")
 ENGINES = {
@@ -76,9 +75,8 @@ def start(strategy: str, quantization: str) -> None:
             fix="a quantised base is small: use train.strategy=ddp",
         )
     if world_size() > 1:
-        # The others have to be there still when one has waited for room as long as it may.
-        patience = timedelta(seconds=WAIT_S + 600)
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+        # The others wait while rank 0 writes and hashes; NCCL's own limit is 10 minutes.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=40))
         kind = state.distributed_type.value
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(

@@ -14,7 +14,15 @@ from fintune.collate import CPU_MULTIPLE, Collator
 from fintune.config import Config, dump_yaml
 from fintune.console import heading, meter, say, warn
 from fintune.errors import DataError, Stopped
-from fintune.files import read_json, sha256_json, write_json, write_text
+from fintune.files import (
+    SMALL_FILES,
+    read_json,
+    require_free_space,
+    sha256_json,
+    space_for,
+    write_json,
+    write_text,
+)
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
@@ -34,7 +42,6 @@ from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
 from fintune.train.record import Record, fits
-from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.stop import StopRequest
 from fintune.train.trainer import BEST, LoraTrainer
@@ -54,23 +61,21 @@ def train(config: Config, *, fresh: bool = False, accept_drift: str | None = Non
     Raises:
         OutputError: no prepared data, a run of other inputs in the folder, or one under way.
         NotFinite: a loss or gradient; the last checkpoint is intact.
-        NoSpace: no room on the volume, also after waiting.
+        NoSpace: the volume is full; nothing is half-written.
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with StopRequest().listening() as stop:
+    with StopRequest().listening() as stop, space_for(run, SMALL_FILES):
         processes.start(config.train.strategy, config.model.quantization)
-        room = Room(run, lambda: stop.asked)
-        processes.from_lead(lambda: room.write(SLACK, lambda: None))
         # Of several processes the first one writes, and holds the lock for all.
         with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
-            return _train_alone(config, stop, room, fresh=fresh, accept_drift=accept_drift)
+            return _train_alone(config, stop, fresh=fresh, accept_drift=accept_drift)
 
 
 def _train_alone(
-    config: Config, stop: StopRequest, room: Room, *, fresh: bool, accept_drift: str | None
+    config: Config, stop: StopRequest, *, fresh: bool, accept_drift: str | None
 ) -> Path:
     """The stage, by the only process that writes its folder."""
     run = config.run_dir
@@ -87,7 +92,7 @@ def _train_alone(
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
     heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
-    _make(config, rows, inputs, _build(config, rows, inputs, tokenizer, base, stop, room, record))
+    _make(config, rows, inputs, _build(config, rows, inputs, tokenizer, base, stop, record))
     memory.give_back()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
@@ -122,7 +127,7 @@ def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrain
         write_json(run / "environment.json", environment(trainer, rows, run, record))
         seal.seal(run, inputs)
 
-    processes.from_lead(lambda: trainer.room.write(SLACK, leave))
+    processes.from_lead(leave)
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -225,7 +230,6 @@ def _build(
     tokenizer: Any,
     base: Base,
     stop: StopRequest,
-    room: Room,
     record: Record,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
@@ -266,7 +270,6 @@ def _build(
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
-        room=room,
         sealed={"inputs_sha256": sha256_json(inputs)},
         collator=collator,
     )
@@ -343,7 +346,7 @@ def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batch
 
 def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
-    run, room = config.run_dir, trainer.room
+    run = config.run_dir
     folder = run / "checkpoints"
     ours = trainer.sealed["inputs_sha256"]
     checkpoint = processes.from_lead(
@@ -355,9 +358,9 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
         evaluated = continue_order(trainer.order, checkpoint, ours)
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
-    processes.from_lead(lambda: room.write(needed, lambda: None))
+    processes.from_lead(lambda: require_free_space(run, needed))
     metrics = (
-        Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated, room=room)
+        Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
         if processes.is_lead()
         else None
     )

@@ -25,13 +25,21 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from fintune.batches import plan_evaluation
 from fintune.collate import Collator
 from fintune.errors import NotFinite, Stopped
-from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_bytes, write_json
+from fintune.files import (
+    SMALL_FILES,
+    copy_file,
+    read_json,
+    sha256_file,
+    space_for,
+    staged_folder,
+    write_bytes,
+    write_json,
+)
 from fintune.loss import sum_loss
 from fintune.train import checkpoints, processes
 from fintune.train.identity import RESUME
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
-from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows
 from fintune.train.stop import StopRequest
 
@@ -52,7 +60,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: most tokens of an evaluation batch.
         best: folder of the best adapter.
         stop: set from outside when the run should end at the next step.
-        room: what writes waits in it for space.
         sealed: facts of the run, written into each checkpoint and compared on resume.
     """
 
@@ -64,7 +71,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: int,
         best: Path,
         stop: StopRequest,
-        room: Room,
         sealed: dict[str, Any],
         collator: Collator,
         **keywords: Any,
@@ -74,7 +80,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self.order, self.select, self.best, self.stop = order, select, best, stop
-        self.room, self.sealed, self.largest = room, sealed, eval_tokens
+        self.sealed, self.largest = sealed, eval_tokens
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
@@ -184,7 +190,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             self.args, self.state, self.control, metrics
         )
         if self.state.best_metric is None or loss < self.state.best_metric:
-            self._keep_best(loss)
+            processes.from_lead(lambda: self._write_best(loss))
         self.model.train()
         return metrics
 
@@ -214,7 +220,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def checkpoint_bytes(self) -> int:
         """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
-        return 2 * self.adapter_bytes() + SLACK + sum(2 * 4 * p.numel() for p in self.trainable())
+        moments = sum(2 * 4 * p.numel() for p in self.trainable())
+        return 2 * self.adapter_bytes() + moments + SMALL_FILES
 
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's weights."""
@@ -230,12 +237,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """The adapter's parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _keep_best(self, loss: float) -> None:
-        if self.args.should_save:
-            self.room.write(self.adapter_bytes() + SLACK, lambda: self._write_best(loss))
-
     def _write_best(self, loss: float) -> None:
-        with staged_folder(self.best, replace=True) as staging:
+        needed = self.adapter_bytes() + SMALL_FILES
+        with space_for(self.best, needed), staged_folder(self.best, replace=True) as staging:
             self._save_adapter(staging)
             facts = {"step": self.state.global_step, "eval_loss": loss}
             write_json(staging / BEST, {**facts, "sha256": sha256_file(staging / ADAPTER)})
@@ -260,14 +264,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.store_flos()  # gathers, so every rank has to
         generators = processes.files_of_all(self._save_rng_state)
-        if self.args.should_save:
 
-            def fill(staging: Path) -> None:
-                self._fill(staging, pending_evaluation, generators)
-
-            self.room.write(self.checkpoint_bytes(), lambda: checkpoints.save(folder, step, fill))
+        def save() -> None:
+            with space_for(folder, self.checkpoint_bytes()):
+                checkpoints.save(
+                    folder, step, lambda to: self._fill(to, pending_evaluation, generators)
+                )
             checkpoints.rotate(folder, self.args.save_total_limit, step)
-        processes.wait()
+
+        processes.from_lead(save)  # the others wait for it
 
     def _save_adapter(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
