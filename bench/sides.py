@@ -47,9 +47,9 @@ from fintune.example import IGNORE  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
 from fintune.train import memory, pointwise  # noqa: E402
-from fintune.train.record import Record  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
+from fintune.train.run_state import RunState  # noqa: E402
 from fintune.train.stop import StopRequest  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -109,7 +109,7 @@ def _ours(folder: Path, epochs: int) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     run, stop = config.run_dir, StopRequest()
     run.mkdir(parents=True, exist_ok=True)
-    return _build(config, rows, {}, tokenizer, base, stop, Record(run))
+    return _build(config, rows, tokenizer, base, stop, RunState(run, {}))
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:

@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,12 +47,12 @@ from victims import (
 )
 
 from fintune import files, seal
-from fintune.config import Config, load_config
+from fintune.config import Config, dump_yaml, load_config
 from fintune.data import prepare
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import read_json, read_jsonl, space_for, write_json
 from fintune.release.bundle import release
-from fintune.train import checkpoints, identity, memory, metrics, record, trainer
+from fintune.train import checkpoints, memory, metrics, run_state, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
 from fintune.untrusted.child import run_limited
@@ -259,7 +261,7 @@ def test_drift_is_refused_by_name(
 
 
 def test_versions_are_part_of_a_run(half: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "version", lambda name: "9.9")
+    monkeypatch.setattr(run_state, "version", lambda name: "9.9")
     with pytest.raises(OutputError, match=r"versions\.transformers: .* -> 9\.9"):
         train(half)
 
@@ -274,17 +276,17 @@ def test_drift_is_accepted_by_name_and_recorded(
     )
     ways = drifts(tmp_path, prepared, tiny_base)
     with pytest.raises(FintuneError, match="another shape"):
-        train(changed(half, ways["rank"][0], tmp_path), accept_drift="wanted")
+        train(changed(half, ways["rank"][0], tmp_path), force_resume="wanted")
     other = half.train.model_copy(update={"optimizer": "adafactor"})
     with pytest.raises(FintuneError, match="optimizer: adamw_torch -> adafactor"):
-        train(half.model_copy(update={"train": other}), accept_drift="wanted")
+        train(half.model_copy(update={"train": other}), force_resume="wanted")
     first = changed(half, ways["learning rate"][0], tmp_path)
     killed = at_call(trainer.LoraTrainer, "compute_loss", 10, lambda: die(0))
-    outcome = harmed(lambda: train(first, accept_drift="too fast"), killed)
+    outcome = harmed(lambda: train(first, force_resume="too fast"), killed)
     assert outcome.code == -signal.SIGKILL, outcome.text
     both = [ways["learning rate"][0], ways["rows reordered"][0]]
     second = changed(half, lambda values: [change(values) for change in both], tmp_path)
-    outcome = harmed(lambda: train(second, accept_drift="sorted"))
+    outcome = harmed(lambda: train(second, force_resume="sorted"))
     assert outcome.code == 0, outcome.text
     rates = {
         row["step"]: row["learning_rate"]
@@ -300,6 +302,35 @@ def test_drift_is_accepted_by_name_and_recorded(
         assert [fact["reason"] for fact in facts] == ["too fast", "sorted"]
         assert "learning_rate: 0.01 -> 0.001" in facts[0]["differs"][0]
         assert "data.train.parquet" in facts[1]["differs"][0]
+
+
+def test_accepted_changes_take_effect(new: Callable[..., Config], tmp_path: Path) -> None:
+    """A process that is killed in fp32 and continued in bf16, with other intervals and scale."""
+    config = new("train.max_steps=60")
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    command = [str(Path(sys.executable).with_name("fintune")), "train", "-c"]
+    command.append(str(tmp_path / "run.yaml"))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (config.run_dir / "checkpoints/checkpoint-5").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert read_json(config.run_dir / "record.json")["precision"] == "fp32"
+    for change in ("train.precision=bf16", "train.activation_checkpointing=on",
+                   "train.eval_steps=13", "train.lora.alpha=99"):  # fmt: skip
+        command += ["-s", change]
+    subprocess.run([*command, "--force-resume", "a wider range"], check=True, capture_output=True)
+    (accepted,) = read_json(config.run_dir / "done.json")["accepted"]
+    assert "config.train.precision: fp32 -> bf16" in accepted["differs"]
+    assert read_json(config.run_dir / "record.json")["precision"] == "bf16"
+    assert read_json(config.run_dir / "environment.json")["precision"] == "bf16"
+    arguments = read_json(config.run_dir / "training_arguments.json")
+    assert (arguments["bf16"], arguments["gradient_checkpointing"]) == (True, True)
+    last = config.run_dir / "checkpoints" / "checkpoint-60"
+    assert json.loads((last / "adapter_config.json").read_text())["lora_alpha"] == 99
+    steps = [row["step"] for row in read_jsonl(config.run_dir / "metrics.jsonl")
+             if "eval_loss" in row]  # fmt: skip
+    assert steps[-4:] == [26, 39, 52, 60]
 
 
 def test_another_runs_checkpoint_is_not_taken(
@@ -433,9 +464,9 @@ def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> No
 def test_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert record.is_out_of_memory(caught.value)
-    assert record.is_out_of_memory(MemoryError())
-    assert not record.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert run_state.is_out_of_memory(caught.value)
+    assert run_state.is_out_of_memory(MemoryError())
+    assert not run_state.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config], whole: Whole) -> None:
@@ -453,7 +484,7 @@ def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config], whole: 
     arguments = read_json(config.run_dir / "training_arguments.json")
     assert arguments["gradient_accumulation_steps"] > 1
     ends_with = [
-        read_json(one.run_dir / "checkpoints" / "checkpoint-20" / identity.RESUME)[
+        read_json(one.run_dir / "checkpoints" / "checkpoint-20" / run_state.RESUME)[
             "consumed_sha256"
         ]
         for one in (config, whole.config)

@@ -19,9 +19,9 @@ from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.train import checkpoints, memory, trainer
 from fintune.train.arguments import training_arguments
-from fintune.train.record import Record
 from fintune.train.rows import read_train
 from fintune.train.run import _build, dry_run, train
+from fintune.train.run_state import RunState
 from fintune.train.stop import StopRequest
 
 STEPS = 8
@@ -97,11 +97,10 @@ def built(config: Config) -> Any:
     return _build(
         config,
         read_train(config.data_dir),
-        {},
         load_tokenizer(base),
         base,
         StopRequest(),
-        Record(config.run_dir),
+        RunState(config.run_dir, {}),
     )
 
 

@@ -164,7 +164,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; load no weights.")
     ] = False,
-    accept_drift: Annotated[
+    force_resume: Annotated[
         str | None,
         typer.Option(help="Continue although config, data or versions changed, for this reason."),
     ] = None,
@@ -181,7 +181,7 @@ def train(
         else:
             _show_dry_run(plan)
         return
-    folder = stage.train(loaded, fresh=fresh, accept_drift=accept_drift)
+    folder = stage.train(loaded, fresh=fresh, force_resume=force_resume)
     if as_json:
         console.emit_json({"run": str(folder)})
 

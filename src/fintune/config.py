@@ -332,6 +332,8 @@ class Config(Section):
         boundaries = self.train.bucket_boundaries
         if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
             raise ValueError("train.bucket_boundaries must increase")
+        if self.train.max_steps == 0:
+            raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
         return self
 
     @property

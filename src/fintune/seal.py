@@ -34,9 +34,21 @@ class State(Enum):
     FINISHED = "finished"
 
 
-def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
+def seal(
+    folder: Path,
+    inputs: dict[str, Any],
+    *,
+    needed: Iterable[str] = (),
+    accepted: Iterable[dict[str, Any]] = (),
+) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
-    Raises OutputError when a file that is `needed` is not there."""
+
+    Args:
+        accepted: changes of the inputs while the stage ran.
+
+    Raises:
+        OutputError: a file that is `needed` is not there.
+    """
     files = {name: _fact(path) for name, path in _files(folder).items()}
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
@@ -44,7 +56,7 @@ def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) ->
             fix="see to it that nothing else writes there, and run the same command again",
         )
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}
-    changes = accepted(folder)
+    changes = [*accepted]
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
@@ -72,7 +84,7 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = _read(folder / DONE), _files(folder)
+    done, found = read_checked(folder / DONE), _files(folder)
     problems = []
     for name in sorted(done["files"].keys() | found.keys() | {*needed}):
         if name.startswith(unread):
@@ -159,7 +171,7 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
         return State.NEW
     for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
         if (folder / name).is_file():
-            differing = differences(_read(folder / name)["inputs"], inputs)
+            differing = differences(read_checked(folder / name)["inputs"], inputs)
             if differing:
                 raise OutputError(
                     f"{folder} holds the result of other inputs; these differ: "
@@ -188,29 +200,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return rows
 
 
-def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
-    """Let an unfinished stage go on with other inputs; the change is kept and sealed with it.
-
-    Returns:
-        What differs; empty where nothing does, or where there is nothing to go on with.
-    """
-    if not (folder / INPUTS).is_file() or (folder / DONE).is_file():
-        return []
-    old = _read(folder / INPUTS)["inputs"]
-    differing = differences(old, inputs)
-    if differing:
-        change = {"reason": reason, "differs": differing, "was": sha256_json(old)}
-        write_json(folder / INPUTS, {"inputs": inputs, "accepted": [*accepted(folder), change]})
-    return differing
-
-
-def accepted(folder: Path) -> list[dict[str, Any]]:
-    """Changes of inputs that were accepted: `reason`, `differs`, and the hash of what `was`."""
-    path = folder / INPUTS
-    changes: list[dict[str, Any]] = _read(path).get("accepted", []) if path.is_file() else []
-    return changes
-
-
 def start(folder: Path, inputs: dict[str, Any]) -> None:
     """Mark a folder that grows in place as begun, with what it reads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +220,7 @@ def move_aside(folder: Path) -> Path | None:
     return aside
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checked(path: Path) -> dict[str, Any]:
     """A `done.json` or `inputs.json` of the form in which they are written here.
 
     Raises:

@@ -76,18 +76,20 @@ def damage(checkpoint: Path) -> str | None:
     return f"{sorted(extra)[0]} was not part of it" if extra else None
 
 
-def newest(folder: Path, foreign: Callable[[Path], str | None] = lambda path: None) -> Path | None:
+def newest(
+    folder: Path, incompatible: Callable[[Path], str | None] = lambda path: None
+) -> Path | None:
     """The newest checkpoint that verifies; each newer one that does not is named.
 
     Args:
-        foreign: why a checkpoint that verifies is not of this run, or None.
+        incompatible: why a checkpoint that verifies is not of this run, or None.
 
     Raises:
         OutputError: there are checkpoints, and none verifies.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = damage(checkpoint) or foreign(checkpoint)
+        reason = damage(checkpoint) or incompatible(checkpoint)
         if reason is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")

@@ -11,13 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fintune import seal
 from fintune.errors import NotFinite, OutputError
 from fintune.files import read_json, sha256_file
 from fintune.model import device
-from fintune.train.identity import PACKAGES
-from fintune.train.record import Record
 from fintune.train.rows import Rows
+from fintune.train.run_state import PACKAGES, RunState
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer
 
 
@@ -58,7 +56,7 @@ def check_best(best: Path, trainer: LoraTrainer) -> None:
         )
 
 
-def environment(trainer: LoraTrainer, rows: Rows, run: Path, record: Record) -> dict[str, Any]:
+def environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str, Any]:
     """Measured facts of the run, for the card."""
     on = device()
     epochs = trainer.state.epoch or 0.0
@@ -76,6 +74,6 @@ def environment(trainer: LoraTrainer, rows: Rows, run: Path, record: Record) -> 
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": sum(p.numel() for p in trainer.trainable()),
         "adapter_sha256": sha256_file(Path(trainer.best) / ADAPTER),
-        "token_caps": record.caps,
-        "accepted_changes": seal.accepted(run),
+        "token_caps": state.token_caps,
+        "accepted_changes": state.accepted,
     }

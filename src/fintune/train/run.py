@@ -11,18 +11,10 @@ from transformers.trainer_callback import PrinterCallback
 from fintune import attention, batches, seal
 from fintune.chat import ChatFormat
 from fintune.collate import CPU_MULTIPLE, Collator
-from fintune.config import Config, dump_yaml
+from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import DataError, Stopped
-from fintune.files import (
-    SMALL_FILES,
-    read_json,
-    require_free_space,
-    sha256_json,
-    space_for,
-    write_json,
-    write_text,
-)
+from fintune.files import SMALL_FILES, read_json, require_free_space, space_for, write_json
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
@@ -38,22 +30,21 @@ from fintune.model import (
 from fintune.train import checkpoints, lora, memory, pointwise, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
-from fintune.train.identity import accept, continue_order, foreign, inputs_of
 from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
-from fintune.train.record import Record, fits
 from fintune.train.rows import Rows, read_select, read_train
+from fintune.train.run_state import RESUME, RunState, fits, run_fingerprint
 from fintune.train.stop import StopRequest
 from fintune.train.trainer import BEST, LoraTrainer
 from fintune.train.watch import Watch, draw_curves
 
 
-def train(config: Config, *, fresh: bool = False, accept_drift: str | None = None) -> Path:
+def train(config: Config, *, fresh: bool = False, force_resume: str | None = None) -> Path:
     """Train, or continue an unfinished run of the same inputs, or keep a finished one.
 
     Args:
         fresh: move an existing run aside first.
-        accept_drift: continue although inputs differ, for this reason, which is recorded.
+        force_resume: continue although inputs differ, for this reason, which is recorded.
 
     Returns:
         The run's folder: `best/` holds the adapter of the best evaluation.
@@ -71,63 +62,41 @@ def train(config: Config, *, fresh: bool = False, accept_drift: str | None = Non
         with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
-            return _train_alone(config, stop, fresh=fresh, accept_drift=accept_drift)
+            return _train_alone(config, stop, fresh=fresh, force_resume=force_resume)
 
 
 def _train_alone(
-    config: Config, stop: StopRequest, *, fresh: bool, accept_drift: str | None
+    config: Config, stop: StopRequest, *, fresh: bool, force_resume: str | None
 ) -> Path:
     """The stage, by the only process that writes its folder."""
     run = config.run_dir
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
-    inputs = inputs_of(config, base, ChatFormat(tokenizer, config.chat.date_string))
-    state = processes.from_lead(lambda: _open(config, inputs, fresh, accept_drift))
-    if state is seal.State.FINISHED:
+    fingerprint = run_fingerprint(config, base, ChatFormat(tokenizer, config.chat.date_string))
+    state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
+    if state.finished:
         say(f"train: unchanged, kept {run}")
         return run
-    record = Record(run)
-    processes.wait()  # all have read it before the first one decides anything
     rows = read_train(config.data_dir)
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
     heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
-    _make(config, rows, inputs, _build(config, rows, inputs, tokenizer, base, stop, record))
+    trainer = _build(config, rows, tokenizer, base, stop, state)
+    _train(trainer, config, state)
+    processes.from_lead(lambda: _finish(trainer, rows, state))
     memory.give_back()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
     return run
 
 
-def _open(
-    config: Config, inputs: dict[str, Any], fresh: bool, accept_drift: str | None
-) -> seal.State:
-    """The run's folder, begun or continued; what it was before."""
-    run = config.run_dir
-    if fresh and (aside := seal.move_aside(run)):
-        say(f"moved the old run to {aside}")
-    if accept_drift is not None:
-        accept(run, inputs, accept_drift, Record(run))
-    also = ', or go on and have it recorded: --accept-drift "why"'
-    state = seal.state(run, inputs, command="fintune train", also=also)
-    if state is not seal.State.FINISHED:
-        seal.start(run, inputs)
-        write_text(run / "config.yaml", dump_yaml(config))
-    return state
-
-
-def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrainer) -> None:
-    """Train, look at what came out, write the last files and the seal."""
-    run, record = config.run_dir, Record(config.run_dir)
-    _train(trainer, config, record)
-
-    def leave() -> None:
-        check_best(run / "best", trainer)
-        draw_curves(run / "metrics.jsonl", run / "curves.png")
-        write_json(run / "environment.json", environment(trainer, rows, run, record))
-        seal.seal(run, inputs)
-
-    processes.from_lead(leave)
+def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
+    """Check the best adapter, write the last files and `done.json`."""
+    run = state.folder
+    check_best(run / "best", trainer)
+    draw_curves(run / "metrics.jsonl", run / "curves.png")
+    write_json(run / "environment.json", environment(trainer, rows, state))
+    seal.seal(run, state.fingerprint, accepted=state.accepted)
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -226,16 +195,15 @@ def _order(
 def _build(
     config: Config,
     rows: Rows,
-    inputs: dict[str, Any],
     tokenizer: Any,
     base: Base,
     stop: StopRequest,
-    record: Record,
+    state: RunState,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
     memory.hold()
     on = device()
-    chosen = record.once(
+    chosen = state.resolve(
         "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
     )
     name = precision(chosen, on)  # refused where the run began on another kind of device
@@ -246,13 +214,14 @@ def _build(
         multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
     )
     world = processes.world_size()
-    cap = record.cap(config.train.max_tokens)
+    cap = state.max_tokens(config.train.max_tokens)
     order, accumulation = _order(config, rows, world, cap, collator.laid_tokens)
     largest = _largest(order, rows, collator, config.train.epochs)
     tokens = collator.laid_tokens(rows.lengths[largest].tolist())
 
-    with record.watch_memory(lambda: 0, tokens, collator.laid_tokens([int(rows.lengths.max())])):
-        checkpointing = _recomputed(config, record, peft, rows, collator, name, largest)
+    longest = collator.laid_tokens([int(rows.lengths.max())])
+    with state.capping_tokens(lambda: 0, tokens, longest):
+        checkpointing = _recomputed(config, state, peft, rows, collator, name, largest)
     keywords = arguments_dict(
         config, precision=name, checkpointing=checkpointing, accumulation=accumulation
     )
@@ -270,7 +239,7 @@ def _build(
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
-        sealed={"inputs_sha256": sha256_json(inputs)},
+        fingerprint_sha256=state.sha256,
         collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
@@ -282,7 +251,7 @@ def _build(
 
 def _recomputed(
     config: Config,
-    record: Record,
+    state: RunState,
     peft: Any,
     rows: Rows,
     collator: Collator,
@@ -302,13 +271,14 @@ def _recomputed(
     def attempt(recomputed: bool) -> None:
         memory.try_largest(peft, rows, collator, name, largest, recomputed=recomputed)
 
-    on, why = record.once("activations", estimate)
+    on: bool
+    on, why = state.resolve("gradient_checkpointing", estimate)
     say(why)
     if on or choice != "auto":
         attempt(on)
     elif processes.any_of(not fits(lambda: attempt(False))):
         why = "activations are recomputed: the largest micro-batch did not fit without"
-        on, _ = record.put("activations", (True, why))
+        on, _ = state.record("gradient_checkpointing", (True, why))
         say(why)
         attempt(True)
     return on
@@ -344,18 +314,17 @@ def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batch
     return max(every, key=lambda batch: collator.laid_tokens(rows.lengths[batch].tolist()))
 
 
-def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
+def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
     run = config.run_dir
     folder = run / "checkpoints"
-    ours = trainer.sealed["inputs_sha256"]
-    checkpoint = processes.from_lead(
-        lambda: checkpoints.newest(folder, lambda path: foreign(path, run, ours))
-    )
+    checkpoint = processes.from_lead(lambda: checkpoints.newest(folder, state.incompatible))
     done, evaluated = 0, True
     if checkpoint:
         done = checkpoints.step_of(checkpoint)
-        evaluated = continue_order(trainer.order, checkpoint, ours)
+        state.check_data_order(trainer.order, checkpoint)
+        evaluated = not read_json(checkpoint / RESUME)["pending_evaluation"]
+        say(f"continuing from {checkpoint}")
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
     processes.from_lead(lambda: require_free_space(run, needed))
@@ -370,7 +339,7 @@ def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
     longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
     try:
         with (
-            record.watch_memory(lambda: trainer.state.global_step, trainer.largest, longest),
+            state.capping_tokens(lambda: trainer.state.global_step, trainer.largest, longest),
             meter("train", total) as bar,
             trainer.stop.at_steps(),
         ):

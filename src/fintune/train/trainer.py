@@ -37,10 +37,10 @@ from fintune.files import (
 )
 from fintune.loss import sum_loss
 from fintune.train import checkpoints, processes
-from fintune.train.identity import RESUME
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
 from fintune.train.rows import Rows
+from fintune.train.run_state import RESUME
 from fintune.train.stop import StopRequest
 
 BEST = "best.json"
@@ -60,7 +60,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: most tokens of an evaluation batch.
         best: folder of the best adapter.
         stop: set from outside when the run should end at the next step.
-        sealed: facts of the run, written into each checkpoint and compared on resume.
+        fingerprint_sha256: of the run, written into each checkpoint and compared on resume.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: int,
         best: Path,
         stop: StopRequest,
-        sealed: dict[str, Any],
+        fingerprint_sha256: str,
         collator: Collator,
         **keywords: Any,
     ) -> None:
@@ -80,7 +80,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self.order, self.select, self.best, self.stop = order, select, best, stop
-        self.sealed, self.largest = sealed, eval_tokens
+        self.fingerprint_sha256, self.largest = fingerprint_sha256, eval_tokens
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
@@ -301,8 +301,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
             "processes": self.args.world_size,
+            "fingerprint_sha256": self.fingerprint_sha256,
         }
-        write_json(staging / RESUME, facts | self.sealed)
+        write_json(staging / RESUME, facts)
 
 
 class _StopAtStep(TrainerCallback):  # type: ignore[misc]
@@ -333,14 +334,15 @@ class _Resumed(TrainerCallback):  # type: ignore[misc]
         unlogged, logged, step = self._resume["logged"]
         trainer._tr_loss.fill_(unlogged)
         trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, step
-        if self._resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
+        if self._resume["fingerprint_sha256"] != trainer.fingerprint_sha256:
+            state.compute_steps(args, state.max_steps)
             _take_new_rates(trainer.optimizer, trainer.lr_scheduler, trainer.args.weight_decay)
         if self._resume["pending_evaluation"]:
             trainer.evaluate_late()
 
 
 def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
-    """After accepted changes: a restored optimizer and schedule bring their old settings along.
+    """After accepted changes: a restored optimizer and scheduler have their old settings.
 
     What the optimizer was made with it keeps as `defaults`; its first group is the decayed one.
     """
