@@ -45,8 +45,9 @@ from fintune.collate import CPU_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE  # noqa: E402
 from fintune.files import read_json  # noqa: E402
+from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.train import memory, pointwise  # noqa: E402
+from fintune.train import memory  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
 from fintune.train.run_state import RunState  # noqa: E402

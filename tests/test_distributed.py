@@ -33,9 +33,10 @@ from fintune.collate import flat_batch
 from fintune.config import LoraConfig, load_config
 from fintune.errors import ConfigError, FintuneError
 from fintune.files import read_json, read_jsonl
+from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import checkpoints, lora, pointwise, processes, trainer
+from fintune.train import checkpoints, lora, processes, trainer
 from fintune.train.rows import read_train
 from fintune.train.run import train
 

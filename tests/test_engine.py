@@ -20,10 +20,11 @@ from fintune.batches import plan_epoch
 from fintune.collate import flat_batch, padded_batch
 from fintune.config import SEVEN_PROJECTIONS
 from fintune.example import IGNORE
+from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import lora, pointwise
-from fintune.train.record import fits
+from fintune.train import lora
+from fintune.train.run_state import fits
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -160,9 +161,9 @@ def test_the_written_out_rotation_is_transformers() -> None:
 def test_another_rotation_is_left_alone() -> None:
     """Cohere turns neighbours; some models turn bf16 heads in fp32."""
     before = modeling_cohere.apply_rotary_pos_emb
-    pointwise._rotate_here(modeling_cohere)
+    pointwise.fuse_rotary(modeling_cohere)
     assert modeling_cohere.apply_rotary_pos_emb is before
-    pointwise._rotate_here(modeling_llama)
+    pointwise.fuse_rotary(modeling_llama)
     q, cos = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16).requires_grad_(), torch.randn(1, 3, 8)
     ours = modeling_llama.apply_rotary_pos_emb
     for one, other in zip(ours(q, q, cos, cos), ours.__wrapped__(q, q, cos, cos), strict=True):
@@ -195,13 +196,13 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     """peft's dropout modules replay the masks that the fused forward drew; `seeded`: as off the
     CPU, where the backward pass draws them again from their seeds."""
     drawn: list[torch.Tensor | int] = []
-    draw = lora.kept_bits
+    draw = dropout.draw_keep_bits
 
     def record(seed: int, count: int, p: float) -> torch.Tensor | int:
         drawn.append(seed if seeded else draw(seed, count, p))
         return drawn[-1]
 
-    monkeypatch.setattr(lora, "kept_bits", record)
+    monkeypatch.setattr(lora, "draw_keep_bits", record)
     peft = model(torch.float64, dropout=0.25)
     lora.fuse(peft, shared_dropout=shared)
     torch.manual_seed(5)
@@ -219,7 +220,7 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
             if not shared or id(x) not in self.seen:
                 self.seen = {id(x): next(masks)}
                 self.kept = x  # keeps the id from being used again
-            kept = lora.keep_mask(self.seen[id(x)], 0.25, x) != 0
+            kept = dropout.keep_mask(self.seen[id(x)], 0.25, x) != 0
             return x * kept.to(x.dtype) / (1 - 0.25)
 
     plain, replay = model(torch.float64, dropout=0.25), Replay()
@@ -234,18 +235,18 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
 def test_a_mask_is_independent_choices_of_the_asked_share(p: float, seeded: bool) -> None:
     """Within five standard deviations: the share, and the share of neighbours dropped together."""
     count = 2_000_000
-    source = 7 if seeded else lora.kept_bits(7, count, p)
-    mask = lora.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
+    source = 7 if seeded else dropout.draw_keep_bits(7, count, p)
+    mask = dropout.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
     assert set(mask.unique().tolist()) <= {0, -1}
-    dropped = lora.masked(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
+    dropped = dropout.apply_mask(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
     beside = dropped[:-1] & dropped[1:]
     apart = count // 16  # decisions of one word lie this far from each other
     together = dropped[:-apart] & dropped[apart:]
     for found, share in ((dropped, p), (beside, p * p), (together, p * p)):
         deviation = (share * (1 - share) / count) ** 0.5
         assert float(found.double().mean()) == pytest.approx(share, abs=5 * deviation)
-    again, other = lora.kept_bits(7, 64, p), lora.kept_bits(8, 64, p)
-    assert torch.equal(again, lora.kept_bits(7, 64, p))
+    again, other = dropout.draw_keep_bits(7, 64, p), dropout.draw_keep_bits(8, 64, p)
+    assert torch.equal(again, dropout.draw_keep_bits(7, 64, p))
     assert p < 0.1 or not torch.equal(again, other)
 
 

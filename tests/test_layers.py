@@ -30,6 +30,7 @@ SPINE = (
     "batches",
     "collate",
     "attention",
+    "kernels",
     "loss",
     "generate",
     "page",

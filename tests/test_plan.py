@@ -17,12 +17,13 @@ from fintune.collate import flat_batch
 from fintune.config import LoraConfig, load_config
 from fintune.errors import ConfigError, ModelError
 from fintune.files import read_json
+from fintune.kernels import pointwise
 from fintune.model import attach
 from fintune.plan import MEMORY_BAND, files, optimizer_bytes, plan, read_rates
 from fintune.planning import estimate, rows, shapes
 from fintune.planning.estimate import Setting
 from fintune.planning.shapes import SHAPES
-from fintune.train import lora, memory, pointwise
+from fintune.train import lora, memory
 
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,

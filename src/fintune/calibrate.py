@@ -20,6 +20,7 @@ from fintune.collate import CPU_MULTIPLE, Batch, flat_batch
 from fintune.config import Config
 from fintune.errors import ModelError
 from fintune.example import IGNORE
+from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import DTYPES, attach, device, precision
 from fintune.plan import MEMORY_BAND
@@ -27,7 +28,7 @@ from fintune.planning import estimate
 from fintune.planning.machines import CONTEXT_BYTES
 from fintune.planning.rows import Lengths, lengths, plan_batches, work
 from fintune.planning.shapes import Shape, find_shape
-from fintune.train import lora, memory, pointwise
+from fintune.train import lora, memory
 
 DEPTHS = (1, 3)
 """Blocks of the two models that are timed."""

@@ -15,6 +15,7 @@ from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import DataError, Stopped
 from fintune.files import SMALL_FILES, read_json, require_free_space, space_for, write_json
+from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
@@ -27,7 +28,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora, memory, pointwise, processes
+from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
 from fintune.train.metrics import Metrics, Spikes

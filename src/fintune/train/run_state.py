@@ -27,8 +27,10 @@ PACKAGES = ("fintune", "torch", "transformers", "peft")
 """Packages whose versions are part of the fingerprint."""
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
-SHAPE_KEYS = ("r", "bias", "target_modules")
-"""Keys of train.lora that give saved weights their shape."""
+SHAPE_KEYS = tuple(
+    f"config.train.{key}:" for key in ("optimizer", "lora.r", "lora.bias", "lora.target_modules")
+)
+"""What gives saved weights and optimizer states their shape: no change of it can be accepted."""
 
 
 def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -71,10 +73,13 @@ class RunState:
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, finished: bool = False):
+    def __init__(
+        self, folder: Path, fingerprint: dict[str, Any], *, finished: bool = False
+    ) -> None:
         self.folder, self.fingerprint, self.finished = folder, fingerprint, finished
         self.sha256 = sha256_json(fingerprint)
-        self.accepted = _accepted(folder)
+        begun = folder / seal.INPUTS
+        self.accepted = seal.read_checked(begun).get("accepted", []) if begun.is_file() else []
         path = folder / "record.json"
         self._record = read_json(path) if path.is_file() else {}
         if self._record.get("fingerprint_sha256") != self.sha256:
@@ -139,25 +144,23 @@ class RunState:
         """
         try:
             yield
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._lower_cap(step(), largest, longest) from None
-
-    def _lower_cap(self, step: int, largest: int, longest: int) -> Stopped | ModelError:
         if largest <= longest:
-            return ModelError(
-                f"step {step + 1}: out of memory on one example of {longest:,} tokens",
+            raise ModelError(
+                f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
                 why="a micro-batch cannot be smaller",
                 fix="set train.activation_checkpointing=on or model.quantization=4bit, or lower"
                 " data.max_length_cap",
             )
         cap = max(largest // 2, longest)
         self._record.pop("gradient_checkpointing", None)
-        self.token_caps.append({"step": step, "was": largest, "max_tokens": cap})
+        self.token_caps.append({"step": step(), "was": largest, "max_tokens": cap})
         self._write()  # by the rank that met it; the others only wait
-        return Stopped(
-            f"step {step + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
+        raise Stopped(
+            f"step {step() + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
             " is what the last checkpoint holds",
             fix=f"the same command continues, with at most {cap:,} tokens a micro-batch (the same"
             " examples a step)",
@@ -218,28 +221,19 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     path = folder / seal.INPUTS
     if not path.is_file() or (folder / seal.DONE).is_file():
         return
-    before = seal.read_checked(path)["inputs"]
-    old, new = (_shapes(tree["config"]["train"]) for tree in (before, fingerprint))
-    if old != new:
+    begun = seal.read_checked(path)
+    before, changes = begun["inputs"], begun.get("accepted", [])
+    differs = seal.differences(before, fingerprint)
+    if fixed := [line for line in differs if line.startswith(SHAPE_KEYS)]:
         raise OutputError(
-            "these cannot be accepted: " + "; ".join(seal.differences(old, new)),
+            f"these cannot be accepted: {'; '.join(fixed)}",
             why="the weights or the optimizer's states saved so far have another shape",
             fix="start again: fintune train --fresh",
         )
-    if differs := seal.differences(before, fingerprint):
+    if differs:
         change = {"reason": reason, "differs": differs, "was": sha256_json(before)}
-        write_json(path, {"inputs": fingerprint, "accepted": [*_accepted(folder), change]})
+        write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
         warn(f"accepted, and recorded: {'; '.join(differs)}")
-
-
-def _shapes(train: dict[str, Any]) -> dict[str, Any]:
-    return {"optimizer": train["optimizer"], **{key: train["lora"][key] for key in SHAPE_KEYS}}
-
-
-def _accepted(folder: Path) -> list[dict[str, Any]]:
-    path = folder / seal.INPUTS
-    changes: list[dict[str, Any]] = []
-    return seal.read_checked(path).get("accepted", changes) if path.is_file() else changes
 
 
 def fits(attempt: Callable[[], None]) -> bool:
