@@ -47,11 +47,11 @@ from fintune.example import IGNORE  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
+from fintune.stop import StopRequest  # noqa: E402
 from fintune.train import memory  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
 from fintune.train.run_state import RunState  # noqa: E402
-from fintune.train.stop import StopRequest  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DROPOUT = 0.1

@@ -42,6 +42,8 @@ class FakeJudge:
     Attributes:
         asked: requests by call (the Idempotency-Key).
         paid: completions made by call, delivered or not.
+        keys: the authorization headers that came.
+        elsewhere: where a redirect leads.
     """
 
     def __init__(
@@ -51,7 +53,8 @@ class FakeJudge:
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[str] = []
-        self.secret = ""
+        self.keys: set[str | None] = set()
+        self.secret = self.elsewhere = ""
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
@@ -115,6 +118,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
             call = self.headers["idempotency-key"]
             with judge.lock:
                 judge.asked[call] += 1
+                judge.keys.add(self.headers["authorization"])
                 first = judge.asked[call] == 1 and call.endswith("-2")
                 judge.bodies.append(json.dumps(request))
             fault = judge.fault if first or judge.fault in STOPPED else ""
@@ -123,7 +127,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 self._answer(request, call, fault)
 
         def _answer(self, request: dict[str, Any], call: str, fault: str) -> None:
-            status = re.match(r"[45]\d\d", fault)
+            status = re.match(r"[345]\d\d", fault)
             if status:
                 self._refuse(int(status[0]), fault)
             elif fault == "reset before the reply":
@@ -157,7 +161,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 judge.paid[call] += 1
 
         def _refuse(self, status: int, fault: str) -> None:
-            extra = {}
+            extra = {"location": judge.elsewhere} if status < 400 else {}
             if "seconds" in fault:
                 extra["retry-after"] = "0.3"
             if "date" in fault:

@@ -448,6 +448,11 @@ BASES: dict[str, Change] = {
     "200,000 brackets": write("config.json", "[" * 200_000),
     "config not UTF-8": write("config.json", b"\xff\xfe"),
     "generation code": edit_json("generation_config.json", custom_generate="x/y"),
+    "shards elsewhere": write(
+        "model.safetensors.index.json", '{"weight_map": {"a": "../../secret.safetensors"}}'
+    ),
+    "shards as a number": write("model.safetensors.index.json", '{"weight_map": 7}'),
+    "a vocabulary as a FIFO": replace("merges.txt", os.mkfifo),
     "an adapter": write(CONFIG, '{"peft_type": "LORA", "base_model_name_or_path": "x/y"}'),
     "template to the class": template("{{ ''.__class__.__mro__ }}"),
     "10^10 rounds": template(LOOP),

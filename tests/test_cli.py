@@ -187,7 +187,7 @@ def test_a_place_below_a_file_is_one_message(
     assert (tmp_path / "file").read_text() == "x"
 
 
-@pytest.mark.parametrize("place", ["/proc/x/y", "{}/" + "x" * 300, "{}/" + "x" * 240])
+@pytest.mark.parametrize("place", ["/proc/x/y", "{}/" + "x" * 300, "{}/" + "x" * 248])
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

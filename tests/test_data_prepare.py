@@ -436,11 +436,18 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
     assert kept == [100, 200]
 
 
+def test_a_system_without_cpu_affinity_prepares_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    prepare(config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(300))))
+
+
 def killed_in_writing(folder: Path, wait: float) -> None:
     """Let this process kill itself so many seconds after its first file is begun."""
 
     def watch() -> None:
-        while not [*folder.glob(".staging-data-*/*")]:
+        while not [*folder.glob(".staging-data/*")]:
             time.sleep(0.001)
         time.sleep(wait)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -461,7 +468,7 @@ def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path
         ):
             shutil.rmtree(settings.out, ignore_errors=True)
             harmed(lambda: prepare(settings), harm, kill_after=after)
-            landed += bool([*settings.out.glob(".staging-data-*/*")])
+            landed += bool([*settings.out.glob(".staging-data/*")])
             if settings.data_dir.exists():
                 seal.read_seal(settings.data_dir, stage="data", make="x")
     assert landed, "none while files were written"

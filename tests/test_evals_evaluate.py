@@ -1,14 +1,17 @@
 """The whole evaluation on a tiny base: kept, continued, refused, rescored, and its verdict."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_judge import FakeJudge, serve
+from test_cli import run
 from tiny_eval import eval_config
 
 from fintune import files, seal
+from fintune.config import dump_yaml
 from fintune.errors import ConfigError, DataError, OutputError
 from fintune.evals import evaluate as module
 from fintune.evals import regression, results
@@ -127,6 +130,29 @@ def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
     rescore(config.eval_dir)
     assert contents(config.eval_dir) == kept
     assert "looked" in kept["report.html"].decode(), "the report shows what the judge said"
+
+
+def test_a_shared_config_gets_no_key_and_harms_no_evaluation(
+    finished, tmp_path, monkeypatch, capsys
+):
+    config, _ = finished
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame1sesame1sesame1")
+    path = tmp_path / "shared.yaml"
+    path.write_text(dump_yaml(config))
+    with serve(FakeJudge()) as server:
+        judged = {"model": "fake", "base_url": server.url, "key_variable": "HF_TOKEN"}
+        sets = [f"eval.judge.{key}={value}" for key, value in judged.items()]
+        sets.append(f"eval.out={tmp_path / 'eval'}")
+        given = ["-c", str(path), *(word for override in sets for word in ("-s", override))]
+        shutil.copytree(config.eval_dir, tmp_path / "eval")
+        before = contents(tmp_path / "eval")
+        for verb in ("judge", "eval"):
+            code, _, said = run(capsys, verb, *given)
+            assert (code, "--judge-host 127.0.0.1" in said, "sesame1" in said) == (1, True, False)
+        assert not server.asked and contents(tmp_path / "eval") == before
+        code, _, said = run(capsys, "judge", *given, "--judge-host", "127.0.0.1")
+        assert code == 0, said
+        assert server.keys == {"Bearer hf_sesame1sesame1sesame1"}
 
 
 def test_unfinished_runs_and_missing_rows_are_said(tmp_path):

@@ -247,6 +247,77 @@ def test_a_missing_key_is_said(tmp_path, monkeypatch):
     assert calls.api_key(config()) == "none"
 
 
+REMOTE = "https://api.openai.com/v1"
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "named", "says"),
+    [
+        ("OPENAI_API_KEY", REMOTE, "", ""),
+        ("OPENAI_API_KEY", "https://API.OpenAI.com:443/v1", "", ""),
+        ("OPENAI_API_KEY", "http://127.0.0.1:8000/v1", "", ""),
+        ("OPENAI_API_KEY", "http://[::1]:8000/v1", "", ""),
+        ("OPENAI_API_KEY", "http://localhost/v1", "", ""),
+        ("GROQ_API_KEY", "https://api.groq.com/openai/v1", "", ""),
+        ("GROQ_API_KEY", REMOTE, "", "it goes to api.groq.com"),
+        ("GROQ_API_KEY", "http://127.0.0.1:8000/v1", "", "--judge-host 127.0.0.1"),
+        ("HF_TOKEN", REMOTE, "", "it goes to no host"),
+        ("HF_TOKEN", "https://evil/v1", "", "--judge-host evil"),
+        ("HF_TOKEN", "https://evil/v1", "evil.org", "is not for evil"),
+        ("HF_TOKEN", "https://judge.mine.org/v1", "Judge.Mine.org", ""),
+        ("HF_TOKEN", "http://127.0.0.1/v1", "127.0.0.1", ""),
+        ("OPENAI_API_KEY", "https://api.openai.com.evil.org/v1", "", "is not for"),
+        ("OPENAI_API_KEY", "https://evil.api.openai.com/v1", "", "is not for"),
+        ("OPENAI_API_KEY", "https://api.openai.com./v1", "", "is not for"),
+        ("OPENAI_API_KEY", "http://api.openai.com/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://10.0.0.5/v1", "10.0.0.5", "not https"),
+        ("OPENAI_API_KEY", "http://127.0.0.1.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://localhost.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://127.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://2130706433/v1", "", "not https"),
+    ],
+)
+def test_a_key_goes_to_its_own_host_or_one_that_is_named(monkeypatch, variable, url, named, says):
+    monkeypatch.setenv(variable, "sesame1sesame1")
+    found = JudgeConfig(model="m", base_url=url, key_variable=variable)
+    if not says:
+        assert calls.api_key(found, named) == "sesame1sesame1"
+        return
+    with pytest.raises(ConfigError) as error:
+        calls.api_key(found, named)
+    assert says in str(error.value) and "sesame1" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://api.openai.com@evil/v1", "https://api.openai.com\\@evil/v1", "https://evil\\.x/v1",
+     "https://evil/v1?x=api.openai.com", "https://evil#api.openai.com", "ftp://api.openai.com",
+     "https:///v1", "https://api.openai.com:x/v1", "https://api%2eopenai.com/v1", "//evil/v1",
+     "https://api.openai.c\u043em/v1", "https://evil /v1", "https://evil\n/v1"],
+)  # fmt: skip
+def test_a_url_that_two_readers_could_read_apart_is_refused(url):
+    with pytest.raises(ConfigError, match="not of the form"):
+        JudgeConfig(model="m", base_url=url)
+
+
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+def test_no_redirect_takes_key_or_rows_elsewhere(tmp_path, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame1sesame1")
+    with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
+        server.elsewhere = evil.url.replace("127.0.0.1", "localhost") + "/chat/completions"
+        plan = judge.plan(items(1), config(), seed=1)[:1]
+        with pytest.raises(ModelError, match=f"redirects to another address .HTTP {status}"):
+            calls.ask(tmp_path, plan, config(server.url))
+        assert server.keys == {"Bearer sesame1sesame1"} and not evil.asked
+
+
+def test_a_proxy_does_not_get_what_is_for_this_machine(tmp_path, monkeypatch):
+    with serve(FakeJudge()) as server:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        plan = judge.plan(items(1), config(), seed=1)[:1]
+        assert calls.ask(tmp_path, plan, config(server.url, tries=1))
+
+
 def test_the_ledger_cuts_a_torn_line_and_has_one_writer(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')

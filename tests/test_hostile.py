@@ -3,14 +3,16 @@
 `make test` takes every third of them, `make test-all` all.
 """
 
+import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from fuzz import meaning, mutate, redo
-from hostile import BASES, MARK, RELEASES, SUMS_CASES, Outcome, make, run_verb
+from hostile import BASES, MARK, RELEASES, SUMS_CASES, Outcome, edit_json, make, run_verb
 from tiny_release import built
 
 EVERY = bool(os.environ.get("FINTUNE_TEST_ALL"))
@@ -90,6 +92,33 @@ def test_prepare_refuses_a_base(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "o" / "data").exists()
 
 
+def test_code_that_a_base_needs_not_is_ignored_and_said(tmp_path: Path) -> None:
+    """Published Phi and DeepSeek folders carry auto_map for classes that transformers has."""
+    _, base = built()
+    names = {"AutoConfig": "cfg.C", "AutoModelForCausalLM": "cfg.M"}
+    folder = make(base, tmp_path / "base", edit_json("config.json", auto_map=names))
+    words = ["prepare", "-c", "nano", "-s", f"model.path={folder}", "-s", f"out={tmp_path / 'o'}"]
+    outcome = run_verb([*words, "-s", "data.source=nothing.jsonl"], tmp_path / "log", stdin="y\n")
+    assert outcome.code == 1, outcome.output
+    assert "names code that is never imported (config.json: auto_map)" in outcome.output
+    assert not (tmp_path / "mark").exists()
+
+
+def test_links_of_a_hub_cache_are_followed_into_its_blobs_alone(tmp_path: Path) -> None:
+    release, base = built()
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    blobs = snapshot.parent.parent / "blobs"
+    shutil.copytree(release, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    words = ["verify", str(snapshot), "--base", str(base)]
+    assert run_verb(words, tmp_path / "log").code == 0
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to(release / "README.md")
+    check_refused(run_verb(words, tmp_path / "log"), tmp_path)
+
+
 def test_a_good_release_passes_every_verb(tmp_path: Path) -> None:
     release, base = built()
     folder = shutil.copytree(release, tmp_path / "release")
@@ -114,6 +143,11 @@ def test_random_changes_never_pass(tmp_path: Path) -> None:
         outcome = run_verb(words, tmp_path / "log", limit_s=140)
         assert outcome.code in (0, 3), f"{done}\n{outcome.output[-3000:]}"
         assert "Traceback" not in outcome.output, f"{done}\n{outcome.output[-3000:]}"
+        start = re.search(r"^\[", outcome.output, re.MULTILINE)
+        assert start, f"{done}: no JSON\n{outcome.output}"
+        found, _ = json.JSONDecoder().raw_decode(outcome.output, start.start())
+        failed = [check for check in found if check["status"] == "failed"]
+        assert bool(failed) == (outcome.code == 3), f"{done}: {found}"
         if outcome.code == 0:
             passed += 1
             same = meaning(folder) == meaning(release)

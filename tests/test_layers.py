@@ -19,8 +19,10 @@ SPINE = (
     "errors",
     "console",
     "files",
+    "stop",
     "seal",
     "nano",
+    "yaml12",
     "config",
     "example",
     "numbers",
@@ -38,7 +40,7 @@ SPINE = (
 """A module imports only what stands before it; `nano` here is its __init__, which imports none."""
 STAGES = ("data", "train", "planning", "evals", "release", "serve", "nano")
 TOP = ("demo", "doctor", "init", "plan", "calibrate", "cli")
-LINES = 18_800
+LINES = 19_400
 """Most lines of src; DESIGN.md says why it is more than the 7,000 first planned."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_cli import run
 from tiny_release import built, rewrite_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -59,7 +60,7 @@ def test_merge_is_refused_when_logits_differ(
     monkeypatch.setattr(export, "MERGE_LIMIT", 0.0)
     with pytest.raises(GateRefused, match="logits differ"):
         export.merged(folder, tmp_path / "merged", base=base)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.lock"]
 
 
 def test_gguf_model_reads_back(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -173,6 +174,26 @@ def test_ollama_renders_the_trained_prompt(built: tuple[Path, Path], tmp_path: P
     for messages in CONVERSATIONS.values():
         prompt = chat.render(messages[:-1], prompt=True)
         assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "more"),
+    [("merged", "f16", ()), ("gguf", "bf16", ()), ("gguf", "bf16", ("--merged",)),
+     ("gguf", "F32", ()), ("ollama", "fp16", ()), ("vllm", "bf16", ()), ("push", "f16", ())],
+)  # fmt: skip
+def test_a_precision_that_a_form_has_not_is_refused_before_anything_loads(
+    form: str,
+    dtype: str,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, "open_release", None)
+    given = ["export", form, "no-release", "--out", str(tmp_path / "out"), "--dtype", dtype, *more]
+    code, _, said = run(capsys, *given)
+    assert (code, f"export {form} has no --dtype {dtype}" in said) == (1, True), said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_push_is_dry_by_default(built: tuple[Path, Path]) -> None:

@@ -17,12 +17,12 @@ from fintune.collate import Collator
 from fintune.config import Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
+from fintune.stop import StopRequest
 from fintune.train import checkpoints, memory, trainer
 from fintune.train.arguments import training_arguments
 from fintune.train.rows import read_train
 from fintune.train.run import _build, dry_run, train
 from fintune.train.run_state import RunState
-from fintune.train.stop import StopRequest
 
 STEPS = 8
 

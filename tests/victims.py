@@ -71,7 +71,8 @@ def harmed(work: Callable[[], Any], *harms: Harm, kill_after: float | None = Non
 
 def _in_child(log: str, work: Callable[[], Any], harms: tuple[Harm, ...]) -> int:
     sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a shell may ignore some
+        signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # a collection would walk all of torch's modules, 0.2 s each time
     run.draw_curves = lambda metrics, picture: None  # a third of these runs
     try:

@@ -9,10 +9,10 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: a temporary name beside it, fsync, mode 0644, rename, folder fsync."""
+    """Write a file whole: a temporary name beside it, fsync, rename, folder fsync.
+
+    Its mode is what the umask leaves of 0666: what is written may hold rows of the user.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    file = temporary.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -164,37 +166,39 @@ def reaching(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(
+    final: Path, *, published: bool = False, free: Callable[[], object] = lambda: None
+) -> Iterator[Path]:
     """Build a folder beside its place and rename it into a free name when the block succeeds.
 
-    On any exception the staging folder is removed and `final` never appears. Leftovers of killed
-    builds of the same folder are removed first.
+    On any exception the staging folder is removed and `final` is as it was. The caller holds the
+    lock of `final`, so what a killed build left under the one staging name can be removed first.
 
     Args:
-        replace: `final` may exist; it is moved away when the new folder is complete, so that only
-            a kill between two renames leaves neither under its name.
+        published: for others to read: modes 0755 and 0644; else what the umask leaves.
+        free: called when the new folder is complete, to take an existing `final` away.
     """
+    staging = final.with_name(f".staging-{final.name}")
     with reaching(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(f".staging-{final.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".staging-{final.name}-"))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
     try:
         yield staging
-        staging.chmod(0o755)
+        if published:
+            staging.chmod(0o755)
+        mode = staging.stat().st_mode & 0o666  # safetensors writes 0600 under any umask
         for path in [*staging.rglob("*")]:
             if path.is_file():
+                path.chmod(mode)
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             else:
                 sync_folder(path)
         sync_folder(staging)
-        old = f"{staging}-old"
-        if replace and final.exists():
-            os.rename(final, old)
+        free()
         os.rename(staging, final)
         sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

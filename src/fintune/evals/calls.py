@@ -14,24 +14,39 @@ import asyncio
 import contextlib
 import datetime
 import email.utils
+import ipaddress
 import json
 import os
 import random
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from fintune.config import JudgeConfig
+from fintune.config import SECRET_NAME, JudgeConfig
+from fintune.config import redacted as without_secrets
 from fintune.console import Meter, meter, say
 from fintune.errors import ConfigError, GateRefused, ModelError
 from fintune.evals.judge import Call, outcome, read_verdict
 from fintune.evals.lines import Lines
-from fintune.evals.tasks import PHRASES
 
 LEDGER = "judge_calls.jsonl"
+OPENAI = "api.openai.com"
+KEY_HOSTS = {
+    "OPENAI_API_KEY": OPENAI,
+    "ANTHROPIC_API_KEY": "api.anthropic.com",
+    "DEEPSEEK_API_KEY": "api.deepseek.com",
+    "GEMINI_API_KEY": "generativelanguage.googleapis.com",
+    "GROQ_API_KEY": "api.groq.com",
+    "MISTRAL_API_KEY": "api.mistral.ai",
+    "OPENROUTER_API_KEY": "openrouter.ai",
+    "TOGETHER_API_KEY": "api.together.xyz",
+    "XAI_API_KEY": "api.x.ai",
+}
+"""The host that the key of a variable is for. OpenAI's also goes to a server on this machine, where
+any client sends it."""
 HEAD_START_S = 1.0
 """Seconds that the first call goes alone. A refusal (wrong key, no credit, no such model) comes
 sooner, because nothing is generated for it, and then no other call is made."""
@@ -42,8 +57,6 @@ KEPT_CHARACTERS = 20_000
 UNSCORED = {"length": "truncated", "content_filter": "content_filter"}
 """Why a reply whose end the endpoint names holds no verdict."""
 _REPAIR = "That was not one JSON object of the schema with the id given. Send only that object."
-_SECRETS = re.compile(PHRASES["secrets"])
-_SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|auth")
 
 
 @dataclass(slots=True)
@@ -105,11 +118,16 @@ def most_usd(call: Call, config: JudgeConfig) -> float:
     ) / 1e6
 
 
-def ask(folder: Path, calls: Sequence[Call], config: JudgeConfig) -> dict[str, dict[str, Any]]:
+def ask(
+    folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
+) -> dict[str, dict[str, Any]]:
     """Make every call that is not done yet; return the done rows by key.
 
+    Args:
+        judge_host: a host that may get the key besides the variable's own.
+
     Raises:
-        ConfigError: no key, or the `openai` package is not installed.
+        ConfigError: no key, one for another host, or the `openai` package is not installed.
         ModelError: the endpoint refuses the key, the account or the model.
         GateRefused: the next call could pass `max_usd`.
     """
@@ -129,16 +147,23 @@ def ask(folder: Path, calls: Sequence[Call], config: JudgeConfig) -> dict[str, d
             say(f"{len(open_)} earlier calls were cut off and may have been paid")
         with meter("judge", len(todo)) as progress:
             state = _State(file, config, progress, spent, done=done)
-            asyncio.run(_ask_all(state, todo))
+            asyncio.run(_ask_all(state, todo, api_key(config, judge_host)))
     if state.stop is not None:
         raise state.stop
     return state.done
 
 
-async def _ask_all(state: _State, todo: list[Call]) -> None:
-    openai, key = _openai(), api_key(state.config)
+async def _ask_all(state: _State, todo: list[Call], key: str) -> None:
+    openai = _openai()
     client = openai.AsyncOpenAI(
-        api_key=key, base_url=state.config.base_url, max_retries=0, timeout=state.config.timeout_s
+        api_key=key,
+        base_url=state.config.base_url,
+        max_retries=0,
+        timeout=state.config.timeout_s,
+        # No redirect takes key and rows to another host, no proxy what is for this machine.
+        http_client=openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, trust_env=not _is_loopback(state.config)
+        ),
     )
     queue, answered = iter(todo), asyncio.Event()
 
@@ -315,6 +340,12 @@ def _refusal(error: Any, config: JudgeConfig) -> Exception:
             why="no further call was made; everything judged so far is kept",
             fix="correct eval.judge or the key, then run the same command again",
         )
+    if 300 <= status < 400:
+        return ModelError(
+            f"judge: the endpoint redirects to another address (HTTP {status})",
+            why="a key and rows are sent to no host but the one that is configured",
+            fix="set eval.judge.base_url to the address where it answers",
+        )
     if status in (408, 409, 429) or status >= 500:
         return _Retry(f"HTTP {status}", wait_s=_retry_after(error.response.headers))
     return ModelError(
@@ -340,18 +371,45 @@ def _retry_after(headers: Any) -> float | None:
     return min(max(seconds, 0.0), LONGEST_WAIT_S) if seconds == seconds else None
 
 
-def api_key(config: JudgeConfig) -> str:
-    """The key from the environment; a server on this machine needs none."""
+def api_key(config: JudgeConfig, judge_host: str = "") -> str:
+    """The key from the environment, if the host may have it; a server on this machine needs none.
+
+    Raises:
+        ConfigError: the key is not for this host, would travel in clear, or is not set.
+    """
+    url, loopback = urlsplit(config.base_url), _is_loopback(config)
     key = os.environ.get(config.key_variable, "").strip()
-    if key:
-        return key
-    if re.match(r"https?://(?:localhost|127\.|\[::1\])", config.base_url):
+    if loopback and not key:
         return "none"
-    raise ConfigError(
-        f"judge: the environment variable {config.key_variable} is not set",
-        why="the key is read from the environment only",
-        fix=f"export {config.key_variable}=..., or evaluate without a judge",
-    )
+    if url.scheme != "https" and not loopback:
+        raise ConfigError(
+            f"judge: {config.base_url} is not https",
+            why="key and rows would travel where others can read them",
+            fix="use https; http is for a server on this machine",
+        )
+    own = KEY_HOSTS.get(config.key_variable)
+    if url.hostname not in (own, judge_host.lower()) and not (loopback and own == OPENAI):
+        raise ConfigError(
+            f"judge: the key in {config.key_variable} is not for {url.hostname}",
+            why=f"it goes to {own or 'no host'} unless another is named outside the config, which"
+            " may be of somebody else",
+            fix=f"if that host is to have it: --judge-host {url.hostname}",
+        )
+    if not key:
+        raise ConfigError(
+            f"judge: the environment variable {config.key_variable} is not set",
+            why="the key is read from the environment only",
+            fix=f"export {config.key_variable}=..., or evaluate without a judge",
+        )
+    return key
+
+
+def _is_loopback(config: JudgeConfig) -> bool:
+    host = urlsplit(config.base_url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def redacted(row: dict[str, Any]) -> dict[str, Any]:
@@ -359,14 +417,14 @@ def redacted(row: dict[str, Any]) -> dict[str, Any]:
     values = [
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value.strip()) >= 8
+        if SECRET_NAME.search(name) and len(value.strip()) >= 8
     ]
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
             for secret in values:
                 value = value.replace(secret, "[redacted]")
-            return _SECRETS.sub("[redacted]", value)
+            return without_secrets(value)
         if isinstance(value, dict):
             return {key: entry if key == "key" else clean(entry) for key, entry in value.items()}
         return [clean(entry) for entry in value] if isinstance(value, list) else value

@@ -23,7 +23,7 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.console import meter, say, table
 from fintune.errors import ConfigError, DataError, OutputError
-from fintune.evals import heldout, raw, regression
+from fintune.evals import calls, heldout, raw, regression
 from fintune.evals.lines import Lines
 from fintune.evals.report import COMMAND, read_evaluation, write_results
 from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, WHO, Pair, load_pairs, words
@@ -33,11 +33,12 @@ from fintune.files import read_json, sha256_bytes, sha256_json, write_json, writ
 from fintune.generate import Prompt, answer_all
 
 
-def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
     """Evaluate the best adapter of a run against its base.
 
     Args:
         fresh: move an existing evaluation aside instead of keeping or continuing it.
+        judge_host: a host that may get the judge's key besides the variable's own.
 
     Returns:
         The content of test_results.json.
@@ -47,35 +48,42 @@ def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         DataError: no `decide` row. GateRefused: the judge's budget is spent.
     """
     folder, inputs = config.eval_dir, _inputs(config)
-    if fresh:
-        seal.move_aside(folder)
-    state = seal.state(folder, inputs, command=COMMAND)
-    if state is seal.State.FINISHED:
-        if not raw.pending(folder, _judged(folder), config.eval.judge, config.seed):
+    with seal.lock(folder):
+        if fresh:
+            seal.move_aside(folder)
+        state = seal.state(folder, inputs, command=COMMAND)
+        if state is not seal.State.FINISHED:
+            seal.start(folder, inputs)
+            _answer(config, folder, inputs)
+        elif not raw.pending(folder, _judged(folder), config.eval.judge, config.seed):
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "test_results.json")
-        return _finish(config, folder, inputs)
-    seal.start(folder, inputs)
-    _answer(config, folder, inputs)
-    return _finish(config, folder, inputs)
+        return _finish(config, folder, inputs, judge_host)
 
 
-def judge_answers(config: Config) -> dict[str, Any]:
+def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
     """Ask the judge about a finished evaluation's answers and make its results anew.
 
     Raises:
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
-    done = read_evaluation(folder)
+    read_evaluation(folder)  # before anything is made there
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
-    return _finish(config, folder, done["inputs"])
+    with seal.lock(folder):
+        done = read_evaluation(folder)
+        return _finish(config, folder, done["inputs"], judge_host)
 
 
-def _finish(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    config: Config, folder: Path, inputs: dict[str, Any], judge_host: str
+) -> dict[str, Any]:
+    judge, judged = config.eval.judge, _judged(folder)
+    if raw.pending(folder, judged, judge, config.seed):
+        calls.api_key(judge, judge_host)  # a refusal leaves a finished evaluation as it is
     (folder / seal.DONE).unlink(missing_ok=True)
-    rows = raw.judged_rows(folder, _judged(folder), config.eval.judge, config.seed)
+    rows = raw.judged_rows(folder, judged, judge, config.seed, judge_host)
     write_jsonl(folder / raw.NAME, rows)
     found = write_results(folder)
     seal.seal(folder, inputs)

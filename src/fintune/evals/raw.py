@@ -23,7 +23,7 @@ def pending(folder: Path, pairs: Sequence[Pair], config: JudgeConfig, seed: int)
 
 
 def judged_rows(
-    folder: Path, pairs: Sequence[Pair], config: JudgeConfig, seed: int
+    folder: Path, pairs: Sequence[Pair], config: JudgeConfig, seed: int, judge_host: str
 ) -> Iterable[dict[str, Any]]:
     """The lines of the raw file; asks the judge what it was not asked yet.
 
@@ -36,7 +36,7 @@ def judged_rows(
         return [{**fact, **none} for fact in facts.values()]
     human = _labels(config.labels)
     planned = _plan(pairs, config, seed)
-    done = calls.ask(folder, planned, config)
+    done = calls.ask(folder, planned, config, judge_host)
     rubric = sha256_bytes(judge.RUBRIC.encode())
     missing: dict[str, Any] = {
         "status": "error",

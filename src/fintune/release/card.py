@@ -111,9 +111,8 @@ def _judges(judged: list[dict[str, Any]]) -> str:
     """Who judged the judged set, as the file itself says."""
     said: Counter[str] = Counter()
     for row in judged:
-        judge = row.get("judge") or {}
         if row.get("status") == "scored":
-            said[f"verdicts of {judge.get('served_model') or judge.get('model')}"] += 1
+            said[f"verdicts of {row.get('served_model') or row.get('model')}"] += 1
         else:
             said[f"unscored ({row.get('unscored_reason')})"] += 1
     found = "; ".join(f"{count} {what}" for what, count in sorted(said.items()))

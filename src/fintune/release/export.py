@@ -3,15 +3,17 @@
 import importlib.util
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 
-from fintune import console, files
+from fintune import console, files, seal
 from fintune.chat import ChatFormat
-from fintune.errors import GateRefused, ModelError, OutputError
+from fintune.errors import ConfigError, GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.model import DTYPES, Base, open_release
 from fintune.release.card import VLLM_RANKS, vllm_rank
@@ -23,6 +25,14 @@ from fintune.untrusted.probe import read_tokenizer
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
 NOTICES = ("LICENSE", "NOTICE", "USE_POLICY.md")
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "merged": ("bf16", "fp16", "fp32"),
+    "gguf": ("f16", "f32"),
+    "ollama": ("f16", "f32"),
+    "vllm": (),
+    "push": (),
+}
+"""Forms of an export, and the precisions that each can be written in."""
 
 
 def merged(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "bf16") -> Path:
@@ -35,18 +45,17 @@ def merged(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "b
 
     Raises:
         GateRefused: merged and adapter logits differ by more than `MERGE_LIMIT`.
-        OutputError: `out` exists.
+        ConfigError: another `dtype`. OutputError: `out` exists.
     """
-    _check_free(out)
-    found, tokenizer, model = _load_merged(folder, base)
-    with files.staged_folder(out) as staging:
-        model.to(DTYPES[dtype]).save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        for name in NOTICES:
-            if (folder / name).is_file():
-                files.copy_file(folder / name, staging / name)
-        for path in staging.iterdir():
-            path.chmod(0o644)
+    check_precision("merged", dtype)
+    with _claimed(out):
+        found, tokenizer, model = _load_merged(folder, base)
+        with files.staged_folder(out, published=True) as staging:
+            model.to(DTYPES[dtype]).save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            for name in NOTICES:
+                if (folder / name).is_file():
+                    files.copy_file(folder / name, staging / name)
     console.say(f"merged {found.id} and {folder.name} into {out} ({dtype})")
     return out
 
@@ -62,22 +71,32 @@ def gguf(
 
     Raises:
         ModelError: the gguf package is not installed, or the base is not Llama-shaped.
-        OutputError: `out` exists.
+        ConfigError: another `dtype`. OutputError: `out` exists.
     """
-    writing = _gguf_module()
-    _check_free(out)
-    temporary = out.with_name(f".{out.name}.part")
-    if whole:
-        found, tokenizer, model = _load_merged(folder, base)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writing.write_model(found, tokenizer, model.state_dict(), temporary, dtype, folder.name)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writing.write_adapter(folder, open_release(folder, base), temporary, dtype)
-    temporary.chmod(0o644)
-    os.replace(temporary, out)
+    check_precision("gguf", dtype)
+    with _claimed(out):
+        _write_gguf(folder, out, base, dtype, whole)
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
     return out
+
+
+def _write_gguf(folder: Path, out: Path, base: Path | None, dtype: str, whole: bool) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
+    from fintune.release import gguf as writing
+
+    temporary = out.with_name(f".{out.name}.part")
+    temporary.unlink(missing_ok=True)  # of a killed export; never written through a link
+    try:
+        if whole:
+            found, tokenizer, model = _load_merged(folder, base)
+            writing.write_model(found, tokenizer, model.state_dict(), temporary, dtype, folder.name)
+        else:
+            writing.write_adapter(folder, open_release(folder, base), temporary, dtype)
+        temporary.chmod(0o644)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def vllm(folder: Path) -> str:
@@ -111,14 +130,14 @@ def vllm(folder: Path) -> str:
 
 def ollama(folder: Path, out: Path, *, base: Path | None = None, dtype: str = "f16") -> Path:
     """Write a folder that `ollama create NAME -f Modelfile` takes: merged GGUF and Modelfile."""
-    _check_free(out)
+    check_precision("ollama", dtype)
     open_release(folder, base)
     tokenizer, fixture = read_tokenizer(folder), read_fixture(folder)
     if fixture is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE}", why="it pins the template's date")
     template = ollama_template(ChatFormat(tokenizer, fixture["date_string"]))
-    with files.staged_folder(out) as staging:
-        gguf(folder, staging / "model.gguf", base=base, dtype=dtype, whole=True)
+    with _claimed(out), files.staged_folder(out, published=True) as staging:
+        _write_gguf(folder, staging / "model.gguf", base, dtype, whole=True)
         modelfile = (
             f'FROM ./model.gguf\nTEMPLATE """{template}"""\n'
             f"PARAMETER stop {tokenizer.eos_token}\nPARAMETER temperature 0\n"
@@ -216,14 +235,26 @@ def _between(text: str) -> list[str]:
     return pieces[::2]
 
 
-def _check_free(out: Path) -> None:
-    if out.exists():
-        raise OutputError(f"{out} exists", fix="name another place, or move it away")
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """A place that nothing has yet, locked."""
+    with seal.lock(out):
+        if out.exists():
+            raise OutputError(f"{out} exists", fix="name another place, or move it away")
+        yield
 
 
-def _gguf_module() -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
-    from fintune.release import gguf as writing
+def check_precision(form: str, dtype: str | None) -> None:
+    """Refuse a form or its precision that an export does not have; None is the form's own.
 
-    return writing
+    Raises:
+        ConfigError: see above.
+    """
+    if form not in PRECISIONS:
+        raise ConfigError(f"no form {form!r}", fix=f"one of {', '.join(PRECISIONS)}")
+    if dtype is not None and dtype not in PRECISIONS[form]:
+        choices = ", ".join(PRECISIONS[form])
+        raise ConfigError(
+            f"export {form} has no --dtype {dtype}",
+            fix=f"one of {choices}" if choices else "leave it away",
+        )

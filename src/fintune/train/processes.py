@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
+from fintune.stop import StopRequest
 
 T = TypeVar("T")
 ENGINES = {
@@ -99,6 +100,12 @@ def share(accumulation: int, processes: int) -> int:
             " examples of an update",
         )
     return each
+
+
+def stop_asked(stop: StopRequest) -> bool:
+    """Whether any process was asked: all stop at the same step. All must call it."""
+    stop.asked = any_of(stop.asked)
+    return stop.asked
 
 
 def from_lead(make: Callable[[], T]) -> T:

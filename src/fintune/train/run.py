@@ -28,6 +28,7 @@ from fintune.model import (
     peft_config,
     precision,
 )
+from fintune.stop import STOP, StopRequest
 from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
@@ -35,7 +36,6 @@ from fintune.train.metrics import Metrics, Spikes
 from fintune.train.order import Order
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.run_state import RESUME, RunState, fits, run_fingerprint
-from fintune.train.stop import StopRequest
 from fintune.train.trainer import BEST, LoraTrainer
 from fintune.train.watch import Watch, draw_curves
 
@@ -57,13 +57,14 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with StopRequest().listening() as stop, space_for(run, SMALL_FILES):
+    with STOP.listening(), space_for(run, SMALL_FILES):
+        STOP.guard()  # also where another process holds the lock for this one
         processes.start(config.train.strategy, config.model.quantization)
         # Of several processes the first one writes, and holds the lock for all.
         with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
-            return _train_alone(config, stop, fresh=fresh, force_resume=force_resume)
+            return _train_alone(config, STOP, fresh=fresh, force_resume=force_resume)
 
 
 def _train_alone(
@@ -352,7 +353,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     finally:
         if metrics is not None:
             metrics.close()
-    if trainer.stop.everywhere():
+    if processes.stop_asked(trainer.stop):
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",

@@ -12,7 +12,10 @@ _save_checkpoint       whole or not at all (checkpoints.py)
 import json
 import math
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,12 @@ from fintune.files import (
     write_json,
 )
 from fintune.loss import sum_loss
+from fintune.stop import StopRequest
 from fintune.train import checkpoints, processes
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
 from fintune.train.rows import Rows
 from fintune.train.run_state import RESUME
-from fintune.train.stop import StopRequest
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
@@ -162,7 +165,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         last, bad = len(self._eval_batches) - 1, []
         for start in range(0, last + 1, self.args.world_size):
-            if self.stop.everywhere():
+            if processes.stop_asked(self.stop):
                 self._save_whole(pending_evaluation=True)
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
             number = start + self.args.process_index
@@ -238,11 +241,27 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _write_best(self, loss: float) -> None:
-        needed = self.adapter_bytes() + SMALL_FILES
-        with space_for(self.best, needed), staged_folder(self.best, replace=True) as staging:
+        with (
+            space_for(self.best, self.adapter_bytes() + SMALL_FILES),
+            self._staged_best() as staging,
+        ):
             self._save_adapter(staging)
             facts = {"step": self.state.global_step, "eval_loss": loss}
             write_json(staging / BEST, {**facts, "sha256": sha256_file(staging / ADAPTER)})
+
+    @contextmanager
+    def _staged_best(self) -> Iterator[Path]:
+        """A new `best/`; only a kill between two renames leaves neither it nor the old one."""
+        old = self.best.with_name(f".{self.best.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+
+        def free() -> None:
+            if self.best.exists():
+                self.best.rename(old)
+
+        with staged_folder(self.best, free=free) as staging:
+            yield staging
+        shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, checkpoint: Path) -> None:
         """Take the best adapter back to the checkpoint: `best/` may be of updates now undone."""
@@ -251,7 +270,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         facts, now = read_json(checkpoint / BEST), self.best / ADAPTER
         if now.exists() and sha256_file(now) == facts["sha256"]:
             return
-        with staged_folder(self.best, replace=True) as staging:
+        with self._staged_best() as staging:
             copy_file(checkpoint / BEST_ADAPTER, staging / ADAPTER)
             for name in (BEST, "adapter_config.json"):
                 copy_file(checkpoint / name, staging / name)
@@ -317,7 +336,7 @@ class _StopAtStep(TrainerCallback):  # type: ignore[misc]
         self._stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop.everywhere():
+        if processes.stop_asked(self._stop):
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True

@@ -111,7 +111,7 @@ def _check_files(folder: Path, role: Role, *, no_pickle: bool) -> Iterator[Check
     needed = ("config.json",) if role == "base" else (ADAPTER, ADAPTER_CONFIG)
     read = names
     if role != "release":
-        known = {*LIMITS["loaded_json"], TEMPLATE}
+        known = {*LIMITS["loaded_json"], *LIMITS["loaded_files"]}
         read = [name for name in names if name in known or name.endswith(".safetensors")]
     odd = []
     for name in read:

@@ -140,8 +140,12 @@ def _release_rows(folder: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _release_checks(folder: Path, base: Path) -> Iterator[Check]:
-    tokenizer = read_tokenizer(folder)
-    _try_tokenizer(tokenizer)
+    try:
+        tokenizer = read_tokenizer(folder)
+        _try_tokenizer(tokenizer)
+    except ModelError as error:
+        yield Check("tokenizer", "failed", error.what)
+        return
     yield _check_special_tokens(folder, tokenizer)
     fixture = (folder / checks.FIXTURE).exists()
     if fixture:

@@ -10,8 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from fintune.untrusted.files import ADAPTER, LIMITS, Check, Unreadable, open_file, some, unique
+from fintune.untrusted.files import (
+    ADAPTER,
+    LIMITS,
+    Check,
+    Unreadable,
+    open_file,
+    read_object,
+    some,
+    unique,
+)
 
+INDEX = "model.safetensors.index.json"
 _HEADER = 100_000_000
 """Bytes of a safetensors header, the format's own bound."""
 _EXPONENTS = {"F64": (8, 52, 11), "F32": (4, 23, 8), "F16": (2, 10, 5), "BF16": (2, 7, 8)}
@@ -90,8 +100,12 @@ def check_base_weights(folder: Path) -> Iterator[Check]:
     """Headers of the weights; their bytes are read once, by torch."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     try:
+        index = read_object(folder, INDEX) if (folder / INDEX).exists() else {}
+        shards = dict(index.get("weight_map") or {}).values()
+        if elsewhere := sorted({str(shard) for shard in shards if shard not in names}):
+            raise Unreadable(f"{INDEX} names {some(elsewhere)}, which {folder.name} does not hold")
         counts = [len(read_header(folder, name)) for name in names]
-    except Unreadable as error:
+    except (Unreadable, ValueError, TypeError) as error:
         yield Check("weights", "failed", str(error))
         return
     if names:
