@@ -199,7 +199,7 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
     """Say whether a stage has to run, may be skipped, or must be refused.
 
     Args:
-        also: another way out than a fresh folder, for the message.
+        also: another way out of an unfinished folder than a fresh one, for the message.
 
     Raises:
         OutputError: the folder holds the result of other inputs or files that are not ours, or
@@ -211,11 +211,12 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
         if (folder / name).is_file():
             differing = differences(read_checked(folder / name)["inputs"], inputs)
             if differing:
+                ways = f"choose another folder (--set out=...), or: {command} --fresh"
                 raise OutputError(
-                    f"{folder} holds the result of other inputs; these differ: "
+                    f"{folder} holds the {found.value} result of other inputs; these differ: "
                     + "; ".join(differing),
                     why="mixing two runs in one folder would make both unaccountable",
-                    fix=f"choose another folder (--set out=...), or: {command} --fresh{also}",
+                    fix=ways + also if found is State.UNFINISHED else ways,
                 )
             if found is State.FINISHED:
                 read_seal(folder, stage=command, make=command)
