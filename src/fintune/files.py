@@ -38,6 +38,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_fact(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: `bytes` and `sha256`."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def files_below(folder: Path, *, without: str) -> dict[str, Path]:
+    """Every file below a folder by its relative name, but the manifest itself (`without`)."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: path for name, path in named.items() if path.name != without}
+
+
 def remembered_sha256(path: Path) -> str:
     """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
 

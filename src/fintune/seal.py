@@ -18,7 +18,15 @@ from typing import Any, TextIO
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import FORMAT, reaching, read_json, sha256_file, sha256_json, write_json
+from fintune.files import (
+    FORMAT,
+    file_fact,
+    files_below,
+    reaching,
+    read_json,
+    sha256_json,
+    write_json,
+)
 from fintune.stop import STOP
 
 DONE = "done.json"
@@ -53,7 +61,7 @@ def seal(
     Raises:
         OutputError: a file that is `needed` is not there.
     """
-    files = {name: _fact(path) for name, path in _files(folder).items()}
+    files = {name: file_fact(path) for name, path in files_below(folder, without=DONE).items()}
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
             f"{folder} has lost {', '.join(lacking)} while it was written",
@@ -88,7 +96,7 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = read_checked(folder / DONE), _files(folder)
+    done, found = read_checked(folder / DONE), files_below(folder, without=DONE)
     problems = []
     for name in sorted(done["files"].keys() | found.keys() | {*needed}):
         if name.startswith(unread):
@@ -98,7 +106,7 @@ def read_seal(
         elif name not in done["files"]:
             if not found[name].name.startswith("."):
                 problems.append(f"{name} was not there when it was finished")
-        elif done["files"][name] != _fact(found[name]):
+        elif done["files"][name] != file_fact(found[name]):
             problems.append(f"{name} was changed after it was finished")
     if problems:
         raise OutputError(
@@ -319,13 +327,3 @@ def read_checked(path: Path) -> dict[str, Any]:
             fix="put the file back, or choose another folder: --set out=...",
         )
     return tree
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder but the seal itself, by its name in the seal."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != DONE)
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
-
-
-def _fact(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -32,12 +32,11 @@ from fintune.stop import STOP, StopRequest
 from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
-from fintune.train.metrics import Metrics, Spikes
+from fintune.train.metrics import Metrics, MetricsCallback, draw_curves
 from fintune.train.order import Order
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.run_state import RESUME, RunState, fits, run_fingerprint
 from fintune.train.trainer import BEST, LoraTrainer
-from fintune.train.watch import Watch, draw_curves
 
 
 def train(config: Config, *, fresh: bool = False, force_resume: str | None = None) -> Path:
@@ -347,8 +346,10 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         ):
             bar.advance(done)
             if metrics is not None:
-                trainer.add_callback(Watch(metrics, bar, trainer.tokens_of_step))
-                trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
+                ids = trainer.order.example_ids
+                trainer.add_callback(
+                    MetricsCallback(metrics, bar, trainer.losses, trainer.tokens_of_step, ids)
+                )
             trainer.resume(checkpoint, total) if checkpoint else trainer.train()
     finally:
         if metrics is not None:
