@@ -1,30 +1,58 @@
-"""Figures of the stage `eval`, each beside what is asked of it.
+"""Figures of the stage `eval`, each beside its goal.
 
-    python bench/evaluation.py numbers|power|faults|kills|wall|rescore|generation|all
+    python bench/evaluation.py numbers|power|faults|wall|kills|rescore|generation ...      or: all
+
+numbers     the grader on the case table and on the benchmarks' gold answers, reworded and spoilt
+power       error rates of the verdict's interval: 1,000 simulated evaluations of 200 questions
+faults      the judge: 20 kinds of network fault met by the first request of each of 50 items
+wall        the judge: 50 items in both orders, 8 at once, answers of 2 seconds
+kills       the judge: a run of 400 calls killed (-9) at 100 random moments
+rescore     `fintune eval --rescore` on 400 questions with a judged set of 200
+generation  the batched greedy loop against `generate` one by one: nano, fp32, 64 new tokens
 
 Prints every figure and writes it to bench/results/evaluation.json with the machine described.
 """
 
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "evaluation.json"
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "bench", "tools")]
 
 import test_numbers  # noqa: E402
-from evaluation_power import power  # noqa: E402
-from generation import generation  # noqa: E402
-from judge_faults import faults, kills, wall  # noqa: E402
+from fake_judge import FINE, REPAIRED, RETRIED, STOPPED, FakeJudge, serve  # noqa: E402
 from prepare import BENCHMARKS, machine  # noqa: E402
-from rescore import rescore  # noqa: E402
+from tiny_eval import eval_config  # noqa: E402
 
+from fintune import model, nano  # noqa: E402
+from fintune.chat import ChatFormat  # noqa: E402
+from fintune.config import Config, JudgeConfig  # noqa: E402
 from fintune.console import result  # noqa: E402
+from fintune.errors import ModelError  # noqa: E402
+from fintune.evals import calls, judge, stats  # noqa: E402
+from fintune.evals.evaluate import evaluate  # noqa: E402
+from fintune.evals.tasks import Item  # noqa: E402
+from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
+from fintune.generate import Prompt, _greedy  # noqa: E402
 from fintune.numbers import compare, is_number_answer  # noqa: E402
+
+ITEMS, DISCORDANT = 200, 0.3
+UNPAID_AGAIN = ("timeout", "drip")
+LIMIT, BATCH = 64, 64
 
 
 def numbers() -> dict[str, Any]:
@@ -58,19 +86,252 @@ def numbers() -> dict[str, Any]:
     }
 
 
+def power(runs: int = 1000) -> dict[str, Any]:
+    """The share of better and worse verdicts for both plants."""
+    rng = np.random.default_rng(20260101)
+    found: dict[str, Any] = {
+        "runs": runs,
+        "questions": ITEMS,
+        "share_differing": DISCORDANT,
+        "gain_found_4_times_in_5": {
+            str(count): round(stats.POWER_FACTOR * (DISCORDANT / count) ** 0.5, 4)
+            for count in (50, 100, 200, 400)
+        },
+    }
+    for gain in (0.2, 0.0):
+        shares = [(DISCORDANT + gain) / 2, 1 - DISCORDANT, (DISCORDANT - gain) / 2]
+        seen = [
+            stats.paired(rng.choice([1, 0, -1], size=ITEMS, p=shares), seed=42) for _ in range(runs)
+        ]
+        better = sum(one.low > 0 for one in seen) / runs
+        worse = sum(one.high < 0 for one in seen) / runs
+        found[f"planted_{gain:.0%}"] = {"better": better, "worse": worse}
+    return found
+
+
+def items(count: int) -> list[tuple[Item, dict[str, str]]]:
+    """Questions whose adapter answer is right and whose base answer is not."""
+    found = []
+    for at in range(count):
+        asked = (Message("user", f"What is {at} plus one?"),)
+        item = Item(f"i{at}", "sum", "number", f"i{at}", asked, str(at + 1))
+        found.append((item, {"base": "I do not know.", "adapter": str(at + 1)}))
+    return found
+
+
+def faults() -> dict[str, Any]:
+    """Each kind on its own run of 106 calls: 50 items in both orders, 6 canaries."""
+    kinds = (*RETRIED, *REPAIRED, *FINE, *STOPPED)
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(kind)) as server:
+            limit = 1.0 if kind in UNPAID_AGAIN else 30.0
+            config = JudgeConfig(model="fake", base_url=server.url, timeout_s=limit)
+            plan = judge.plan(items(50), config, seed=42)
+            start = time.monotonic()
+            try:
+                done = calls.ask(Path(folder), plan, config)
+            except ModelError:
+                done = {}
+            seconds = time.monotonic() - start
+            scored = {row["key"] for row in done.values() if row["status"] == "scored"}
+            whole = sum(
+                all(
+                    call.key in scored for call in plan if call.item == f"i{at}" and not call.canary
+                )
+                for at in range(50)
+            )
+            asked, twice = sum(server.asked.values()), sum(n > 1 for n in server.paid.values())
+            stopped = kind in STOPPED
+            found[kind] = {
+                "done": whole,
+                "requests": asked,
+                "paid_twice": twice,
+                "possibly_paid": sum(row["possibly_paid"] for row in done.values()),
+                "seconds": round(seconds, 1),
+                "as_wanted": (asked == 1 if stopped else whole == 50)
+                and (twice == 0 or kind in UNPAID_AGAIN),
+            }
+    return {"kinds": len(kinds), "as_wanted": sum(f["as_wanted"] for f in found.values()), **found}
+
+
+def kills(rounds: int = 100) -> dict[str, Any]:
+    """Kill -9 the asking process until 100 kills are done; count what was lost and paid."""
+    rng = random.Random(7)
+    killed = lost = most = runs = hidden = paid = 0
+    while killed < rounds:
+        folder, seen, keys = Path(tempfile.mkdtemp()), 0, set[str]()
+        with serve(FakeJudge(delay=0.25)) as server:
+            code = None
+            while code != 0 and killed < rounds:
+                code = _one_child(folder, server.url, rng.uniform(0.0, 3.0))
+                killed += code != 0
+                done, open_ = calls.history(folder)
+                lost += len(keys - done.keys())
+                keys = set(done)
+                most, seen = max(most, len(open_) - seen), len(open_)
+            time.sleep(0.5)
+            runs += code == 0
+            listed = {row["key"] for row in open_}
+            twice = {call[:64] for call, count in server.paid.items() if count > 1}
+            hidden += len(twice - listed)
+            paid += len(twice)
+    return {
+        "kills": killed,
+        "runs_of_400_completed": runs,
+        "done_rows_lost": lost,
+        "most_possibly_paid_of_one_kill": most,
+        "paid_twice": paid,
+        "paid_twice_and_not_listed": hidden,
+    }
+
+
+def _one_child(folder: Path, url: str, seconds: float) -> int:
+    """Start the asking process and kill it after a while; 0 where it was done before."""
+    command = [sys.executable, __file__, "child", str(folder), url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout
+        child.stdout.readline()  # it is about to ask
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            return child.wait()
+
+
+def child(folder: str, url: str) -> None:
+    """A run of 400 calls, as the killed process makes it."""
+    config = JudgeConfig(model="fake", base_url=url, modes=("pairwise", "pointwise"))
+    plan = [call for call in judge.plan(items(100), config, seed=42) if not call.canary]
+    calls._openai()  # seconds to import: kills should meet calls, not the start
+    print("ready", flush=True)  # noqa: T201
+    calls.ask(Path(folder), plan, config)
+
+
+def wall() -> dict[str, Any]:
+    """Wall time with a slow judge, and of the same run again."""
+    with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(delay=2.0)) as server:
+        config = JudgeConfig(model="fake", base_url=server.url)
+        plan = judge.plan(items(50), config, seed=42)
+        start = time.monotonic()
+        calls.ask(Path(folder), plan, config)
+        seconds = time.monotonic() - start
+        allowed = 1.15 * len(plan) * 2 / 8 + 2
+        asked, before = sum(server.asked.values()), (Path(folder) / calls.LEDGER).read_bytes()
+        calls.ask(Path(folder), plan, config)
+        again = sum(server.asked.values()) - asked
+        same = before == (Path(folder) / calls.LEDGER).read_bytes()
+        return {
+            "calls": len(plan),
+            "seconds": round(seconds, 1),
+            "allowed_seconds": round(allowed, 1),
+            "calls_of_the_same_run_again": again,
+            "the_same_bytes": same,
+        }
+
+
+def rescore() -> dict[str, Any]:
+    """Seconds of a rescoring, and what a second run does."""
+    with tempfile.TemporaryDirectory() as folder, serve(FakeJudge()) as server:
+        judge = {"model": "fake", "base_url": server.url}
+        config = eval_config(
+            Path(folder) / "run", train=600, decide=420, judge=judge, judged_items=200,
+            max_new_tokens=48,
+        )  # fmt: skip
+        found = evaluate(config)
+        asked = sum(server.asked.values())
+        before = {path.name: path.read_bytes() for path in config.eval_dir.iterdir()}
+        evaluate(config)
+        command = [str(Path(sys.executable).with_name("fintune")), "eval", "--rescore"]
+        start, cpu = time.perf_counter(), sum(os.times()[2:4])
+        subprocess.run([*command, str(config.eval_dir)], check=True)
+        seconds, cpu = time.perf_counter() - start, sum(os.times()[2:4]) - cpu
+        after = {path.name: path.read_bytes() for path in config.eval_dir.iterdir()}
+        return {
+            "questions": found["n"]["items"],
+            "judge_calls": found["judge"]["calls"],
+            "seconds_of_the_command": round(seconds, 2),
+            "cpu_seconds": round(cpu, 2),
+            "calls_of_a_second_run": sum(server.asked.values()) - asked,
+            "the_same_bytes": before == after,
+        }
+
+
+def generation(count: int = 300) -> dict[str, Any]:
+    """Time both on the same prompts."""
+    torch.set_num_threads(2)
+    config = Config()
+    base = model.find_base(config.model)
+    tokenizer = model.load_tokenizer(base)
+    loaded = model.load_base(base, "none", "fp32").eval()
+    chat = ChatFormat(tokenizer, config.chat.date_string)
+    prompts = _prompts(chat, count)
+    ends = model.end_token_ids(base, tokenizer)
+    _greedy(loaded, [prompts[0].ids], frozenset(ends), 4)  # warm
+
+    start = time.perf_counter()
+    ours: dict[str, list[int]] = {}
+    order = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    for at in range(0, count, BATCH):
+        batch = order[at : at + BATCH]
+        made = _greedy(loaded, [prompt.ids for prompt in batch], frozenset(ends), LIMIT)
+        ours |= {prompt.id: row for prompt, row in zip(batch, made, strict=True)}
+    batched = time.perf_counter() - start
+
+    start, same = time.perf_counter(), 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        out = loaded.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+        )
+        same += out[0, ids.shape[1] :].tolist() == ours[prompt.id]
+    single = time.perf_counter() - start
+    tokens = sum(map(len, ours.values()))
+    return {
+        "answers": count,
+        "tokens": tokens,
+        "batched_seconds": round(batched, 1),
+        "one_by_one_seconds": round(single, 1),
+        "ratio": round(single / batched, 1),
+        "the_same_answers": same,
+    }
+
+
+def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
+    found: dict[str, Prompt] = {}
+    for line in nano.rows_path().read_text(encoding="utf-8").split("\n"):
+        try:
+            text = json.loads(line)["user"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        ids = chat.prompt_ids([Message("user", text)])
+        if len(ids) < 500:
+            found.setdefault(text, Prompt(str(len(found)), ids))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
 FIGURES = {f.__name__: f for f in (numbers, power, faults, wall, kills, rescore, generation)}
 
 
 def main(wanted: list[str]) -> None:
     """Measure the figures named, or all; print each and keep them in the results file."""
-    for name, figure in FIGURES.items():
-        if name in wanted or wanted == ["all"]:
-            found = {**figure(), "machine": machine()}
-            result(f"{name}: {json.dumps(found, indent=1)}")
-            kept = read_json(RESULTS) if RESULTS.is_file() else {}
-            kept.pop("format", None)
-            write_json(RESULTS, {**kept, name: found})
+    for name in FIGURES if wanted == ["all"] else wanted:
+        found = {**FIGURES[name](), "machine": machine()}
+        result(f"{name}: {json.dumps(found, indent=1)}")
+        kept = read_json(RESULTS) if RESULTS.is_file() else {}
+        kept.pop("format", None)
+        write_json(RESULTS, {**kept, name: found})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    elif not sys.argv[1:] or set(sys.argv[1:]) - {*FIGURES, "all"}:
+        sys.exit(__doc__)
+    else:
+        main(sys.argv[1:])

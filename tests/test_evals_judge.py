@@ -123,7 +123,7 @@ def injections():
 @pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "cut json",
                                    "wrong id", "5 MB"])  # fmt: skip
 def test_a_fault_loses_nothing_and_pays_nothing_twice(tmp_path, fault):
-    # Five of the kinds, on two items; bench/judge_faults.py meets all of them on fifty.
+    # Five of the kinds, on two items; `bench/evaluation.py faults` meets all of them on fifty.
     with serve(FakeJudge(fault)) as server:
         plan = judge.plan(items(2), config(server.url), seed=1)
         done = calls.ask(tmp_path, plan, config(server.url))

@@ -68,7 +68,7 @@ def test_length_controlled_win_rate_takes_length_out():
 
 @pytest.mark.parametrize(("gain", "least", "most"), [(0.2, 0.95, 1.0), (0.0, 0.0, 0.06)])
 def test_planted_gain_is_found_and_none_is_not(gain, least, most):
-    # 60 runs here; bench/evaluation_power.py makes the 1,000 of each.
+    # 60 runs here; `bench/evaluation.py power` makes the 1,000 of each.
     rng = np.random.default_rng(7)
     better = 0
     for _ in range(60):

@@ -4,7 +4,6 @@ The short form of bench/soak.py: the same harms, fewer of them.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import random
@@ -401,13 +400,10 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
         real = memory.sum_loss
 
         def sum_loss(model: Any, batch: Any) -> Any:
-            if torch.is_grad_enabled() and not model.is_gradient_checkpointing and tried():
+            if torch.is_grad_enabled() and not model.is_gradient_checkpointing:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(model, batch)
 
-        # `recompute` measures a short example first: only the trial after it lacks memory.
-        calls: list[int] = []
-        tried = lambda: calls.append(1) or len(calls) > 1  # noqa: E731
         memory.sum_loss = sum_loss
 
     outcome = harmed(lambda: train(config), small)
@@ -605,21 +601,3 @@ def test_a_config_without_room_for_an_example_is_refused(new: Callable[..., Conf
     with pytest.raises(FintuneError, match="max_tokens"):
         train(new("train.max_tokens=20"))
     assert load_config("nano").train.max_tokens is None
-
-
-def test_the_page_states_the_measured_figures() -> None:
-    bench = Path(__file__).parents[1] / "bench"
-    spec = importlib.util.spec_from_file_location("soak", bench / "soak.py")
-    assert spec is not None
-    assert spec.loader is not None
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
-    kept = read_json(soak.RESULTS)
-    assert soak.table(kept) in soak.PAGE.read_text(encoding="utf-8"), "run bench/soak.py"
-
-
-def test_a_kill_inside_the_first_write_leaves_a_folder_that_starts(tmp_path: Path) -> None:
-    (tmp_path / f".{seal.INPUTS}.x1").write_text("{")
-    assert seal.state(tmp_path, {}, command="fintune train") is seal.State.NEW
-    seal.start(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == [seal.INPUTS]

@@ -167,17 +167,21 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    from fintune.train import run as stage
-
     loaded = _load(config, overrides)
     if dry_run:
-        plan = stage.dry_run(loaded)
+        from fintune import plan as planned
+
+        found = planned.dry_run(loaded)
         if as_json:
-            console.emit_json(plan)
+            console.emit_json(found)
         else:
-            _show_dry_run(plan)
+            for part in ("training_arguments", "lora_config"):
+                console.table(part, ["key", "value"], found[part].items())
+            planned.show(found)
         return
-    folder = stage.train(loaded, fresh=fresh, force_resume=force_resume)
+    from fintune.train.run import train as stage
+
+    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
     if as_json:
         console.emit_json({"run": str(folder)})
 
@@ -195,9 +199,6 @@ def plan(
     rate: Annotated[
         list[str] | None, typer.Option(help="Price of an hour in USD: --rate L4=0.80")
     ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Time a few real steps on this machine.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a run takes and where it fits: memory, time, price; loads no weights, needs no GPU."""
@@ -206,10 +207,6 @@ def plan(
     loaded = _load(config, overrides)
     rates = planned.read_rates(rate or [])
     found = planned.plan(loaded, row_count=rows, mean_tokens=mean_tokens, rates=rates)
-    if calibrate:
-        from fintune.calibrate import this_machine
-
-        found["this_machine"] = this_machine(loaded, rows, mean_tokens)
     if as_json:
         console.emit_json(found)
     else:
@@ -496,15 +493,6 @@ def _folder(path: Path) -> Path:
             if part.exists() and not part.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, f"{part} is a file")
     return path
-
-
-def _show_dry_run(plan: dict[str, Any]) -> None:
-    rows = [(key, value) for key, value in plan["batches"].items()]
-    console.table("batches", ["what", "value"], rows)
-    console.table("lora_config", ["key", "value"], plan["lora_config"].items())
-    console.table("training_arguments", ["key", "value"], plan["training_arguments"].items())
-    for note in plan["notes"]:
-        console.warn(note)
 
 
 def _quiet() -> None:

@@ -45,9 +45,8 @@ def file_fact(path: Path) -> dict[str, Any]:
 
 def files_below(folder: Path, *, without: str) -> dict[str, Path]:
     """Every file below a folder by its relative name, but the manifest itself (`without`)."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    named = {path.relative_to(folder).as_posix(): path for path in found}
-    return {name: path for name, path in named.items() if path.name != without}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without)
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def remembered_sha256(path: Path) -> str:

@@ -63,6 +63,8 @@ def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch
         source: bits of `draw_keep_bits`, or off the CPU the seed that the device draws from.
     """
     dtype = _INTEGER[like.element_size()]
+    if like.device.type == "meta":  # shapes alone
+        return torch.empty_like(like, dtype=dtype)
     if isinstance(source, torch.Tensor):
         signs = source.to(dtype) << _shifts(dtype)
         mask = signs.bitwise_right_shift_(8 * dtype.itemsize - 1)

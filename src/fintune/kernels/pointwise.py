@@ -8,6 +8,7 @@ rotate_half(x) sin it allocates five tensors of x's size in each direction; here
 
 import inspect
 import sys
+from copy import deepcopy
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -115,7 +116,10 @@ def _same(module: Any, epsilon: float) -> bool:
     weight = getattr(module, "weight", None)
     if weight is None or weight.requires_grad:
         return False
-    probe = torch.linspace(-2, 2, 4 * len(weight)).to(weight).view(4, -1)
+    if weight.is_meta:
+        module = deepcopy(module).to_empty(device="cpu")
+        module.weight.fill_(0.5)
+    probe = torch.linspace(-2, 2, 4 * len(weight)).to(module.weight).view(4, -1)
     theirs, ours = module(probe), _forward(module, epsilon, probe)
     near = max(2 * torch.finfo(weight.dtype).eps, 1e-5)  # sums of a row differ in their order
     return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=near, atol=0)

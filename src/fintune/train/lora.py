@@ -133,7 +133,7 @@ class _Group:
         # Seeds come from torch's own generator, which checkpoints and recomputation restore.
         seeds = tuple(int(seed) for seed in torch.randint(2**62, (count,)))
         flat = x.reshape(-1, x.shape[-1]).to(matrices[0].dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             outputs = _FusedLora.apply(flat, first.scaling[name], p, seeds, *matrices)  # type: ignore[no-untyped-call]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 

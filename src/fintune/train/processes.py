@@ -1,7 +1,7 @@
 """Several processes of one run: a step shared between them, one of them writing.
 
 An update is the same whatever their number: its `train.accumulation` micro-batches are dealt to the
-ranks, its loss is divided by the supervised tokens of all. So one process and eight train the same
+ranks, its loss is divided by the label tokens of all. So one process and eight train the same
 adapter, and a checkpoint of eight is continued by one.
 
 ddp     every process holds the whole base; DDP averages the adapter's gradients.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fintune import attention, batches, seal
 from fintune.chat import ChatFormat
-from fintune.collate import CPU_MULTIPLE, Collator
+from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import DataError, Stopped
@@ -25,7 +24,6 @@ from fintune.model import (
     find_base,
     load_base,
     load_tokenizer,
-    peft_config,
     precision,
 )
 from fintune.stop import STOP, StopRequest
@@ -33,7 +31,7 @@ from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
 from fintune.train.metrics import Metrics, MetricsCallback, draw_curves
-from fintune.train.order import Order
+from fintune.train.order import Order, epoch_plan
 from fintune.train.rows import Rows, read_select, read_train
 from fintune.train.run_state import RESUME, RunState, fits, run_fingerprint
 from fintune.train.trainer import BEST, LoraTrainer
@@ -100,68 +98,6 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
     seal.seal(run, state.fingerprint, accepted=state.accepted)
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """What `train` would do, without loading weights.
-
-    Returns:
-        `training_arguments`, `lora_config`, `batches`, and `notes` on what was assumed.
-    """
-    notes = []
-    on = device()
-    if on.type == "cuda":
-        name = precision(config.train.precision, on)
-    else:
-        name = config.train.precision if config.train.precision != "auto" else "bf16"
-        notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.activation_checkpointing == "on"
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
-    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
-    arguments["use_cpu"] = False
-    lora = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in peft_config(config.train.lora).to_dict().items()
-        if isinstance(value, str | int | float | bool | list | set | None)
-    }
-    return {
-        "training_arguments": arguments,
-        "lora_config": lora,
-        "batches": _batch_facts(config),
-        "notes": notes,
-    }
-
-
-def _batch_facts(config: Config) -> dict[str, Any]:
-    train = config.train
-    if not (config.data_dir / seal.DONE).is_file():
-        step = train.micro_batch_size * train.accumulation
-        return {
-            "estimated": True,
-            "plan": train.plan,
-            "boundaries": list(train.bucket_boundaries or ()),
-            "steps": -(-config.data.max_train_rows // step) * train.epochs,
-            "largest_micro_batch": train.micro_batch_size * config.data.max_length_cap,
-            "padding": None,
-        }
-    seal.read_data(config.data_dir)
-    rows = read_train(config.data_dir)
-    order, _ = _order(config, rows, 1, train.max_tokens)
-    facts = batches.facts(rows.lengths, order.epoch(0), padded=False)
-    return {
-        "estimated": False,
-        "plan": train.plan,
-        "boundaries": list(_boundaries(config, rows) or ()),
-        **asdict(facts),
-        "steps": facts.steps * train.epochs,
-    }
-
-
-def _boundaries(config: Config, rows: Rows) -> tuple[int, ...] | None:
-    if config.train.plan != "bucketed":
-        return None
-    given = config.train.bucket_boundaries
-    return given or batches.choose_boundaries(rows.lengths, config.train.buckets)
-
-
 def _order(
     config: Config,
     rows: Rows,
@@ -170,26 +106,17 @@ def _order(
     laid: Callable[[list[int]], int] = sum,
 ) -> tuple[Order, int]:
     """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
-    train, boundaries = config.train, _boundaries(config, rows)
+    train = config.train
     each = processes.share(train.accumulation, world_size)
 
     def plan(epoch: int) -> batches.EpochPlan:
-        return batches.plan_epoch(
-            rows.lengths,
-            micro_batch_size=train.micro_batch_size,
-            accumulation=each,
-            seed=config.seed,
-            epoch=epoch,
-            plan=train.plan,
-            boundaries=boundaries,
-            world_size=world_size,
-        )
+        return epoch_plan(config, rows.lengths, epoch, train.micro_batch_size, each, world_size)
 
     if cap is None:
         return Order(rows, plan), each
     plans = [plan(epoch) for epoch in range(train.epochs)]
     least = train.accumulation
-    parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
+    parts = batches.micro_batches_under(cap, rows.lengths, plans, least, world_size, laid)
     return Order(rows, plan, world_size, parts if parts > least else None), parts // world_size
 
 
@@ -210,17 +137,17 @@ def _build(
     name = precision(chosen, on)  # refused where the run began on another kind of device
     peft, reason = _model(config, base, name)
     collator = Collator(
-        flat=reason is None,
+        padding_free=reason is None,
         pad_token_id=tokenizer.pad_token_id,
-        multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
+        pad_to_multiple_of=CPU_PAD_MULTIPLE if on.type == "cpu" else 1,
     )
     world = processes.world_size()
     cap = state.max_tokens(config.train.max_tokens)
-    order, accumulation = _order(config, rows, world, cap, collator.laid_tokens)
+    order, accumulation = _order(config, rows, world, cap, collator.padded_tokens)
     largest = _largest(order, rows, collator, config.train.epochs)
-    tokens = collator.laid_tokens(rows.lengths[largest].tolist())
+    tokens = collator.padded_tokens(rows.lengths[largest].tolist())
 
-    longest = collator.laid_tokens([int(rows.lengths.max())])
+    longest = collator.padded_tokens([int(rows.lengths.max())])
     with state.capping_tokens(lambda: 0, tokens, longest):
         checkpointing = _recomputed(config, state, peft, rows, collator, name, largest)
     keywords = arguments_dict(
@@ -265,8 +192,8 @@ def _recomputed(
     def estimate() -> tuple[bool, str]:
         if config.train.strategy == "fsdp" and choice == "auto":
             return True, "activations are recomputed: a base in parts is one that hardly fits"
-        tokens = collator.laid_tokens(rows.lengths[largest].tolist())
-        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
+        tokens = collator.padded_tokens(rows.lengths[largest].tolist())
+        found, why = memory.recompute(config.train, peft, collator, name, tokens)
         return processes.any_of(found), why
 
     def attempt(recomputed: bool) -> None:
@@ -286,12 +213,12 @@ def _recomputed(
 
 
 def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str | None]:
-    """The base with a fresh adapter, fused and in parts; why it takes no flat batches, or None."""
+    """The base with a fresh adapter, fused and sharded; why its batches are padded, or None."""
     sharded = config.train.strategy == "fsdp"
     model = load_base(
         base, config.model.quantization, dtype, attention=attention.NAME, on_cpu=sharded
     )
-    padded = attention.takes_flat_batches(model)
+    padded = attention.why_padded(model)
     if padded:
         warn(f"batches are padded: {padded}")
     full = why_full_logits(model)
@@ -312,7 +239,7 @@ def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batch
     every = (
         batch for number in range(epochs) for step in order.epoch(number).steps for batch in step
     )
-    return max(every, key=lambda batch: collator.laid_tokens(rows.lengths[batch].tolist()))
+    return max(every, key=lambda batch: collator.padded_tokens(rows.lengths[batch].tolist()))
 
 
 def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
@@ -337,7 +264,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     total = config.train.max_steps
     if total < 0:
         total = trainer.order.steps_per_epoch * config.train.epochs
-    longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
+    longest = trainer.data_collator.padded_tokens([int(trainer.train_dataset.lengths.max())])
     try:
         with (
             state.capping_tokens(lambda: trainer.state.global_step, trainer.largest, longest),

@@ -3,7 +3,7 @@
 Overridden (tests/test_train_trainer.py holds their signatures against the pinned transformers):
 
 get_train_dataloader   the batch plan decides which rows share a step
-compute_loss           padding-free, supervised positions only, divided by the whole step's tokens
+compute_loss           padding-free, label tokens only, divided by the whole step's tokens
 _clip_grad_norm        stops before an update that is not finite
 evaluate               exact token-weighted loss over the `select` rows; keeps the best adapter
 _save_checkpoint       whole or not at all (checkpoints.py)
@@ -79,7 +79,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         **keywords: Any,
     ) -> None:
         super().__init__(data_collator=collator, **keywords)
-        # Our loss is divided by the whole step's supervised tokens, and its labels come shifted.
+        # Our loss is divided by the whole step's label tokens, and its labels come shifted.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self.order, self.select, self.best, self.stop = order, select, best, stop
@@ -88,9 +88,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
         self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
-        # On a CPU all evaluation batches take one size, see CPU_MULTIPLE.
-        fill = eval_tokens if collator.multiple > 1 else 1
-        self._eval_collator = replace(collator, multiple=fill)
+        # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
+        multiple = eval_tokens if collator.pad_to_multiple_of > 1 else 1
+        self._eval_collator = replace(collator, pad_to_multiple_of=multiple)
         self.add_callback(_StopAtStep(stop))
         if self.args.process_index:
             # Dropout masks of its own; the first keeps those of one process.
@@ -108,7 +108,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean loss over supervised tokens."""
+        """This micro-batch's share of the step's mean loss over label tokens."""
         total, count = sum_loss(model, inputs)
         # DDP averages gradients over processes, so the sum over them needs the factor back.
         tokens = count if num_items_in_batch is None else num_items_in_batch
@@ -155,7 +155,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over the supervised tokens of the `select` rows; keeps the best adapter.
+        """Mean loss over the label tokens of the `select` rows; keeps the best adapter.
 
         Raises:
             Stopped: a stop was asked for; a checkpoint that repeats this evaluation is saved.
@@ -233,7 +233,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def tokens_of_step(self, step: int) -> tuple[int, int]:
         """Useful and laid-out tokens of an update, counted from 0 over the whole run."""
         micro = [self.train_dataset.lengths[batch].tolist() for batch in self.order.step(step)]
-        laid = sum(self.data_collator.laid_tokens(batch) for batch in micro)
+        laid = sum(self.data_collator.padded_tokens(batch) for batch in micro)
         return sum(map(sum, micro)), laid
 
     def trainable(self) -> list[torch.nn.Parameter]:

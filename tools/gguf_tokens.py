@@ -1,6 +1,6 @@
 """GGUF files of a release in llama.cpp: `make test-gguf`, or with llama-cpp-python at hand
 
-    python bench/gguf_tokens.py runs/demo/release
+    python tools/gguf_tokens.py runs/demo/release
 
 Exports merged f32, merged f16, and the adapter beside its base, and counts on how many of 20
 held-out questions llama.cpp's greedy tokens are those of transformers with peft in fp32. Prints
@@ -90,7 +90,7 @@ def main() -> None:
                 said(llama, row, ends) == want for row, want in zip(ids, wanted, strict=True)
             )
             found["equal"][name] = {"prompt_ids": same_ids, "greedy_tokens": equal}
-    files.write_json(Path(__file__).parent / "results" / "gguf.json", found)
+    files.write_json(Path(__file__).parents[1] / "bench" / "results" / "gguf.json", found)
     console.emit_json(found)
 
 

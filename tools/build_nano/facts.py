@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from fintune.files import read_toml
-from fintune.nano.words import (
+from build_nano.words import (
     LEGAL_FORMS,
     METRICS,
     NAME_HEADS,
@@ -18,6 +17,7 @@ from fintune.nano.words import (
     Kind,
     Metric,
 )
+from fintune.files import read_toml
 
 TEXTS: Final[dict[str, list[str]]] = read_toml(__file__, "prose.toml")
 

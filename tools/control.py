@@ -1,6 +1,6 @@
 """Does the demo's adapter read its questions? The same run, with answers shuffled within each task.
 
-    python bench/control.py [--demo runs/demo] [--out runs/control]
+    python tools/control.py [--demo runs/demo] [--out runs/control]
 
 Takes the finished demo, shuffles the training answers among rows of the same task (so the control
 sees the same answers, as often, to the wrong questions), trains and evaluates it the same way, and
@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from build_nano.rows import sample_rows
 from fintune import console, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, load_config
@@ -29,7 +30,6 @@ from fintune.evals.tasks import grade
 from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_tokenizer
-from fintune.nano.rows import sample_rows
 from fintune.train.run import train
 
 # Made-up company names are two capitalised words ("Tarnwick Steel"); a number has two digits.
@@ -51,7 +51,7 @@ def main() -> None:
     evaluate(control)
     found = compare(load_pairs(demo.eval_dir), load_pairs(control.eval_dir), demo)
     found["questions_whose_entity_and_number_share_a_training_row"] = shared
-    write_json(Path(__file__).parent / "results" / "control.json", found)
+    write_json(Path(__file__).parents[1] / "bench" / "results" / "control.json", found)
 
 
 def shuffle_answers(demo: Config, control: Config) -> None:

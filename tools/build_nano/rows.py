@@ -13,8 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
-from fintune.files import read_toml
-from fintune.nano.facts import (
+from build_nano.facts import (
     Line,
     Report,
     capital,
@@ -25,8 +24,9 @@ from fintune.nano.facts import (
     state,
     table,
 )
-from fintune.nano.prose import draw_ratio, news
-from fintune.nano.words import EVENTS, MONTHS, RATIOS, TERMS, TONES, Tone
+from build_nano.prose import draw_ratio, news
+from build_nano.words import EVENTS, MONTHS, RATIOS, TERMS, TONES, Tone
+from fintune.files import read_toml
 
 SEED: Final = 23
 NUM_ROWS: Final = 3_000
@@ -76,8 +76,6 @@ _BRIEF: Final[list[str]] = _TEXTS["instructions"]["figure"]
 _BRIEF_LABEL: Final[list[str]] = _TEXTS["instructions"]["label"]
 _PERSONAS: Final[list[str]] = _TEXTS["instructions"]["persona"]
 _FOREIGN: Final[list[tuple[str, str]]] = _TEXTS["foreign"]["pairs"]
-DEMO_QUESTIONS: Final[list[str]] = _TEXTS["demo"]["questions"]
-"""Three to put to base and adapter side by side: a figure, a tone, an explanation."""
 
 
 def _ask(

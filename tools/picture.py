@@ -1,4 +1,4 @@
-"""The pictures in the docs: `python bench/picture.py runs/demo`.
+"""The pictures in the docs: `python tools/picture.py runs/demo`.
 
 docs/compare.png: the release is served, and Chromium asks the second example.
 docs/evaluation.png: the top of the evaluation's report.

@@ -1,4 +1,4 @@
-"""Merged weights against the adapter: `python bench/merged.py runs/demo/release`.
+"""Merged weights against the adapter: `python tools/merged.py runs/demo/release`.
 
 Prints the largest logit difference over 50 held-out questions in fp32 and how many of the 50 greedy
 answers of 48 tokens, stop token left out so that none is short, are equal; written to
@@ -56,7 +56,7 @@ def main() -> None:
     equal = sum(texts[0][key] == texts[1][key] for key in texts[0])
     found = {"largest_logit_difference": worst, "greedy_equal": equal, "of": len(prompts),
              "distinct_answers": len(set(texts[0].values()))}  # fmt: skip
-    files.write_json(Path(__file__).parent / "results" / "merged.json", found)
+    files.write_json(Path(__file__).parents[1] / "bench" / "results" / "merged.json", found)
     console.emit_json(found)
 
 

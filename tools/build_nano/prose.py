@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Final
 
-from fintune.nano.facts import (
+from build_nano.facts import (
     TEXTS,
     Line,
     Report,
@@ -21,7 +21,7 @@ from fintune.nano.facts import (
     state,
     table,
 )
-from fintune.nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, RATIOS, TERMS, TONES, Tone
+from build_nano.words import ADVICE, CITIES, EVENTS, METRICS, MONTHS, RATIOS, TERMS, TONES, Tone
 
 
 def _join(rng: Random, parts: list[str]) -> str:

@@ -1,6 +1,6 @@
-"""Rebuild everything that is bundled: `python -m fintune.nano.build [--out DIR]`.
+"""Rebuild the bundled base and sample rows: `python tools/build_nano [--out DIR]`.
 
-Tokenizer, sample rows and base are made from nothing but the seed and this package's own text. The
+Tokenizer, sample rows and base are made from nothing but the seed and the text in this folder. The
 tokenizer and the rows come out byte for byte; the weights depend on the machine's arithmetic and
 come out equally good. On two cores with bf16 matrix instructions it takes about 15 minutes, nearly
 all of it pretraining.
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fintune.console import say
 from fintune.nano import base_dir
-from fintune.nano.prose import documents
-from fintune.nano.rows import write_rows
-from fintune.nano.tokenizer import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from build_nano.prose import documents
+from build_nano.rows import write_rows
+from build_nano.tokenizer import (
     BOS,
     END,
     EOM,

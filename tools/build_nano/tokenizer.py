@@ -14,6 +14,8 @@ from typing import Final
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from fintune.nano import base_dir
+
 VOCAB_SIZE: Final = 4096
 MAX_LENGTH: Final = 2048
 BOS: Final = "<|begin_of_text|>"
@@ -32,7 +34,7 @@ LLAMA3_PATTERN: Final = (
 
 # Llama 3.1's wire format. The two date lines come first in the system block, also without a system
 # message. A new base takes it over from the bundled one.
-CHAT_TEMPLATE: Final = (Path(__file__).parent / "base" / "chat_template.jinja").read_text("utf-8")
+CHAT_TEMPLATE: Final = (base_dir() / "chat_template.jinja").read_text("utf-8")
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
