@@ -34,6 +34,7 @@ SPINE = (
     "batches",
     "collate",
     "attention",
+    "kernels",
     "loss",
     "memory",
     "generation",

@@ -285,7 +285,7 @@ def load_base(
         on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
-    # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
+    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     quantised: dict[str, Any] = {}
     if quantization == "4bit":
