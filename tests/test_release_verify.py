@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fintune.serve.loaded import load
 from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
 from fintune.release.verify import verify
-from fintune.serve.loaded import load
 
 Folders = tuple[Path, Path]
 
