@@ -48,7 +48,7 @@ from fintune.evals.evaluate import evaluate  # noqa: E402
 from fintune.evals.items import Item  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
-from fintune.generate import Prompt, _greedy  # noqa: E402
+from fintune.generation import Request, generate  # noqa: E402
 from fintune.numbers import compare, is_number_answer  # noqa: E402
 
 ITEMS, DISCORDANT = 200, 0.3
@@ -262,20 +262,18 @@ def generation(count: int = 300) -> dict[str, Any]:
     chat = ChatFormat(tokenizer, config.chat.date_string)
     prompts = _prompts(chat, count)
     ends = model.end_token_ids(base, tokenizer)
-    _greedy(loaded, [prompts[0].ids], frozenset(ends), 4)  # warm
+    warm = [Request("", prompts[0].prompt_ids, 4)]
+    list(generate(loaded, tokenizer, warm, stop_token_ids=ends, batch_size=1))
 
     start = time.perf_counter()
     ours: dict[str, list[int]] = {}
-    order = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for at in range(0, count, BATCH):
-        batch = order[at : at + BATCH]
-        made = _greedy(loaded, [prompt.ids for prompt in batch], frozenset(ends), LIMIT)
-        ours |= {prompt.id: row for prompt, row in zip(batch, made, strict=True)}
+    for part in generate(loaded, tokenizer, prompts, stop_token_ids=ends, batch_size=BATCH):
+        ours |= {answer.id: answer.token_ids for answer in part}
     batched = time.perf_counter() - start
 
     start, same = time.perf_counter(), 0
     for prompt in prompts:
-        ids = torch.tensor([prompt.ids])
+        ids = torch.tensor([prompt.prompt_ids])
         out = loaded.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -295,8 +293,8 @@ def generation(count: int = 300) -> dict[str, Any]:
     }
 
 
-def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
-    found: dict[str, Prompt] = {}
+def _prompts(chat: ChatFormat, count: int) -> list[Request]:
+    found: dict[str, Request] = {}
     for line in nano.rows_path().read_text(encoding="utf-8").split("\n"):
         try:
             text = json.loads(line)["user"].strip()
@@ -304,7 +302,7 @@ def _prompts(chat: ChatFormat, count: int) -> list[Prompt]:
             continue
         ids = chat.prompt_ids([Message("user", text)])
         if len(ids) < 500:
-            found.setdefault(text, Prompt(str(len(found)), ids))
+            found.setdefault(text, Request(str(len(found)), ids, LIMIT))
         if len(found) == count:
             break
     return list(found.values())

@@ -46,7 +46,7 @@ from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.rows import to_messages  # noqa: E402
 from fintune.data.sources import named  # noqa: E402
 from fintune.data.text import asked, hash64, normal, passage  # noqa: E402
-from fintune.example import IGNORE, Example, Message  # noqa: E402
+from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
 
@@ -437,7 +437,7 @@ def conversations() -> list[tuple[Message, ...]]:
 
 def fingerprint(ids: list[int], labels: list[int]) -> int:
     """A number for ids and labels, never 0; rows over the length are 0 in both."""
-    if len(ids) >= MAX_LENGTH or all(label == IGNORE for label in labels):
+    if len(ids) >= MAX_LENGTH or all(label == IGNORE_INDEX for label in labels):
         return 0
     return hash64(str(ids), str(labels)) | 1
 

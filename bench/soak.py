@@ -8,7 +8,7 @@ damage       every file of a checkpoint x missing, empty, half, one bit, another
 drift        config, data, tokenizer, template or base changed in 12 ways
 signals      SIGTERM and Ctrl-C in every place, and a second one
 finite       NaN and infinity in loss, gradient, evaluation; first, middle, last step
-disk         12 amounts of room left at a save: given back in time, and never
+disk         a volume with 12 amounts of free space at a save
 best         the lowest evaluation at each of 8 positions, evaluation 2, save 4
 long         20,000 updates, 400 saves: memory and file handles
 cost         seconds of everything that is there for safety, in a run of the nano preset
@@ -24,7 +24,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +39,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "tools")]
 import victims  # noqa: E402
 from victims import SAVE, STEPS, harmed, print_of, usable  # noqa: E402
 
+from fintune import files  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
-from fintune.train import checkpoints, room, trainer  # noqa: E402
+from fintune.train import checkpoints, trainer  # noqa: E402
 from fintune.train.metrics import Metrics  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
@@ -278,28 +278,18 @@ def disk(bench: Bench) -> Row:
     size = sum(path.stat().st_size for path in names)
     rows = []
     for left in np.linspace(0, 0.9 * size, SIZES).astype(int).tolist():
-        row: Row = {"bytes_left": left}
-        for case in ("given back", "stays full"):
-            with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
-                config = bench.new(f"train.out={volume / 'run'}")
+        with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
+            config = bench.new(f"train.out={volume / 'run'}")
 
-                def full(case: str = case, volume: Path = volume, left: int = left) -> None:
-                    room.POLL_S, room.WAIT_S = 0.1, 1.0
-                    room.free_bytes = lambda folder: 2**60
-                    ballast = victims.fill(volume, left)
-                    if case == "given back":
-                        room.WAIT_S = 60.0
-                        threading.Timer(1.0, ballast.unlink).start()
+            def full(volume: Path = volume, left: int = left) -> None:
+                files.free_bytes = lambda folder: 2**60
+                victims.fill(volume, left)
 
-                harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
-                outcome = harmed(lambda c=config: train(c), harm)
-                if case == "given back":
-                    row[case] = outcome.code == 0 and print_of(config) == bench.mark
-                else:
-                    row["exit"] = outcome.code
-                    row["intact"] = usable(config)
-                    (volume / "ballast").unlink()
-                    row["continued_identically"] = bench.same(config)
+            harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
+            row: Row = {"bytes_left": left, "exit": harmed(lambda c=config: train(c), harm).code}
+            row |= {"intact": usable(config), "half_written": victims.half_written(config.run_dir)}
+            (volume / "ballast").unlink()
+            row["continued_identically"] = bench.same(config)
         rows.append(row)
     return {"checkpoint_bytes": size, "sizes": rows}
 

@@ -133,7 +133,7 @@ def train(rows: str, *pairs: str) -> None:
     fintune("prepare", rows, *SMALL, *[s for s in named(first) if s.startswith(data)])
     code, said = fintune("train", rows, *SMALL, *named(first))
     if again is not None:
-        drift = ("--accept-drift", "more steps")
+        drift = ("--force-resume", "more steps")
         code, said = fintune("train", rows, *SMALL, *named(again), also=drift)
     print(said, f"exit code {code}", sep="\n")
     metrics = Path("out/run/metrics.jsonl")

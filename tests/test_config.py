@@ -41,6 +41,7 @@ def test_overrides_are_typed() -> None:
         ("lora_r=8", "train.lora.r"),
         ("train.epochs=many", "valid integer"),
         ("train.epochs=0", "greater than or equal to 1"),
+        ("train.max_steps=0", "-1 trains all epochs"),
         ("train.learning_rate=.nan", "finite"),
         ("train.bucket_boundaries=[20, 10]", "must increase"),
         ("train.epochs", "key=value"),

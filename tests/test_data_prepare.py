@@ -35,7 +35,7 @@ from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
-from fintune.example import IGNORE, Example, Message
+from fintune.example import IGNORE_INDEX, Example, Message
 from fintune.files import read_json, sha256_file, sha256_json
 from fintune.model import Base, load_tokenizer
 
@@ -107,7 +107,7 @@ def test_rows_keep_ids_labels_and_messages(prepared: tuple[Config, dict[str, Any
         for row in pq.read_table(settings.data_dir / f"{name}.parquet").to_pylist():
             assert len(row["input_ids"]) == len(row["labels"]) == row["length"]
             assert row["length"] <= manifest["max_length"]
-            assert any(label != IGNORE for label in row["labels"])
+            assert any(label != IGNORE_INDEX for label in row["labels"])
             assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
 
 
@@ -150,7 +150,7 @@ def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) 
     green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
     assert "".join(green) == row["messages"][-1]["content"] + "<|eot_id|>"
     assert row["messages"][0]["content"] in text.plain.removesuffix(green[-1])
-    assert shown.trained == sum(label != IGNORE for label in row["labels"]) < shown.length
+    assert shown.trained == sum(label != IGNORE_INDEX for label in row["labels"]) < shown.length
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
 
 

@@ -88,7 +88,7 @@ def test_a_killed_evaluation_continues(tmp_path, monkeypatch):
     evaluate_again = config.model_copy(
         update={"eval": config.eval.model_copy(update={"out": tmp_path / "cut"})}
     )
-    real, made = module.answer_all, []
+    real, made = module.generate, []
 
     def killed(*args, **kwargs):
         for batch in real(*args, **kwargs):
@@ -97,7 +97,7 @@ def test_a_killed_evaluation_continues(tmp_path, monkeypatch):
             if len(made) == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "answer_all", killed)
+    monkeypatch.setattr(module, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(evaluate_again)
     cut = evaluate_again.eval_dir

@@ -16,7 +16,7 @@ from test_cli import run
 from tiny_eval import eval_config
 from tiny_release import built, tiny_run
 from tiny_release import tiny_base as release_base
-from victims import at_call, harmed, send
+from victims import at_call, harmed, send, settings
 
 from fintune import cli, files, nano, seal
 from fintune.chat import ChatFormat
@@ -28,6 +28,7 @@ from fintune.evals import evaluate as evaluating
 from fintune.evals import raw
 from fintune.model import find_base, load_tokenizer
 from fintune.release import bundle, export
+from fintune.train.run import train
 
 KEYS = {"prepare": "data.out", "train": "train.out", "eval": "eval.out", "release": "release.out"}
 
@@ -400,11 +401,16 @@ def test_an_old_release_moves_when_the_new_one_stands(
     assert sorted(os.listdir(tmp_path)) == left
 
 
-def test_what_holds_rows_is_private_under_a_private_umask(finished: Config, tmp_path: Path) -> None:
-    """A preparation and a release in one umask: the latter is for others to read."""
+def test_what_holds_rows_is_private_under_a_private_umask(
+    finished: Config, trained: Config, tmp_path: Path, prepared: Path, tiny_base: Path
+) -> None:
+    """Only a release and the forms of an export are for others to read."""
+    section = trained.eval.model_copy(update={"out": tmp_path / "out" / "eval"})
     before = os.umask(0o077)
     try:
         prepare(load_config("nano", [rows(tmp_path), f"out={tmp_path / 'out'}"]))
+        train(settings(tmp_path / "out", prepared, tiny_base, "train.max_steps=6"))
+        evaluating.evaluate(trained.model_copy(update={"eval": section}))
         config = tiny_run(tmp_path / "tiny", Path(str(finished.model.path)))
         released = bundle.release(config)
         merged = export.merged(released, tmp_path / "merged", base=config.model.path)
@@ -412,7 +418,15 @@ def test_what_holds_rows_is_private_under_a_private_umask(finished: Config, tmp_
     finally:
         os.umask(before)
     public = [released, *released.iterdir(), merged, *merged.iterdir(), single]
-    for path in (tmp_path / "out").rglob("*"):
+    written = [*(tmp_path / "out").rglob("*")]
+    assert {
+        ".run.lock",
+        "metrics.jsonl",
+        "predictions.jsonl",
+        "ledger.parquet",
+        "checkpoint-5",
+    } <= {path.name for path in written}
+    for path in written:
         assert path.stat().st_mode & 0o077 == 0, path
     for path in public:
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path

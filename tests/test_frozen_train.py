@@ -120,7 +120,7 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(
     accepted = copy.copy(tmp_path / "other", "data", "run")
     tiny.done("train", *copy.words())
     alike(copy.run, chain.run)
-    tiny.done("train", "--accept-drift", "too slow", *accepted.words(learning_rate=0.02))
+    tiny.done("train", "--force-resume", "too slow", *accepted.words(learning_rate=0.02))
     (change,) = frozen.read_json(accepted.run / "done.json")["accepted"]
     assert change["reason"] == "too slow"
     assert "learning_rate: 0.01 -> 0.02" in change["differs"][0]

@@ -34,9 +34,10 @@ SPINE = (
     "batches",
     "collate",
     "attention",
+    "kernels",
     "loss",
     "memory",
-    "generate",
+    "generation",
     "page",
 )
 """A module imports only what stands before it; `nano` is a folder of data with an __init__."""

@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from fintune import attention, memory
 from fintune.cli import app
-from fintune.collate import flat_batch
+from fintune.collate import padding_free_batch
 from fintune.config import load_config
 from fintune.errors import ConfigError, ModelError
+from fintune.kernels import pointwise
 from fintune.memory import PROBE_TOKENS, model_size
 from fintune.model import attach
 from fintune.plan import count, describe, dry_run, lengths, plan, read_rates
-from fintune.train import lora, pointwise
+from fintune.train import lora
 
 PUBLISHED = {
     "llama": (8_030_261_248, {}),
@@ -100,7 +101,7 @@ def test_a_model_without_data_keeps_what_the_real_one_keeps(shared: bool, tmp_pa
     lora.fuse(model, shared_dropout=shared)
     rows = [{"input_ids": [0] * n, "labels": [0] * n} for n in (PROBE_TOKENS, 2 * PROBE_TOKENS)]
     with torch.autocast("cpu", torch.bfloat16):
-        real = model_size(model, [flat_batch([row]) for row in rows], 2)
+        real = model_size(model, [padding_free_batch([row]) for row in rows], 2)
     assert (planned.parameters, planned.trainable) == (real.parameters, real.trainable)
     # On a CPU attention runs in fp32 on 4 query and 2 x 2 key and value heads of 32, and its output
     # is kept twice; a dropout mask is a bit an element, where a GPU draws it again.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tiny_release import built
 
-from fintune import generate
-from fintune.serve.loaded import Loaded, load
+from fintune.generation import Request, generate
+from fintune.model import LoadedRelease, load_release, open_release
 from fintune.serve.server import running
 
 
@@ -20,7 +20,7 @@ class Served:
     """Where the server listens, and what it serves."""
 
     url: str
-    loaded: Loaded
+    loaded: LoadedRelease
     folder: Path
     base: Path
 
@@ -40,7 +40,7 @@ def free_port() -> int:
 def served(*, key: str | None = None) -> Iterator[Served]:
     """Serve the tiny release."""
     folder, base = built()
-    loaded, port = load(folder, base), free_port()
+    loaded, port = load_release(folder, open_release(folder, base)), free_port()
     arguments = {"host": "127.0.0.1", "port": port, "key": key, "run": None}
     with running(loaded, folder, **arguments) as server:  # type: ignore[arg-type]
         thread = threading.Thread(target=server.run, daemon=True)
@@ -52,11 +52,13 @@ def served(*, key: str | None = None) -> Iterator[Served]:
         thread.join(timeout=10)
 
 
-def greedy(loaded: Loaded, who: str, ids: list[int], limit: int) -> str:
-    """The answer of one row alone, by the evaluation's generation: not the server's own engine."""
+def greedy(loaded: LoadedRelease, who: str, ids: list[int], limit: int) -> str:
+    """The answer of one row alone, the adapter switched for all of the model."""
     off = loaded.model.disable_adapter() if who == "base" else contextlib.nullcontext()
     with off:
-        (made,) = generate._greedy(loaded.model, [ids], frozenset(loaded.ends), limit)
-    told = [token for token in made if token not in loaded.ends]
+        settings = {"stop_token_ids": loaded.stop_token_ids, "batch_size": 1}
+        tokenizer, asked = loaded.chat.tokenizer, [Request("", ids, limit)]
+        ((made,),) = generate(loaded.model, tokenizer, asked, **settings)  # type: ignore[arg-type]
+    told = [token for token in made.token_ids if token not in loaded.stop_token_ids]
     text = loaded.chat.tokenizer.decode(told, clean_up_tokenization_spaces=False)
     return str(text).rstrip("\ufffd")  # half a character is held back

@@ -14,9 +14,10 @@ from typing import Any
 
 import llama_cpp
 
-from fintune import console, files, generate
+from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
+from fintune.generation import Request, generate
 from fintune.model import load_base, read_tokenizer, release_base
 from fintune.release import export, gguf
 from fintune.release.fixture import read_fixture
@@ -36,6 +37,13 @@ def said(llama: Any, ids: list[int], ends: list[int]) -> list[int]:
     return made
 
 
+def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], ends: list[int]) -> list[Any]:
+    """Our greedy tokens, in the order of the prompts."""
+    asked = [Request(f"{number:03}", ids, TOKENS) for number, ids in enumerate(prompts)]
+    parts = generate(model, tokenizer, asked, stop_token_ids=ends, batch_size=1)
+    return [answer.token_ids for answer in sorted(sum(parts, []), key=lambda answer: answer.id)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
@@ -50,9 +58,9 @@ def main() -> None:
     prompts = [[Message("user", row["question"])] for row in rows]
     ids = [chat.prompt_ids(messages) for messages in prompts]
     model = load_release(options.release, base, "fp32")
-    wanted = [generate._greedy(model, [row], frozenset(ends), TOKENS)[0] for row in ids]
+    wanted = greedy(model, tokenizer, ids, ends)
     with model.disable_adapter():
-        plain = [generate._greedy(model, [row], frozenset(ends), TOKENS)[0] for row in ids]
+        plain = greedy(model, tokenizer, ids, ends)
     found: dict[str, Any] = {
         "questions": len(rows),
         "tokens": sum(map(len, wanted)),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
-from fintune.generate import Prompt, answer_all
+from fintune.generation import Request, generate
 from fintune.model import read_tokenizer, release_base
 from fintune.release.export import merged
 from fintune.release.gate import JUDGED
@@ -34,9 +34,7 @@ def main() -> None:
     chat = ChatFormat(tokenizer, "26 Jul 2024")
     rows = files.read_jsonl(options.release / JUDGED)
     questions = [row["question"] for row in rows]
-    prompts = [
-        Prompt(str(n), chat.prompt_ids([Message("user", q)])) for n, q in enumerate(questions)
-    ]
+    prompts = [chat.prompt_ids([Message("user", question)]) for question in questions]
     adapter = load_release(options.release, base, "fp32")
     with tempfile.TemporaryDirectory() as folder:
         out = merged(options.release, Path(folder) / "merged", base=options.base, dtype="fp32")
@@ -44,14 +42,13 @@ def main() -> None:
     worst = 0.0
     with torch.inference_mode():
         for prompt in prompts:
-            ids = torch.tensor([prompt.ids])
+            ids = torch.tensor([prompt])
             gap = adapter(input_ids=ids).logits - whole(input_ids=ids).logits
             worst = max(worst, float(gap.abs().max()))
     texts = []
     for model in (adapter, whole):
-        answers = answer_all(
-            model, tokenizer, prompts, ends=[], max_new_tokens=TOKENS, batch_size=25
-        )
+        asked = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
+        answers = generate(model, tokenizer, asked, stop_token_ids=[], batch_size=25)
         texts.append({answer.id: answer.text for batch in answers for answer in batch})
     equal = sum(texts[0][key] == texts[1][key] for key in texts[0])
     found = {"largest_logit_difference": worst, "greedy_equal": equal, "of": len(prompts),

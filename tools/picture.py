@@ -13,7 +13,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from fintune import console
-from fintune.serve.loaded import load
+from fintune.model import load_release, open_release
 from fintune.serve.server import running
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8124)
     options = parser.parse_args()
     release, report = options.run / "release", options.run / "eval" / "report.html"
-    loaded = load(release)
+    loaded = load_release(release, open_release(release, None))
     with running(
         loaded, release, host="127.0.0.1", port=options.port, key=None, run=None
     ) as server:

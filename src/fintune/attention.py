@@ -1,9 +1,9 @@
 """Attention inside each sequence's boundaries, registered with transformers; no model code copied.
 
 `NAME` is given to a model as its attention implementation. With boundaries (`cu_seq_lens_q`, from
-`collate.flat_batch`) a token attends to the earlier tokens of its own sequence only: on CUDA with
-`torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere with
-scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
+`collate.padding_free_batch`) a token attends to the earlier tokens of its own sequence only: on
+CUDA with `torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere
+with scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
 batches) it is transformers' own sdpa.
 """
 
@@ -103,8 +103,8 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-def takes_flat_batches(model: Any) -> str | None:
-    """Why a model cannot be trained on flat batches, or None if it can.
+def why_padded(model: Any) -> str | None:
+    """Why a model cannot be trained on padding-free batches, or None if it can.
 
     A model qualifies when it routes its attention through transformers' interface, knows no other
     state that runs across positions, and has full attention in every layer.

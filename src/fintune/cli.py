@@ -160,7 +160,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; load no weights.")
     ] = False,
-    accept_drift: Annotated[
+    force_resume: Annotated[
         str | None,
         typer.Option(help="Continue although config, data or versions changed, for this reason."),
     ] = None,
@@ -181,7 +181,7 @@ def train(
         return
     from fintune.train.run import train as stage
 
-    folder = stage(loaded, fresh=fresh, accept_drift=accept_drift)
+    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
     if as_json:
         console.emit_json({"run": str(folder)})
 

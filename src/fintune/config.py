@@ -344,6 +344,8 @@ class Config(Section):
         boundaries = self.train.bucket_boundaries
         if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
             raise ValueError("train.bucket_boundaries must increase")
+        if self.train.max_steps == 0:
+            raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
         places = {name: Path(os.path.realpath(path)) for name, path in self.folders().items()}
         for (one, inner), (other, outer) in itertools.permutations(places.items(), 2):
             if inner.is_relative_to(outer):

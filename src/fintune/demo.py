@@ -7,7 +7,7 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.example import Message
 from fintune.files import read_json
-from fintune.generate import Prompt, answer_all
+from fintune.generation import Request, generate
 from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
 from fintune.nano import DEMO_QUESTIONS
 
@@ -47,15 +47,16 @@ def _answers(config: Config) -> tuple[list[str], list[str]]:
     chat = ChatFormat(tokenizer, config.chat.date_string)
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
-    prompts = [Prompt(q, chat.prompt_ids([Message("user", q)])) for q in DEMO_QUESTIONS]
+    prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
     ends = end_token_ids(base, tokenizer)
 
     def answer() -> list[str]:
-        batches = answer_all(
-            model, tokenizer, prompts, ends=ends, max_new_tokens=TOKENS, batch_size=len(prompts)
+        requests = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
+        batches = generate(
+            model, tokenizer, requests, stop_token_ids=ends, batch_size=len(requests)
         )
         texts = {answer.id: answer.text for batch in batches for answer in batch}
-        return [texts[question] for question in DEMO_QUESTIONS]
+        return [texts[request.id] for request in requests]
 
     with model.disable_adapter():
         plain = answer()

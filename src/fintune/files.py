@@ -17,9 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fintune.errors import OutputError
+from fintune.errors import NoSpace, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
+"""How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
+SMALL_FILES = 2**20
+"""Bytes to have free besides large files: JSON, a line of metrics, blocks of the file system."""
 FORMAT = 1
 """Version of every JSON file written here; a reader refuses a number it does not know."""
 
@@ -33,6 +37,17 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's content, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fact(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: `bytes` and `sha256`."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def files_below(folder: Path, *, without: str) -> dict[str, Path]:
+    """Every file below a folder by its relative name, but the manifest itself (`without`)."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without)
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def remembered_sha256(path: Path) -> str:
@@ -258,3 +273,34 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Raise NoSpace where fewer than `needed` bytes are free on the volume of a folder."""
+    if (free := free_bytes(folder)) < needed:
+        raise _no_space(f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+
+
+@contextlib.contextmanager
+def space_for(folder: Path, needed: int) -> Iterator[None]:
+    """Write below a folder where `needed` bytes are free.
+
+    Raises:
+        NoSpace: fewer are free, or the volume became full inside the block.
+    """
+    require_free_space(folder, needed)
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and not any(word in str(error) for word in _FULL_WORDS):
+            raise
+        raise _no_space(f"no space left on the volume of {folder}") from error
+
+
+def _no_space(what: str) -> NoSpace:
+    return NoSpace(
+        what,
+        why="nothing is half-written; what was saved before is intact",
+        fix="free some space; the same command continues",
+    )

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from fintune import console, nano
-from fintune.config import LoraConfig, ModelConfig
+from fintune.chat import ChatFormat
+from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ModelError, NoSpace, OutputError
-from fintune.files import free_bytes, remembered_sha256, sha256_bytes
+from fintune.files import free_bytes, read_json, remembered_sha256, sha256_bytes
 from fintune.untrusted import Check, Report, checks, open_folder
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 from fintune.untrusted.provenance import CONFIG, PROVENANCE
@@ -284,7 +285,7 @@ def load_base(
         on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
-    # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
+    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     quantised: dict[str, Any] = {}
     if quantization == "4bit":
@@ -361,6 +362,44 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not load: {str(error)[:300]}") from None
     return peft.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRelease:
+    """Base with adapter, ready for inference, and what a prompt of it is made with."""
+
+    base: Base
+    model: PeftModel
+    dtype: PrecisionName
+    chat: ChatFormat
+    stop_token_ids: list[int]
+
+
+def load_release(
+    folder: Path,
+    base: Base,
+    *,
+    dtype: PrecisionName | None = None,
+    date_string: str | None = None,
+) -> LoadedRelease:
+    """Load a checked release, or any adapter of peft with a tokenizer, on its base.
+
+    Args:
+        dtype: precision of the base; None: bf16 where a GPU has it, else fp32.
+        date_string: date of the chat template; None: the release's own, or the default.
+
+    Raises:
+        ModelError: base, adapter or tokenizer does not load.
+    """
+    if dtype is None:
+        on_gpu = device().type == "cuda" and torch.cuda.is_bf16_supported(False)
+        dtype = "bf16" if on_gpu else "fp32"
+    tokenizer = read_tokenizer(folder)
+    if date_string is None and (folder / checks.FIXTURE).is_file():
+        date_string = read_json(folder / checks.FIXTURE)["date_string"]
+    chat = ChatFormat(tokenizer, date_string or ChatConfig().date_string)
+    model = load_adapter(load_base(base, "none", dtype), folder)
+    return LoadedRelease(base, model, dtype, chat, end_token_ids(base, tokenizer))
 
 
 def end_token_ids(base: Base, tokenizer: Any) -> list[int]:

@@ -21,10 +21,11 @@ from fintune import attention, batches, console, memory
 from fintune.config import Config
 from fintune.errors import ConfigError, ModelError
 from fintune.files import read_toml
+from fintune.kernels import pointwise
 from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
-from fintune.train import lora, pointwise
+from fintune.train import lora
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.order import epoch_plan
 from fintune.train.rows import read_select, read_train
@@ -260,8 +261,8 @@ def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
     epoch = epoch_plan(config, found.train, 0, rows, accumulation)
     if train.max_tokens is None:
         return epoch
-    parts = batches.parts_under(train.max_tokens, found.train, [epoch], accumulation)
-    return batches.deal_again(found.train, epoch, parts)
+    parts = batches.micro_batches_under(train.max_tokens, found.train, [epoch], accumulation)
+    return batches.rebalance(found.train, epoch, parts)
 
 
 def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:

@@ -18,7 +18,15 @@ from typing import Any, TextIO
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import FORMAT, reaching, read_json, sha256_file, sha256_json, write_json
+from fintune.files import (
+    FORMAT,
+    file_fact,
+    files_below,
+    reaching,
+    read_json,
+    sha256_json,
+    write_json,
+)
 from fintune.stop import STOP
 
 DONE = "done.json"
@@ -39,17 +47,29 @@ class State(Enum):
     FINISHED = "finished"
 
 
-def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
+def seal(
+    folder: Path,
+    inputs: dict[str, Any],
+    *,
+    needed: Iterable[str] = (),
+    accepted: Iterable[dict[str, Any]] = (),
+) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
-    Raises OutputError when a file that is `needed` is not there."""
-    files = {name: _fact(path) for name, path in _files(folder).items()}
+
+    Args:
+        accepted: changes of the inputs while the stage ran.
+
+    Raises:
+        OutputError: a file that is `needed` is not there.
+    """
+    files = {name: file_fact(path) for name, path in files_below(folder, without=DONE).items()}
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
             f"{folder} has lost {', '.join(lacking)} while it was written",
             fix="see to it that nothing else writes there, and run the same command again",
         )
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}
-    changes = accepted(folder)
+    changes = [*accepted]
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
@@ -77,7 +97,7 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = _read(folder / DONE), _files(folder)
+    done, found = read_checked(folder / DONE), files_below(folder, without=DONE)
     problems = []
     for name in sorted(done["files"].keys() | found.keys() | {*needed}):
         if name.startswith(unread):
@@ -87,7 +107,7 @@ def read_seal(
         elif name not in done["files"]:
             if not found[name].name.startswith("."):
                 problems.append(f"{name} was not there when it was finished")
-        elif done["files"][name] != _fact(found[name]):
+        elif done["files"][name] != file_fact(found[name]):
             problems.append(f"{name} was changed after it was finished")
     if problems:
         raise OutputError(
@@ -188,7 +208,7 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
     """Say whether a stage has to run, may be skipped, or must be refused.
 
     Args:
-        also: another way out than a fresh folder, for the message.
+        also: another way out of an unfinished folder than a fresh one, for the message.
 
     Raises:
         OutputError: the folder holds the result of other inputs or files that are not ours, or
@@ -198,13 +218,14 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
         return State.NEW
     for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
         if (folder / name).is_file():
-            differing = differences(_read(folder / name)["inputs"], inputs)
+            differing = differences(read_checked(folder / name)["inputs"], inputs)
             if differing:
+                ways = f"choose another folder (--set out=...), or: {command} --fresh"
                 raise OutputError(
-                    f"{folder} holds the result of other inputs; these differ: "
+                    f"{folder} holds the {found.value} result of other inputs; these differ: "
                     + "; ".join(differing),
                     why="mixing two runs in one folder would make both unaccountable",
-                    fix=f"choose another folder (--set out=...), or: {command} --fresh{also}",
+                    fix=ways + also if found is State.UNFINISHED else ways,
                 )
             if found is State.FINISHED:
                 read_seal(folder, stage=command, make=command)
@@ -259,29 +280,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return rows
 
 
-def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
-    """Let an unfinished stage go on with other inputs; the change is kept and sealed with it.
-
-    Returns:
-        What differs; empty where nothing does, or where there is nothing to go on with.
-    """
-    if not (folder / INPUTS).is_file() or (folder / DONE).is_file():
-        return []
-    old = _read(folder / INPUTS)["inputs"]
-    differing = differences(old, inputs)
-    if differing:
-        change = {"reason": reason, "differs": differing, "was": sha256_json(old)}
-        write_json(folder / INPUTS, {"inputs": inputs, "accepted": [*accepted(folder), change]})
-    return differing
-
-
-def accepted(folder: Path) -> list[dict[str, Any]]:
-    """Changes of inputs that were accepted: `reason`, `differs`, and the hash of what `was`."""
-    path = folder / INPUTS
-    changes: list[dict[str, Any]] = _read(path).get("accepted", []) if path.is_file() else []
-    return changes
-
-
 def start(folder: Path, inputs: dict[str, Any]) -> None:
     """Mark a folder that grows in place as begun, with what it reads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +308,7 @@ def move_aside(folder: Path) -> Path | None:
     return folder.rename(aside)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checked(path: Path) -> dict[str, Any]:
     """A `done.json` or `inputs.json` of the form in which they are written here.
 
     Raises:
@@ -330,13 +328,3 @@ def _read(path: Path) -> dict[str, Any]:
             fix="put the file back, or choose another folder: --set out=...",
         )
     return tree
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder but the seal itself, by its name in the seal."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != DONE)
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
-
-
-def _fact(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -30,7 +30,7 @@ from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
 from fintune.evals.tasks import source_hash, task_items
 from fintune.example import Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
-from fintune.generate import Prompt, answer_all
+from fintune.generation import Request, generate
 
 
 def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
@@ -297,23 +297,24 @@ def _generate(
     with JsonlLog(path) as file, meter("answers", 2 * len(items)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
+        limit = config.eval.max_new_tokens
         for variant in VARIANTS:
-            prompts = [Prompt(key, ids[key]) for key in by_id if (variant, key) not in done]
+            keys = [key for key in by_id if (variant, key) not in done]
+            requests = [Request(key, ids[key], limit) for key in keys]
             with _enabled(peft_model, variant):
-                for batch in answer_all(
+                for batch in generate(
                     peft_model,
                     tokenizer,
-                    prompts,
-                    ends=ends,
-                    max_new_tokens=config.eval.max_new_tokens,
+                    requests,
+                    stop_token_ids=ends,
                     batch_size=config.eval.batch_size,
                 ):
                     made = [
                         {
                             "model": variant,
                             "text": answer.text,
-                            "tokens": answer.tokens,
-                            "finish": answer.finish,
+                            "tokens": len(answer.token_ids),
+                            "finish": answer.finish_reason,
                             "prompt_sha256": sha256_json(ids[answer.id]),
                             "item": by_id[answer.id].as_json(),
                         }

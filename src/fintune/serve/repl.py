@@ -9,60 +9,60 @@ from queue import SimpleQueue
 from fintune import console
 from fintune.errors import ModelError
 from fintune.example import Message
-from fintune.serve.engine import Engine, Finish, Job
-from fintune.serve.loaded import Loaded, load
+from fintune.model import LoadedRelease, load_release, open_release
+from fintune.serve.engine import Engine, StreamedRequest, max_context
 
 HELP = "/adapter, /base, /both: who answers · /reset: forget · /quit"
+COMMANDS = {"/adapter": ["adapter"], "/base": ["base"], "/both": ["base", "adapter"]}
 
 
 def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -> None:
     """Talk to a release until the input ends. Answers are greedy, so they can be repeated."""
-    loaded = load(folder, base)
+    loaded = load_release(folder, open_release(folder, base))
     console.say(f"{folder.name} on {loaded.base.id}. {HELP}")
+    models, history = COMMANDS["/adapter"], list[Message]()
     with contextlib.closing(Engine(loaded)) as engine:
-        _talk(loaded, engine, max_new_tokens)
+        while (line := _ask()) is not None and line != "/quit":
+            if line == "/reset":
+                history = []
+            elif line.startswith("/"):
+                models = COMMANDS.get(line, models)
+                console.say(HELP if line not in COMMANDS else f"{' and '.join(models)} answers")
+            elif line:
+                history.append(Message("user", line))
+                for model in models:
+                    console.heading(model)
+                    answer = ""
+                    for piece in _reply(loaded, engine, history, model, max_new_tokens):
+                        answer += piece
+                        console.stream(piece)
+                    console.stream("\n")
+                history.append(Message("assistant", answer.strip()))
 
 
-def _talk(loaded: Loaded, engine: Engine, max_new_tokens: int) -> None:
-    who, history = ["adapter"], list[Message]()
-    while (line := _ask()) is not None:
-        if line in {"/adapter", "/base"}:
-            who = [line[1:]]
-        elif line == "/both":
-            who = ["base", "adapter"]
-        elif line == "/reset":
-            history = []
-        elif line == "/quit":
-            return
-        elif line.startswith("/"):
-            console.say(HELP)
-        elif line:
-            history.append(Message("user", line))
-            for name in who:
-                console.heading(name)
-                answer = ""
-                for piece in reply(loaded, engine, history, name, max_new_tokens):
-                    answer += piece
-                    console.stream(piece)
-                console.stream("\n")
-            history.append(Message("assistant", answer.strip()))
-
-
-def reply(
-    loaded: Loaded, engine: Engine, history: list[Message], who: str, max_new_tokens: int
+def _reply(
+    loaded: LoadedRelease, engine: Engine, history: list[Message], model: str, limit: int
 ) -> Iterator[str]:
     """Pieces of the answer of `base` or `adapter` to a conversation that ends with the user."""
-    pieces = SimpleQueue[tuple[str, Finish | None]]()
     ids = loaded.chat.prompt_ids(history)
-    limit = min(max_new_tokens, loaded.context - len(ids))
-    if limit < 1:
-        raise ModelError(f"{len(ids)} tokens leave no room in the context of {loaded.context}")
-    engine.submit(Job(ids, who == "adapter", limit, lambda *said: pieces.put(said)))
-    finish = None
-    while finish is None:
-        text, finish = pieces.get()
+    remaining = max_context(loaded) - len(ids)
+    if remaining < 1:
+        raise ModelError(f"{len(ids)} tokens leave no room in the context of {max_context(loaded)}")
+    pieces = SimpleQueue[tuple[str, str | None]]()
+    request = StreamedRequest(
+        "chat",
+        ids,
+        min(limit, remaining),
+        adapter=model == "adapter",
+        emit=lambda *said: pieces.put(said),
+        tokenizer=loaded.chat.tokenizer.backend_tokenizer,
+    )
+    engine.submit(request)
+    reason = None
+    while reason is None:
+        text, reason = pieces.get()
         yield text
-    if finish == "error":
+    if reason == "error":
         raise ModelError("the model failed on this question")
 
 

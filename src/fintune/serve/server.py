@@ -1,4 +1,4 @@
-"""Start the server: loopback unless a key is set, uvicorn with our limits, the address said."""
+"""Start the server: loopback unless a key is set, uvicorn with limits, the address said."""
 
 import os
 import signal
@@ -10,16 +10,24 @@ import uvicorn
 
 from fintune import console
 from fintune.errors import ConfigError
-from fintune.serve.api import build
+from fintune.model import LoadedRelease, load_release, open_release
+from fintune.serve.app import LOOPBACK, build_app
 from fintune.serve.engine import Engine
-from fintune.serve.guard import LOCAL, MAX_HEADER_BYTES, Guard, Protocol
-from fintune.serve.loaded import Loaded, load
 
 KEY_VARIABLE = "FINTUNE_API_KEY"
 SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
-DRAIN_S = 30
-"""Seconds that running answers get after SIGTERM."""
+SECURITY_HEADERS = [
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cross-origin-resource-policy", "same-origin"),
+    (
+        "content-security-policy",
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+        " img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'",
+    ),
+]
 
 
 def serve(
@@ -42,14 +50,13 @@ def serve(
         ConfigError: not loopback and no key of at least 128 bits.
     """
     key = os.environ.get(KEY_VARIABLE) or None
-    loopback = host in LOCAL | {"::1"}
-    if not loopback and (key is None or len(key) < SHORTEST_KEY):
+    if not _is_loopback(host) and (key is None or len(key) < SHORTEST_KEY):
         raise ConfigError(
             f"binding to {host} needs a key of at least {SHORTEST_KEY} characters",
             why="anyone who reaches the address could use the model",
             fix=f"set {KEY_VARIABLE}, for example to the output of: openssl rand -base64 24",
         )
-    loaded = load(folder, base)
+    loaded = load_release(folder, open_release(folder, base))
     with running(loaded, folder, host=host, port=port, key=key, run=run) as server:
         console.say(f"{folder.name} on {loaded.base.id}: open http://{host}:{port}/")
         # uvicorn drains, then raises the signal again: a wished-for stop should still exit with 0.
@@ -58,27 +65,45 @@ def serve(
         server.run()
 
 
+def _is_loopback(host: str) -> bool:
+    return host in LOOPBACK or host == "::1"
+
+
 @contextmanager
 def running(
-    loaded: Loaded, folder: Path, *, host: str, port: int, key: str | None, run: Path | None
+    loaded: LoadedRelease,
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    key: str | None,
+    run: Path | None,
 ) -> Iterator[uvicorn.Server]:
     """A configured server over an engine that ends with the block."""
     engine = Engine(loaded)
-    app = build(loaded, engine, folder=folder, run=run or folder.parent / "run")
-    hosts = LOCAL if host in LOCAL | {"::1"} else None
+    app = build_app(
+        loaded,
+        engine,
+        folder=folder,
+        run=run or folder.parent / "run",
+        key=key,
+        hosts=LOOPBACK if _is_loopback(host) else ("*",),
+    )
     settings = uvicorn.Config(
-        Guard(app, key, hosts),
+        app,
         host=host,
         port=port,
-        http=Protocol,
+        http="h11",
         ws="none",
         lifespan="off",
         access_log=False,
         log_level="warning",
         server_header=False,
+        headers=SECURITY_HEADERS,
+        limit_concurrency=512,  # connections; above the 64 + 256 requests that the engine takes
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=DRAIN_S,
-        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=30,
+        h11_max_incomplete_event_size=16 << 10,  # bytes of headers
     )
     try:
         yield uvicorn.Server(settings)

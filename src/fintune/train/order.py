@@ -67,7 +67,7 @@ class Order:
         if number not in self._epochs:
             plan = self._plan(number)
             if self._parts is not None:
-                plan = batches.deal_again(self._rows.lengths, plan, self._parts, self._world_size)
+                plan = batches.rebalance(self._rows.lengths, plan, self._parts, self._world_size)
             self._epochs = {key: self._epochs[key] for key in list(self._epochs)[-1:]}
             self._epochs[number] = plan
         return self._epochs[number]

@@ -1,0 +1,313 @@
+"""Batched generation with a key-value cache: evaluation, serving and release use this one loop.
+
+The loop is ours, not transformers' `generate`, for four reasons. Greedy means greedy: a base's
+generation_config (Llama 3.1 ships do_sample=true, temperature 0.6, top_p 0.9) is not read here.
+Batching is continuous: a row leaves the batch when it ends and another joins, so one long answer
+does not hold 63 others. Rows of the adapter and of its base share every forward pass (peft's
+`adapter_names`), so no global switch can leak one model's answer into another's. And the cache
+grows in place, where transformers' DynamicCache copies every key and value at every token.
+
+Prompts are padded on the left; padding is masked out and positions count from each row's first
+token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
+summation may flip a near tie). Every layer keeps all its keys, so models whose layers carry
+another state than keys and values (linear attention, Mamba) are not supported.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from fintune.errors import NotFinite
+
+CACHE_GROWTH = 64
+"""Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
+REFILL_SHARE = 0.25
+"""Share of a batch that must be free before `generate` prefills more prompts."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt, how to answer it, and the answer so far.
+
+    Attributes:
+        adapter: False answers with the base of a PeftModel, in the same batch.
+        temperature: 0 is greedy.
+        seed: of this request's own noise; None: another answer each time.
+        token_ids: generated ids, up to and with the first stop token.
+        cancelled: may be set from any thread; the row leaves at the next token.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+    adapter: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    cancelled: bool = False
+    _generator: torch.Generator | None = None
+
+    def append(self, token: int, stop_token_ids: Collection[int]) -> None:
+        """Take the next token; sets `finish_reason` when it is the last."""
+        self.token_ids.append(token)
+        if token in stop_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+    def noise(self, like: Tensor) -> Tensor:
+        """The next exponential noise of this answer, [vocabulary]."""
+        if self._generator is None:
+            self._generator = generator = torch.Generator(device=like.device)
+            generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        return torch.empty_like(like, dtype=torch.float32).exponential_(generator=self._generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer; `token_ids` end with the stop token where `finish_reason` is `stop`."""
+
+    id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    requests: Iterable[Request],
+    *,
+    stop_token_ids: Collection[int],
+    batch_size: int,
+) -> Iterator[list[Completion]]:
+    """Answer requests, those with the longest prompts first; yield some whenever they are done.
+
+    The longest come first, so that a machine too small fails at once and not at the end.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel (adapter on or off).
+        stop_token_ids: ids that end an answer (`model.end_token_ids`).
+        batch_size: most prompts answered at once.
+
+    Raises:
+        NotFinite: the model's logits are NaN or infinite.
+    """
+    waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
+    batch, done = Batch(model, stop_token_ids), list[Request]()
+    while waiting or batch.requests:
+        if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
+            if done:
+                yield _completions(done, tokenizer, stop_token_ids)
+                done = []
+            free = min(batch_size - len(batch.requests), len(waiting))
+            done += batch.add([waiting.popleft() for _ in range(free)])
+        else:
+            done += batch.step()
+    if done:
+        yield _completions(done, tokenizer, stop_token_ids)
+
+
+def _completions(
+    done: list[Request], tokenizer: Any, stop_token_ids: Collection[int]
+) -> list[Completion]:
+    texts = tokenizer.batch_decode(
+        [[token for token in r.token_ids if token not in stop_token_ids] for r in done],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return [
+        Completion(request.id, text.strip(), request.token_ids, request.finish_reason or "length")
+        for request, text in zip(done, texts, strict=True)
+    ]
+
+
+class Batch:
+    """Requests being answered together; `add` and `step` each give every row in them one token."""
+
+    def __init__(self, model: Any, stop_token_ids: Collection[int]) -> None:
+        self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
+        self.requests: list[Request] = []
+        self._cache: Cache | None = None
+        self._mask = self._last = torch.empty(0)  # [rows, tokens so far] and [rows, 1]
+        self._padded = False
+
+    def add(self, new: list[Request]) -> list[Request]:
+        """Prefill prompts and let them join; returns those that are finished at once.
+
+        Raises:
+            NotFinite: the logits of a prompt are NaN or infinite.
+        """
+        width, device = max(len(request.prompt_ids) for request in new), self._model.device
+        missing = [width - len(request.prompt_ids) for request in new]
+        rows = zip(missing, new, strict=True)
+        ids = torch.tensor([[0] * count + r.prompt_ids for count, r in rows], device=device)
+        mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long().to(device)
+        with torch.inference_mode():
+            cache = Cache(layer_class_to_replicate=_GrowingLayer)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = self._forward(new, ids, mask if any(missing) else None, positions, cache)
+            _check_finite(logits)
+            last = torch.zeros_like(ids[:, :1])
+            if self._cache is not None:
+                width = max(self._mask.shape[1], width)
+                cache = _joined(self._cache, cache, width)
+                mask = torch.cat([_left_padded(part, width) for part in (self._mask, mask)])
+                last = torch.cat([self._last, last])
+            self._cache, self._mask, self._last = cache, mask, last
+            self.requests = [*self.requests, *new]
+            self._padded = bool((mask == 0).any())
+            return self._append(range(len(self.requests) - len(new), len(self.requests)), logits)
+
+    def step(self) -> list[Request]:
+        """Generate one token of every row; returns the rows that leave, finished or cancelled."""
+        with torch.inference_mode():
+            self._mask = pad(self._mask, (0, 1), value=1)
+            positions = self._mask.sum(-1, keepdim=True) - 1
+            mask = self._mask if self._padded else None
+            logits = self._forward(self.requests, self._last, mask, positions, self._cache)
+            return self._append(range(len(self.requests)), logits)
+
+    def _forward(
+        self,
+        requests: list[Request],
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache | None,
+    ) -> Tensor:
+        """Logits of the last position, [rows, vocabulary]."""
+        per_row: dict[str, Any] = {}
+        # peft hooks every layer for it at each call; a batch of the adapter alone needs none.
+        if not all(request.adapter for request in requests):
+            name = self._model.active_adapter
+            names = [name if request.adapter else "__base__" for request in requests]
+            per_row = {"adapter_names": names}
+        logits: Tensor = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **per_row,
+        ).logits[:, -1]
+        return logits
+
+    def _append(self, rows: range, logits: Tensor) -> list[Request]:
+        """Choose the next token of these rows, and drop and return the ones that are complete."""
+        requests = [self.requests[row] for row in rows]
+        chosen = logits.argmax(-1)
+        sampled = [row for row, request in enumerate(requests) if request.temperature > 0]
+        if sampled:
+            chosen[sampled] = sample(logits[sampled], [requests[row] for row in sampled])
+        self._last[rows.start :, 0] = chosen
+        for request, token in zip(requests, chosen.tolist(), strict=True):
+            if not request.cancelled:
+                request.append(token, self._stop_token_ids)
+        gone = [r for r in self.requests if r.finish_reason or r.cancelled]
+        if gone:
+            self._drop_finished()
+        return gone
+
+    def _drop_finished(self) -> None:
+        kept = [row for row, r in enumerate(self.requests) if not (r.finish_reason or r.cancelled)]
+        self.requests = [self.requests[row] for row in kept]
+        if not kept or self._cache is None:
+            self._cache = None
+            return
+        index = torch.tensor(kept, device=self._mask.device)
+        mask = self._mask[index]
+        first = int((mask.cumsum(-1) == 0).sum(-1).min())  # columns of padding in every row
+        self._mask, self._last = mask[:, first:], self._last[index]
+        self._padded = bool((self._mask == 0).any())
+        for layer in self._cache.layers:
+            layer.select(index, first)
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """DynamicLayer whose keys and values are views of buffers with space for more tokens."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, new, size] behind what is there; return views of everything."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            self._buffers = (
+                self._grown(self.keys, key_states, end + CACHE_GROWTH),
+                self._grown(self.values, value_states, end + CACHE_GROWTH),
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys: Tensor = self._buffers[0][:, :, :end]
+        self.values: Tensor = self._buffers[1][:, :, :end]
+        return self.keys, self.values
+
+    @staticmethod
+    def _grown(old: Tensor, new: Tensor, length: int) -> Tensor:
+        buffer = new.new_empty((*new.shape[:2], length, new.shape[-1]))
+        if old.numel():
+            buffer[:, :, : old.shape[-2]] = old
+        return buffer
+
+    def select(self, rows: Tensor, first: int) -> None:
+        """Keep these rows, and of them the tokens from column `first` on."""
+        self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
+        self._buffers = None
+
+
+def _joined(old: Cache, new: Cache, width: int) -> Cache:
+    """One cache of the rows of both, padded on the left to `width` tokens."""
+    joined = Cache(layer_class_to_replicate=_GrowingLayer)
+    for index, (one, other) in enumerate(zip(old.layers, new.layers, strict=True)):
+        keys = torch.cat([_left_padded(layer.keys, width, 2) for layer in (one, other)])
+        values = torch.cat([_left_padded(layer.values, width, 2) for layer in (one, other)])
+        joined.update(keys, values, index)
+    return joined
+
+
+def _left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
+    """Zeros before [rows, tokens] or, with `dim` 2, [rows, heads, tokens, size]."""
+    missing = width - tensor.shape[dim]
+    return pad(tensor, (missing, 0) if dim == 1 else (0, 0, missing, 0))
+
+
+def sample(logits: Tensor, requests: list[Request]) -> Tensor:
+    """Sample a token from each row of [rows, vocabulary]; [rows].
+
+    An exponential race (Gumbel-max): argmax of share / noise. A draw held against cumulated shares
+    would do the same with one number a row, but the rounding of a batch then moved 3 of 4,800
+    tokens across one of the thousands of borders; here two tokens must nearly tie.
+    """
+    options = torch.tensor([[r.temperature, r.top_p] for r in requests], device=logits.device)
+    temperature, top_p = options[:, :1], options[:, 1:]
+    scores = logits.float() / temperature
+    if bool((top_p < 1).any()):  # nucleus sampling, arXiv 1904.09751
+        shares, order = scores.softmax(-1).sort(-1, descending=True)
+        cut = shares.cumsum(-1) - shares >= top_p
+        scores = scores.masked_fill(cut.gather(-1, order.argsort(-1)), float("-inf"))
+    noise = torch.stack([request.noise(logits[0]) for request in requests])
+    return (scores - noise.log()).argmax(-1)
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not torch.isfinite(logits).all():
+        raise NotFinite(
+            "the model's logits are not finite",
+            why="every answer would be noise",
+            fix="check the weights, or use --set train.precision=fp32",
+        )

@@ -1,0 +1,153 @@
+"""Continuous batching gives what transformers' one-by-one generation gives, and stops in place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_release import tiny_adapter, tiny_base
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
+
+from fintune import attention, model
+from fintune.errors import NotFinite
+from fintune.generation import Batch, Request, generate, sample
+
+Tiny = tuple[model.Base, Any, Any, list[int]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tiny_base(tmp_path_factory.mktemp("base") / "base")
+    base = model.Base("fintune/tiny", "0", folder)
+    tokenizer = model.load_tokenizer(base)
+    loaded = model.load_base(base, "none", "fp32", attention=attention.NAME).eval()
+    return base, tokenizer, loaded, model.end_token_ids(base, tokenizer)
+
+
+def prompts(count: int = 12) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(3)
+    sizes = torch.randint(3, 40, (count,), generator=draw).tolist()
+    return [torch.randint(40, 250, (size,), generator=draw).tolist() for size in sizes]
+
+
+def requests(rows: list[list[int]], limit: int, **more: Any) -> list[Request]:
+    return [Request(f"p{at:02}", ids, limit, **more) for at, ids in enumerate(rows)]
+
+
+def answers(
+    tiny: Tiny, rows: list[list[int]], limit: int, *, loaded: Any = None, **more: Any
+) -> list[list[int]]:
+    """Generated ids of each prompt, in the order of the prompts."""
+    settings = {"stop_token_ids": tiny[3], "batch_size": 4} | more
+    parts = generate(loaded or tiny[2], tiny[1], requests(rows, limit), **settings)
+    return [found.token_ids for found in sorted(sum(parts, []), key=lambda found: found.id)]
+
+
+def one_by_one(loaded: Any, ids: list[int], limit: int, ends: list[int]) -> list[int]:
+    out = loaded.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=0,
+    )  # fmt: skip
+    made: list[int] = out[0, len(ids) :].tolist()
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_batched_equals_one_by_one(tiny: Tiny, size: int) -> None:
+    _, _, loaded, ends = tiny
+    rows = prompts()
+    # Ends that a random model meets now and then, so that rows leave the batch at different times.
+    stops = sorted({token for ids in rows for token in one_by_one(loaded, ids, 20, ends)[6:8]})[:6]
+    wanted = [one_by_one(loaded, ids, 90, stops) for ids in rows]
+    made = answers(tiny, rows, 90, stop_token_ids=stops, batch_size=size)
+    assert made == wanted
+    assert len({len(row) for row in made}) > 2, "the rows should end at different times"
+
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3,
+    "sliding_window": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_sliding_windows_of_other_architectures(tiny: Tiny, kind: str) -> None:
+    """Layers that attend to the last 16 tokens alone, mixed with full ones."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    types = {"qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+    torch.manual_seed(0)
+    config = types[kind](**SHAPE, layer_types=layers, use_sliding_window=True)
+    loaded = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    wanted = [one_by_one(loaded, ids, 40, [0]) for ids in prompts()]
+    assert answers(tiny, prompts(), 40, loaded=loaded, stop_token_ids=[0]) == wanted
+
+
+def test_every_end_token_of_the_list_stops(tiny: Tiny) -> None:
+    _, tokenizer, loaded, _ = tiny
+    ids = prompts()[0]
+    free = one_by_one(loaded, ids, 12, [0])
+    for end in (free[2], free[5]):
+        ((found,),) = generate(
+            loaded, tokenizer, requests([ids], 12), stop_token_ids=[4000, end], batch_size=4
+        )
+        assert len(found.token_ids) == free.index(end) + 1 and found.finish_reason == "stop"
+
+
+def test_greedy_whatever_the_base_says(tiny: Tiny) -> None:
+    loaded = tiny[2]
+    before = answers(tiny, prompts(4), 10)
+    loaded.generation_config.do_sample, loaded.generation_config.temperature = True, 5.0
+    torch.manual_seed(1)
+    assert answers(tiny, prompts(4), 10) == before
+    loaded.generation_config.do_sample = False
+
+
+def test_base_and_adapter_share_a_batch(tiny: Tiny, tmp_path: Path) -> None:
+    """The base's answers with the adapter off are those of `adapter=False` beside the adapter's."""
+    base, _, loaded, ends = tiny
+    rows = prompts(6)
+    plain = answers(tiny, rows, 12)
+    tiny_adapter(base.folder, tmp_path / "adapter")
+    fresh = model.load_base(base, "none", "fp32", attention=attention.NAME)
+    peft_model = model.load_adapter(fresh, tmp_path / "adapter")
+    with peft_model.disable_adapter():
+        assert answers(tiny, rows, 12, loaded=peft_model) == plain
+    adapted = answers(tiny, rows, 12, loaded=peft_model)
+    assert all(one != other for one, other in zip(plain, adapted, strict=True))
+    mixed = requests(rows, 12, adapter=False) + requests(rows, 12)
+    batch = Batch(peft_model, ends)
+    batch.add(mixed[3:9])  # both kinds at once, and others join later
+    batch.step()
+    batch.add(mixed[:3] + mixed[9:])
+    while batch.requests:
+        batch.step()
+    assert [request.token_ids for request in mixed] == plain + adapted
+
+
+def test_a_cancelled_row_leaves_and_changes_no_other(tiny: Tiny) -> None:
+    rows = prompts(4)
+    wanted = answers(tiny, rows, 20)
+    asked, batch = requests(rows, 20), Batch(tiny[2], tiny[3])
+    batch.add(asked)
+    asked[1].cancelled = True
+    assert asked[1] in batch.step()
+    while batch.requests:
+        batch.step()
+    assert [asked[at].token_ids for at in (0, 2, 3)] == [wanted[at] for at in (0, 2, 3)]
+
+
+def test_a_nucleus_of_one_token_is_greedy() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    asked = [Request("", [1], 1, temperature=3.0, top_p=1e-6, seed=seed) for seed in range(8)]
+    assert sample(logits, asked).tolist() == logits.argmax(-1).tolist()
+    for request in asked:
+        request.top_p = 1.0
+    assert sample(logits, asked).tolist() != logits.argmax(-1).tolist()
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny: Tiny) -> None:
+    broken = model.load_base(tiny[0], "none", "fp32")
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(NotFinite):
+        answers(tiny, prompts(2), 2, loaded=broken)
