@@ -3,12 +3,9 @@
 A loss spike is a step whose loss exceeds the median of the last WINDOW steps by SIGMAS deviations.
 """
 
-import errno
-import json
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from fintune.console import Meter, warn
-from fintune.files import read_jsonl, write_jsonl
+from fintune.files import JsonlLog, read_jsonl, write_jsonl
 from fintune.train.memory import give_back, in_use
 
 matplotlib.use("Agg")
@@ -40,7 +37,7 @@ PANELS = {
 }
 
 
-class Metrics:
+class Metrics(JsonlLog):
     """The file, appended line by line, and cut back to a checkpoint on resume.
 
     Args:
@@ -49,39 +46,15 @@ class Metrics:
     """
 
     def __init__(self, path: Path, *, resumed_at: int, evaluated: bool) -> None:
-        kept = [
-            row
-            for row in _whole_rows(path)
-            if row["step"] < resumed_at
-            or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
-        ]
+        with JsonlLog(path) as log:
+            kept = [
+                row
+                for row in log.rows()
+                if row["step"] < resumed_at
+                or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
+            ]
         write_jsonl(path, kept)
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Hand a line to the operating system, whole. Raises ValueError on NaN."""
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        end = self._file.tell()
-        try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self._file.truncate(end)
-            raise
-
-    def close(self) -> None:
-        """Sync and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows up to the first that a power cut left unfinished."""
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+        super().__init__(path, sync=False)
 
 
 class Losses:
