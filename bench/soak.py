@@ -46,7 +46,6 @@ from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
 from fintune.train import checkpoints, trainer  # noqa: E402
-from fintune.train.metrics import Metrics  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
@@ -389,7 +388,7 @@ def cost(bench: Bench) -> Row:
 
         watch(trainer.LoraTrainer, "_save_whole", "checkpoint")
         watch(trainer.LoraTrainer, "_write_best", "best adapter")
-        watch(Metrics, "append", "metrics lines")
+        watch(files.JsonlLog, "append", "metrics lines")
         watch(trainer.Losses, "add", "spike rule")
         watch(sys.modules[train.__module__], "check_best", "last look")
         watch(trainer.LoraTrainer, "train", "the whole run")

@@ -14,7 +14,6 @@ from tiny_release import built, rewrite_sums, tiny_base
 from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
 from fintune.release.verify import verify
-from fintune.serve.loaded import load
 
 Folders = tuple[Path, Path]
 
@@ -131,7 +130,7 @@ def test_other_base_of_the_same_shape_is_refused(built: Folders, tmp_path: Path)
     with pytest.raises(GateRefused, match="base: trained on another base"):
         verify(folder, base=other).settle()
     with pytest.raises(GateRefused, match="base: trained on another base"):
-        load(folder, other)
+        open_release(folder, other)
 
 
 @pytest.mark.parametrize(

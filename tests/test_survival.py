@@ -460,9 +460,9 @@ def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> No
 def test_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert run_state.is_out_of_memory(caught.value)
-    assert run_state.is_out_of_memory(MemoryError())
-    assert not run_state.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config], whole: Whole) -> None:
@@ -572,7 +572,7 @@ def test_a_full_disk_ends_the_run_at_once(
 def test_a_line_of_metrics_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    kept = metrics.Metrics(path, resumed_at=9, evaluated=True)
+    kept = metrics.open_metrics(path, resumed_at=9, evaluated=True)
     with pytest.raises(ValueError, match="JSON compliant"):
         kept.append({"step": 3, "loss": float("nan")})
     kept.append({"step": 3, "loss": 1.5})

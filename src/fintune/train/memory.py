@@ -8,6 +8,7 @@ import ctypes
 import gc
 import mmap
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def try_largest(
         if recomputed:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
+
+
+def fits(attempt: Callable[[], None]) -> bool:
+    """Whether memory suffices for what is attempted."""
+    try:
+        attempt()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:

@@ -37,24 +37,23 @@ PANELS = {
 }
 
 
-class Metrics(JsonlLog):
-    """The file, appended line by line, and cut back to a checkpoint on resume.
+def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
+    """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
     """
-
-    def __init__(self, path: Path, *, resumed_at: int, evaluated: bool) -> None:
-        with JsonlLog(path) as log:
-            kept = [
-                row
-                for row in log.rows()
-                if row["step"] < resumed_at
-                or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
-            ]
-        write_jsonl(path, kept)
-        super().__init__(path, sync=False)
+    with JsonlLog(path) as log:
+        rows = log.rows()
+    kept = [
+        row
+        for row in rows
+        if row["step"] < resumed_at
+        or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
+    ]
+    write_jsonl(path, kept)
+    return JsonlLog(path, sync=False)
 
 
 class Losses:
@@ -91,7 +90,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: JsonlLog,
         progress: Meter,
         losses: Losses,
         tokens: Callable[[int], tuple[int, int]],

@@ -30,10 +30,10 @@ from fintune.stop import STOP, StopRequest
 from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
-from fintune.train.metrics import Metrics, MetricsCallback, draw_curves
+from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.train.order import Order, epoch_plan
 from fintune.train.rows import Rows, read_select, read_train
-from fintune.train.run_state import RESUME, RunState, fits, run_fingerprint
+from fintune.train.run_state import RESUME, RunState, run_fingerprint
 from fintune.train.trainer import BEST, LoraTrainer
 
 
@@ -204,7 +204,7 @@ def _recomputed(
     say(why)
     if on or choice != "auto":
         attempt(on)
-    elif processes.any_of(not fits(lambda: attempt(False))):
+    elif processes.any_of(not memory.fits(lambda: attempt(False))):
         why = "activations are recomputed: the largest micro-batch did not fit without"
         on, _ = state.record("gradient_checkpointing", (True, why))
         say(why)
@@ -257,7 +257,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     needed = max(kept, 1) * trainer.checkpoint_bytes()
     processes.from_lead(lambda: require_free_space(run, needed))
     metrics = (
-        Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
+        open_metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
         if processes.is_lead()
         else None
     )

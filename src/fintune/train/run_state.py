@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fintune import seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, dump_yaml
@@ -20,7 +18,7 @@ from fintune.console import say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
 from fintune.files import read_json, sha256_file, sha256_json, write_json, write_text
 from fintune.model import Base
-from fintune.train import checkpoints, processes
+from fintune.train import checkpoints, memory, processes
 from fintune.train.order import Order
 
 PACKAGES = ("fintune", "torch", "transformers", "peft")
@@ -146,7 +144,7 @@ class RunState:
             yield
             return
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not memory.is_out_of_memory(error):
                 raise
         if largest <= longest:
             raise ModelError(
@@ -234,22 +232,3 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
         change = {"reason": reason, "differs": differs, "was": sha256_json(before)}
         write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
         warn(f"accepted, and recorded: {'; '.join(differs)}")
-
-
-def fits(attempt: Callable[[], None]) -> bool:
-    """Whether memory suffices for what is attempted."""
-    try:
-        attempt()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
