@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
-from fintune.model import trained_revision
+from fintune.model import open_release, trained_revision
 from fintune.release.verify import verify
 
 Folders = tuple[Path, Path]
