@@ -408,8 +408,8 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
 
     outcome = harmed(lambda: train(config), small)
     assert outcome.code == 0, outcome.text
-    assert "activations are kept" in outcome.text
-    assert "activations are recomputed: the largest micro-batch did not fit" in outcome.text
+    assert "gradient checkpointing is off" in outcome.text
+    assert "gradient checkpointing is on: the largest micro-batch did not fit" in outcome.text
     arguments = read_json(config.run_dir / "training_arguments.json")
     assert arguments["gradient_checkpointing"] is True
     assert not read_json(config.run_dir / "record.json").get("token_caps")
