@@ -25,7 +25,7 @@ from fintune.data import prepare as preparing
 from fintune.data.prepare import prepare
 from fintune.errors import ConfigError
 from fintune.evals import evaluate as evaluating
-from fintune.evals import raw
+from fintune.evals import judged
 from fintune.model import find_base, load_tokenizer
 from fintune.release import bundle, export
 from fintune.train.run import train
@@ -322,8 +322,8 @@ def test_nohup_keeps_working_and_readers_end_as_ever(tmp_path: Path) -> None:
     ("verb", "owner", "function"),
     [
         ("prepare", preparing, "write_report"),
-        ("eval", evaluating, "answer_all"),
-        ("eval", raw, "judged_rows"),
+        ("eval", evaluating, "generate"),
+        ("eval", judged, "judged_rows"),
         ("release", bundle, "write_card"),
         ("export", export, "read_fixture"),
     ],

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fintune.serve.loaded import load
 from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
-from fintune.model import trained_revision
+from fintune.model import open_release, trained_revision
 from fintune.release.verify import verify
 
 Folders = tuple[Path, Path]
@@ -131,7 +130,7 @@ def test_other_base_of_the_same_shape_is_refused(built: Folders, tmp_path: Path)
     with pytest.raises(GateRefused, match="base: trained on another base"):
         verify(folder, base=other).settle()
     with pytest.raises(GateRefused, match="base: trained on another base"):
-        load(folder, other)
+        open_release(folder, other)
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,6 @@ from fintune.files import FORMAT, read_jsonl, sha256_bytes
 NAME = "eval_50_gpt_judged_raw.jsonl"
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 """What an outcome of a pair counts in the adapter's win rate."""
-ANSWERED = (
-    "status",
-    "unscored_reason",
-    "outcome",
-    "verdict",
-    "reply",
-    "usage",
-    "served_model",
-    "system_fingerprint",
-)
 
 
 def plan(pairs: Sequence[Pair], config: JudgeConfig, seed: int) -> list[judge.Call]:
@@ -68,7 +58,7 @@ def judged_rows(
             "canary": call.control,
             "expect": call.expect,
             "human": None if call.control else human.get(call.item),
-            **{name: done[call.key][name] for name in ANSWERED},
+            **{name: part for name, part in done[call.key].items() if name not in ("row", "key")},
         }
         for call in planned
     ]
