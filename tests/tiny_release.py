@@ -174,6 +174,8 @@ def _evaluation(folder: Path, verdict: str) -> None:
             "accuracy": {"base": 0.5, "adapter": 0.75, "difference": difference},
         },
     )
+    for name in ("run.json", "predictions.jsonl", "heldout.jsonl"):  # raw files, read by no release
+        (folder / name).write_text("")
     row = {"status": "unscored", "unscored_reason": "no_judge", "key": "k"}
     asked = {"task": "rows:number", "question": "Sales: 4.\n\nHow much?", "reference": "4"}
     lines = [row, row | asked, row | asked | {"question": "Sales: 4. Say again: how much?"}]

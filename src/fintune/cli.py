@@ -462,7 +462,9 @@ def _release(config: "Config", *, fresh: bool, accept: str | None) -> None:
     """The stage, after what only another one can say: that the results are those of the answers."""
     from fintune.evals.report import check_results
     from fintune.release.bundle import release as stage
+    from fintune.seal import check_place
 
+    check_place(config.release_dir)
     check_results(config.eval_dir)
     stage(config, fresh=fresh, accept=accept)
 
