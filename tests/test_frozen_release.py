@@ -202,6 +202,16 @@ def test_one_bit_is_refused(release: Path, name: str) -> None:
     assert (said.code, f"changed: {name}" in said.err) == (3, True), said.err
 
 
+def test_a_refusal_has_its_table_and_its_json_up_to_the_first_failed_stage(release: Path) -> None:
+    (release / "README.md").write_text("other")
+    said = verify(release)
+    assert said.code == 3
+    assert re.search(r"checksums \S* *failed \S* *changed: README\.md", said.out), said.out
+    found = verify(release, "--json")
+    checks = {check["name"]: check["status"] for check in json.loads(found.out)}
+    assert (found.code, checks) == (3, {"files": "ok", "checksums": "failed"})
+
+
 def test_one_bit_under_rewritten_hashes_is_refused_by_the_answers(release: Path) -> None:
     path = release / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
@@ -515,10 +525,14 @@ def test_push_says_what_it_would_upload(chain: tiny.Chain) -> None:
     assert all(path.name in said.out for path in chain.release.iterdir())
 
 
-def test_push_of_a_broken_release_is_refused(release: Path) -> None:
+@pytest.mark.parametrize("form", ["merged", "gguf", "ollama", "vllm", "push"])
+def test_no_form_is_made_of_a_broken_release(release: Path, tmp_path: Path, form: str) -> None:
     (release / "README.md").write_text("other")
-    said = export("push", release, "--repository", "a/b")
-    assert (said.code, "changed: README.md" in said.err) == (3, True)
+    words = {"vllm": [], "push": ["--repository", "a/b"]}.get(form, ["--out", tmp_path / "made"])
+    said = export(form, release, *words)
+    assert (said.code, "changed: README.md" in said.err) == (3, True), said.err
+    assert {path.name for path in tmp_path.iterdir()} - {".made.lock"} == {"release"}
+    assert said.out == ""
 
 
 @pytest.mark.parametrize(
