@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
+from fintune.model import load_release, release_base
+from fintune.release.golden import check_answers, make_golden_prompts
 from fintune.release.verify import verify
 
 Folders = tuple[Path, Path]
@@ -128,6 +130,23 @@ def test_other_base_of_the_same_shape_is_refused(built: Folders, tmp_path: Path)
     other = tiny_base(tmp_path / "other", seed=5)
     with pytest.raises(GateRefused, match="base: trained on another base"):
         verify(folder, base=other).settle()
+
+
+def test_answers_hold_over_precisions_and_no_release_loosens_its_own_tolerance(
+    built: Folders,
+) -> None:
+    """Recorded in bf16 and verified in fp32 passes; named bf16 does not let other weights pass."""
+    folder, base = built
+    found = release_base(folder, base)
+    exact, coarse = (load_release(folder, found, dtype=name) for name in ("fp32", "bf16"))
+    golden = make_golden_prompts(coarse)
+    assert golden["decoding"]["dtype"] == "bf16"
+    (check,) = check_answers(golden, exact)
+    assert check.status == "ok", check.detail
+    for row in golden["conversations"]:
+        row["answer"]["logprobs"] = [value - 0.2 for value in row["answer"]["logprobs"]]
+    (check,) = check_answers(golden, exact)
+    assert check.status == "failed" and "in the mean" in check.detail
 
 
 def test_template_walls() -> None:
