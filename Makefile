@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-gguf check lock reference soak clean
+.PHONY: demo test test-all test-gguf check lock docs soak clean
 
 demo: .venv/installed
 	$(BIN)/fintune demo
@@ -21,7 +21,7 @@ test-gguf: .venv/installed
 	test -d $(LLAMA) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(LLAMA) --no-binary llama-cpp-python llama-cpp-python==0.3.36 diskcache==5.6.3
 	PYTHONPATH=$(LLAMA) $(BIN)/python -m pytest tests/test_release_gguf.py
-	PYTHONPATH=$(LLAMA) $(BIN)/python bench/gguf_tokens.py
+	PYTHONPATH=$(LLAMA) $(BIN)/python tools/gguf_tokens.py
 
 check: .venv/installed
 	$(BIN)/ruff check
@@ -49,8 +49,9 @@ lock: .venv/installed
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
 
-reference: .venv/installed
-	$(BIN)/python bench/reference.py
+# Tables of figures in README.md and docs/ from bench/results/*.json; docs/reference.md from the code.
+docs: .venv/installed
+	$(BIN)/python tools/docs.py
 
 # The long form of tests/test_survival.py: about an hour, prints every figure of docs/survival.md.
 soak: .venv/installed

@@ -1,4 +1,4 @@
-"""Figures of the stage `prepare`, each beside what it is measured against.
+"""Figures of the stage `prepare`, each beside its goal.
 
     python bench/prepare.py language|related|contamination|siblings|personal|tokens|kill|scale|all
 
@@ -19,13 +19,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from stdnum import luhn
+from stdnum.us import rtn, ssn
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -34,19 +36,24 @@ BENCHMARKS = SHARED / "data" / "benchmarks"
 RESULTS = ROOT / "bench" / "results" / "data.json"
 sys.path.insert(0, str(ROOT / "src"))
 
+from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import not_english  # noqa: E402
 from fintune.data.personal import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
+from fintune.data.rows import to_messages  # noqa: E402
 from fintune.data.sources import named  # noqa: E402
 from fintune.data.text import asked, hash64, normal, passage  # noqa: E402
-from fintune.example import Example, Message  # noqa: E402
+from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
+from fintune.model import Base, load_tokenizer  # noqa: E402
 
 SCALE_ROWS, KILLS = 518_185, 20
 PLANTED, ROWS_UNDER_PLANTS = 50, 20_000
+DATE = "26 Jul 2024"
+MAX_LENGTH = 2048
 
 
 def sample() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -283,7 +290,6 @@ def _example(user: str, answer: str) -> Example:
 
 def personal(_: Path) -> dict[str, Any]:
     """Recall of 500 planted values, and real rows flagged."""
-    from planted import personal_values
 
     rng = random.Random(2026)
     texts = ["\n".join(text_of(row)) for row in sample()[0]]
@@ -306,7 +312,7 @@ def tokens(folder: Path) -> dict[str, Any]:
     """Our tokenising and masking beside TRL's, the same rows, one process each."""
     seconds = {}
     for name in ("ours", "trl"):
-        command = [sys.executable, str(ROOT / "bench" / "tokens.py"), name, str(folder)]
+        command = [sys.executable, __file__, "tokenize", name, str(folder)]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds[name] = json.loads(run.stdout.strip().split("\n")[-1])
     ours = np.load(folder / "ours.npy", allow_pickle=False)
@@ -422,6 +428,147 @@ def machine() -> dict[str, Any]:
     }
 
 
+def conversations() -> list[tuple[Message, ...]]:
+    """Every row of the sample as system, user, assistant; turns inside a text stay inside."""
+    lines = (SHARED / "data" / "finance_instruct_sample.jsonl").read_bytes().split(b"\n")
+    rows = [to_messages(json.loads(line), None, inline_turns=False) for line in lines if line]
+    return [tuple(Message(m.role, m.content.strip()) for m in row) for row in rows]
+
+
+def fingerprint(ids: list[int], labels: list[int]) -> int:
+    """A number for ids and labels, never 0; rows over the length are 0 in both."""
+    if len(ids) >= MAX_LENGTH or all(label == IGNORE_INDEX for label in labels):
+        return 0
+    return hash64(str(ids), str(labels)) | 1
+
+
+def _ours(tokenizer: Any, rows: list[tuple[Message, ...]]) -> tuple[float, list[int]]:
+    """ChatFormat.encode_many, with all its checks."""
+    chat = ChatFormat(tokenizer, DATE)
+    start = time.perf_counter()
+    encoded = [e for at in range(0, len(rows), 512) for e in chat.encode_many(rows[at : at + 512])]
+    seconds = time.perf_counter() - start
+    return seconds, [fingerprint(e.input_ids, e.labels) for e in encoded]
+
+
+def _trl(tokenizer: Any, rows: list[tuple[Message, ...]]) -> tuple[float, list[int]]:
+    """TRL's own preparation, up to ids and labels."""
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    def turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+        return [{"role": m.role, "content": m.content} for m in messages]
+
+    table = Dataset.from_list(
+        [
+            {
+                "prompt": turns(row[:-1]),
+                "completion": turns(row[-1:]),
+                "chat_template_kwargs": {"date_string": DATE},
+            }
+            for row in rows
+        ]
+    )
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    model = LlamaForCausalLM(shape).to(torch.float32)
+    args = SFTConfig(
+        output_dir="/tmp/trl", max_length=None, report_to=[], use_cpu=True, bf16=False,
+        dataset_num_proc=None, 
+    )  # fmt: skip
+    start = time.perf_counter()
+    trainer = SFTTrainer(model, args, train_dataset=table, processing_class=tokenizer)
+    seconds = time.perf_counter() - start
+    found = []
+    for row in trainer.train_dataset:
+        found.append(fingerprint(list(row["input_ids"]), list(row["labels"])))
+    return seconds, found
+
+
+def tokenize(name: str, folder: Path) -> None:
+    """Measure one of the two in this process: seconds as JSON; one number a row (a hash of its ids
+    and labels, 0 where the row was not kept) to FOLDER/NAME.npy, so that the two are compared."""
+    tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
+    rows = conversations()
+    seconds, found = (_ours if name == "ours" else _trl)(tokenizer, rows)
+    np.save(folder / f"{name}.npy", np.array(found, np.uint64))
+    cpu = round(sum(os.times()[:2]), 2)
+    facts = {"seconds": round(seconds, 2), "process_cpu_seconds": cpu, "rows": len(found)}
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def _digits(rng: random.Random, count: int) -> str:
+    return "".join(str(rng.randrange(10)) for _ in range(count))
+
+
+def card(rng: random.Random) -> str:
+    """A card number of four issuers, plain or grouped."""
+    prefix = rng.choice(["4", "51", "55", "34", "37", "6011", "2221"])
+    size = 15 if prefix in ("34", "37") else 16
+    body = prefix + _digits(rng, size - len(prefix) - 1)
+    number = body + luhn.calc_check_digit(body)
+    cuts = (0, 4, 8, 12, 16) if size == 16 else (0, 4, 10, 15)
+    groups = [number[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return rng.choice(["", " ", "-"]).join(groups)
+
+
+def iban(rng: random.Random) -> str:
+    """An account of three countries, plain or grouped by four."""
+    country, bank, size = rng.choice([("DE", "", 18), ("GB", "NWBK", 14), ("NL", "ABNA", 10)])
+    body = bank + _digits(rng, size)
+    remainder = int("".join(str(int(sign, 36)) for sign in f"{body}{country}00")) % 97
+    text = f"{country}{98 - remainder:02d}{body}"
+    return rng.choice([text, " ".join(text[at : at + 4] for at in range(0, len(text), 4))])
+
+
+def social(rng: random.Random) -> str:
+    """A social security number that could have been issued."""
+    while not ssn.is_valid(text := f"{_digits(rng, 3)}-{_digits(rng, 2)}-{_digits(rng, 4)}"):
+        continue
+    return text
+
+
+def routing(rng: random.Random) -> str:
+    """A bank's routing number with the words around it."""
+    while not rtn.is_valid(text := _digits(rng, 9)):
+        continue
+    return rng.choice(["routing number ", "ABA routing number: ", "RTN "]) + text
+
+
+def email(rng: random.Random) -> str:
+    """An address."""
+    name = rng.choice(["john.doe", "a_b", "mary+x", "k-lee"])
+    return f"{name}{rng.randrange(99)}@{rng.choice(['example.com', 'bank.co.uk', 'mail.fin.org'])}"
+
+
+def phone(rng: random.Random) -> str:
+    """A number of three countries in common spellings."""
+    area, local = rng.randrange(200, 999), f"{rng.randrange(200, 999)}-{_digits(rng, 4)}"
+    forms = [f"({area}) {local}", f"{area}-{local}", f"+1 {area}-{local}"]
+    forms += [f"{area}.{local.replace('-', '.')}", f"+44 20 7946 {_digits(rng, 4)}"]
+    return rng.choice([*forms, f"+49 30 {_digits(rng, 6)}"])
+
+
+PERSONAL = {
+    "card": card, "iban": iban, "ssn": social,
+    "routing_number": routing, "email": email, "phone": phone,
+}  # fmt: skip
+
+
+def personal_values(rng: random.Random, count: int) -> Iterator[tuple[str, str]]:
+    """`count` values with their kinds."""
+    for _ in range(count):
+        kind = rng.choice(sorted(PERSONAL))
+        yield kind, PERSONAL[kind](rng)
+
+
 FIGURES = {
     f.__name__: f
     for f in (language, related, contamination, siblings, personal, tokens, kill, scale)
@@ -441,4 +588,9 @@ def main(wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1:2] == ["tokenize"]:
+        tokenize(sys.argv[2], Path(sys.argv[3]))
+    elif len(sys.argv) != 2 or sys.argv[1] not in {*FIGURES, "all"}:
+        sys.exit(__doc__)
+    else:
+        main(sys.argv[1])

@@ -41,17 +41,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from fintune import attention  # noqa: E402
-from fintune.collate import CPU_MULTIPLE, Collator  # noqa: E402
+from fintune.collate import CPU_PAD_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
-from fintune.example import IGNORE  # noqa: E402
+from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
+from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.train import memory, pointwise  # noqa: E402
-from fintune.train.record import Record  # noqa: E402
-from fintune.train.room import Room  # noqa: E402
+from fintune.stop import StopRequest  # noqa: E402
+from fintune.train import memory  # noqa: E402
 from fintune.train.rows import Rows  # noqa: E402
 from fintune.train.run import _build, _order  # noqa: E402
-from fintune.train.stop import StopRequest  # noqa: E402
+from fintune.train.run_state import RunState  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DROPOUT = 0.1
@@ -110,7 +110,7 @@ def _ours(folder: Path, epochs: int) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     run, stop = config.run_dir, StopRequest()
     run.mkdir(parents=True, exist_ok=True)
-    return _build(config, rows, {}, tokenizer, base, stop, Room(run, lambda: False), Record(run))
+    return _build(config, rows, tokenizer, base, stop, RunState(run, {}))
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
@@ -184,7 +184,7 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
             model=get_peft_model(model, config),
             args=TrainingArguments(**common, train_sampling_strategy="group_by_length"),
             train_dataset=table,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX),
         )
     from trl import SFTConfig, SFTTrainer
 
@@ -238,7 +238,9 @@ def _check(trainer: Any, rows: Any) -> Answer:
     One row at a time goes through transformers' own model and torch's cross-entropy.
     """
     model = trainer.model.eval()
-    count = sum(sum(label != IGNORE for label in row[1:]) for row in rows["labels"].to_pylist())
+    count = sum(
+        sum(label != IGNORE_INDEX for label in row[1:]) for row in rows["labels"].to_pylist()
+    )
     with torch.no_grad():
         batches = list(trainer.get_train_dataloader())
         total = sum(
@@ -253,7 +255,9 @@ def _check(trainer: Any, rows: Any) -> Answer:
         for row in rows.to_pylist():
             logits = bare(torch.tensor([row["input_ids"]]).to(bare.device)).logits[0, :-1].float()
             targets = torch.tensor(row["labels"][1:]).to(bare.device)
-            alone += float(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
+            alone += float(
+                F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            )
     model.train()
     return {"loss": total, "one_at_a_time": alone / count}
 
@@ -267,8 +271,8 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
         pointwise.fuse(model)
     memory.hold()
     order, _ = _order(config_of(folder, 1), rows, 1, None)
-    multiple = CPU_MULTIPLE if model.device.type == "cpu" else 1
-    collator = Collator(flat=True, pad_token_id=0, multiple=multiple)
+    multiple = CPU_PAD_MULTIPLE if model.device.type == "cpu" else 1
+    collator = Collator(padding_free=True, pad_token_id=0, pad_to_multiple_of=multiple)
     memory.give_back()
     base_bytes = _in_use()
     for number, _ in enumerate(_orders()):

@@ -8,12 +8,13 @@ damage       every file of a checkpoint x missing, empty, half, one bit, another
 drift        config, data, tokenizer, template or base changed in 12 ways
 signals      SIGTERM and Ctrl-C in every place, and a second one
 finite       NaN and infinity in loss, gradient, evaluation; first, middle, last step
-disk         12 amounts of room left at a save: given back in time, and never
+disk         a volume with 12 amounts of free space at a save
 best         the lowest evaluation at each of 8 positions, evaluation 2, save 4
 long         20,000 updates, 400 saves: memory and file handles
 cost         seconds of everything that is there for safety, in a run of the nano preset
 
-torch is imported once; each victim is a fork. Rows are kept in bench/results/survival.json.
+torch is imported once; each victim is a fork. Rows are kept in bench/results/survival.json;
+`make docs` writes them to the page.
 """
 
 import json
@@ -23,7 +24,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,19 +34,18 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "survival.json"
-PAGE, MARK = ROOT / "docs" / "survival.md", "<!-- figures -->"
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "tools")]
 
 import victims  # noqa: E402
 from victims import SAVE, STEPS, harmed, print_of, usable  # noqa: E402
 
+from fintune import files  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
-from fintune.files import read_json, read_jsonl, sha256_file, write_json, write_text  # noqa: E402
-from fintune.train import checkpoints, room, trainer  # noqa: E402
-from fintune.train.metrics import Metrics  # noqa: E402
+from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
+from fintune.train import checkpoints, trainer  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
@@ -278,28 +277,18 @@ def disk(bench: Bench) -> Row:
     size = sum(path.stat().st_size for path in names)
     rows = []
     for left in np.linspace(0, 0.9 * size, SIZES).astype(int).tolist():
-        row: Row = {"bytes_left": left}
-        for case in ("given back", "stays full"):
-            with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
-                config = bench.new(f"train.out={volume / 'run'}")
+        with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
+            config = bench.new(f"train.out={volume / 'run'}")
 
-                def full(case: str = case, volume: Path = volume, left: int = left) -> None:
-                    room.POLL_S, room.WAIT_S = 0.1, 1.0
-                    room.free_bytes = lambda folder: 2**60
-                    ballast = victims.fill(volume, left)
-                    if case == "given back":
-                        room.WAIT_S = 60.0
-                        threading.Timer(1.0, ballast.unlink).start()
+            def full(volume: Path = volume, left: int = left) -> None:
+                files.free_bytes = lambda folder: 2**60
+                victims.fill(volume, left)
 
-                harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
-                outcome = harmed(lambda c=config: train(c), harm)
-                if case == "given back":
-                    row[case] = outcome.code == 0 and print_of(config) == bench.mark
-                else:
-                    row["exit"] = outcome.code
-                    row["intact"] = usable(config)
-                    (volume / "ballast").unlink()
-                    row["continued_identically"] = bench.same(config)
+            harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
+            row: Row = {"bytes_left": left, "exit": harmed(lambda c=config: train(c), harm).code}
+            row |= {"intact": usable(config), "half_written": victims.half_written(config.run_dir)}
+            (volume / "ballast").unlink()
+            row["continued_identically"] = bench.same(config)
         rows.append(row)
     return {"checkpoint_bytes": size, "sizes": rows}
 
@@ -399,7 +388,7 @@ def cost(bench: Bench) -> Row:
 
         watch(trainer.LoraTrainer, "_save_whole", "checkpoint")
         watch(trainer.LoraTrainer, "_write_best", "best adapter")
-        watch(Metrics, "append", "metrics lines")
+        watch(files.JsonlLog, "append", "metrics lines")
         watch(trainer.Losses, "add", "spike rule")
         watch(sys.modules[train.__module__], "check_best", "last look")
         watch(trainer.LoraTrainer, "train", "the whole run")
@@ -425,77 +414,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
 }
 
 
-def table(kept: Row) -> str:
-    """The figures as the page shows them; a row that was not measured says so."""
-
-    def places(row: Row) -> str:
-        found = row["places"].values()
-        good = sum(p["exit"] == 75 and p.get("identical", p.get("nothing_left")) for p in found)
-        slowest = max(place["seconds"] for place in found)
-        return f"{good} of {len(found)}: exit 75, out within {slowest} s, identical"
-
-    def cases(row: Row) -> str:
-        found = row["cases"].values()
-        good = sum(c["exit"] == 65 and c["at_that_step"] and c["last_good_kept"] for c in found)
-        files = row["files_with_non_finite_numbers"]
-        return f"{good} of {len(found)} stopped at that step; {files} files with such a number"
-
-    def sizes(row: Row) -> str:
-        if "skipped" in row:
-            return str(row["skipped"])
-        found = row["sizes"]
-        kept = sum(len(r["intact"]) == 2 and r["exit"] == 74 for r in found)
-        on = sum(r["given back"] and r["continued_identically"] for r in found)
-        return f"{kept} of {len(found)} kept both checkpoints, {on} went on identically"
-
-    lines: dict[str, tuple[str, Callable[[Row], str]]] = {
-        "kills": (
-            "kill -9 at random moments, the same command again",
-            lambda r: f"{r['kills']} kills of {r['runs']} runs: {r['identical_runs']} identical",
-        ),
-        "boundaries": (
-            "kill -9 before each touch of a file in a save; then five deep",
-            lambda r: (
-                f"{r['identical']} of {r['boundaries']} identical; chains"
-                f" {r['chains_identical']} of {r['chains_five_deep']}"
-            ),
-        ),
-        "damage": (
-            "each file missing, empty, half, one bit, another run's",
-            lambda r: f"{r['named']} of {r['cases']} named, {r['fell_back']} fell back",
-        ),
-        "drift": (
-            "config, data, tokenizer, template or base changed in 12 ways",
-            lambda r: f"{r['refused_by_name']} of {len(r['ways'])} refused by name",
-        ),
-        "signals": ("SIGTERM and Ctrl-C in eight places", places),
-        "finite": ("NaN, infinity: first, middle, last step", cases),
-        "disk": ("a full disk, 12 amounts of room left", sizes),
-        "best": (
-            "the best evaluation at each of 8 positions",
-            lambda r: f"{r['released_is_the_best']} of {r['positions']} released",
-        ),
-        "long": (
-            "many updates and saves in one process",
-            lambda r: (
-                f"{r['updates']:,} updates, {r['saves']} saves: memory {r['growth']:+.1%},"
-                f" file handles {' to '.join(map(str, r['handles']))}"
-            ),
-        ),
-        "cost": (
-            "share of the run's seconds spent on all this, a save every 100 updates",
-            lambda r: f"{r['share']:.2%} of {r['seconds_of_the_run']:.0f} s (the nano preset)",
-        ),
-    }
-    shown = [
-        f"| {what} | {figure(kept[name]) if name in kept else 'not measured yet'} |"
-        for name, (what, figure) in lines.items()
-    ]
-    return "\n".join(["| harm | measured |", "|---|---|", *shown])
-
-
 def main(wanted: list[str]) -> None:
-    """Measure rows, print each, and keep them in the results file and on the page."""
+    """Measure rows, print each, and keep them in the results file."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
@@ -509,9 +429,6 @@ def main(wanted: list[str]) -> None:
             kept = read_json(RESULTS) if RESULTS.is_file() else {}
             kept.pop("format", None)
             write_json(RESULTS, kept | {name: row})
-            before, after = PAGE.read_text(encoding="utf-8").split(MARK)[::2]
-            parts = (before, f"\n{table(kept | {name: row})}\n", after)
-            write_text(PAGE, MARK.join(parts))
 
 
 if __name__ == "__main__":

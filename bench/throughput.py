@@ -1,11 +1,22 @@
-"""Useful tokens a second, memory and batches against what a user would pick instead.
+"""The engine: tokens a second against what a user would pick instead, and what the plan costs.
 
-    python bench/throughput.py [--rounds N] [--rows N] [--sides "NAME;..."]
+    python bench/throughput.py [race] [--rounds N] [--rows N] [--sides "NAME;..."]
+    python bench/throughput.py curve [--seeds 5] [--steps 60]
+    python bench/throughput.py deal
 
-Contestants (sides.py) live in processes of their own and take turns, an epoch each, so that the
-machine's moods meet all of them; a ratio is the median over rounds. Their rows are the same: real
-conversations of shared/data in the Llama 3 format, ids folded into the small model's vocabulary.
-Results go to bench/results/throughput.json.
+race   Contestants (sides.py) live in processes of their own and take turns, an epoch each, so that
+       the machine's moods meet all of them; a ratio is the median over rounds. Their rows are the
+       same: real conversations of shared/data in the Llama 3 format, ids folded into the small
+       model's vocabulary.
+curve  Final held-out loss at equal updates, the nano base on its sample rows: `stratified` against
+       `random` and `bucketed`, and one dropout mask for projections that share an input against one
+       each. Relative differences, paired by seed, with a 95 % t interval; what is above zero is
+       worse for the product's default.
+deal   The batch plan's own cost for 500,000 rows (real lengths, drawn again), and how equal the
+       shares of processes are: an update's imbalance is its busiest process over the mean, less
+       one, for the updates of an epoch but the ragged last.
+
+Results go to bench/results/throughput.json, curve.json, deal.json.
 """
 
 import argparse
@@ -14,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -29,13 +42,20 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-from tokens import DATE, conversations  # noqa: E402
+from prepare import DATE, conversations  # noqa: E402
+from sides import _forget_peak, _in_use, _peak, matrix_rate  # noqa: E402
 
 from fintune import batches  # noqa: E402
+from fintune.batches import Ints, plan_epoch  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
-from fintune.files import write_json  # noqa: E402
+from fintune.config import load_config  # noqa: E402
+from fintune.data.prepare import prepare  # noqa: E402
+from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
+from fintune.train.memory import give_back  # noqa: E402
+from fintune.train.run import train  # noqa: E402
 
+RESULTS = ROOT / "bench" / "results"
 SHAPE = {
     "vocab_size": 16_384,
     "hidden_size": 512,
@@ -62,6 +82,15 @@ PEERS = (
 SIDES = ("ours", "floor", "floor, our norms and rotation", *PEERS)
 SEEDS = 100
 """Plans whose neighbour correlation is averaged: of one epoch of 187 steps it is hardly known."""
+VARIANTS = {
+    "stratified": {},
+    "random": {"train.plan": "random"},
+    "bucketed": {"train.plan": "bucketed"},
+    "independent masks": {"train.lora.shared_dropout": "false"},
+}
+"""Settings whose final loss is compared with `stratified`."""
+MANY = 500_000
+WORLDS = (2, 4, 8)
 AGREES = 1e-3
 """Relative difference from one row at a time beyond which a setting trains something else."""
 
@@ -147,12 +176,10 @@ def make(
     return chosen
 
 
-def plans(lengths: batches.Ints) -> dict[str, Any]:
+def plans(lengths: Ints) -> dict[str, Any]:
     """Facts of an epoch over all real lengths: ours, and transformers' group_by_length."""
     ours = [
-        batches.plan_epoch(
-            lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=seed, epoch=0
-        )
+        plan_epoch(lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=seed, epoch=0)
         for seed in range(SEEDS)
     ]
     torch.manual_seed(0)
@@ -170,7 +197,7 @@ def plans(lengths: batches.Ints) -> dict[str, Any]:
     }
 
 
-def _facts(lengths: batches.Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
+def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
     facts = batches.facts(lengths, plan, padded=padded)
     return {name: round(getattr(facts, name), 4) for name in facts.__slots__}
 
@@ -234,14 +261,8 @@ def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def whole_race(options: argparse.Namespace) -> None:
     """Check, race, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--sides", default=";".join(SIDES), help="names, separated by ;")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "throughput.json")
-    options = parser.parse_args()
     names = options.sides.split(";")
     if unknown := set(names) - set(SIDES):
         raise SystemExit(f"no such contestant: {', '.join(sorted(unknown))}; known: {SIDES}")
@@ -280,10 +301,124 @@ def main() -> None:
 
 def share(found: dict[str, Any], layer: int) -> float:
     """Our share of the machine's bf16 matrix rate, at 4 x layer parameters a token."""
-    from sides import matrix_rate
-
     floor = 4 * layer * SHAPE["num_hidden_layers"]
     return float(found["ours"]["useful_tokens_per_second"] * floor / matrix_rate())
+
+
+def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, Any]) -> float:
+    """Held-out loss after the last update."""
+    values = {
+        "out": out,
+        "data.out": data,
+        "seed": seed,
+        "train.max_steps": steps,
+        "train.eval_steps": steps,
+        "train.save_steps": steps,
+        "train.lora.dropout": 0.1,
+        **changes,
+    }
+    config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    train(config)
+    rows = list(read_jsonl(config.run_dir / "metrics.jsonl"))
+    return float([row["eval_loss"] for row in rows if "eval_loss" in row][-1])
+
+
+def compare(ours: list[float], other: list[float]) -> dict[str, Any]:
+    """Relative difference of ours to the other, paired; mean and 95 % t interval."""
+    difference = np.array(ours) / np.array(other) - 1
+    half = stats.sem(difference) * stats.t.ppf(0.975, len(difference) - 1)
+    mean = difference.mean()
+    return {
+        "mean": round(float(mean), 5),
+        "interval": [round(float(mean - half), 5), round(float(mean + half), 5)],
+    }
+
+
+def curve(options: argparse.Namespace) -> None:
+    """Train every variant with every seed."""
+    losses: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        prepare(load_config("nano", [f"out={root}"]))
+        for seed in range(options.seeds):
+            for name, changes in VARIANTS.items():
+                out = root / f"{name}-{seed}".replace(" ", "-")
+                loss = final_loss(out, root / "data", seed, options.steps, changes)
+                losses[name].append(round(loss, 6))
+                _say(f"seed {seed}  {name:18} held-out loss {loss:.4f}")
+    ours = losses["stratified"]
+    against = {name: compare(ours, other) for name, other in losses.items() if name != "stratified"}
+    results = {
+        "format": 1,
+        "machine": f"{os.cpu_count()} CPU cores",
+        "steps": options.steps,
+        "held_out_loss": losses,
+        "stratified_against": against,
+    }
+    write_json(RESULTS / "curve.json", results)
+    _say(f"{against}")
+
+
+def cost(lengths: Ints) -> dict[str, float]:
+    """Seconds, and resident MB more at the peak."""
+    give_back()  # what reading the rows left free would be used again
+    before, seconds = _in_use(), []
+    _forget_peak()
+    for epoch in range(5):
+        start = time.perf_counter()
+        plan_epoch(lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=0, epoch=epoch)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": round(median(seconds), 2), "peak_mb": round((_peak() - before) / 1e6)}
+
+
+def imbalance(lengths: Ints, world: int) -> dict[str, float]:
+    """Mean and worst update of an epoch of the seed's step: 64 rows for each process."""
+    plan = plan_epoch(
+        lengths,
+        micro_batch_size=MICRO,
+        accumulation=ACCUMULATION,
+        seed=0,
+        epoch=0,
+        world_size=world,
+    )
+    shares = np.array(
+        [
+            [sum(int(lengths[batch].sum()) for batch in step) for step in plan.rank(rank, world)]
+            for rank in range(world)
+        ]
+    )[:, :-1]
+    over = shares.max(0) / shares.mean(0) - 1
+    return {"mean": round(float(over.mean()), 5), "worst": round(float(over.max()), 5)}
+
+
+def deal(options: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    lengths = encoded()["length"].to_numpy().astype(np.int64)
+    result = {
+        "rows": MANY,
+        "cost": cost(np.random.default_rng(0).choice(lengths, MANY)),
+        "real_rows": len(lengths),
+        "imbalance": {str(world): imbalance(lengths, world) for world in WORLDS},
+    }
+    write_json(RESULTS / "deal.json", result)
+    _say(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    """One of the three; the race where none is named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = {"race": whole_race, "curve": curve, "deal": deal}
+    parser.add_argument("kind", nargs="?", choices=kinds, default="race")
+    parser.add_argument("--rounds", type=int, default=3, help="of the race")
+    parser.add_argument("--rows", type=int, default=128, help="of the race")
+    parser.add_argument("--sides", default=";".join(SIDES), help="of the race, separated by ;")
+    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json", help="of the race")
+    parser.add_argument("--seeds", type=int, default=5, help="of the curve")
+    parser.add_argument("--steps", type=int, default=60, help="of the curve")
+    options = parser.parse_args()
+    kinds[options.kind](options)
 
 
 def _say(text: str) -> None:

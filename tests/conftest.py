@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,3 +56,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     changes = [f"data.source={root / 'rows.jsonl'}", f"out={root}", f"model.path={tiny_base}"]
     prepare(load_config("nano", [*changes, "model.id=test/tiny"]))
     return root / "data"
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tiny.Chain:
+    """Prepare, train, eval and release on the tiny base; read only."""
+    return tiny.make_chain(tmp_path_factory.mktemp("chain") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(chain: tiny.Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tiny.Server]:
+    """The chain's release, served without a key."""
+    serving = tiny.Server(chain.release, tmp_path_factory.mktemp("server") / "log")
+    yield serving
+    serving.stop()

@@ -18,9 +18,10 @@ FENCED = re.compile(r"<([\w ]+) ([0-9a-f]{32})>\n(.*?)\n</\1 \2>", re.DOTALL)
 RETRIED = (
     "429 after seconds", "429 after a date", "429", "408", "409", "500", "502 html", "503", "529",
     "reset before the reply", "reset in the reply", "timeout", "drip",
-    "empty", "html", "cut json", "null content",
 )  # fmt: skip
-REPAIRED = ("wrong schema", "wrong id", "prose")
+ASKED_AGAIN = ("empty", "html", "cut json", "null content")
+"""No completion: the call stays open, and the next run of the command makes it."""
+UNSCORED = ("wrong schema", "wrong id", "prose")
 FINE = ("5 MB",)
 STOPPED = ("401", "402", "404")
 
@@ -28,10 +29,6 @@ STOPPED = ("401", "402", "404")
 def honest(prompt: str) -> dict[str, Any]:
     """Candidates that say the reference win; two alike are a tie."""
     texts = {name: text for name, _, text in FENCED.findall(prompt)}
-    if "candidate" in texts:
-        right = texts["candidate"] == texts["reference"]
-        checks = {"agrees": right, "contradicts": not right, "grounded": right}
-        return {**checks, "complete": right, "safe": True, "quality": 5 if right else 1}
     a, b = (texts[f"candidate {slot}"] == texts["reference"] for slot in "AB")
     return {"winner": "tie" if a == b else "A" if a else "B"}
 
@@ -42,6 +39,8 @@ class FakeJudge:
     Attributes:
         asked: requests by call (the Idempotency-Key).
         paid: completions made by call, delivered or not.
+        keys: the authorization headers that came.
+        elsewhere: where a redirect leads.
     """
 
     def __init__(
@@ -51,7 +50,8 @@ class FakeJudge:
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[str] = []
-        self.secret = ""
+        self.keys: set[str | None] = set()
+        self.secret = self.elsewhere = ""
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
@@ -115,7 +115,8 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
             call = self.headers["idempotency-key"]
             with judge.lock:
                 judge.asked[call] += 1
-                first = judge.asked[call] == 1 and call.endswith("-2")
+                judge.keys.add(self.headers["authorization"])
+                first = judge.asked[call] == 1
                 judge.bodies.append(json.dumps(request))
             fault = judge.fault if first or judge.fault in STOPPED else ""
             time.sleep(judge.delay)
@@ -123,7 +124,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 self._answer(request, call, fault)
 
         def _answer(self, request: dict[str, Any], call: str, fault: str) -> None:
-            status = re.match(r"[45]\d\d", fault)
+            status = re.match(r"[345]\d\d", fault)
             if status:
                 self._refuse(int(status[0]), fault)
             elif fault == "reset before the reply":
@@ -157,7 +158,7 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 judge.paid[call] += 1
 
         def _refuse(self, status: int, fault: str) -> None:
-            extra = {}
+            extra = {"location": judge.elsewhere} if status < 400 else {}
             if "seconds" in fault:
                 extra["retry-after"] = "0.3"
             if "date" in fault:

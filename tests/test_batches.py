@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from fintune.batches import (
     EpochPlan,
     choose_boundaries,
-    deal_again,
     facts,
-    parts_under,
+    micro_batches_under,
     plan_epoch,
     plan_evaluation,
+    rebalance,
 )
 from fintune.errors import ConfigError
 
@@ -119,14 +119,14 @@ def test_ranks_share_tokens_equally(plan: str, most: float, world: int) -> None:
 def test_a_cap_on_tokens_splits_every_step() -> None:
     lengths = np.array([100] * 60 + [900] * 4)
     planned = make(lengths.tolist(), micro_batch_size=16, accumulation=2)
-    parts = parts_under(1000, lengths, [planned], 2)
-    capped = deal_again(lengths, planned, parts)
+    parts = micro_batches_under(1000, lengths, [planned], 2)
+    capped = rebalance(lengths, planned, parts)
     assert max(lengths[batch].sum() for batch in chain(*capped.steps)) <= 1000
     assert {len(step) for step in capped.steps} == {parts}
     for before, after in zip(planned.steps, capped.steps, strict=True):
         assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
     with pytest.raises(ConfigError, match="max_tokens: an example of"):
-        parts_under(500, lengths, [planned], 2)
+        micro_batches_under(500, lengths, [planned], 2)
 
 
 def test_chosen_boundaries_pad_least() -> None:

@@ -11,7 +11,7 @@ from fintune import nano
 from fintune.chat import ChatFormat
 from fintune.data.rows import Rejected, to_messages
 from fintune.errors import ModelError
-from fintune.example import IGNORE, Message
+from fintune.example import IGNORE_INDEX, Message
 from fintune.model import Base, load_tokenizer
 
 DATE = "26 Jul 2024"
@@ -37,7 +37,7 @@ def chat(tokenizer: Any) -> ChatFormat:
 
 def trained_text(chat: ChatFormat, messages: tuple[Message, ...]) -> str:
     encoded = chat.encode(messages)
-    kept = [label for label in encoded.labels if label != IGNORE]
+    kept = [label for label in encoded.labels if label != IGNORE_INDEX]
     return str(chat.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
 
@@ -48,7 +48,7 @@ def test_every_answer_and_its_end_of_turn_is_trained_and_nothing_else(chat: Chat
     encoded = chat.encode(CONVERSATION)
     assert len(encoded.input_ids) == len(encoded.labels)
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)
-    assert all(label in (IGNORE, token) for token, label in pairs)
+    assert all(label in (IGNORE_INDEX, token) for token, label in pairs)
     bos = chat.tokenizer.bos_token_id
     assert encoded.input_ids[0] == bos and encoded.input_ids.count(bos) == 1
 
@@ -62,7 +62,10 @@ def test_prompt_ids_begin_the_conversation(chat: ChatFormat) -> None:
     prompt = chat.prompt_ids(CONVERSATION)
     encoded = chat.encode(CONVERSATION)
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert encoded.labels[len(prompt) - 1] == IGNORE and encoded.labels[len(prompt)] != IGNORE
+    assert (
+        encoded.labels[len(prompt) - 1] == IGNORE_INDEX
+        and encoded.labels[len(prompt)] != IGNORE_INDEX
+    )
 
 
 @pytest.mark.parametrize("where", ["user", "assistant", "system"])
@@ -142,7 +145,7 @@ def test_labels_of_every_real_row_decode_to_its_answers() -> None:
             continue
     assert any(len(row) > 3 for row in rows)
     for row, encoded in zip(rows, chat.encode_many(rows), strict=True):
-        kept = [label for label in encoded.labels if label != IGNORE]
+        kept = [label for label in encoded.labels if label != IGNORE_INDEX]
         answers = [message.content.strip() for message in row if message.role == "assistant"]
         assert chat.tokenizer.decode(kept, clean_up_tokenization_spaces=False) == "".join(
             f"{answer}<|eot_id|>" for answer in answers

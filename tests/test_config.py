@@ -1,6 +1,8 @@
 """The config: typed, frozen, every problem at once, unknown keys answered."""
 
+import time
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ def test_overrides_are_typed() -> None:
         ("lora_r=8", "train.lora.r"),
         ("train.epochs=many", "valid integer"),
         ("train.epochs=0", "greater than or equal to 1"),
+        ("train.max_steps=0", "-1 trains all epochs"),
         ("train.learning_rate=.nan", "finite"),
         ("train.bucket_boundaries=[20, 10]", "must increase"),
         ("train.epochs", "key=value"),
@@ -60,9 +63,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", "/home/me")
     keys = ("out", "data.out", "train.out", "eval.out", "release.out", "model.path",
             "eval.regression_folder", "eval.judge.labels", "release.license_file")  # fmt: skip
-    tree = load_config("nano", [f"{key}=~/x" for key in keys]).model_dump(mode="json")
+    tree = load_config("nano", [f"{key}=~/{key}" for key in keys]).model_dump(mode="json")
     for key in keys:
-        assert reduce(lambda found, part: found[part], key.split("."), tree) == "/home/me/x", key
+        assert reduce(lambda found, part: found[part], key.split("."), tree) == f"/home/me/{key}"
 
 
 def test_all_problems_come_at_once() -> None:
@@ -86,6 +89,145 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         load_config(path)
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "key", "value"),
+    [
+        ("010", "train.epochs", 10),
+        ("0o10", "train.epochs", 8),
+        ("0x10", "train.epochs", 16),
+        ("1e-4", "train.learning_rate", 1e-4),
+        ("2E+1", "train.weight_decay", 20.0),
+        (".5", "train.weight_decay", 0.5),
+        ("true", "data.inline_turns", True),
+        ("False", "data.inline_turns", False),
+        ("null", "train.max_tokens", None),
+        ("~", "model.path", None),
+        ("'null'", "model.revision", "null"),
+        ("010", "name", "010"),
+        ("2024", "out", Path("2024")),
+        ("1234567", "model.revision", "1234567"),
+        ("1e10", "model.revision", "1e10"),
+        ("true", "data.source", "true"),
+        ("1:30", "data.source", "1:30"),
+        ("1_000", "data.source", "1_000"),
+        ("2024-07-26", "chat.date_string", "2024-07-26"),
+        ("on", "train.activation_checkpointing", "on"),
+        ("off", "data.personal_data", "off"),
+        ("no", "name", "no"),
+        ("{a: 010, b: yes}", "eval.tasks", {"a": "010", "b": "yes"}),
+        ("[010, 0o17]", "train.bucket_boundaries", (10, 15)),
+        ("[2024, {path: 007, split: 1}]", "data.benchmarks", None),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "--set"])
+def test_scalars_are_those_of_yaml_1_2_and_text_where_text_is_wanted(
+    spelled: str, key: str, value: object, way: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.yaml"
+    if way == "file":
+        *sections, last = key.split(".")
+        lines = [f"{'  ' * depth}{name}:\n" for depth, name in enumerate(sections)]
+        path.write_text("".join(lines) + f"{'  ' * len(sections)}{last}: {spelled}\n")
+        config = load_config(path)
+    else:
+        path.write_text("seed: 0o7\n")
+        config = load_config(path, [f"{key}={spelled}"])
+        assert config.seed == 7
+    found = reduce(getattr, key.split("."), config)
+    if key == "data.benchmarks":
+        assert [(item.path, item.split) for item in found] == [("2024", "test"), ("007", "1")]
+    else:
+        assert found == value and type(found) is type(value)
+    path.write_text(dump_yaml(config))
+    assert load_config(path) == config, "written out, it is the same"
+
+
+@pytest.mark.parametrize("spelled", ["1:30", "0b1", "maybe", "[1]", "''", "!!int 3"])
+def test_what_no_longer_is_a_number_is_refused_as_one(spelled: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.learning_rate|tag"):
+        load_config("nano", [f"train.learning_rate={spelled}"])
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(f'*{before}' for _ in range(9))}]\n"
+    for before, name in pairwise("abcdefghijklm")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LAUGHS, "alias"),
+        ("a: &a [*a]\n", "alias"),
+        ("a: " + "[" * 500_000, "levels"),
+        ("? " * 500_000, "levels"),
+        ("a: " + "{a: " * 100_000, "levels"),
+        ("a: [" + "a, " * 300_000 + "]", "5000 values"),
+        ("".join(f"k{number}: 1\n" for number in range(100_000)), "5000 values"),
+        ("# " + "x" * 2**21, "longer than"),
+        ("name: !!python/object/apply:os.system [ls]\n", "tag"),
+        ('name: "\\U00110000"\n', "not readable YAML"),
+        ("[a]: 1\n", "a key that is no word"),
+        ("a: 1\n---\nb: 2\n", "not readable YAML"),
+        ("<<: {epochs: 1}\n", "<<: unknown key"),
+    ],
+)
+def test_a_hostile_document_is_refused_at_once(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(path)
+    assert time.process_time() - started < 3, "0.3 s on a quiet machine"
+    assert len(str(caught.value)) < 500
+    if "\n" not in text:
+        with pytest.raises(ConfigError, match=says):
+            load_config("nano", [f"data.columns={text}"])
+
+
+SECRET = "sk-proj-AbCdEf0123456789xyz"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"eval.judge.api_key={SECRET}",
+        f"eval.judge.key_variable={SECRET}",
+        f"eval.judge.key_variable=[{SECRET}]",
+        f"eval.judge.max_tokens={SECRET}",
+        "eval.judge.max_tokens=sesame1",
+        f"eval.judge={{api_key: {SECRET}}}",
+        "eval.judge=[{api_key: sesame1}]",
+        f"eval={SECRET}",
+        f"train.epochs={SECRET}",
+        f"{SECRET}=1",
+        f"{SECRET}",
+        f"train.epochs=[{SECRET}",
+        "eval.judge.base_url=https://me:sesame1@host/v1",
+        "eval.judge.base_url={https://me:sesame1@host: 1}",
+    ],
+)
+def test_no_message_shows_a_secret(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("nano", [override])
+    assert SECRET not in str(caught.value) and "sesame1" not in str(caught.value)
+
+
+def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("eval:\n  judge: {api_key: sesame1: x}\n")
+    with pytest.raises(ConfigError, match="line 2") as caught:
+        load_config(path)
+    assert "sesame1" not in str(caught.value)
+
+
+def test_what_is_no_secret_is_shown() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs: .* \(given: 'many'\)"):
+        load_config("nano", ["train.epochs=many"])
+    with pytest.raises(ConfigError, match=r"data\.min_tokens: .* \(given: -1\)"):
+        load_config("nano", ["data.min_tokens=-1"])
 
 
 def test_a_preset_misspelt_is_suggested() -> None:

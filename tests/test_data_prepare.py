@@ -35,7 +35,7 @@ from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
 from fintune.data.text import hash64, passage
 from fintune.errors import DataError, OutputError
-from fintune.example import IGNORE, Example, Message
+from fintune.example import IGNORE_INDEX, Example, Message
 from fintune.files import read_json, sha256_file, sha256_json
 from fintune.model import Base, load_tokenizer
 
@@ -107,7 +107,7 @@ def test_rows_keep_ids_labels_and_messages(prepared: tuple[Config, dict[str, Any
         for row in pq.read_table(settings.data_dir / f"{name}.parquet").to_pylist():
             assert len(row["input_ids"]) == len(row["labels"]) == row["length"]
             assert row["length"] <= manifest["max_length"]
-            assert any(label != IGNORE for label in row["labels"])
+            assert any(label != IGNORE_INDEX for label in row["labels"])
             assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
 
 
@@ -150,7 +150,7 @@ def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) 
     green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
     assert "".join(green) == row["messages"][-1]["content"] + "<|eot_id|>"
     assert row["messages"][0]["content"] in text.plain.removesuffix(green[-1])
-    assert shown.trained == sum(label != IGNORE for label in row["labels"]) < shown.length
+    assert shown.trained == sum(label != IGNORE_INDEX for label in row["labels"]) < shown.length
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
 
 
@@ -436,11 +436,18 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
     assert kept == [100, 200]
 
 
+def test_a_system_without_cpu_affinity_prepares_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    prepare(config(tmp_path / "out", write(tmp_path / "rows.jsonl", rows(300))))
+
+
 def killed_in_writing(folder: Path, wait: float) -> None:
     """Let this process kill itself so many seconds after its first file is begun."""
 
     def watch() -> None:
-        while not [*folder.glob(".staging-data-*/*")]:
+        while not [*folder.glob(".staging-data/*")]:
             time.sleep(0.001)
         time.sleep(wait)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -461,7 +468,7 @@ def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path
         ):
             shutil.rmtree(settings.out, ignore_errors=True)
             harmed(lambda: prepare(settings), harm, kill_after=after)
-            landed += bool([*settings.out.glob(".staging-data-*/*")])
+            landed += bool([*settings.out.glob(".staging-data/*")])
             if settings.data_dir.exists():
                 seal.read_seal(settings.data_dir, stage="data", make="x")
     assert landed, "none while files were written"

@@ -29,13 +29,14 @@ from torch.distributed.tensor import DTensor
 
 from fintune import attention
 from fintune.batches import plan_epoch
-from fintune.collate import flat_batch
+from fintune.collate import padding_free_batch
 from fintune.config import LoraConfig, load_config
 from fintune.errors import ConfigError, FintuneError
 from fintune.files import read_json, read_jsonl
+from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import checkpoints, lora, pointwise, processes, trainer
+from fintune.train import checkpoints, lora, processes, trainer
 from fintune.train.rows import read_train
 from fintune.train.run import train
 
@@ -222,7 +223,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         for seed in seeds:
             ids = np.random.default_rng(seed).integers(1, 4000, 40 + seed).tolist()
             rows.append({"input_ids": ids, "labels": [-100] * 9 + ids[9:]})
-        return flat_batch(rows)
+        return padding_free_batch(rows)
 
     def as_ours(peft: Any) -> None:
         processes.shard(peft)

@@ -1,10 +1,9 @@
-"""`fintune doctor`: fast, honest about what is missing, silent about secrets."""
+"""`fintune doctor`: light, honest about what is missing, silent about secrets."""
 
 import importlib.metadata
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,16 +63,18 @@ def test_what_is_missing_is_named_with_its_cure(
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_the_command_is_quick_and_its_exit_code_tells(broken: bool) -> None:
+def test_the_exit_code_tells_and_nothing_heavy_is_loaded(broken: bool) -> None:
     code = "import sys; from fintune import cli, nano; from pathlib import Path\n"
     if broken:
         code += "nano.base_dir = lambda: Path('/nowhere')\n"
-    code += "sys.argv = ['fintune', 'doctor', '--json']; cli.main()"
-    start = time.perf_counter()
+    code += (
+        "sys.argv = ['fintune', 'doctor', '--json']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'transformers', 'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy}' if heavy else code)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
     assert done.returncode == broken, done.stderr
     rows = json.loads(done.stdout)
     assert all(set(row) == {"name", "status", "found", "advice"} for row in rows)
-    # 1.7 s on two idle cores; three times that still tells a slow import from a busy machine.
-    assert seconds < 5

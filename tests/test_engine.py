@@ -17,13 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fintune import attention, config
 from fintune.batches import plan_epoch
-from fintune.collate import flat_batch, padded_batch
+from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import SEVEN_PROJECTIONS
-from fintune.example import IGNORE
+from fintune.example import IGNORE_INDEX
+from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import lora, pointwise
-from fintune.train.record import fits
+from fintune.train import lora
+from fintune.train.memory import fits
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -53,7 +54,7 @@ def model(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> PeftModel
 def rows(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, list[int]]]:
     torch.manual_seed(1)
     ids = [torch.randint(0, 300, (length,)).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [IGNORE] * 3 + row[3:]} for row in ids]
+    return [{"input_ids": row, "labels": [IGNORE_INDEX] * 3 + row[3:]} for row in ids]
 
 
 def gradients(peft: PeftModel, *batches: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -78,9 +79,12 @@ def assert_same(first: Any, second: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_free_is_padded(dtype: torch.dtype) -> None:
     peft = model(dtype)
-    padded, flat = gradients(peft, padded_batch(rows(), 0)), gradients(peft, flat_batch(rows()))
+    padded, flat = (
+        gradients(peft, padded_batch(rows(), 0)),
+        gradients(peft, padding_free_batch(rows())),
+    )
     assert_same(padded, flat, dtype)
-    assert_same(flat, gradients(peft, flat_batch(rows(), multiple=32)), dtype)
+    assert_same(flat, gradients(peft, padding_free_batch(rows(), pad_to_multiple_of=32)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,8 +92,8 @@ def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
     lengths = tuple(range(6, 70))
     examples, peft = rows(lengths), model(dtype)
     step = plan_epoch(lengths, micro_batch_size=16, accumulation=4, seed=0, epoch=0).steps[0]  # type: ignore[arg-type]
-    whole = gradients(peft, flat_batch(examples))
-    dealt = gradients(peft, *(flat_batch([examples[i] for i in batch]) for batch in step))
+    whole = gradients(peft, padding_free_batch(examples))
+    dealt = gradients(peft, *(padding_free_batch([examples[i] for i in batch]) for batch in step))
     assert len(step) == 4
     assert_same(whole, dealt, dtype)
 
@@ -113,9 +117,9 @@ def test_chunked_loss_is_cross_entropy(dtype: torch.dtype, chunk_bytes: int) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_lora_is_pefts(dtype: torch.dtype) -> None:
     peft = model(dtype)
-    before = gradients(peft, flat_batch(rows()))
+    before = gradients(peft, padding_free_batch(rows()))
     assert not lora.fuse(peft)
-    assert_same(before, gradients(peft, flat_batch(rows())), dtype)
+    assert_same(before, gradients(peft, padding_free_batch(rows())), dtype)
 
 
 def test_fused_norms_are_transformers() -> None:
@@ -123,10 +127,10 @@ def test_fused_norms_are_transformers() -> None:
     for name, parameter in peft.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
-    before = gradients(peft, flat_batch(rows()))
+    before = gradients(peft, padding_free_batch(rows()))
     layers = peft.config.num_hidden_layers
     assert pointwise.fuse(peft) == 2 * layers + 1
-    assert_same(before, gradients(peft, flat_batch(rows())), torch.float32)
+    assert_same(before, gradients(peft, padding_free_batch(rows())), torch.float32)
 
 
 def test_a_norm_of_another_formula_is_left_alone() -> None:
@@ -160,9 +164,9 @@ def test_the_written_out_rotation_is_transformers() -> None:
 def test_another_rotation_is_left_alone() -> None:
     """Cohere turns neighbours; some models turn bf16 heads in fp32."""
     before = modeling_cohere.apply_rotary_pos_emb
-    pointwise._rotate_here(modeling_cohere)
+    pointwise.fuse_rotary(modeling_cohere)
     assert modeling_cohere.apply_rotary_pos_emb is before
-    pointwise._rotate_here(modeling_llama)
+    pointwise.fuse_rotary(modeling_llama)
     q, cos = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16).requires_grad_(), torch.randn(1, 3, 8)
     ours = modeling_llama.apply_rotary_pos_emb
     for one, other in zip(ours(q, q, cos, cos), ours.__wrapped__(q, q, cos, cos), strict=True):
@@ -195,17 +199,17 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     """peft's dropout modules replay the masks that the fused forward drew; `seeded`: as off the
     CPU, where the backward pass draws them again from their seeds."""
     drawn: list[torch.Tensor | int] = []
-    draw = lora.kept_bits
+    draw = dropout.draw_keep_bits
 
     def record(seed: int, count: int, p: float) -> torch.Tensor | int:
         drawn.append(seed if seeded else draw(seed, count, p))
         return drawn[-1]
 
-    monkeypatch.setattr(lora, "kept_bits", record)
+    monkeypatch.setattr(lora, "draw_keep_bits", record)
     peft = model(torch.float64, dropout=0.25)
     lora.fuse(peft, shared_dropout=shared)
     torch.manual_seed(5)
-    fused = gradients(peft, flat_batch(rows()))
+    fused = gradients(peft, padding_free_batch(rows()))
     masks = iter(drawn)
 
     class Replay(torch.nn.Module):
@@ -219,14 +223,14 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
             if not shared or id(x) not in self.seen:
                 self.seen = {id(x): next(masks)}
                 self.kept = x  # keeps the id from being used again
-            kept = lora.keep_mask(self.seen[id(x)], 0.25, x) != 0
+            kept = dropout.keep_mask(self.seen[id(x)], 0.25, x) != 0
             return x * kept.to(x.dtype) / (1 - 0.25)
 
     plain, replay = model(torch.float64, dropout=0.25), Replay()
     for module in plain.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = replay
-    assert_same(fused, gradients(plain, flat_batch(rows())), torch.float64)
+    assert_same(fused, gradients(plain, padding_free_batch(rows())), torch.float64)
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -234,18 +238,18 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
 def test_a_mask_is_independent_choices_of_the_asked_share(p: float, seeded: bool) -> None:
     """Within five standard deviations: the share, and the share of neighbours dropped together."""
     count = 2_000_000
-    source = 7 if seeded else lora.kept_bits(7, count, p)
-    mask = lora.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
+    source = 7 if seeded else dropout.draw_keep_bits(7, count, p)
+    mask = dropout.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
     assert set(mask.unique().tolist()) <= {0, -1}
-    dropped = lora.masked(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
+    dropped = dropout.apply_mask(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
     beside = dropped[:-1] & dropped[1:]
     apart = count // 16  # decisions of one word lie this far from each other
     together = dropped[:-apart] & dropped[apart:]
     for found, share in ((dropped, p), (beside, p * p), (together, p * p)):
         deviation = (share * (1 - share) / count) ** 0.5
         assert float(found.double().mean()) == pytest.approx(share, abs=5 * deviation)
-    again, other = lora.kept_bits(7, 64, p), lora.kept_bits(8, 64, p)
-    assert torch.equal(again, lora.kept_bits(7, 64, p))
+    again, other = dropout.draw_keep_bits(7, 64, p), dropout.draw_keep_bits(8, 64, p)
+    assert torch.equal(again, dropout.draw_keep_bits(7, 64, p))
     assert p < 0.1 or not torch.equal(again, other)
 
 
@@ -261,7 +265,7 @@ def test_a_forward_pass_that_ends_half_way_holds_nothing() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     mlp.act_fn.register_forward_pre_hook(full)
-    batch = flat_batch(rows())
+    batch = padding_free_batch(rows())
     assert not fits(lambda: sum_loss(peft, batch) and None)
     assert seen[0]() is not None, "the graph of the first layer hangs on it"
     lora.forget(peft)
@@ -286,12 +290,12 @@ def test_neighbours_do_not_see_each_other() -> None:
     changed = [examples[0], {**examples[1], "input_ids": [7] * 30}, *examples[2:]]
 
     def input_gradients(batch_rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
-        batch = flat_batch(batch_rows)
+        batch = padding_free_batch(batch_rows)
         embedded = peft.get_input_embeddings()(batch.pop("input_ids")).requires_grad_()
-        supervised = batch["labels"] != IGNORE
-        batch["labels"][0, 10:40] = IGNORE  # the losses of the *other* sequences
+        supervised = batch["labels"] != IGNORE_INDEX
+        batch["labels"][0, 10:40] = IGNORE_INDEX  # the losses of the *other* sequences
         logits = peft(inputs_embeds=embedded, **{k: v for k, v in batch.items() if k != "labels"})
-        kept = supervised & (batch["labels"] != IGNORE)
+        kept = supervised & (batch["labels"] != IGNORE_INDEX)
         loss = F.cross_entropy(logits.logits[kept], batch["labels"][kept], reduction="sum")
         (gradient,) = torch.autograd.grad(loss, embedded)
         return list(gradient[0].split(LENGTHS))
@@ -309,17 +313,17 @@ def test_neighbours_do_not_see_each_other() -> None:
 )
 def test_what_is_not_covered_stays_with_peft(changes: dict[str, Any], reason: str) -> None:
     peft = model(torch.float32, **changes)
-    before = gradients(peft, flat_batch(rows()))
+    before = gradients(peft, padding_free_batch(rows()))
     left = lora.fuse(peft)
     assert sum(left.values()) == 14
     assert all(reason in why for why in left)
-    assert_same(before, gradients(peft, flat_batch(rows())), torch.float32)
+    assert_same(before, gradients(peft, padding_free_batch(rows())), torch.float32)
 
 
 def test_a_switched_off_adapter_is_the_base() -> None:
     peft = model(torch.float32).eval()
     lora.fuse(peft)
-    batch = {k: v for k, v in flat_batch(rows()).items() if k != "labels"}
+    batch = {k: v for k, v in padding_free_batch(rows()).items() if k != "labels"}
     with torch.no_grad(), peft.disable_adapter():
         off = peft(**batch).logits
     with torch.no_grad():
@@ -333,7 +337,7 @@ def test_checkpointing_gives_the_same_gradient() -> None:
 
     def seeded() -> tuple[float, dict[str, torch.Tensor]]:
         torch.manual_seed(3)
-        return gradients(peft, flat_batch(rows()))
+        return gradients(peft, padding_free_batch(rows()))
 
     plain = seeded()
     peft.get_base_model().activation_checkpointing_enable(
@@ -350,7 +354,7 @@ def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: P
         base = load_base(Base("test/tiny", "", tiny_base), name, "bf16", attention=attention.NAME)
         peft = attach(base, config.LoraConfig(r=4, dropout=0.0), seed=0)
         left = lora.fuse(peft)
-        total, count = sum_loss(peft, flat_batch(rows()))
+        total, count = sum_loss(peft, padding_free_batch(rows()))
         (total / count).backward()
         losses.append(float(total) / count)
     assert sum(left.values()) == 14
@@ -364,22 +368,22 @@ def test_a_model_that_flat_batches_would_leak_in_is_padded() -> None:
     """Convolutions run across sequences; chunks and dropout of attention are not `attend`'s."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    assert attention.takes_flat_batches(LlamaForCausalLM(LlamaConfig(**sizes))) is None
+    assert attention.why_padded(LlamaForCausalLM(LlamaConfig(**sizes))) is None
     mixed = Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"]))
-    assert "conv" in (attention.takes_flat_batches(mixed) or "")
+    assert "conv" in (attention.why_padded(mixed) or "")
     dropping = LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.5))
-    assert "dropout" in (attention.takes_flat_batches(dropping) or "")
+    assert "dropout" in (attention.why_padded(dropping) or "")
 
 
 def test_the_supervised_loss_is_the_models_own_with_full_logits() -> None:
     """`sum_loss` leaves positions and logits out; every adapter gradient is as with all of them."""
     peft = model(torch.float64)
-    batch = flat_batch(rows())
+    batch = padding_free_batch(rows())
     own = gradients(peft, dict(batch))
     labels = batch.pop("labels")
     peft.zero_grad()
     logits = peft(**batch, use_cache=False).logits
-    loss = F.cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE])
+    loss = F.cross_entropy(logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
     loss.backward()
     found = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
     assert_same(own, (float(loss.detach()), found), torch.float64)

@@ -1,17 +1,20 @@
 """The whole evaluation on a tiny base: kept, continued, refused, rescored, and its verdict."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_judge import FakeJudge, serve
+from test_cli import run
 from tiny_eval import eval_config
 
 from fintune import files, seal
-from fintune.errors import ConfigError, DataError, OutputError
+from fintune.config import dump_yaml
+from fintune.errors import ConfigError, DataError, GateRefused, OutputError
 from fintune.evals import evaluate as module
-from fintune.evals import regression, results
+from fintune.evals import items, regression, results
 from fintune.evals.evaluate import evaluate, judge_answers
 from fintune.evals.report import rescore
 
@@ -111,14 +114,14 @@ def test_a_killed_evaluation_continues(tmp_path, monkeypatch):
 def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
     config, before = finished
     with serve(FakeJudge()) as server:
-        judged = {"model": "fake", "base_url": server.url, "modes": ("pairwise", "pointwise")}
+        judged = {"model": "fake", "base_url": server.url}
         section = config.eval.model_copy(update={"judge": type(config.eval.judge)(**judged)})
         with_judge = config.model_copy(update={"eval": section})
         with pytest.raises(ConfigError, match="no judge is configured"):
             judge_answers(config)
         found = judge_answers(with_judge)
         asked = sum(server.asked.values())
-        assert found["judge"]["calls"] == asked > 200
+        assert found["judge"]["calls"] == asked > 100
         assert found["judge"]["canaries"]["failed"] == []
         assert found["accuracy"] == before["accuracy"], "the judge changes no arithmetic"
         kept = contents(config.eval_dir)
@@ -127,6 +130,52 @@ def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
     rescore(config.eval_dir)
     assert contents(config.eval_dir) == kept
     assert "looked" in kept["report.html"].decode(), "the report shows what the judge said"
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.05])
+def test_whatever_the_judge_does_the_evaluation_stays_finished(finished, limit):
+    config, _ = finished
+    with serve(FakeJudge()) as server:
+        prices = {"usd_per_million_in": 2, "usd_per_million_out": 8, "max_usd": limit}
+        judged = type(config.eval.judge)(model=f"m{limit}", base_url=server.url, **prices)
+        tight = config.model_copy(update={"eval": config.eval.model_copy(update={"judge": judged})})
+        before = {
+            name: data for name, data in contents(config.eval_dir).items() if "calls" not in name
+        }
+        for verb in (judge_answers, evaluate):
+            with pytest.raises(GateRefused, match="may pass"):
+                verb(tight)
+            now = contents(config.eval_dir)
+            assert before.items() <= now.items(), "results, report and seal as they were"
+        assert set(server.asked.values()) <= {1}, "no call is made twice"
+        free = judged.model_copy(update={"max_usd": None})
+        found = judge_answers(
+            config.model_copy(update={"eval": config.eval.model_copy(update={"judge": free})})
+        )
+        assert found["judge"]["calls"] == sum(server.asked.values()) == len(server.asked)
+
+
+def test_a_shared_config_gets_no_key_and_harms_no_evaluation(
+    finished, tmp_path, monkeypatch, capsys
+):
+    config, _ = finished
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame1sesame1sesame1")
+    path = tmp_path / "shared.yaml"
+    path.write_text(dump_yaml(config))
+    with serve(FakeJudge()) as server:
+        judged = {"model": "fake", "base_url": server.url, "key_variable": "HF_TOKEN"}
+        sets = [f"eval.judge.{key}={value}" for key, value in judged.items()]
+        sets.append(f"eval.out={tmp_path / 'eval'}")
+        given = ["-c", str(path), *(word for override in sets for word in ("-s", override))]
+        shutil.copytree(config.eval_dir, tmp_path / "eval")
+        before = contents(tmp_path / "eval")
+        for verb in ("judge", "eval"):
+            code, _, said = run(capsys, verb, *given)
+            assert (code, "--judge-host 127.0.0.1" in said, "sesame1" in said) == (1, True, False)
+        assert not server.asked and contents(tmp_path / "eval") == before
+        code, _, said = run(capsys, "judge", *given, "--judge-host", "127.0.0.1")
+        assert code == 0, said
+        assert server.keys == {"Bearer hf_sesame1sesame1sesame1"}
 
 
 def test_unfinished_runs_and_missing_rows_are_said(tmp_path):
@@ -203,7 +252,7 @@ def test_verdict_rules(case, wanted):
 
 def test_different_prompts_decide_nothing(finished, tmp_path):
     config, _ = finished
-    pairs = results.load_pairs(config.eval_dir)
+    pairs = items.load_pairs(config.eval_dir)
     pairs[0].answers["base"]["prompt_sha256"] = "other"
     run = {"primary": "accuracy", "contaminated": []}
     difference = {"value": 1, "ci95": [0.9, 1.1], "n": 200, "mde80": 0.1}

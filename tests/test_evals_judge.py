@@ -1,23 +1,20 @@
 """The judge: its prompts, its replies, its faults over real HTTP, its money."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from fake_judge import FENCED, FINE, REPAIRED, RETRIED, STOPPED, FakeJudge, honest, serve
+from fake_judge import FENCED, STOPPED, UNSCORED, FakeJudge, honest, serve
 
 from fintune.config import JudgeConfig
 from fintune.errors import ConfigError, GateRefused, ModelError, OutputError
-from fintune.evals import calls, judge
-from fintune.evals.lines import Lines
-from fintune.evals.tasks import Item
+from fintune.evals import calls, judge, judged
+from fintune.evals.items import Item
 from fintune.example import Message
-
-QUICK = [kind for kind in (*RETRIED, *REPAIRED, *FINE) if kind not in ("timeout", "drip")]
+from fintune.files import JsonlLog
 
 
 def items(count=6, adapter=None):
@@ -38,28 +35,45 @@ def reply(call, **changes):
     return json.dumps({"id": call.nonce, "rationale": "r", "winner": "B", **changes})
 
 
-def test_plan_both_orders_and_canaries_with_keys_of_their_own():
+def test_plan_both_orders_and_control_items_with_keys_of_their_own():
     plan = judge.plan(items(50), config(), seed=42)
     assert len(plan) == 106 and len({call.key for call in plan}) == 106
     assert plan == judge.plan(items(50), config(), seed=42)
-    both = judge.plan(items(50), config(modes=("pairwise", "pointwise")), seed=42)
-    assert {c.canary for c in both if c.mode == "pointwise" and c.canary} == {
-        "empty", "boilerplate", "injection", "digit", "scale", "sign", "same"
-    }  # fmt: skip
     other = judge.plan(
         items(50), JudgeConfig(model="other", base_url="http://127.0.0.1:9"), seed=42
     )
     assert not {call.key for call in plan} & {call.key for call in other}
 
 
-def test_every_canary_is_judged_as_expected_by_an_honest_judge():
-    for mode in ("pairwise", "pointwise"):
-        for seed in (42, 43):
-            plan = judge.plan(items(5), config(modes=(mode,)), seed=seed)
-            for call in plan:
-                verdict = honest(call.messages[1]["content"])
-                told = judge.outcome(call, {**verdict, "id": call.nonce})
-                assert call.canary is None or told == call.expect, call.canary
+@pytest.mark.parametrize("seed", [42, 43])
+def test_every_control_item_is_judged_as_expected_by_an_honest_judge(seed):
+    plan = judge.plan(items(5), config(), seed=seed)
+    wanted = {"empty", "boilerplate", "injection", "digit", "same", "scale" if seed % 2 else "sign"}
+    assert {call.control for call in plan} == {None, *wanted}
+    for call in plan:
+        verdict = honest(call.messages[1]["content"])
+        told = judge.outcome(call, {**verdict, "id": call.nonce})
+        assert call.control is None or told == call.expect, call.control
+
+
+@pytest.mark.parametrize("seed", [42, 43])
+def test_a_reference_that_cannot_be_spoilt_is_no_control_item_of_numbers(seed):
+    def numbers(*references):
+        asked = (Message("user", "How many?"),)
+        found = [
+            Item(f"n{at}", "sum", "number", "g", asked, ref) for at, ref in enumerate(references)
+        ]
+        return [(item, {"base": "1", "adapter": "2"}) for item in found]
+
+    kinds = {"digit", "scale" if seed % 2 else "sign"}
+    plan = judge.plan(numbers("three", "two years", "three", "0"), config(), seed=seed)
+    spoilt = {call.control: call.item for call in plan if call.control in kinds}
+    assert set(spoilt.values()) <= {"n3"} and set(spoilt) <= {"digit"}, "only 0 -> 5 is a change"
+    plan = judge.plan(numbers("three", "0", "$5.20"), config(), seed=seed)
+    spoilt = {call.control: call for call in plan if call.control in kinds}
+    assert set(spoilt) == kinds
+    for call in spoilt.values():
+        assert honest(call.messages[1]["content"])["winner"] != "tie"
 
 
 def test_the_last_verdict_with_the_nonce_counts_and_nothing_else():
@@ -120,57 +134,71 @@ def injections():
     ]
 
 
-@pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "cut json",
-                                   "wrong id", "5 MB"])  # fmt: skip
-def test_a_fault_loses_nothing_and_pays_nothing_twice(tmp_path, fault):
-    # Five of the kinds, on two items; bench/judge_faults.py meets all of them on fifty.
+def ask(folder, plan, url, **settings):
+    return calls.ask(folder, plan, config(url, **settings))
+
+
+@pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "5 MB"])
+def test_a_fault_loses_nothing_and_no_call_is_made_twice(tmp_path, fault):
+    # Three of the kinds, on two items; `bench/evaluation.py faults` meets all of them on fifty.
     with serve(FakeJudge(fault)) as server:
         plan = judge.plan(items(2), config(server.url), seed=1)
-        done = calls.ask(tmp_path, plan, config(server.url))
+        done = ask(tmp_path, plan, server.url)
         assert {row["status"] for row in done.values()} == {"scored"} and len(done) == len(plan)
         assert max(server.paid.values()) == 1
         asked = sum(server.asked.values())
-        before = (tmp_path / calls.LEDGER).read_bytes()
-        assert calls.ask(tmp_path, plan, config(server.url)).keys() == done.keys()
-        assert sum(server.asked.values()) == asked, "a done call is never made again"
-        assert (tmp_path / calls.LEDGER).read_bytes() == before
+        before = (tmp_path / calls.LOG).read_bytes()
+        assert ask(tmp_path, plan, server.url).keys() == done.keys()
+        assert sum(server.asked.values()) == asked, "a finished call is never made again"
+        assert (tmp_path / calls.LOG).read_bytes() == before
 
 
-def test_a_timeout_after_the_request_was_sent_is_tried_once_more_and_booked(tmp_path):
-    with serve(FakeJudge("timeout")) as server:
-        plan = judge.plan(items(1), config(), seed=1)[:1]
-        done = calls.ask(tmp_path, plan, config(server.url, timeout_s=0.5))
-    (row,) = done.values()
-    assert row["status"] == "scored" and row["possibly_paid"] == 1
-    assert [entry["why"] for entry in row["retries"]] == ["timeout"]
+def test_a_body_that_is_no_completion_is_asked_again_by_the_same_command(tmp_path):
+    with serve(FakeJudge("cut json")) as server:
+        plan = judge.plan(items(2), config(server.url), seed=1)
+        for _ in range(len(plan)):
+            try:
+                done = ask(tmp_path, plan, server.url)
+                break
+            except ModelError as error:
+                assert "no completion in the reply" in str(error)
+        assert len(done) == len(plan) and max(server.paid.values()) == 1
+
+
+@pytest.mark.parametrize("fault", UNSCORED)
+def test_a_reply_without_a_verdict_is_unscored(tmp_path, fault):
+    with serve(FakeJudge(fault)) as server:
+        plan = judge.plan(items(1), config(server.url), seed=1)[:1]
+        (row,) = ask(tmp_path, plan, server.url).values()
+        assert (row["status"], row["unscored_reason"]) == ("unscored", "parse_failure")
+        assert row["outcome"] is None and sum(server.asked.values()) == 1
 
 
 @pytest.mark.parametrize("status", STOPPED)
-def test_a_refusal_stops_after_one_call(tmp_path, status):
+def test_a_refusal_stops_the_run(tmp_path, status):
     with serve(FakeJudge(status)) as server:
-        plan = judge.plan(items(4), config(server.url), seed=1)
+        plan = judge.plan(items(40), config(server.url), seed=1)
         with pytest.raises(ModelError, match=status):
-            calls.ask(tmp_path, plan, config(server.url))
-        assert sum(server.asked.values()) == 1
+            ask(tmp_path, plan, server.url)
+        assert sum(server.asked.values()) <= calls.CONCURRENCY
         server.fault = ""
-        assert len(calls.ask(tmp_path, plan, config(server.url))) == len(plan)
+        assert len(ask(tmp_path, plan, server.url)) == len(plan)
 
 
-def test_a_server_that_is_not_there_is_said(tmp_path):
+def test_a_server_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "RETRIES", 0)
     plan = judge.plan(items(4), config(), seed=1)
     with pytest.raises(ModelError, match="no reply from http://127.0.0.1:9/v1"):
-        calls.ask(tmp_path, plan, config(tries=2, concurrency=1))
-    done, open_ = calls.history(tmp_path)
-    assert not done and not open_, "nothing was sent, so nothing may be paid"
+        calls.ask(tmp_path, plan, config())
+    assert calls.finished(tmp_path) == {}
 
 
 def test_the_budget_stops_before_the_call_that_may_pass_it(tmp_path):
     with serve(FakeJudge()) as server:
         plan = judge.plan(items(10), config(server.url), seed=1)
-        tight = config(server.url, max_usd=0.03, concurrency=2)
         with pytest.raises(GateRefused, match=r"limit of \$0.03"):
-            calls.ask(tmp_path, plan, tight)
-        done, _ = calls.history(tmp_path)
+            ask(tmp_path, plan, server.url, max_usd=0.03)
+        done = calls.finished(tmp_path)
         assert 2 <= len(done) < len(plan)
         spent = sum(row["usage"]["usd"] for row in done.values())
         assert spent == pytest.approx(len(done) * 0.0028) and spent <= 0.03
@@ -178,7 +206,7 @@ def test_the_budget_stops_before_the_call_that_may_pass_it(tmp_path):
         assert sum(server.asked.values()) == len(plan)
 
 
-def test_a_kill_loses_no_verdict_and_lists_what_may_be_paid(tmp_path):
+def test_a_kill_loses_no_verdict(tmp_path):
     program = (
         "import sys; sys.path[:0] = sys.argv[3:]\n"
         "from pathlib import Path; from test_evals_judge import *\n"
@@ -195,38 +223,25 @@ def test_a_kill_loses_no_verdict_and_lists_what_may_be_paid(tmp_path):
         child.kill()
         child.wait()
         time.sleep(0.3)
-        done, open_ = calls.history(tmp_path)
-        assert 0 < len(done) < 86 and 0 < len(open_) <= 8
-        again = calls.ask(tmp_path, judge.plan(items(40), config(server.url), seed=1),
-                          config(server.url))  # fmt: skip
+        done = calls.finished(tmp_path)
+        assert 0 < len(done) < 86
+        again = ask(tmp_path, judge.plan(items(40), config(server.url), seed=1), server.url)
         assert len(again) == 86 and done.items() <= again.items()
-        twice = {key[:64] for key, count in server.paid.items() if count > 1}
-        assert twice <= {row["key"] for row in open_}
+        assert sum(count > 1 for count in server.paid.values()) <= calls.CONCURRENCY
 
 
-def test_secrets_reach_no_byte_written(tmp_path, monkeypatch):
-    secrets = [
-        "sk-proj-AbCdEf0123456789xyz", "hf_abcdefghijklmnopqrstuv", "ghp_0123456789abcdefABCDEF",
-        "xoxb-123456789012-abcdefghijkl", "AKIAABCDEFGHIJKLMNOP", "glpat-abcdefghij0123456789",
-        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijk", "Bearer abcdefghijklmnop123",
-        "https://user:hunter2hunter2@example.org", "password=correcthorsebattery",
-    ]  # fmt: skip
-    named = {f"SERVICE_{at}_TOKEN": f"opaque-value-{at}-{os.urandom(6).hex()}" for at in range(9)}
-    named["OPENAI_API_KEY"] = "plain0looking0key0of0ours"
-    for name, value in named.items():
-        monkeypatch.setenv(name, value)
+def test_the_key_reaches_no_byte_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "plain0looking0key0of0ours")
     server = FakeJudge("500")
-    server.secret = " ".join([*secrets, *named.values()])
+    server.secret = "plain0looking0key0of0ours"
     with serve(server):
-        plan = judge.plan(items(1), config(server.url), seed=1)
-        calls.ask(tmp_path, plan, config(server.url))
+        plan = judge.plan(items(1), config(server.url), seed=1)[:2]
+        ask(tmp_path, plan, server.url)
         server.fault = "401"
         with pytest.raises(ModelError) as error:
-            calls.ask(tmp_path / "b", plan, config(server.url))
+            ask(tmp_path / "b", plan, server.url)
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()).decode()
-    hidden = [*secrets[:8], "hunter2hunter2", "correcthorsebattery", *named.values()]
-    assert len(hidden) == 20 and "[redacted]" in written
-    assert [secret for secret in hidden if secret in written + str(error.value)] == []
+    assert "[redacted]" in written and server.secret not in written + str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -244,37 +259,110 @@ def test_a_missing_key_is_said(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
         calls.api_key(JudgeConfig(model="m"))
-    assert calls.api_key(config()) == "none"
+    assert calls.api_key(config()) == calls.NO_KEY
 
 
-def test_the_ledger_cuts_a_torn_line_and_has_one_writer(tmp_path):
+REMOTE = "https://api.openai.com/v1"
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "named", "says"),
+    [
+        ("OPENAI_API_KEY", REMOTE, "", ""),
+        ("OPENAI_API_KEY", "https://API.OpenAI.com:443/v1", "", ""),
+        ("OPENAI_API_KEY", "http://127.0.0.1:8000/v1", "", ""),
+        ("OPENAI_API_KEY", "http://[::1]:8000/v1", "", ""),
+        ("OPENAI_API_KEY", "http://localhost/v1", "", ""),
+        ("GROQ_API_KEY", "https://api.groq.com/openai/v1", "", ""),
+        ("GROQ_API_KEY", REMOTE, "", "it goes to api.groq.com"),
+        ("GROQ_API_KEY", "http://127.0.0.1:8000/v1", "", "--judge-host 127.0.0.1"),
+        ("HF_TOKEN", REMOTE, "", "it goes to no host"),
+        ("HF_TOKEN", "https://evil/v1", "", "--judge-host evil"),
+        ("HF_TOKEN", "https://evil/v1", "evil.org", "is not for evil"),
+        ("HF_TOKEN", "https://judge.mine.org/v1", "Judge.Mine.org", ""),
+        ("HF_TOKEN", "http://127.0.0.1/v1", "127.0.0.1", ""),
+        ("OPENAI_API_KEY", "https://api.openai.com.evil.org/v1", "", "is not for"),
+        ("OPENAI_API_KEY", "https://evil.api.openai.com/v1", "", "is not for"),
+        ("OPENAI_API_KEY", "https://api.openai.com./v1", "", "is not for"),
+        ("OPENAI_API_KEY", "http://api.openai.com/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://10.0.0.5/v1", "10.0.0.5", "not https"),
+        ("OPENAI_API_KEY", "http://127.0.0.1.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://localhost.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://127.evil.org/v1", "", "not https"),
+        ("OPENAI_API_KEY", "http://2130706433/v1", "", "not https"),
+    ],
+)
+def test_a_key_goes_to_its_own_host_or_one_that_is_named(monkeypatch, variable, url, named, says):
+    monkeypatch.setenv(variable, "sesame1sesame1")
+    found = JudgeConfig(model="m", base_url=url, key_variable=variable)
+    if not says:
+        assert calls.api_key(found, named) == "sesame1sesame1"
+        return
+    with pytest.raises(ConfigError) as error:
+        calls.api_key(found, named)
+    assert says in str(error.value) and "sesame1" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://api.openai.com@evil/v1", "https://api.openai.com\\@evil/v1", "https://evil\\.x/v1",
+     "https://evil/v1?x=api.openai.com", "https://evil#api.openai.com", "ftp://api.openai.com",
+     "https:///v1", "https://api.openai.com:x/v1", "https://api%2eopenai.com/v1", "//evil/v1",
+     "https://api.openai.c\u043em/v1", "https://evil /v1", "https://evil\n/v1"],
+)  # fmt: skip
+def test_a_url_that_two_readers_could_read_apart_is_refused(url):
+    with pytest.raises(ConfigError, match="not of the form"):
+        JudgeConfig(model="m", base_url=url)
+
+
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+def test_no_redirect_takes_key_or_rows_elsewhere(tmp_path, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame1sesame1")
+    with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
+        server.elsewhere = evil.url.replace("127.0.0.1", "localhost") + "/chat/completions"
+        plan = judge.plan(items(1), config(), seed=1)[:1]
+        with pytest.raises(ModelError, match=f"redirects to another address .HTTP {status}"):
+            calls.ask(tmp_path, plan, config(server.url))
+        assert server.keys == {"Bearer sesame1sesame1"} and not evil.asked
+
+
+def test_a_proxy_does_not_get_what_is_for_this_machine(tmp_path, monkeypatch):
+    with serve(FakeJudge()) as server:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        plan = judge.plan(items(1), config(), seed=1)[:1]
+        assert calls.ask(tmp_path, plan, config(server.url))
+
+
+def test_a_log_cuts_a_torn_line_and_has_one_writer(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
-    with Lines(path) as file:
+    with JsonlLog(path) as file:
         assert file.rows() == [{"a": 1}]
         file.append({"a": 3})
         with pytest.raises(OutputError, match="another process"):
-            Lines(path)
+            JsonlLog(path)
+        with pytest.raises(ValueError, match="JSON compliant"):
+            file.append({"a": float("nan")})
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
-    assert (tmp_path / "x.jsonl.torn").read_text() == '{"a": 2'
 
 
-def rows(outcomes, canary=None):
+def rows(outcomes, control=None):
     """Raw rows of one item in both orders, with these outcomes."""
     return [
         {
-            "id": "i0", "mode": "pairwise", "slots": slots, "canary": canary, "expect": "tie",
+            "id": "i0", "key": "k", "positions": positions, "canary": control, "expect": "tie",
             "outcome": word, "status": "scored" if word else "unscored", "model": "m",
-            "served_model": "m", "rubric_sha256": "r", "human": None, "verdict": {},
-            "lengths": {"base": 10, "adapter": 12}, "possibly_paid": 0,
+            "served_model": "m", "rubric_sha256": "r", "human": "adapter", "verdict": {},
             "usage": {"usd": 0.001, "in": 10, "out": 1},
         }
-        for slots, word in zip((["base", "adapter"], ["adapter", "base"]), outcomes, strict=True)
+        for positions, word in zip(
+            (["base", "adapter"], ["adapter", "base"]), outcomes, strict=True
+        )
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "settled", "winner"),
+    ("outcomes", "exact", "winner"),
     [
         (("adapter", "adapter"), None, "adapter"),
         (("adapter", "base"), None, "tie"),
@@ -283,18 +371,19 @@ def rows(outcomes, canary=None):
         ((None, "base"), None, None),
     ],
 )
-def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, settled, winner):
-    found = judge.summary(rows(outcomes), {"i0": settled}, {"i0": "g"}, seed=1)
+def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact, winner):
+    found = judged.summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
     assert found["items"].get("i0") == winner
-    against = settled is not None and outcomes == ("base", "base")
+    against = exact is not None and outcomes == ("base", "base")
     assert found["reliability"]["against_arithmetic"] == int(against)
     low, high = found["win_rate"]["bounds_with_unscored"]
     assert (low < high) == (winner is None)
+    said = [word for word in outcomes if word]
+    assert found["human"]["n"] == len(said)
+    assert found["human"]["agreement"]["k"] == said.count("adapter")
 
 
-def test_a_failed_canary_is_named():
-    found = judge.summary(
-        rows(("adapter", "adapter")) + rows(("tie", "base"), canary="same"),
-        {"i0": None}, {"i0": "g"}, seed=1,
-    )  # fmt: skip
+def test_a_failed_control_item_is_named():
+    calls_made = rows(("adapter", "adapter")) + rows(("tie", "base"), control="same")
+    found = judged.summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
     assert found["canaries"] == {"ok": 1, "of": 2, "failed": ["same"]}

@@ -57,18 +57,9 @@ def test_holm_and_kappa_by_hand():
     assert stats.kappa(yes_no, other) == pytest.approx(0.4)
 
 
-def test_length_controlled_win_rate_takes_length_out():
-    rng = np.random.default_rng(2)
-    ratios = np.exp(rng.normal(0.7, 0.5, 400))
-    wins = (rng.random(400) < 1 / (1 + np.exp(-3 * np.tanh(np.log(ratios))))).astype(float)
-    even = stats.length_controlled(wins, ratios)
-    assert wins.mean() > 0.75 and even == pytest.approx(0.5, abs=0.1)
-    assert stats.length_controlled([1.0] * 5, [1.0] * 5) is None
-
-
 @pytest.mark.parametrize(("gain", "least", "most"), [(0.2, 0.95, 1.0), (0.0, 0.0, 0.06)])
 def test_planted_gain_is_found_and_none_is_not(gain, least, most):
-    # 60 runs here; bench/evaluation_power.py makes the 1,000 of each.
+    # 60 runs here; `bench/evaluation.py power` makes the 1,000 of each.
     rng = np.random.default_rng(7)
     better = 0
     for _ in range(60):

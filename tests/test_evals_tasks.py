@@ -1,13 +1,14 @@
 """Reading answers, and the tasks' own files."""
 
 import json
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from fintune.errors import ConfigError, DataError
-from fintune.evals.tasks import DecideItems, Item, grade, listed_choices, read_label, task_items
+from fintune.evals.grading import grade, listed_choices, read_label
+from fintune.evals.items import HeldOutItems, Item
+from fintune.evals.tasks import Question, registered, task, task_items
 from fintune.example import Message
 
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
@@ -69,16 +70,15 @@ def test_listed_choices(prompt, choices):
     ],
 )
 def test_numbers_have_four_outcomes(reference, answer, outcome, miss):
-    graded = grade(item("number", reference), answer)
+    graded = grade("number", reference, answer)
     assert (graded.outcome, graded.miss) == (outcome, miss)
 
 
-def test_figures_out_of_nowhere_and_wrong_steps_are_counted():
+def test_figures_out_of_nowhere_are_listed():
     question = "Revenue was 120 and cost was 80. What was profit?"
-    good = grade(item("number", "40", question), "120 - 80 = 40")
-    bad = grade(item("number", "40", question), "With 977.31 of tax, 120 - 80 = 45. So 40.")
-    assert good.correct and (good.ungrounded, good.steps, good.wrong_steps) == ((), 1, 0)
-    assert bad.wrong_steps == 1 and "977.31" in bad.ungrounded
+    good = grade("number", "40", question=question, answer="120 - 80 = 40")
+    bad = grade("number", "40", question=question, answer="With 977.31 of tax it is 40.")
+    assert good.correct and good.ungrounded == () and bad.ungrounded == ("977.31",)
 
 
 def test_the_question_is_told_from_its_context():
@@ -94,7 +94,7 @@ def test_decide_rows_are_checkable_by_number_or_by_label():
     train = [talk(f"Tone of {at}: positive or negative?", "positive") for at in range(6)]
     train += [talk(f"Tone of {at}: pick positive or negative", "negative") for at in range(5)]
     train += [talk(f"How much {at}?", "7") for at in range(3)] + [talk("Explain.", "A " * 40)]
-    reader = DecideItems(train)
+    reader = HeldOutItems(train)
 
     def read(user, answer):
         messages = [{"role": m.role, "content": m.content} for m in talk(user, answer)]
@@ -103,7 +103,7 @@ def test_decide_rows_are_checkable_by_number_or_by_label():
     label = read("pick positive or negative: x", "negative")
     assert label.kind == "label" and set(label.choices) == {"positive", "negative"}
     number = read("How much?", "$5.2 million")
-    assert (number.kind, number.commonest) == ("number", "7")
+    assert (number.kind, number.majority) == ("number", "7")
     assert read("Explain.", "Because of rates, as a rule.").kind == "text"
     assert read("Name it.", "Frankfurt").kind == "text", "a short answer alone is no label"
     assert Item.from_json(json.loads(json.dumps(label.as_json()))) == label
@@ -122,20 +122,33 @@ def test_decide_rows_are_checkable_by_number_or_by_label():
     ],
 )
 def test_abstention_and_advice(kind, answer, right):
-    assert grade(item(kind, ""), answer).correct == right
+    assert grade(kind, "", answer).correct == right
 
 
-def test_bundled_questions_and_every_task_file_load():
+def test_every_task_is_registered_and_bundled_questions_load():
     counts = {}
-    for entry in (resources.files("fintune.evals") / "tasks").iterdir():
-        if entry.name.endswith(".yaml"):
-            name = entry.name[:-5]
-            with pytest.raises((ConfigError, DataError)):
-                task_items(name, "/nowhere.jsonl", 5)
-            if name in ("unanswerable", "advice_safety"):
-                kinds = [found.kind for found in task_items(name, "", 1000)]
-                counts |= {kind: kinds.count(kind) for kind in kinds}
+    for name, found in registered().items():
+        with pytest.raises((ConfigError, DataError)):
+            task_items(name, "/nowhere.jsonl", 5)
+        if found.questions:
+            kinds = [found.kind for found in task_items(name, "", 1000)]
+            counts |= {kind: kinds.count(kind) for kind in kinds}
     assert counts["refuse"] == 60 and counts["comply"] == 30 and counts["unanswerable"] >= 30
+    assert len(registered()) >= 18
+
+
+def test_a_task_is_one_registered_function(tmp_path):
+    @task("tone", "the tone of a line")
+    def tone(row):
+        return Question(f"Tone of: {row['text']}", row["label"], "label", SENTIMENT)
+
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "up", "label": "positive"}\n')
+    (found,) = task_items("tone", str(path), 5)
+    assert (found.messages[0].content, found.kind, found.choices) == (
+        "Tone of: up", "label", SENTIMENT
+    )  # fmt: skip
+    del registered()["tone"]
 
 
 def test_bad_task_files_are_said(tmp_path):
@@ -161,7 +174,7 @@ def test_gold_answers_of_the_benchmarks_are_right():
     }  # fmt: skip
     for name, file in files.items():
         found = task_items(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
-        wrong = [entry.id for entry in found if not grade(entry, entry.reference).correct]
+        wrong = [entry.id for entry in found if not entry.grade(entry.reference).correct]
         assert not wrong, f"{name}: {wrong[:3]}"
 
 

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fintune import seal
 from fintune.errors import OutputError
@@ -49,16 +51,25 @@ def test_a_staged_folder_appears_whole_or_not(tmp_path: Path) -> None:
         (staging / "whole").write_text("whole")
         assert not final.exists()
     assert (final / "whole").read_text() == "whole"
-    assert final.stat().st_mode & 0o777 == 0o755
 
 
-def test_files_are_readable_by_others_whatever_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask_but_those_of_what_is_published(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
     try:
         write_bytes(tmp_path / "file", b"x")
+        for published in (False, True):
+            with staged_folder(tmp_path / f"{published}", published=published) as staging:
+                write_bytes(staging / "file", b"x")
+                save_file({"a": torch.zeros(1)}, staging / "weights")  # 0600 by itself
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    wanted = {"file": 0o666 & ~umask, "False": 0o777 & ~umask, "True": 0o755}
+    assert modes == wanted
+    for folder, mode in (("False", 0o666 & ~umask), ("True", 0o644)):
+        inside = {path.stat().st_mode & 0o777 for path in (tmp_path / folder).iterdir()}
+        assert inside == {mode}
 
 
 def test_a_seal_tells_new_unfinished_finished_and_foreign(tmp_path: Path) -> None:
@@ -75,8 +86,9 @@ def test_a_seal_tells_new_unfinished_finished_and_foreign(tmp_path: Path) -> Non
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="not of this stage"):
+    with pytest.raises(OutputError, match="not of this stage") as caught:
         seal.state(foreign, inputs, command="x")
+    assert "--fresh" not in str(caught.value)
 
 
 def test_a_later_stage_reads_only_what_was_sealed(tmp_path: Path) -> None:
@@ -140,6 +152,7 @@ def test_the_hash_of_a_base_is_kept_for_the_same_file_alone(
 
 def test_moving_aside_deletes_nothing(tmp_path: Path) -> None:
     for content in ("first", "second"):
+        seal.start(tmp_path / "run", {})
         write_json(tmp_path / "run" / "x.json", {"content": content})
         seal.move_aside(tmp_path / "run")
     kept = [read_json(tmp_path / f"run.old-{k}" / "x.json")["content"] for k in (1, 2)]

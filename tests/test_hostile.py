@@ -3,8 +3,10 @@
 `make test` takes every third of them, `make test-all` all.
 """
 
+import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -141,6 +143,11 @@ def test_random_changes_never_pass(tmp_path: Path) -> None:
         outcome = run_verb(words, tmp_path / "log", limit_s=140)
         assert outcome.code in (0, 3), f"{done}\n{outcome.output[-3000:]}"
         assert "Traceback" not in outcome.output, f"{done}\n{outcome.output[-3000:]}"
+        start = re.search(r"^\[", outcome.output, re.MULTILINE)
+        assert start, f"{done}: no JSON\n{outcome.output}"
+        found, _ = json.JSONDecoder().raw_decode(outcome.output, start.start())
+        failed = [check for check in found if check["status"] == "failed"]
+        assert bool(failed) == (outcome.code == 3), f"{done}: {found}"
         if outcome.code == 0:
             passed += 1
             same = meaning(folder) == meaning(release)

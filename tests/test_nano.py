@@ -1,10 +1,9 @@
-"""The bundled base and sample rows: size, tokenizer, chat wire format, rows and their dirt.
+"""The bundled base and sample rows: size, tokenizer, chat wire format, and the rows' bytes.
 
 Runs in a few seconds; nothing is trained. The comparison with the published Llama 3.1 template
 needs `../shared/tokenizers/llama3` and says so when it is absent.
 """
 
-import collections
 import itertools
 import json
 import subprocess
@@ -16,10 +15,9 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from build_nano.rows import write_rows
+from build_nano.tokenizer import LLAMA3_PATTERN, SPECIAL_TOKENS, VOCAB_SIZE
 from fintune.nano import NANO_ID, base_dir, rows_path
-from fintune.nano.prose import documents
-from fintune.nano.rows import DIRT_COUNTS, NUM_ROWS, sample_rows, write_rows
-from fintune.nano.tokenizer import LLAMA3_PATTERN, SPECIAL_TOKENS, VOCAB_SIZE
 
 LLAMA3 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama3"
 
@@ -33,9 +31,6 @@ CONVERSATIONS = (
     [SYSTEM, USER, ASSISTANT, USER],
     [SYSTEM, {"role": "user", "content": "日本語 <|eot_id|> é\n\n  🙂"}],
 )
-
-# Answers of these tasks are a number or a label, so that a program can mark them.
-CHECKABLE = ("lookup_text", "lookup_table", "lookup_company", "tone", "direction", "ratio")
 
 
 @pytest.fixture(scope="module")
@@ -149,44 +144,7 @@ def test_chat_template_equals_the_published_one(tokenizer: Any) -> None:
         ) == published.apply_chat_template(messages, **arguments)
 
 
-def test_prose_is_seeded_and_has_no_answers() -> None:
-    first = list(itertools.islice(documents(5), 300))
-    assert first == list(itertools.islice(documents(5), 300))
-    assert first != list(itertools.islice(documents(6), 300))
-    text = "\n".join(first)
-    assert "?" not in text
-    # "An assistant to the auditor" is prose; a role is not.
-    assert not any(word in text for word in ("Question", "Answer:", "user:", "assistant:", "<|"))
-
-
 def test_rows_come_out_byte_for_byte(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
     assert (tmp_path / "rows.jsonl").read_bytes() == rows_path().read_bytes()
     assert rows_path().stat().st_size <= 3_000_000
-
-
-def test_rows_have_three_columns() -> None:
-    rows = [json.loads(line) for line in rows_path().read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == NUM_ROWS
-    assert {key for row in rows for key in row} == {"system", "user", "assistant"}
-    assert all(isinstance(row["user"], str) for row in rows)
-    assert {"\n", None} < {row.get("system") for row in rows}
-
-
-def test_every_dirt_is_present_and_most_rows_are_checkable() -> None:
-    rows = sample_rows()
-    counts = collections.Counter(row.dirt for row in rows)
-    assert {dirt: count for dirt, count in counts.items() if dirt} == DIRT_COUNTS
-    clean = [row for row in rows if not row.dirt]
-    checkable = [row for row in clean if row.task in CHECKABLE]
-    assert 0.65 < len(checkable) / len(clean) < 0.75
-    duplicates = [row for row in rows if row.dirt == "duplicate"]
-    assert {(row.user, row.assistant) for row in duplicates} <= {
-        (row.user, row.assistant) for row in clean
-    }
-
-
-def test_look_up_answers_stand_in_the_text_once_per_row() -> None:
-    rows = [row for row in sample_rows() if not row.dirt and row.task.startswith("lookup")]
-    assert all(row.assistant and row.assistant in row.user for row in rows)
-    assert len({row.user for row in rows}) == len(rows)

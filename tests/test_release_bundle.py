@@ -22,6 +22,8 @@ from tiny_release import tiny_base, tiny_run
 from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
+from fintune.model import trained_revision
+from fintune.release import card
 from fintune.release.bundle import release
 from fintune.release.card import vllm_rank
 from fintune.release.verify import verify
@@ -54,7 +56,10 @@ def test_release_holds_every_file_of_the_list(config: Config) -> None:
 def test_release_names_its_base_and_no_path(config: Config, base: Path) -> None:
     tree = json.loads((config.release_dir / "adapter_config.json").read_text())
     assert tree["base_model_name_or_path"] == "fintune/tiny"
-    assert tree["revision"] == files.sha256_file(base / "model.safetensors")
+    assert tree["revision"] is None, "peft would ask the hub for it, and no commit is known"
+    kept = json.loads((config.release_dir / "training_config.json").read_text())["provenance"]
+    assert kept["base_sha256"] == files.sha256_file(base / "model.safetensors")
+    assert trained_revision(config.release_dir) == kept["base_sha256"]
     for path in config.release_dir.iterdir():
         for private in (str(config.out), str(base), os.uname().nodename):
             assert private.encode() not in path.read_bytes(), path.name
@@ -108,6 +113,14 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
     fixture = json.loads((config.release_dir / "prompt_fixture.json").read_text())
     assert f'date_string="{fixture["date_string"]}"' in chat
     assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
+
+
+def test_card_names_the_judge() -> None:
+    scored = {"status": "scored", "model": "judge-1", "served_model": "judge-1-2026-01-01"}
+    rows = [scored, scored, {**scored, "served_model": None}, {"status": "unscored"}]
+    said = card._judges(rows)
+    assert "2 verdicts of judge-1-2026-01-01" in said and "1 verdicts of judge-1;" in said + ";"
+    assert "verdicts of None" not in said
 
 
 def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
@@ -225,7 +238,9 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
     with pytest.raises(OutputError, match="fintune train"):
         release(config)
     assert not config.release_dir.exists()
-    assert sorted(path.name for path in config.out.iterdir()) == ["data", "eval", "run"]
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        ".release.lock", "data", "eval", "run"
+    ]  # fmt: skip
 
 
 def test_llama_base_brings_its_licence(base: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_merge_is_refused_when_logits_differ(
     monkeypatch.setattr(export, "MERGE_LIMIT", 0.0)
     with pytest.raises(GateRefused, match="logits differ"):
         export.merged(folder, tmp_path / "merged", base=base)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.lock"]
 
 
 def test_gguf_model_reads_back(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -210,7 +210,9 @@ def test_forms_have_their_own_options(built: tuple[Path, Path], tmp_path: Path) 
     wrong = (
         ["merged", folder, "--out", out, "--dtype", "f16"],
         ["gguf", folder, "--out", out, "--dtype", "bf16"],
+        ["gguf", folder, "--out", out, "--merged", "--dtype", "F32"],
         ["ollama", folder, "--out", out, "--dtype", "fp32"],
+        ["push", folder, "--repository", "a/b", "--dtype", "f16"],
         ["vllm", folder, "--out", out],
         ["merged", folder],
         ["push", folder],
@@ -223,4 +225,4 @@ def test_forms_have_their_own_options(built: tuple[Path, Path], tmp_path: Path) 
     again = runner.invoke(app, ["export", "gguf", folder, "--out", out, "--base", base])
     assert isinstance(again.exception, OutputError)
     assert runner.invoke(app, ["export", "vllm", folder]).stdout.startswith("vllm serve")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]

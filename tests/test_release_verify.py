@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
-from fintune.model import load_release, release_base
+from fintune.model import load_release, open_release, release_base, trained_revision
 from fintune.release.golden import check_answers, make_golden_prompts
 from fintune.release.verify import verify
 
@@ -130,6 +130,31 @@ def test_other_base_of_the_same_shape_is_refused(built: Folders, tmp_path: Path)
     other = tiny_base(tmp_path / "other", seed=5)
     with pytest.raises(GateRefused, match="base: trained on another base"):
         verify(folder, base=other).settle()
+    with pytest.raises(GateRefused, match="base: trained on another base"):
+        open_release(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "found"),
+    [
+        ({"revision": "a" * 40}, {"provenance": {"base_sha256": "b" * 64}}, "a" * 40),
+        ({"revision": None}, {"provenance": {"base_sha256": "b" * 64}}, "b" * 64),
+        ({"revision": "b" * 64}, None, "b" * 64),  # releases of 0.2
+        ({}, {"provenance": {}}, ""),
+        ({"revision": 7}, {"provenance": [1]}, ""),
+        ({}, None, ""),
+    ],
+)
+def test_the_base_that_was_trained_on_is_read_from_where_it_stands(
+    adapter: dict[str, object],
+    training: dict[str, object] | None,
+    found: str,
+    tmp_path: Path,
+) -> None:
+    for name, tree in (("adapter_config", adapter), ("training_config", training)):
+        if tree is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    assert trained_revision(tmp_path) == found
 
 
 def test_answers_hold_over_precisions_and_no_release_loosens_its_own_tolerance(

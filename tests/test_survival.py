@@ -4,13 +4,13 @@ The short form of bench/soak.py: the same harms, fewer of them.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import random
 import shutil
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from victims import (
     die,
     drifts,
     fill,
+    half_written,
     harmed,
     killed_runs,
     poisoned,
@@ -44,15 +45,16 @@ from victims import (
     usable,
 )
 
-from fintune import seal
-from fintune.config import Config, load_config
+from fintune import files, seal
+from fintune.config import Config, dump_yaml, load_config
 from fintune.data import prepare
-from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError, Stopped
-from fintune.files import read_json, read_jsonl, write_json
+from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
+from fintune.files import read_json, read_jsonl, space_for, write_json
 from fintune.release.bundle import release
-from fintune.train import checkpoints, identity, memory, metrics, record, room, trainer
+from fintune.train import checkpoints, memory, metrics, run_state, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
+from fintune.untrusted.child import run_limited
 
 CI_KILLS = 20
 
@@ -258,7 +260,7 @@ def test_drift_is_refused_by_name(
 
 
 def test_versions_are_part_of_a_run(half: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "version", lambda name: "9.9")
+    monkeypatch.setattr(run_state, "version", lambda name: "9.9")
     with pytest.raises(OutputError, match=r"versions\.transformers: .* -> 9\.9"):
         train(half)
 
@@ -273,17 +275,17 @@ def test_drift_is_accepted_by_name_and_recorded(
     )
     ways = drifts(tmp_path, prepared, tiny_base)
     with pytest.raises(FintuneError, match="another shape"):
-        train(changed(half, ways["rank"][0], tmp_path), accept_drift="wanted")
+        train(changed(half, ways["rank"][0], tmp_path), force_resume="wanted")
     other = half.train.model_copy(update={"optimizer": "adafactor"})
     with pytest.raises(FintuneError, match="optimizer: adamw_torch -> adafactor"):
-        train(half.model_copy(update={"train": other}), accept_drift="wanted")
+        train(half.model_copy(update={"train": other}), force_resume="wanted")
     first = changed(half, ways["learning rate"][0], tmp_path)
     killed = at_call(trainer.LoraTrainer, "compute_loss", 10, lambda: die(0))
-    outcome = harmed(lambda: train(first, accept_drift="too fast"), killed)
+    outcome = harmed(lambda: train(first, force_resume="too fast"), killed)
     assert outcome.code == -signal.SIGKILL, outcome.text
     both = [ways["learning rate"][0], ways["rows reordered"][0]]
     second = changed(half, lambda values: [change(values) for change in both], tmp_path)
-    outcome = harmed(lambda: train(second, accept_drift="sorted"))
+    outcome = harmed(lambda: train(second, force_resume="sorted"))
     assert outcome.code == 0, outcome.text
     rates = {
         row["step"]: row["learning_rate"]
@@ -299,6 +301,35 @@ def test_drift_is_accepted_by_name_and_recorded(
         assert [fact["reason"] for fact in facts] == ["too fast", "sorted"]
         assert "learning_rate: 0.01 -> 0.001" in facts[0]["differs"][0]
         assert "data.train.parquet" in facts[1]["differs"][0]
+
+
+def test_accepted_changes_take_effect(new: Callable[..., Config], tmp_path: Path) -> None:
+    """A process that is killed in fp32 and continued in bf16, with other intervals and scale."""
+    config = new("train.max_steps=60")
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    command = [str(Path(sys.executable).with_name("fintune")), "train", "-c"]
+    command.append(str(tmp_path / "run.yaml"))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (config.run_dir / "checkpoints/checkpoint-5").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert read_json(config.run_dir / "record.json")["precision"] == "fp32"
+    for change in ("train.precision=bf16", "train.activation_checkpointing=on",
+                   "train.eval_steps=13", "train.lora.alpha=99"):  # fmt: skip
+        command += ["-s", change]
+    subprocess.run([*command, "--force-resume", "a wider range"], check=True, capture_output=True)
+    (accepted,) = read_json(config.run_dir / "done.json")["accepted"]
+    assert "config.train.precision: fp32 -> bf16" in accepted["differs"]
+    assert read_json(config.run_dir / "record.json")["precision"] == "bf16"
+    assert read_json(config.run_dir / "environment.json")["precision"] == "bf16"
+    arguments = read_json(config.run_dir / "training_arguments.json")
+    assert (arguments["bf16"], arguments["gradient_checkpointing"]) == (True, True)
+    last = config.run_dir / "checkpoints" / "checkpoint-60"
+    assert json.loads((last / "adapter_config.json").read_text())["lora_alpha"] == 99
+    steps = [row["step"] for row in read_jsonl(config.run_dir / "metrics.jsonl")
+             if "eval_loss" in row]  # fmt: skip
+    assert steps[-4:] == [26, 39, 52, 60]
 
 
 def test_another_runs_checkpoint_is_not_taken(
@@ -369,13 +400,10 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
         real = memory.sum_loss
 
         def sum_loss(model: Any, batch: Any) -> Any:
-            if torch.is_grad_enabled() and not model.is_gradient_checkpointing and tried():
+            if torch.is_grad_enabled() and not model.is_gradient_checkpointing:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(model, batch)
 
-        # `recompute` measures a short example first: only the trial after it lacks memory.
-        calls: list[int] = []
-        tried = lambda: calls.append(1) or len(calls) > 1  # noqa: E731
         memory.sum_loss = sum_loss
 
     outcome = harmed(lambda: train(config), small)
@@ -419,12 +447,22 @@ def test_a_volume_without_locks_is_told_of(
     assert "has no locks" in capsys.readouterr().err
 
 
+def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> None:
+    def held() -> None:
+        with seal.lock(tmp_path / "run"):
+            run_limited(lambda: time.sleep(5), "a folder")
+
+    assert harmed(held, kill_after=1.0).code == -signal.SIGKILL
+    with seal.lock(tmp_path / "run") as dead:
+        assert "process" in dead
+
+
 def test_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert record.is_out_of_memory(caught.value)
-    assert record.is_out_of_memory(MemoryError())
-    assert not record.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config], whole: Whole) -> None:
@@ -442,7 +480,7 @@ def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config], whole: 
     arguments = read_json(config.run_dir / "training_arguments.json")
     assert arguments["gradient_accumulation_steps"] > 1
     ends_with = [
-        read_json(one.run_dir / "checkpoints" / "checkpoint-20" / identity.RESUME)[
+        read_json(one.run_dir / "checkpoints" / "checkpoint-20" / run_state.RESUME)[
             "consumed_sha256"
         ]
         for one in (config, whole.config)
@@ -488,7 +526,7 @@ def volume(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
-    """24 amounts of room, each too little; all three kinds of writers meet the end of it."""
+    """24 amounts of free space, each too little; all three kinds of writers meet the end of it."""
     values = torch.randn(40_000)
 
     def write(staging: Path) -> None:
@@ -497,75 +535,44 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
         torch.save({"a": values}, staging / "third")
         write_json(staging / "fourth", {"a": values[:4_000].tolist()})
 
-    def ran_out() -> bool:
-        try:
-            checkpoints.save(volume, 10, write)
-        except Exception as error:
-            return room.out_of_space(error)
-        return False
-
     checkpoints.save(volume, 5, write)
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
-        assert ran_out(), left
+        with pytest.raises(NoSpace), space_for(volume, 0):
+            checkpoints.save(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
         assert checkpoints.damage(volume / "checkpoint-5") is None
         ballast.unlink()
     checkpoints.save(volume, 10, write)
 
 
-def test_a_full_disk_is_waited_for(volume: Path, new: Callable[..., Config], whole: Whole) -> None:
-    """Filled at the second save: the run waits, goes on when there is room, and is the same."""
-    config = new(f"train.out={volume / 'run'}")
-
-    def full() -> None:
-        room.POLL_S = 0.1
-        ballast = fill(volume, 60_000)
-        threading.Timer(1.0, ballast.unlink).start()
-
-    outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 2, full))
-    assert (outcome.code, "waiting" in outcome.text) == (0, True), outcome.text
-    assert "room again" in outcome.text
-    assert print_of(config) == whole.mark
-
-
-def test_a_disk_that_stays_full_ends_the_run(
-    volume: Path, new: Callable[..., Config], whole: Whole
+@pytest.mark.parametrize("left", [0, 60_000, 250_000])
+def test_a_full_disk_ends_the_run_at_once(
+    left: int, volume: Path, new: Callable[..., Config], whole: Whole
 ) -> None:
+    """Before a save; inside one, where the volume holds less than it said."""
     config = new(f"train.out={volume / 'run'}")
 
     def full() -> None:
-        room.POLL_S, room.WAIT_S = 0.1, 0.5
-        fill(volume, 0)
+        fill(volume, left)
+        if left == 250_000:
+            files.free_bytes = lambda folder: 2**60
 
     outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 3, full))
     assert outcome.code == 74, outcome.text
+    assert "the same command continues" in outcome.text
     assert usable(config) == ["checkpoint-5", "checkpoint-10"]
-    assert harmed(lambda: train(config), lambda: setattr(room, "WAIT_S", 0.0)).code == 74
+    assert half_written(config.run_dir) == []
+    assert harmed(lambda: train(config)).code == 74, "no space before the run either"
     (volume / "ballast").unlink()
     continues(config, whole)
-
-
-def test_waiting_says_so_and_heeds_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(room.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
-    with pytest.raises(NoSpace, match="after waiting 30 minutes"):
-        room.Room(tmp_path, lambda: False).write(2**60, lambda: None)
-    assert capsys.readouterr().err.count("waiting,") == 30, "at once, then each minute"
-    with pytest.raises(Stopped):
-        room.Room(tmp_path, lambda: True).write(2**60, lambda: None)
 
 
 def test_a_line_of_metrics_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    kept = metrics.Metrics(
-        path, resumed_at=9, evaluated=True, room=room.Room(tmp_path, lambda: False)
-    )
+    kept = metrics.open_metrics(path, resumed_at=9, evaluated=True)
     with pytest.raises(ValueError, match="JSON compliant"):
         kept.append({"step": 3, "loss": float("nan")})
     kept.append({"step": 3, "loss": 1.5})
@@ -594,21 +601,3 @@ def test_a_config_without_room_for_an_example_is_refused(new: Callable[..., Conf
     with pytest.raises(FintuneError, match="max_tokens"):
         train(new("train.max_tokens=20"))
     assert load_config("nano").train.max_tokens is None
-
-
-def test_the_page_states_the_measured_figures() -> None:
-    bench = Path(__file__).parents[1] / "bench"
-    spec = importlib.util.spec_from_file_location("soak", bench / "soak.py")
-    assert spec is not None
-    assert spec.loader is not None
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
-    kept = read_json(soak.RESULTS)
-    assert soak.table(kept) in soak.PAGE.read_text(encoding="utf-8"), "run bench/soak.py"
-
-
-def test_a_kill_inside_the_first_write_leaves_a_folder_that_starts(tmp_path: Path) -> None:
-    (tmp_path / f".{seal.INPUTS}.x1").write_text("{")
-    assert seal.state(tmp_path, {}, command="fintune train") is seal.State.NEW
-    seal.start(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == [seal.INPUTS]

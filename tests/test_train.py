@@ -17,13 +17,13 @@ from fintune.collate import Collator
 from fintune.config import Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
+from fintune.plan import dry_run
+from fintune.stop import StopRequest
 from fintune.train import checkpoints, memory, trainer
 from fintune.train.arguments import training_arguments
-from fintune.train.record import Record
-from fintune.train.room import Room
 from fintune.train.rows import read_train
-from fintune.train.run import _build, dry_run, train
-from fintune.train.stop import StopRequest
+from fintune.train.run import _build, train
+from fintune.train.run_state import RunState
 
 STEPS = 8
 
@@ -98,12 +98,10 @@ def built(config: Config) -> Any:
     return _build(
         config,
         read_train(config.data_dir),
-        {},
         load_tokenizer(base),
         base,
         StopRequest(),
-        Room(config.run_dir, lambda: False),
-        Record(config.run_dir),
+        RunState(config.run_dir, {}),
     )
 
 
@@ -279,13 +277,10 @@ def test_recomputing_is_decided_by_measured_memory(
     config = load_config("nano")
     base = Base("test/tiny", "x", tiny_base)
     peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
-    rows, collator = read_train(prepared), Collator(flat=True, pad_token_id=0)
-    per_token = memory.activation_bytes_per_token(peft, rows, collator, "fp32")
-    # Two layers keep at least inputs, queries, keys, values and both halves of the gate, in fp32.
-    assert 2 * 4 * (64 + 64 + 2 * 32 + 2 * 128) < per_token < 50_000
+    rows, collator = read_train(prepared), Collator(padding_free=True, pad_token_id=0)
     for free, expected in ((10**12, False), (10**6, True)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        on, why = memory.recompute("auto", peft, rows, collator, "fp32", 5_000)
+        on, why = memory.recompute(config.train, peft, collator, "fp32", 5_000)
         assert on is expected
         assert "5,000 tokens" in why
     before = {name: value.clone() for name, value in peft.named_parameters()}

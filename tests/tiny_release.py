@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, seal
 from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
-from fintune.nano.tokenizer import save_tokenizer, train_tokenizer
 from fintune.release.bundle import release
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from build_nano.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 

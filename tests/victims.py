@@ -5,6 +5,7 @@ thrown away, so it is harmed by plain assignment, without undoing.
 """
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -70,7 +71,8 @@ def harmed(work: Callable[[], Any], *harms: Harm, kill_after: float | None = Non
 
 def _in_child(log: str, work: Callable[[], Any], harms: tuple[Harm, ...]) -> int:
     sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a shell may ignore some
+        signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # a collection would walk all of torch's modules, 0.2 s each time
     run.draw_curves = lambda metrics, picture: None  # a third of these runs
     try:
@@ -305,12 +307,28 @@ def can_mount() -> bool:
 
 
 def fill(volume: Path, left: int) -> Path:
-    """Take all room of a volume but `left` bytes."""
+    """Take all space of a volume but `left` bytes."""
     ballast = volume / "ballast"
     free = shutil.disk_usage(volume).free
     with ballast.open("wb") as file:
         file.write(bytes(max(free - left, 0)))
     return ballast
+
+
+def half_written(run: Path) -> list[str]:
+    """Files of a run that are of a write that did not end."""
+    found = []
+    for path in run.rglob("*"):
+        if path.name.startswith("."):
+            found.append(path.name)
+        elif path.suffix in (".json", ".jsonl"):
+            text = path.read_text(encoding="utf-8")
+            try:
+                for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+                    json.loads(part)
+            except ValueError:
+                found.append(path.name)
+    return found
 
 
 def drifts(root: Path, prepared: Path, base: Path) -> dict[str, tuple[Callable[..., None], str]]:

@@ -1,9 +1,9 @@
 """Attention inside each sequence's boundaries, registered with transformers; no model code copied.
 
 `NAME` is given to a model as its attention implementation. With boundaries (`cu_seq_lens_q`, from
-`collate.flat_batch`) a token attends to the earlier tokens of its own sequence only: on CUDA with
-`torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere with
-scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
+`collate.padding_free_batch`) a token attends to the earlier tokens of its own sequence only: on
+CUDA with `torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere
+with scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
 batches) it is transformers' own sdpa.
 """
 
@@ -68,16 +68,14 @@ def attend(
     # On a CPU torch's flash kernel takes 1.1 ms in fp32 and 4.1 ms in bf16, forward and backward
     # together, for a sequence of 150 tokens and 8 heads of 32; the same at 2,048 tokens.
     on_cpu = query.device.type == "cpu"
+    gqa = grouped and on_cpu  # elsewhere torch has no fast kernel that groups
     precise = torch.promote_types(query.dtype, torch.float32) if on_cpu else query.dtype
-    if grouped and not on_cpu:  # without flash attention, torch has no fast kernel that groups
-        times = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+    if grouped and not gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     parts = [tensor.to(precise).split(sizes, dim=2) for tensor in (query, key, value)]
     with torch.autocast("cpu", enabled=False):  # it would cast them back to bf16
         pieces = [
-            F.scaled_dot_product_attention(
-                q, k, v, scale=scaling, is_causal=True, enable_gqa=grouped and on_cpu
-            )
+            F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=gqa)
             for q, k, v in zip(*parts, strict=True)
         ]
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
@@ -85,6 +83,8 @@ def attend(
 
 def _has_varlen(query: torch.Tensor) -> bool:
     """Flash attention wants a CUDA device of capability 8.0 and half precision."""
+    if query.device.type == "meta":  # shapes alone: of a plan for such a device
+        return True
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.device.type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -103,8 +103,8 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-def takes_flat_batches(model: Any) -> str | None:
-    """Why a model cannot be trained on flat batches, or None if it can.
+def why_padded(model: Any) -> str | None:
+    """Why a model cannot be trained on padding-free batches, or None if it can.
 
     A model qualifies when it routes its attention through transformers' interface, knows no other
     state that runs across positions, and has full attention in every layer.

@@ -2,14 +2,14 @@
 
 Length grouping sorts examples into batches, so neighbouring batches are alike, steps differ
 tenfold in tokens, and the longest batch decides the memory. The default here does the reverse:
-`stratified` deals every length to every step. Sort by length, cut into as many strata as a step
-has examples, shuffle inside each stratum, let step k take the k-th of every stratum; then deal
-the step's examples into micro-batches of nearly equal tokens (longest first, to the lightest).
+`stratified` gives every step every length. Sort by length, cut into as many strata as a step has
+examples, shuffle inside each stratum, let step k take the k-th of every stratum; then balance
+the step's examples over micro-batches of nearly equal tokens (longest-processing-time greedy).
 Every example once an epoch, no bias, every step alike.
 
 Order is a function of (lengths, seed, epoch) alone, so a resumed run sees what the killed one
 would have seen. Several processes are more micro-batches of the same step: rank r of w takes
-every w-th of them, after they were dealt to equal tokens.
+every w-th of them, after they were balanced.
 """
 
 from collections.abc import Callable, Iterable
@@ -89,10 +89,10 @@ def plan_epoch(
         raise ValueError("no example to plan")
     rng = np.random.default_rng((seed, epoch))
     step_size = micro_batch_size * accumulation * world_size
-    parts = accumulation * world_size
+    micro_batches = accumulation * world_size
     if plan == "bucketed":
         edges = boundaries or choose_boundaries(lengths, buckets)
-        steps = _bucketed(lengths, micro_batch_size, parts, edges, rng)
+        steps = _bucketed(lengths, micro_batch_size, micro_batches, edges, rng)
     elif plan == "stratified":
         steps = [[group] for group in _strata_order(lengths, step_size, rng)]
     else:
@@ -102,47 +102,47 @@ def plan_epoch(
         steps[-2:] = [steps[-2] + steps[-1]]
     if plan == "bucketed":
         return EpochPlan([_to_ranks(lengths, step, world_size) for step in steps])
-    return deal_again(lengths, EpochPlan(steps), parts, world_size)
+    return rebalance(lengths, EpochPlan(steps), micro_batches, world_size)
 
 
-def deal_again(lengths: Ints, plan: EpochPlan, parts: int, world_size: int = 1) -> EpochPlan:
-    """The same steps, each dealt into `parts` micro-batches of nearly equal tokens."""
-    dealt = [_deal(lengths, np.concatenate(step), parts, world_size) for step in plan.steps]
-    return EpochPlan([_to_ranks(lengths, step, world_size) for step in dealt])
+def rebalance(lengths: Ints, plan: EpochPlan, micro_batches: int, world_size: int = 1) -> EpochPlan:
+    """The same steps, each as so many micro-batches of nearly equal tokens."""
+    steps = [_balance(lengths, np.concatenate(s), micro_batches, world_size) for s in plan.steps]
+    return EpochPlan([_to_ranks(lengths, step, world_size) for step in steps])
 
 
-def parts_under(
+def micro_batches_under(
     max_tokens: int,
     lengths: Ints,
     plans: list[EpochPlan],
-    parts: int,
+    micro_batches: int,
     world_size: int = 1,
-    laid: Callable[[list[int]], int] = sum,
+    padded_tokens: Callable[[list[int]], int] = sum,
 ) -> int:
-    """Fewest micro-batches a step, from `parts` in strides of `world_size`, that keep all of a
-    run's micro-batches under a cap. One number for every step, as the Trainer's accumulation is.
+    """Fewest micro-batches a step that keep every micro-batch of a run under a cap, counted up from
+    `micro_batches` in strides of `world_size`; the same number for every step.
 
     Args:
-        laid: tokens that a micro-batch of these lengths takes in memory.
+        padded_tokens: tokens that a micro-batch of these lengths takes, padding included.
 
     Raises:
         ConfigError: an example alone is longer than `max_tokens`.
     """
     longest = int(lengths.max())
-    if laid([longest]) > max_tokens:
+    if padded_tokens([longest]) > max_tokens:
         raise ConfigError(
             f"train.max_tokens: an example of {longest} tokens exceeds {max_tokens}",
             fix="raise it, or lower data.max_length_cap and prepare",
         )
     while any(
-        laid(lengths[batch].tolist()) > max_tokens
+        padded_tokens(lengths[batch].tolist()) > max_tokens
         for plan in plans
         for step in plan.steps
         for batch in step
     ):
-        parts += world_size
-        plans = [deal_again(lengths, plan, parts, world_size) for plan in plans]
-    return parts
+        micro_batches += world_size
+        plans = [rebalance(lengths, plan, micro_batches, world_size) for plan in plans]
+    return micro_batches
 
 
 def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
@@ -213,68 +213,63 @@ def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
 def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> list[Ints]:
     """Steps that take one example of every stratum.
 
-    Strata differ in size by at most one when `step_size` does not divide the examples, so each
-    is shuffled with its gaps spread over the steps: a short last step would hold only some
-    strata, and its loss would be of other lengths than the rest.
+    Where `step_size` does not divide the examples, the last step lacks those of random strata, so
+    that its lengths are no others than those of the rest.
     """
     steps = -(-lengths.size // step_size)
-    # Equal lengths are ordered by chance, else their file order would leak into the strata.
+    # Ties are broken at random, else the order of the file would leak into the strata.
     order = np.lexsort((rng.random(lengths.size), lengths))
-    slots = np.full(steps * step_size, -1, dtype=np.int64)
-    missing = slots.size - lengths.size
-    gaps = rng.choice(step_size, size=missing, replace=False) if missing else np.empty(0, int)
-    filled = np.full(step_size, steps, dtype=np.int64)
-    filled[gaps] -= 1
-    start = 0
-    table = slots.reshape(step_size, steps)
-    for stratum, count in enumerate(filled.tolist()):
-        table[stratum, :count] = order[start : start + count]
-        start += count
-        # The last step is the short one: gaps stay in it, all other places are shuffled.
-        table[stratum, :count] = rng.permutation(table[stratum, :count])
-    return [column[column >= 0] for column in table.T if (column >= 0).any()]
+    missing = steps * step_size - lengths.size
+    short = rng.choice(step_size, size=missing, replace=False) if missing else np.empty(0, int)
+    sizes = np.full(step_size, steps)
+    sizes[short] -= 1
+    strata = [rng.permutation(stratum) for stratum in np.split(order, sizes.cumsum()[:-1])]
+    return [
+        np.array([stratum[step] for stratum in strata if step < stratum.size])
+        for step in range(steps)
+    ]
 
 
 def _chunks(order: Ints, size: int) -> list[Ints]:
     return [order[start : start + size] for start in range(0, order.size, size)]
 
 
-def _deal(lengths: Ints, group: Ints, parts: int, world_size: int) -> list[Ints]:
-    """Deal a step's examples into micro-batches of nearly equal tokens (longest first)."""
-    parts = min(parts, group.size)
+def _balance(lengths: Ints, examples: Ints, micro_batches: int, world_size: int) -> list[Ints]:
+    """Micro-batches of nearly equal tokens: longest example first, each to the lightest."""
+    count = min(micro_batches, examples.size)
     # Every rank needs as many micro-batches as the others, or they would wait for each other.
-    parts = max(parts - parts % world_size, 1)
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    tokens = [0] * parts
-    for index in group[np.argsort(-lengths[group], kind="stable")].tolist():
+    count = max(count - count % world_size, 1)
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for index in examples[np.argsort(-lengths[examples], kind="stable")].tolist():
         lightest = tokens.index(min(tokens))
-        hands[lightest].append(index)
+        bins[lightest].append(index)
         tokens[lightest] += int(lengths[index])
-    return [np.array(hand, dtype=np.int64) for hand in hands]
+    return [np.array(members, dtype=np.int64) for members in bins]
 
 
 def _to_ranks(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
-    """Whole batches to ranks, each as many: longest first, to the lightest rank with a place left.
-    A step whose batches do not divide among the ranks (a bucket's last) is dealt anew."""
+    """Interleave micro-batches for the ranks, each as many: heaviest first, to the lightest rank.
+    A step whose micro-batches do not divide among the ranks (a bucket's last) is balanced anew."""
     if world_size == 1:
         return step
     if len(step) % world_size:
-        step = _deal(lengths, np.concatenate(step), max(len(step), world_size), world_size)
+        step = _balance(lengths, np.concatenate(step), max(len(step), world_size), world_size)
     each, left = divmod(len(step), world_size)
     if left:  # fewer examples than ranks
         return step
     tokens = {id(batch): int(lengths[batch].sum()) for batch in step}
-    hands: list[list[Ints]] = [[] for _ in range(world_size)]
+    ranks: list[list[Ints]] = [[] for _ in range(world_size)]
     for batch in sorted(step, key=lambda batch: -tokens[id(batch)]):
-        free = [hand for hand in hands if len(hand) < each]
-        min(free, key=lambda hand: sum(tokens[id(own)] for own in hand)).append(batch)
-    return [hand[place] for place in range(each) for hand in hands]
+        open_ranks = [rank for rank in ranks if len(rank) < each]
+        min(open_ranks, key=lambda rank: sum(tokens[id(own)] for own in rank)).append(batch)
+    return [rank[place] for place in range(each) for rank in ranks]
 
 
 def _bucketed(
     lengths: Ints,
     micro_batch_size: int,
-    parts: int,
+    micro_batches: int,
     boundaries: Iterable[int],
     rng: np.random.Generator,
 ) -> list[list[Ints]]:
@@ -292,4 +287,4 @@ def _bucketed(
     order = rng.permutation(len(batches))
     # A ragged batch goes last, so that every step but the last has all its examples.
     order = np.array(sorted(order, key=lambda index: batches[index].size < micro_batch_size))
-    return [[batches[index] for index in chunk] for chunk in _chunks(order, parts)]
+    return [[batches[index] for index in chunk] for chunk in _chunks(order, micro_batches)]

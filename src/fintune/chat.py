@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 from fintune.errors import ModelError
-from fintune.example import IGNORE, Encoded, Message
+from fintune.example import IGNORE_INDEX, Encoded, Message
 from fintune.files import sha256_bytes
 
 PROOFS = 16
@@ -99,7 +99,7 @@ class ChatFormat:
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Ids and labels of many conversations; one call of the tokenizer, so much faster.
 
-        Labels are `IGNORE` on everything but each assistant text and its end-of-turn token.
+        Labels are `IGNORE_INDEX` on everything but each assistant text and its end-of-turn token.
         Checked on every row: the trained ids decode to exactly those texts, and the sequence
         starts with its only BOS where the template writes one.
 
@@ -236,7 +236,7 @@ class ChatFormat:
         labels: list[int] = []
         for run, own in zip(runs, ids, strict=True):
             input_ids += own
-            labels += own if run.trained else [IGNORE] * len(own)
+            labels += own if run.trained else [IGNORE_INDEX] * len(own)
         return Encoded(input_ids, labels)
 
     def _prove(self, rows: list[Message], runs: list[_Run], encoded: Encoded) -> None:
@@ -258,7 +258,7 @@ class ChatFormat:
             )
 
     def _check_decoded(self, runs: list[list[_Run]], encoded: list[Encoded]) -> None:
-        kept = [[label for label in row.labels if label != IGNORE] for row in encoded]
+        kept = [[label for label in row.labels if label != IGNORE_INDEX] for row in encoded]
         texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         for own, text, row in zip(runs, texts, encoded, strict=True):

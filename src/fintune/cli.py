@@ -1,24 +1,22 @@
 """The command line: one short function a verb. Stages are imported inside, so --help is instant."""
 
 import errno
+import json
 import os
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, NoSpace, Stopped
+from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
 from fintune.files import FULL, reaching
+from fintune.stop import STOP
 
 if TYPE_CHECKING:
     from fintune.config import Config
@@ -44,6 +42,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder as
 Accept = Annotated[
     str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
 ]
+JudgeHost = Annotated[
+    str, typer.Option(help="A host that may get the judge's key, besides its variable's own.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 BaseFolder = Annotated[
@@ -58,14 +59,15 @@ DEFAULT = "fintune.yaml"
 
 def main() -> None:
     """Entry point: a FintuneError, or a full disk, becomes one message and its exit code."""
-    _quiet()
+    again = shlex.join(["fintune", *sys.argv[1:]])
     try:
-        app()
+        with STOP.listening(f"stopped before anything was written; continue with: {again}\n"):
+            _quiet()
+            app()
     except FintuneError as error:
         console.fail(str(error))
         if isinstance(error, Stopped):
-            again = [word for word in sys.argv[1:] if word != "--fresh"]
-            console.say(f"continue with: {shlex.join(['fintune', *again])}")
+            console.say(f"continue with: {_without_fresh(sys.argv[1:])}")
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in FULL:
@@ -75,19 +77,11 @@ def main() -> None:
         sys.exit(NoSpace.exit_code)
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end what runs inside at once, with exit code 75; training has its own."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped; nothing half-written stays", fix="the same command begins again")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _without_fresh(words: list[str]) -> str:
+    """The command that continues this one: what --fresh moves aside is moved once, but a release,
+    which is moved when the new one is complete."""
+    kept = [word for word in words if word != "--fresh" or words[0] == "release"]
+    return shlex.join(["fintune", *kept])
 
 
 @app.callback(invoke_without_command=True)
@@ -99,6 +93,8 @@ def _root(
         console.result(__version__)
         raise typer.Exit
     verb = context.invoked_subcommand
+    if verb not in (*WRITERS, "train"):
+        STOP.release()  # a reader has nothing to continue, and a server stops in its own way
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         if os.environ.get(variable) in ("", "-1"):  # how some launchers say: not distributed
             del os.environ[variable]
@@ -125,7 +121,7 @@ def demo(
     """The whole path on the bundled nano base and sample rows, offline, in minutes."""
     from fintune.demo import show
 
-    config = _load("nano", [f"out={out}", *(overrides or [])])
+    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     _run(config, fresh=fresh, accept=None)
     show(config)
 
@@ -136,9 +132,10 @@ def run(
     overrides: Overrides = None,
     fresh: Fresh = False,
     accept: Accept = None,
+    judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
-    _run(_load(config, overrides), fresh=fresh, accept=accept)
+    _run(_load(config, overrides), fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -151,8 +148,7 @@ def prepare(
     """Raw rows -> train and validation rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
-    with _stoppable():
-        manifest = stage(_load(config, overrides), fresh=fresh)
+    manifest = stage(_load(config, overrides), fresh=fresh)
     if as_json:
         console.emit_json(manifest)
 
@@ -165,24 +161,28 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; load no weights.")
     ] = False,
-    accept_drift: Annotated[
+    force_resume: Annotated[
         str | None,
         typer.Option(help="Continue although config, data or versions changed, for this reason."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    from fintune.train import run as stage
-
     loaded = _load(config, overrides)
     if dry_run:
-        plan = stage.dry_run(loaded)
+        from fintune import plan as planned
+
+        found = planned.dry_run(loaded)
         if as_json:
-            console.emit_json(plan)
+            console.emit_json(found)
         else:
-            _show_dry_run(plan)
+            for part in ("training_arguments", "lora_config"):
+                console.table(part, ["key", "value"], found[part].items())
+            planned.show(found)
         return
-    folder = stage.train(loaded, fresh=fresh, accept_drift=accept_drift)
+    from fintune.train.run import train as stage
+
+    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
     if as_json:
         console.emit_json({"run": str(folder)})
 
@@ -200,9 +200,6 @@ def plan(
     rate: Annotated[
         list[str] | None, typer.Option(help="Price of an hour in USD: --rate L4=0.80")
     ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Time a few real steps on this machine.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a run takes and where it fits: memory, time, price; loads no weights, needs no GPU."""
@@ -211,10 +208,6 @@ def plan(
     loaded = _load(config, overrides)
     rates = planned.read_rates(rate or [])
     found = planned.plan(loaded, row_count=rows, mean_tokens=mean_tokens, rates=rates)
-    if calibrate:
-        from fintune.calibrate import this_machine
-
-        found["this_machine"] = this_machine(loaded, rows, mean_tokens)
     if as_json:
         console.emit_json(found)
     else:
@@ -229,17 +222,23 @@ def evaluate(
     rescore: Annotated[
         Path | None, typer.Option(help="Rebuild the results of this folder, without any call.")
     ] = None,
+    judge_host: JudgeHost = "",
     as_json: Json = False,
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
         from fintune.evals import report
+        from fintune.seal import lock
 
-        results = report.rescore(rescore)
+        if not rescore.is_dir():
+            raise OutputError(f"no evaluation folder at {rescore}")
+        with lock(rescore):
+            results = report.rescore(rescore)
     else:
         from fintune.evals import evaluate as stage
 
-        results = stage.evaluate(_load(config, overrides), fresh=fresh)
+        loaded = _load(config, overrides)
+        results = stage.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     if as_json:
         console.emit_json(results)
 
@@ -306,13 +305,15 @@ def judge(
     max_usd: Annotated[
         float | None, typer.Option(help="Stop before the call that may pass this sum.")
     ] = None,
+    judge_host: JudgeHost = "",
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
     from fintune.evals.evaluate import judge_answers
 
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
-    results = judge_answers(_load(config, [*(overrides or []), *budget]))
+    loaded = _load(config, [*(overrides or []), *budget])
+    results = judge_answers(loaded, judge_host=judge_host)
     if as_json:
         console.emit_json(results)
 
@@ -434,15 +435,17 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _run(config: "Config", *, fresh: bool, accept: str | None) -> None:
+def _run(config: "Config", *, fresh: bool, accept: str | None, judge_host: str = "") -> None:
     from fintune.data.prepare import prepare as prepare_stage
     from fintune.evals.evaluate import evaluate as evaluate_stage
+    from fintune.seal import check_place
     from fintune.train.run import train as train_stage
 
-    with _stoppable():
-        prepare_stage(config, fresh=fresh)
+    for folder in config.folders().values():
+        check_place(folder)  # not after hours of training
+    prepare_stage(config, fresh=fresh)
     train_stage(config, fresh=fresh)
-    evaluate_stage(config, fresh=fresh)
+    evaluate_stage(config, fresh=fresh, judge_host=judge_host)
     _release(config, fresh=fresh, accept=accept)
 
 
@@ -465,7 +468,7 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
     from fintune.config import load_config
 
     config = load_config(name, overrides or [])
-    for folder in (config.data_dir, config.run_dir, config.eval_dir, config.release_dir):
+    for folder in config.folders().values():
         _folder(folder)
     return config
 
@@ -481,15 +484,6 @@ def _folder(path: Path) -> Path:
             if part.exists() and not part.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, f"{part} is a file")
     return path
-
-
-def _show_dry_run(plan: dict[str, Any]) -> None:
-    rows = [(key, value) for key, value in plan["batches"].items()]
-    console.table("batches", ["what", "value"], rows)
-    console.table("lora_config", ["key", "value"], plan["lora_config"].items())
-    console.table("training_arguments", ["key", "value"], plan["training_arguments"].items())
-    for note in plan["notes"]:
-        console.warn(note)
 
 
 def _quiet() -> None:

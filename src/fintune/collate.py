@@ -1,8 +1,8 @@
-"""Examples -> one batch: laid end to end with their boundaries, or padded where that is needed.
+"""Examples -> one batch: padding-free with sequence boundaries, or padded where that is needed.
 
 Both give the same keys to the loss: `labels` are already shifted (the label of a position is the
-next token of its own sequence, `IGNORE` at every sequence's end), so that no token is ever asked
-to predict the first token of a neighbour.
+next token of its own sequence, `IGNORE_INDEX` at every sequence's end), so that no token predicts
+the first token of a neighbour.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,28 +13,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fintune.example import IGNORE
+from fintune.example import IGNORE_INDEX
 
 Batch = dict[str, Any]
 Tokens = Sequence[int] | NDArray[np.int32]
 
 
-CPU_MULTIPLE = 32
-"""Flat batches on a CPU are filled up to a multiple of this many tokens.
+CPU_PAD_MULTIPLE = 32
+"""Padding-free batches on a CPU are padded to a multiple of this many tokens.
 
 oneDNN compiles every bf16 product anew for a number of rows it has not seen (about 7 ms each, 60 a
-micro-batch) and keeps the code, so that freely varying batches take twice the time and grow by
-50 MB each. Steps of the stratified plan are so alike that a handful of sizes is left.
+micro-batch) and keeps the code: batches of any size take twice the time and 50 MB each. Steps of
+the stratified plan are so alike that a handful of sizes is left.
 """
 
 
-def flat_batch(rows: Sequence[Mapping[str, Tokens]], multiple: int = 1) -> Batch:
-    """Sequences laid end to end, no padding between them.
+def padding_free_batch(rows: Sequence[Mapping[str, Tokens]], pad_to_multiple_of: int = 1) -> Batch:
+    """Sequences concatenated, without padding between them.
 
     Args:
         rows: each with `input_ids` and `labels` of the same length.
-        multiple: fill up to a multiple of this many tokens, as one more sequence that nothing
-            attends to and no label trains.
+        pad_to_multiple_of: of this many tokens; the padding is a sequence of its own, without
+            label tokens.
 
     Returns:
         `input_ids`, `position_ids` (restarting in every sequence), `labels`: int64, shape
@@ -42,10 +42,10 @@ def flat_batch(rows: Sequence[Mapping[str, Tokens]], multiple: int = 1) -> Batch
         `max_length_q`: tokens of the longest sequence.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    fill = -sum(lengths) % multiple
-    if fill:
-        rows = [*rows, {"input_ids": [0] * fill, "labels": [IGNORE] * fill}]
-        lengths.append(fill)
+    padding = -sum(lengths) % pad_to_multiple_of
+    if padding:
+        rows = [*rows, {"input_ids": [0] * padding, "labels": [IGNORE_INDEX] * padding}]
+        lengths.append(padding)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {
         "input_ids": torch.cat([_long(row["input_ids"]) for row in rows])[None],
@@ -57,7 +57,7 @@ def flat_batch(rows: Sequence[Mapping[str, Tokens]], multiple: int = 1) -> Batch
 
 
 def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Batch:
-    """Sequences padded on the right to the longest, for a model that cannot take flat ones.
+    """Sequences padded on the right to the longest, for a model that needs it (`why_padded`).
 
     Returns:
         `input_ids`, `attention_mask`, `labels`: int64, shape (sequences, longest).
@@ -65,7 +65,7 @@ def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Bat
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORE)
+    labels = torch.full((len(rows), longest), IGNORE_INDEX)
     for index, row in enumerate(rows):
         length = len(row["input_ids"])
         ids[index, :length] = _long(row["input_ids"])
@@ -76,27 +76,27 @@ def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Bat
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """What a DataLoader calls: flat where the model takes it, padded where it does not."""
+    """What a DataLoader calls: padding-free where the model takes it, padded where it does not."""
 
-    flat: bool
+    padding_free: bool
     pad_token_id: int
-    multiple: int = 1
+    pad_to_multiple_of: int = 1
 
-    def laid_tokens(self, lengths: Sequence[int]) -> int:
+    def padded_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of these lengths takes, padding included."""
-        if self.flat:
-            return -(-sum(lengths) // self.multiple) * self.multiple
+        if self.padding_free:
+            return -(-sum(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return max(lengths) * len(lengths)
 
     def __call__(self, rows: Sequence[Mapping[str, Tokens]]) -> Batch:
-        return (
-            flat_batch(rows, self.multiple) if self.flat else padded_batch(rows, self.pad_token_id)
-        )
+        if self.padding_free:
+            return padding_free_batch(rows, self.pad_to_multiple_of)
+        return padded_batch(rows, self.pad_token_id)
 
 
 def _shift(labels: Tokens) -> torch.Tensor:
     shifted = _long(labels).roll(-1)
-    shifted[-1] = IGNORE
+    shifted[-1] = IGNORE_INDEX
     return shifted
 
 

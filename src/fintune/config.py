@@ -6,11 +6,12 @@ key is an error that names the nearest known one.
 """
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,10 +26,20 @@ from pydantic import (
 
 from fintune.errors import ConfigError
 from fintune.files import read_toml
+from fintune.yaml12 import MOST_CHARACTERS, problem_of, read_yaml, resolved
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 FORMER_NAMES = read_toml(__file__, "former_names.toml")
+SECRETS = re.compile(
+    r"""(?ix)(?<![a-z])(?:sk|pk|rk|hf|gh[opsu]|xox[abp]|glpat|AIza|AKIA|ASIA)[-_]?[A-Za-z0-9_-]{12,}
+    | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)? | bearer\s+[\w.~+/=-]{8,}
+    | (?<=//)[^\s/@"]+:[^\s/@"]+(?=@)
+    | (?:(?:api|access)[_-]?key|token|secret|passw(?:or)?d)
+      \\?["']?\s*[:=]\s*\\?["']?[^\s"',}\\]{6,}"""
+)
+"""What looks like a key or a password: never stored, never shown."""
+SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|auth")
 
 
 Columns = Annotated[
@@ -41,6 +52,15 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
+        """What plain scalars mean: where a key takes text (a name, a path) the text as written."""
+        kinds = set(_leaves(cls.model_fields[str(info.field_name)].annotation))
+        if any(issubclass(kind, Section) for kind in kinds):
+            return value  # the section resolves its own
+        return resolved(value, text=bool(kinds & {str, Path}))
 
     @field_validator("*")
     @classmethod
@@ -218,12 +238,6 @@ class TrainConfig(Section):
     )
     report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as trackio")
 
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> Any:
-        """`on` and `off` without quotes are truth values to YAML 1.1."""
-        return ("on" if value else "off") if isinstance(value, bool) else value
-
 
 class JudgeConfig(Section):
     """A model behind an OpenAI-compatible endpoint that settles what arithmetic cannot."""
@@ -237,30 +251,28 @@ class JudgeConfig(Section):
         "OPENAI_API_KEY",
         description="environment variable that holds the key; never the key itself",
     )
-    modes: tuple[Literal["pairwise", "pointwise"], ...] = Field(
-        ("pairwise",),
-        min_length=1,
-        description="base against adapter in both orders; each answer alone against the reference",
-    )
-    concurrency: int = Field(8, ge=1, description="calls under way at once")
-    max_tokens: int = Field(600, ge=50, description="longest reply of the judge")
     reasoning: bool = Field(
         False, description="the model takes max_completion_tokens, and no temperature or seed"
     )
-    timeout_s: float = Field(120, gt=0, description="seconds that one call may take in all")
-    tries: int = Field(6, ge=1, description="tries of one call, the first included")
     usd_per_million_in: float = Field(0, ge=0, description="price of a million prompt tokens")
     usd_per_million_out: float = Field(0, ge=0, description="price of a million reply tokens")
     max_usd: float | None = Field(None, ge=0, description="stop before the call that may pass it")
     labels: Path | None = Field(
-        None, description="human verdicts to compare with, JSON Lines of id, mode and verdict"
+        None, description="human verdicts to compare with, JSON Lines of id and verdict"
     )
 
     @field_validator("base_url", "key_variable")
     @classmethod
     def _no_secret(cls, value: str, info: ValidationInfo) -> str:
-        """Refuse a key in the config; a ConfigError, because pydantic's would print the value."""
-        allowed = {"base_url": r"https?://[^@?#\s]+", "key_variable": r"[A-Z][A-Z0-9_]*"}
+        """Refuse a key in the config; a ConfigError, because pydantic's would print the value.
+
+        Of a URL only the plain form is taken, which every reader takes apart in the same way.
+        """
+        host = r"(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]+)?"
+        allowed = {
+            "base_url": rf"https?://{host}(?:/[^@?#\s\\]*)?",
+            "key_variable": r"[A-Z][A-Z0-9_]*",
+        }
         if not re.fullmatch(allowed[str(info.field_name)], value):
             raise ConfigError(
                 f"eval.judge.{info.field_name}: not of the form that is expected here",
@@ -332,7 +344,28 @@ class Config(Section):
         boundaries = self.train.bucket_boundaries
         if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
             raise ValueError("train.bucket_boundaries must increase")
+        if self.train.max_steps == 0:
+            raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
+        places = {name: Path(os.path.realpath(path)) for name, path in self.folders().items()}
+        for (one, inner), (other, outer) in itertools.permutations(places.items(), 2):
+            if inner.is_relative_to(outer):
+                raise ValueError(f"{one} lies in {other} ({outer}): a stage owns its whole folder")
+        data = self.data
+        rows = [data.source, *(item.path for item in (*data.sources, *data.benchmarks))]
+        for name, outer in places.items():
+            for path in filter(None, rows):
+                if Path(os.path.realpath(os.path.expanduser(path))).is_relative_to(outer):
+                    raise ValueError(f"{name} ({outer}) holds rows that are read: {path}")
         return self
+
+    def folders(self) -> dict[str, Path]:
+        """The folders that the stages write, by the key that sets each."""
+        return {
+            "data.out": self.data_dir,
+            "train.out": self.run_dir,
+            "eval.out": self.eval_dir,
+            "release.out": self.release_dir,
+        }
 
     @property
     def data_dir(self) -> Path:
@@ -380,15 +413,19 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a wrong value; all problems at once.
     """
-    tree = _read_yaml(_find(name))
+    tree = _read_file(_find(name))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"--set {override}: not of the form key=value",
+                f"--set {redacted(override)}: not of the form key=value",
                 fix="for example --set train.learning_rate=2e-4",
             )
-        _place(tree, key.strip(), _scalar(value, override))
+        try:
+            _place(tree, key.strip(), read_yaml(value))
+        except yaml.YAMLError as error:
+            what = redacted(f"--set {key}: the value is not YAML: {problem_of(error)}")
+            raise ConfigError(what) from None
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -432,32 +469,31 @@ def _find(name: str | Path) -> Path:
     return preset
 
 
-class _Strict(yaml.SafeLoader):
-    """YAML in which a key written twice is an error instead of a silent last-one-wins."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"written twice: {', '.join(sorted(twice))}")
-        return super().construct_mapping(node, deep)
+def _leaves(kind: Any) -> Iterator[type]:
+    """The types in an annotation; of a Literal those of its values."""
+    parts = get_args(kind)
+    yield from itertools.chain.from_iterable(map(_leaves, parts))
+    if not parts:
+        yield kind if isinstance(kind, type) else type(kind)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+        with path.open(encoding="utf-8") as file:
+            tree = read_yaml(file.read(MOST_CHARACTERS + 1))
+    except yaml.YAMLError as error:
+        what = redacted(problem_of(error))
+        raise ConfigError(f"{path} is not readable YAML: {what}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
     return tree
 
 
-def _scalar(text: str, override: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not YAML") from None
+def redacted(text: str) -> str:
+    """A text without what looks like a secret."""
+    return SECRETS.sub("[redacted]", text)
 
 
 def _place(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -470,9 +506,10 @@ def _place(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    key = redacted(".".join(str(part) for part in problem["loc"] if part != "[key]"))
     if problem["type"] != "extra_forbidden":
-        return f"{key}: {problem['msg']} (given: {problem['input']!r})"
+        said = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {said}{_given(key, problem['input'])}" if key else said
     last = key.rsplit(".", 1)[-1]
     if last in FORMER_NAMES:
         return f"{key}: unknown key; here it is {FORMER_NAMES[last]}"
@@ -481,3 +518,12 @@ def _explain(problem: dict[str, Any]) -> str:
         name for name in known if name.rsplit(".", 1)[-1] == last
     ]
     return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _given(key: str, value: Any) -> str:
+    """The value in a message, unless it may be or hold a secret."""
+    if isinstance(value, dict | list):
+        return f" (given: {'a section' if isinstance(value, dict) else 'a list'})"
+    if isinstance(value, str) and SECRET_NAME.search(key):
+        return ""
+    return f" (given: {redacted(repr(value))[:80]})"

@@ -9,7 +9,7 @@ from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
-from fintune.nano.rows import DEMO_QUESTIONS
+from fintune.nano import DEMO_QUESTIONS
 
 TOKENS = 48
 """Longest answer shown; the base does not know when to stop."""
@@ -19,30 +19,29 @@ def show(config: Config) -> None:
     """Print the verdict of a finished demo and answer three questions it was not trained on."""
     results = read_json(config.eval_dir / "test_results.json")
     accuracy, loss = results["accuracy"], results["loss"]
-    difference = accuracy["difference"]
+    difference, always = accuracy["difference"], accuracy["majority_class"]["value"]
     low, high = difference["ci95"]
+    right = [f"{value:.1%}" for value in (accuracy["base"], accuracy["adapter"], always)]
+    nats = [f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""]
     console.table(
         f"held-out rows, {difference['n']} checkable questions: {results['verdict']}",
         ["", "base", "adapter", "always the commonest"],
-        [
-            (
-                "answers right",
-                f"{accuracy['base']:.1%}",
-                f"{accuracy['adapter']:.1%}",
-                f"{accuracy['always_commonest']['value']:.1%}",
-            ),
-            ("loss (nats a token)", f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""),
-        ],
+        [["answers right", *right], ["loss (nats a token)", *nats]],
     )
-    console.result(
-        f"gain {difference['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}"
-    )
-    _answer(config)
+    gain = f"{difference['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}"
+    console.result(f"gain {gain}")
+    grid = Table(show_lines=True, header_style="dim")
+    for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
+        grid.add_column(title, max_width=width, overflow="fold")
+    for cells in zip(DEMO_QUESTIONS, *_answers(config), strict=True):
+        grid.add_row(*map(console.safe_markup, cells))
+    console.out.print(grid)
     console.result(f"report   {config.eval_dir / 'report.html'}")
     console.result(f"release  {config.release_dir}")
 
 
-def _answer(config: Config) -> None:
+def _answers(config: Config) -> tuple[list[str], list[str]]:
+    """Of the base and of the adapter, in the order of the questions."""
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
     chat = ChatFormat(tokenizer, config.chat.date_string)
@@ -51,20 +50,14 @@ def _answer(config: Config) -> None:
     prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
     ends = end_token_ids(base, tokenizer)
 
-    def answers() -> dict[str, str]:
+    def answer() -> list[str]:
         requests = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
         batches = generate(
             model, tokenizer, requests, stop_token_ids=ends, batch_size=len(requests)
         )
-        return {answer.id: answer.text for batch in batches for answer in batch}
+        texts = {answer.id: answer.text for batch in batches for answer in batch}
+        return [texts[request.id] for request in requests]
 
-    adapter = answers()
     with model.disable_adapter():
-        plain = answers()
-    grid = Table(show_lines=True, header_style="dim")
-    for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
-        grid.add_column(title, max_width=width, overflow="fold")
-    for number, question in enumerate(DEMO_QUESTIONS):
-        answered = (question, plain[str(number)], adapter[str(number)])
-        grid.add_row(*(console.safe_markup(text) for text in answered))
-    console.out.print(grid)
+        plain = answer()
+    return plain, answer()

@@ -18,9 +18,6 @@ import torch
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from rich import box
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from fintune import console, nano
@@ -38,9 +35,16 @@ EXTRAS = {
 RECIPE_GB = 48
 """Memory of the one GPU that the published 8B recipe needs."""
 DEMO_GB = 3
-SCRATCH_GB = 20
-"""Free disk below which a run of an 8B base (16 GB) would not even hold its weights."""
-MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[bold red]missing[/]"}
+_SCRATCH = 20e9, "little for an 8B base, whose weights are 16 GB; HF_HOME moves the cache"
+DISKS = (
+    ("disk, here", Path(), *_SCRATCH),
+    ("disk, hub cache", Path(HF_HUB_CACHE), *_SCRATCH),
+    ("shared memory", Path("/dev/shm"), 1e9, "several processes: docker run --shm-size=2g"),
+)
+"""Volume, its path, bytes that should be free, what to do where they are not."""
+
+
+Status = Literal["ok", "note", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,92 +52,77 @@ class Finding:
     """One fact of this machine; only `missing` keeps fintune from working at all."""
 
     name: str
-    status: Literal["ok", "note", "missing"]
+    status: Status
     found: str
     advice: str = ""
 
 
 def examine() -> list[Finding]:
     """Every finding, in the order a reader wants them: software, hardware, access, abilities."""
-    return [*_packages(), *_extras(), *_compute(), *_room(), *_access(), _nano(), _recipe()]
+    return [*_software(), *_hardware(), *_access()]
 
 
 def show(findings: list[Finding]) -> None:
-    """The findings as a table."""
-    grid = Table(box=box.SIMPLE, header_style="dim", pad_edge=False)
-    for column in ("this machine", "", "found", "what it means, or what to do"):
-        grid.add_column(column, overflow="fold")
+    """A line a finding."""
     for row in findings:
-        grid.add_row(
-            row.name, MARKS[row.status], *map(console.safe_markup, (row.found, row.advice))
-        )
-    console.out.print(grid)
+        advice = f": {row.advice}" if row.advice else ""
+        console.result(f"{row.status:8} {row.name:20} {row.found}{advice}")
 
 
-def _packages() -> Iterator[Finding]:
-    """Python and what fintune requires, by the ranges of its own metadata and by the lock."""
+def _software() -> Iterator[Finding]:
+    """Python, what fintune requires by its own metadata and by the lock, and its extras."""
     system = f"{platform.system()} {platform.machine()}"
     yield Finding("python", "ok", f"{platform.python_version()} on {system}")
-    wrong = []
-    for requirement in _requirements(""):
-        found = _version(requirement.name)
-        if found is None or not requirement.specifier.contains(found):
-            wrong.append(f"{requirement.name} {found or 'absent'} (needs {requirement.specifier})")
-    if wrong:
-        yield Finding("packages", "missing", ", ".join(wrong), "install again: make demo")
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft"))
-    if not wrong:
-        yield Finding("packages", "ok", versions)
+    needed = [Requirement(text) for text in importlib.metadata.requires("fintune") or ()]
+    found = {row.name: _version(row.name) for row in needed}
+    wrong = [
+        f"{row.name} {found[row.name] or 'absent'} (needs {row.specifier})"
+        for row in needed
+        if _for(row, "") and not row.specifier.contains(found[row.name] or "0")
+    ]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft"))
+    yield _either(
+        "packages", not wrong, ", ".join(wrong) or versions, "install again: make demo", "missing"
+    )
     lock = Path(__file__).parents[2] / "requirements.lock"
     if lock.is_file():
         pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-        other = [name for name, pin in pins if _version(name) not in (None, pin)]
-        here = sum(_version(name) is not None for name, _ in pins)
-        said = f"{here} of {len(pins)} installed, {len(other)} of them in another version"
-        advice = f"results may differ: {', '.join(other[:5])}" if other else ""
-        yield Finding("lock", "note" if other else "ok", said, advice)
-
-
-def _extras() -> Iterator[Finding]:
+        here = {name: version for name, _ in pins if (version := _version(name))}
+        other = [name for name, pin in pins if here.get(name, pin) != pin]
+        said = f"{len(here)} of {len(pins)} installed, {len(other)} of them in another version"
+        yield _either("lock", not other, said, f"results may differ: {', '.join(other[:5])}")
     for extra, gives in EXTRAS.items():
-        needed = list(_requirements(extra))
-        absent = [row.name for row in needed if _version(row.name) is None]
-        if needed and not absent:
-            yield Finding(f"extra {extra}", "ok", "installed", gives)
-            continue
-        found = f"without {', '.join(absent)}" if needed else "unknown to this installation"
-        yield Finding(f"extra {extra}", "note", found, f"pip install '.[{extra}]' for {gives}")
+        absent = [row.name for row in needed if _for(row, extra) and found[row.name] is None]
+        advice = f"pip install '.[{extra}]' for {gives}"
+        found_here = f"without {', '.join(absent)}" if absent else f"installed, for {gives}"
+        yield _either(f"extra {extra}", not absent, found_here, advice)
 
 
-def _compute() -> Iterator[Finding]:
+def _hardware() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     fast = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
     said = f"bf16 in hardware ({fast})" if fast else "no bf16 in hardware: fp32 is faster"
     yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads", said)
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
-            kind = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16: no bf16 on this GPU"
-            yield Finding(f"GPU {index}", "ok", f"{card.name}, {_gb(card.total_memory)}", kind)
-    elif Path("/dev/nvidia0").exists():
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    for index, card in enumerate(cards):
+        kind = "bf16" if card.major >= 8 else "fp16: no bf16 on this GPU"
+        yield Finding(f"GPU {index}", "ok", f"{card.name}, {_gb(card.total_memory)}", kind)
+    if not cards:
+        unused = Path("/dev/nvidia0").exists()
+        said = f"present, but torch {torch.__version__} does not use it" if unused else "none"
         fix = "install torch's CUDA build, or a newer driver"
-        yield Finding("GPU", "note", f"present, but torch {torch.__version__} does not use it", fix)
-    else:
-        yield Finding("GPU", "note", "none", "small bases train on the CPU")
-
-
-def _room() -> Iterator[Finding]:
-    memory, shared = _memory(), Path("/dev/shm")
+        yield Finding("GPU", "note", said, fix if unused else "small bases train on the CPU")
+    memory = _memory()
     yield _either("memory", memory >= DEMO_GB * 1e9, _gb(memory), f"the demo needs {DEMO_GB} GB")
-    for name, path in (("disk, here", Path.cwd()), ("disk, hub cache", Path(HF_HUB_CACHE))):
-        free = free_bytes(path)
-        advice = "little for an 8B base; HF_HOME moves the cache"
-        yield _either(name, free >= SCRATCH_GB * 1e9, f"{_gb(free)} free", advice)
-    if shared.is_dir():
-        free = free_bytes(shared)
-        advice = "several processes share batches there: docker run --shm-size=2g"
-        yield _either("shared memory", free >= 1e9, f"{_gb(free)} free", advice)
+    for name, path, least, advice in DISKS:
+        if path.is_dir() or least > 1e9:
+            free = free_bytes(path)
+            yield _either(name, free >= least, f"{_gb(free)} free", advice)
+    enough = any(card.total_memory >= RECIPE_GB * 1e9 for card in cards)
+    found = "this machine can train it" if enough else "not on this machine"
+    advice = f"needs one GPU of {RECIPE_GB} GB or more; docs/seed-recipe.md"
+    yield _either("published 8B recipe", enough, found, advice)
 
 
 def _access() -> Iterator[Finding]:
@@ -144,48 +133,32 @@ def _access() -> Iterator[Finding]:
         yield _either(name, there, "set" if there else "not set", use)
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     yield _either("chromium", bool(chromium), chromium or "none", "tests of the page will skip")
-
-
-def _nano() -> Finding:
-    weights = nano.base_dir() / "model.safetensors"
     try:
-        with safe_open(weights, "pt") as file:
-            tensors = len(file.keys())
+        with safe_open(nano.base_dir() / "model.safetensors", "pt") as weights:
+            tensors = len(weights.keys())
         rows = sum(1 for _ in nano.rows_path().open("rb"))
+        yield Finding("nano base", "ok", f"{tensors} tensors, {rows:,} sample rows")
     except (OSError, SafetensorError) as error:
-        return Finding("nano base", "missing", type(error).__name__, "install fintune again")
-    return Finding("nano base", "ok", f"{tensors} tensors, {rows:,} sample rows", "make demo")
+        yield Finding("nano base", "missing", type(error).__name__, "install fintune again")
 
 
-def _recipe() -> Finding:
-    cards = range(torch.cuda.device_count())
-    largest = max((torch.cuda.get_device_properties(i).total_memory for i in cards), default=0)
-    enough = largest >= RECIPE_GB * 1e9
-    found = "this machine can train it" if enough else "not on this machine"
-    advice = f"needs one GPU of {RECIPE_GB} GB or more; docs/seed-recipe.md"
-    return _either("published 8B recipe", enough, found, advice)
+def _either(name: str, good: bool, found: str, advice: str, otherwise: Status = "note") -> Finding:
+    """`ok`, or what to do."""
+    return Finding(name, "ok" if good else otherwise, found, "" if good else advice)
 
 
-def _either(name: str, good: bool, found: str, advice: str) -> Finding:
-    """`ok`, or a note with what to do."""
-    return Finding(name, "ok" if good else "note", found, "" if good else advice)
-
-
-def _requirements(extra: str) -> Iterator[Requirement]:
-    """What fintune requires: always (`extra` empty), or for one of its extras alone."""
-    for text in importlib.metadata.requires("fintune") or ():
-        requirement = Requirement(text)
-        for_extra = "extra" in str(requirement.marker or "")
-        if bool(extra) == for_extra and (
-            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        ):
-            yield requirement
+def _for(requirement: Requirement, extra: str) -> bool:
+    """Whether fintune requires it always (`extra` empty), or for this extra alone."""
+    marker = requirement.marker
+    if marker is None or "extra" not in str(marker):
+        return not extra and (marker is None or marker.evaluate())
+    return marker.evaluate({"extra": extra})
 
 
 def _version(name: str) -> str | None:
     """The installed version without its build tag (+cpu), or None."""
     try:
-        return importlib.metadata.version(canonicalize_name(name)).partition("+")[0]
+        return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
 

@@ -50,7 +50,7 @@ class NotFinite(FintuneError):
 
 
 class NoSpace(FintuneError):
-    """The output volume has no room, also after waiting."""
+    """The output volume is full."""
 
     exit_code = 74
 

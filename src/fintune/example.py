@@ -5,7 +5,7 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """Label of a token that is not trained; torch's cross_entropy default `ignore_index`."""
 
 
@@ -49,7 +49,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a conversation and its labels (`IGNORE` where not trained), equally long."""
+    """Token ids of a conversation and its labels (`IGNORE_INDEX` where not trained)."""
 
     input_ids: list[int]
     labels: list[int]

@@ -6,19 +6,24 @@ renamed. JSON never contains NaN (`allow_nan=False`), because `NaN` is not JSON 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fintune.errors import OutputError
+from fintune.errors import NoSpace, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
+"""How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
+SMALL_FILES = 2**20
+"""Bytes to have free besides large files: JSON, a line of metrics, blocks of the file system."""
 FORMAT = 1
 """Version of every JSON file written here; a reader refuses a number it does not know."""
 
@@ -32,6 +37,17 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's content, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fact(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: `bytes` and `sha256`."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def files_below(folder: Path, *, without: str) -> dict[str, Path]:
+    """Every file below a folder by its relative name, but the manifest itself (`without`)."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without)
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def remembered_sha256(path: Path) -> str:
@@ -80,19 +96,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: a temporary name beside it, fsync, mode 0644, rename, folder fsync."""
+    """Write a file whole: a temporary name beside it, fsync, rename, folder fsync.
+
+    Its mode is what the umask leaves of 0666: what is written may hold rows of the user.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    file = temporary.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -140,6 +158,58 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+class JsonlLog:
+    """An append-only JSON Lines file with one writer; a line that a kill left torn is cut off.
+
+    Args:
+        sync: `append` returns only when its rows are on disk (fsync); `close` always syncs.
+
+    Raises:
+        OutputError: another process writes it.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._sync = path, sync
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise OutputError(
+                f"{path} is being written by another process", fix="wait for it, or stop it"
+            ) from None
+        os.ftruncate(self._handle, path.read_bytes().rfind(b"\n") + 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything written so far."""
+        return list(read_jsonl(self.path))
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write rows, one line each; on a full disk none. Raises ValueError on NaN."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        data, end = text.encode("utf-8", "backslashreplace"), os.fstat(self._handle).st_size
+        try:
+            if os.write(self._handle, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            if self._sync:
+                os.fsync(self._handle)
+        except OSError:
+            os.ftruncate(self._handle, end)
+            raise
+
+    def close(self) -> None:
+        """Sync, and let another writer in."""
+        os.fsync(self._handle)
+        os.close(self._handle)
+
+    def __enter__(self) -> "JsonlLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy content (never mode or times) through `write_bytes`."""
     write_bytes(target, source.read_bytes())
@@ -160,37 +230,39 @@ def reaching(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(
+    final: Path, *, published: bool = False, free: Callable[[], object] = lambda: None
+) -> Iterator[Path]:
     """Build a folder beside its place and rename it into a free name when the block succeeds.
 
-    On any exception the staging folder is removed and `final` never appears. Leftovers of killed
-    builds of the same folder are removed first.
+    On any exception the staging folder is removed and `final` is as it was. The caller holds the
+    lock of `final`, so what a killed build left under the one staging name can be removed first.
 
     Args:
-        replace: `final` may exist; it is moved away when the new folder is complete, so that only
-            a kill between two renames leaves neither under its name.
+        published: for others to read: modes 0755 and 0644; else what the umask leaves.
+        free: called when the new folder is complete, to take an existing `final` away.
     """
+    staging = final.with_name(f".staging-{final.name}")
     with reaching(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(f".staging-{final.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".staging-{final.name}-"))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
     try:
         yield staging
-        staging.chmod(0o755)
+        if published:
+            staging.chmod(0o755)
+        mode = staging.stat().st_mode & 0o666  # safetensors writes 0600 under any umask
         for path in [*staging.rglob("*")]:
             if path.is_file():
+                path.chmod(mode)
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             else:
                 sync_folder(path)
         sync_folder(staging)
-        old = f"{staging}-old"
-        if replace and final.exists():
-            os.rename(final, old)
+        free()
         os.rename(staging, final)
         sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -201,3 +273,34 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Raise NoSpace where fewer than `needed` bytes are free on the volume of a folder."""
+    if (free := free_bytes(folder)) < needed:
+        raise _no_space(f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+
+
+@contextlib.contextmanager
+def space_for(folder: Path, needed: int) -> Iterator[None]:
+    """Write below a folder where `needed` bytes are free.
+
+    Raises:
+        NoSpace: fewer are free, or the volume became full inside the block.
+    """
+    require_free_space(folder, needed)
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and not any(word in str(error) for word in _FULL_WORDS):
+            raise
+        raise _no_space(f"no space left on the volume of {folder}") from error
+
+
+def _no_space(what: str) -> NoSpace:
+    return NoSpace(
+        what,
+        why="nothing is half-written; what was saved before is intact",
+        fix="free some space; the same command continues",
+    )

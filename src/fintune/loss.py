@@ -1,13 +1,13 @@
-"""One loss for training and evaluation: supervised positions only, summed, logits in chunks.
+"""One loss for training and evaluation: label tokens only, summed, logits in chunks.
 
-`sum_loss` returns a sum and a count; only the caller divides, by the supervised tokens of the
+`sum_loss` returns a sum and a count; only the caller divides, by the label tokens of the
 whole step (over micro-batches and processes). A mean of means would weigh a token by how many
 others happened to share its micro-batch.
 
-The hidden states of supervised positions alone go through the output layer, a chunk at a time, so
-logits never take more than `CHUNK_BYTES`. The gradient with respect to the hidden states is made
-together with the loss while a chunk's logits exist (the output layer is frozen, so nothing else
-needs them), the idea of Liger's fused linear cross-entropy (arXiv 2410.10989).
+The hidden states of label tokens alone go through the output layer, a chunk at a time, so logits
+never take more than `CHUNK_BYTES`. The gradient with respect to the hidden states is made together
+with the loss while a chunk's logits exist (the output layer is frozen, so nothing else needs them),
+as in Liger's fused linear cross-entropy (arXiv 2410.10989) and TRL's `loss_type="chunked_nll"`.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from fintune.collate import CPU_MULTIPLE, Batch
-from fintune.example import IGNORE
+from fintune.collate import CPU_PAD_MULTIPLE, Batch
+from fintune.example import IGNORE_INDEX
 
 CHUNK_BYTES = 128 * 2**20
 """Most bytes of logits at a time, as they are and in fp32: 174 positions of Llama 3's 128,256."""
@@ -34,14 +34,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,), IGNORE
-        where a position does not count (its hidden state gets a gradient that nothing reads)."""
+        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,), where
+        IGNORE_INDEX does not count (its hidden state gets a gradient that nothing reads)."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            counted = targets[part, None] != IGNORE
+            counted = targets[part, None] != IGNORE_INDEX
             target = targets[part, None].clamp_min(0)
             scores = torch.log_softmax(hidden[part] @ weight.T, dim=1, dtype=precise)
             total -= (scores.gather(1, target) * counted).sum()
@@ -77,9 +77,10 @@ def chunked_cross_entropy(
     """
     rows = max(1, chunk_bytes // ((4 + weight.element_size()) * weight.shape[0]))
     if hidden.device.type == "cpu":
-        # Few different sizes, see CPU_MULTIPLE; what is filled up counts for nothing.
-        fill = -len(hidden) % CPU_MULTIPLE
-        hidden, targets = F.pad(hidden, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
+        # Few different sizes, see CPU_PAD_MULTIPLE; padding counts for nothing.
+        padding = -len(hidden) % CPU_PAD_MULTIPLE
+        hidden = F.pad(hidden, (0, 0, 0, padding))
+        targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.to(weight.dtype), weight, targets, rows
     )
@@ -87,7 +88,7 @@ def chunked_cross_entropy(
 
 
 def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Forward pass and summed loss over the supervised positions.
+    """Forward pass and summed loss over the label tokens.
 
     Args:
         model: a causal language model, bare, with a peft adapter, or wrapped (DDP, FSDP): the
@@ -95,23 +96,23 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         batch: of `collate`, on the model's device; shifted labels.
 
     Returns:
-        The fp32 sum of the cross-entropy, and the number of supervised positions.
+        The fp32 sum of the cross-entropy, and the number of label tokens.
     """
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    supervised = labels != IGNORE
-    targets = labels[supervised]
+    counted = labels != IGNORE_INDEX
+    targets = labels[counted]
     causal = causal_model(model)
     if why_full_logits(causal):
-        logits = model(**inputs, use_cache=False).logits[supervised].to(torch.float32)
+        logits = model(**inputs, use_cache=False).logits[counted].to(torch.float32)
         return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
     head = causal.get_output_embeddings()
-    flat = labels.shape[0] == 1
-    # A flat batch can leave the other positions out before the final slice; a padded one after.
-    keep = {"logits_to_keep": supervised[0].nonzero()[:, 0]} if flat else {}
+    one_row = labels.shape[0] == 1
+    # logits_to_keep selects the same positions of every row: of one row, those of label tokens.
+    keep = {"logits_to_keep": counted[0].nonzero()[:, 0]} if one_row else {}
     with _hidden_states_instead_of_logits(head):
         hidden = model(**inputs, **keep, use_cache=False).logits
-    hidden = hidden[0] if flat else hidden[supervised]
+    hidden = hidden[0] if one_row else hidden[counted]
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()

@@ -24,6 +24,7 @@ from fintune.errors import ModelError, NoSpace, OutputError
 from fintune.files import free_bytes, read_json, remembered_sha256, sha256_bytes
 from fintune.untrusted import Check, Report, checks, open_folder
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
+from fintune.untrusted.provenance import CONFIG, PROVENANCE
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -33,8 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 disable_progress_bar()  # loading a base has a line of ours
 
-_REVISION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""A commit of the hub, or the sha256 of a local base's weights; only like is held against like."""
+COMMIT, WEIGHTS = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+"""What `Base.revision` is: a commit of the hub, or the sha256 of a local base's weights."""
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 """All of a hub base but its weights; no *.py: code of a hub is never run."""
 
@@ -108,6 +109,23 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
     return Base(config.id, revision, folder)
 
 
+def trained_revision(folder: Path) -> str:
+    """The base that a checked adapter was trained on: a commit of the hub, or its weights' sha256.
+
+    Empty where neither is recorded. Releases of 0.2 have the sha256 as `revision`.
+    """
+    for name, keys in (
+        (checks.ADAPTER_CONFIG, ("revision",)),
+        (CONFIG, (PROVENANCE, "base_sha256")),
+    ):
+        value: Any = checks.read_object(folder, name) if (folder / name).exists() else {}
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str) and value:
+            return value
+    return ""
+
+
 def open_release(folder: Path, base: Path | None) -> Base:
     """Check a release, or any adapter of peft with a tokenizer, and find its base.
 
@@ -142,13 +160,15 @@ def release_base(folder: Path, base: Path | None) -> Base:
     # No revision for a local folder: it is named by its weights, so that another base shows.
     local = base is not None or name == nano.NANO_ID
     revision = None if local else config.get("revision")
+    if revision and WEIGHTS.fullmatch(revision):  # releases of 0.2 have it; the hub knows none
+        revision = None
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 
 def check_revision(folder: Path, base: Base) -> list[Check]:
     """The adapter was trained on these weights, as far as the release says it."""
-    revision = checks.read_object(folder, checks.ADAPTER_CONFIG).get("revision") or ""
-    comparable = _REVISION.fullmatch(revision) and len(revision) == len(base.revision)
+    revision = trained_revision(folder)
+    comparable = len(revision) == len(base.revision) and re.fullmatch("[0-9a-f]+", revision)
     if comparable and revision != base.revision:
         found = f"revision {revision[:12]}, this base is {base.revision[:12]}"
         return [Check("base", "failed", f"trained on another base ({found})")]
@@ -265,7 +285,7 @@ def load_base(
         on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
-    # collate.CPU_MULTIPLE leaves. Read by oneDNN at its first product; a user's own setting wins.
+    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     quantised: dict[str, Any] = {}
     if quantization == "4bit":

@@ -1,42 +1,67 @@
-"""`fintune plan`: what a run takes and where it fits, before anything is rented.
+"""What a run takes and where it fits, before a GPU is rented: `fintune plan`, `train --dry-run`.
 
-Exact are the counts: trainable parameters, steps, sizes of files. Memory and time are estimates
-with bands that come from measured CPU runs (bench/plan.py).
+The base is built on the meta device with its adapter: parameters are exact, and what autograd keeps
+is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
 """
 
+import itertools
 import math
-import os
-import tempfile
+import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fintune import console
+from fintune import attention, batches, console, memory
 from fintune.config import Config
-from fintune.errors import ConfigError
-from fintune.planning import estimate, rows, shapes
-from fintune.planning.estimate import Setting
-from fintune.planning.machines import CONTEXT_BYTES, GPUS, PEAK_SHARE, Gpu
-from fintune.planning.shapes import Shape
+from fintune.errors import ConfigError, ModelError
+from fintune.files import read_toml
+from fintune.kernels import pointwise
+from fintune.memory import ModelSize, step_memory
+from fintune.model import device, find_base, peft_config, precision
+from fintune.seal import DONE, read_data
+from fintune.train import lora
+from fintune.train.arguments import arguments_dict, effective, training_arguments
+from fintune.train.order import epoch_plan
+from fintune.train.rows import read_select, read_train
+from fintune.untrusted.probe import probe_base, read_architecture
 
+DATA = read_toml(__file__, "plan.toml")
 MEMORY_BAND = 0.10
-"""Twice the largest error of six CPU runs (bench/plan.py): they also fitted three constants."""
+"""Of the peak; assumed: what autograd keeps is counted, what an allocator adds is not."""
+USABLE = 0.94
+"""Share of a GPU's nominal memory that a process gets: the rest is ECC, driver, other contexts."""
+CONTEXT_BYTES = 600 * 2**20
+"""CUDA context, cuBLAS workspaces and loaded kernels; assumed."""
+PEAK_SHARE = (0.25, 0.40, 0.55)
+"""Share of the dense bf16 peak that training is assumed to reach: least, expected, most. The range
+covers what trainers publish for 7B-8B models on A100 and H100."""
+HELD = ("weights", "activations", "working")
+"""Parts of the memory that the table shows; adapter, gradients and optimizer are a few percent."""
 EVALUATION_WARNING = 0.10
 """Share of the run spent on evaluation above which it is said."""
-QUANTIZATIONS = ("none", "8bit", "4bit")
+SIGMA = 0.9
+"""Standard deviation of the logarithm of a length: 11,869 rows of finance instructions, Llama 3
+tokens, template included."""
+MEAN_TOKENS = 300
+"""Their mean length, 291."""
+LABEL_SHARE = 0.5
+"""Share of tokens that the loss counts, where rows are not prepared; assumed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A setting on a GPU: bytes at the peak, hours at the expected share of its peak."""
+class Lengths:
+    """Tokens of every training row and of every row of an evaluation; share of label tokens."""
 
-    setting: Setting
-    accumulation: int
-    bytes: int
-    hours: float
-    hours_range: tuple[float, float]
+    train: batches.Ints
+    select: batches.Ints
+    label_share: float
+    assumed: bool
 
 
 def plan(
@@ -53,205 +78,250 @@ def plan(
         rates: price of an hour in USD, by the name of a GPU.
 
     Returns:
-        `base`, `adapter`, `work`, `settings` (peak memory by quantisation and checkpointing),
-        `gpus` (the fastest setting that fits, hours, price), `notes`.
+        What `describe` says; `settings` (peak memory by quantization and checkpointing); `gpus`
+        (a setting that fits, hours, price); `cheapest`.
+
+    Raises:
+        ModelError: no configuration of the base, or one whose memory cannot be counted.
     """
-    shape = shapes.find_shape(config.model)
-    found = rows.lengths(config, row_count, mean_tokens)
-    own = rows.plan_batches(config, found.train, config.train.micro_batch_size)
-    whole = rows.work(config, found, own)
-    checkpointing = config.train.activation_checkpointing == "on"
-    train = estimate.train_flops(shape, config.train.lora, whole, checkpointing=checkpointing)
-    evaluation = estimate.eval_flops(shape, config.train.lora, whole)
-    share = evaluation / (train + evaluation)
-    settings = [
-        _described(shape, config, _setting(found, own, quantization, on))
-        for quantization in QUANTIZATIONS
-        for on in (False, True)
-    ]
-    smaller = [own]
-    while smaller[-1].micro_batch > 1:
-        size = smaller[-1].micro_batch // 2
-        smaller.append(rows.plan_batches(config, found.train, size))
-    gpus = [_on_gpu(gpu, shape, config, found, smaller, rates or {}) for gpu in GPUS]
-    priced = [gpu for gpu in gpus if gpu["fits"] and gpu["usd"] is not None]
+    found, size = lengths(config, row_count, mean_tokens), count(config)
+    sizes = {"none": size}
+    if config.train.strategy != "fsdp":
+        sizes["8bit"] = sizes["4bit"] = count(config, quantized=True)
+    settings = _settings(config, found, sizes)
+    facts = describe(config, found, size)
+    gpus = [_on_gpu(gpu, settings, facts["flops"], rates or {}) for gpu in DATA["gpu"]]
+    priced = [gpu for gpu in gpus if gpu["usd"] is not None]
     cheapest = min(priced, key=lambda gpu: float(gpu["usd"]), default=None)
+    if cheapest:
+        chosen = " ".join(f"-s {key}={value}" for key, value in cheapest["set"].items())
+        facts["notes"].append(f"cheapest: {cheapest['gpu']}, {cheapest['usd']:.2f} USD, {chosen}")
+    most = config.train.micro_batch_size
     return {
-        "base": {"id": config.model.id, "parameters": shape.parameters, **asdict(shape)},
-        "adapter": files(shape, config),
-        "work": {
-            "rows": len(found.train),
-            "assumed_lengths": found.assumed,
-            "mean_tokens": round(float(found.train.mean()), 1),
-            "supervised_share": round(found.supervised, 3),
-            "examples_an_update": own.micro_batch * own.accumulation,
-            "largest_micro_batch": own.largest,
-            "updates": own.updates,
-            "trained_tokens": round(whole.tokens),
-            "evaluations": whole.evaluations,
-            "rows_an_evaluation": len(found.select),
-            "train_flops": train,
-            "evaluation_flops": evaluation,
-            "evaluation_share": round(share, 4),
-        },
-        "settings": settings,
+        **facts,
+        "settings": [each for each in settings if each["micro_batch_size"] == most],
         "memory_band": MEMORY_BAND,
         "gpus": gpus,
         "cheapest": cheapest and cheapest["gpu"],
-        "notes": _notes(found, share) + _choice(cheapest),
     }
 
 
-def files(shape: Shape, config: Config) -> dict[str, Any]:
-    """Trainable parameters and sizes of files, exact; an 8-bit optimiser's states about."""
-    tensors = shape.adapter_tensors(config.train.lora)
-    trained = shape.trainable(config.train.lora)
-    adapter = shapes.safetensors_bytes(tensors)
-    exact = config.train.optimizer.startswith("adamw_torch")
-    states = (
-        optimizer_bytes(list(tensors.values())) if exact else round(trained * 2 * (1 + 4 / 256))
+def dry_run(config: Config) -> dict[str, Any]:
+    """What `train` would do, without loading weights.
+
+    Returns:
+        `training_arguments`, `lora_config`, and what `describe` says.
+    """
+    notes, on, name = list[str](), device(), config.train.precision
+    if on.type == "cuda":
+        name = precision(name, on)
+    else:
+        name = "bf16" if name == "auto" else name
+        notes.append("no GPU here: settings are those for a GPU with bf16")
+    checkpointing = config.train.activation_checkpointing == "on"
+    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
+    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
+    adapter = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft_config(config.train.lora).to_dict().items()
+        if isinstance(value, str | int | float | bool | list | set | None)
+    }
+    size = None
+    try:
+        size = count(config)
+    except ModelError as error:
+        notes.append(f"nothing is said about the base: {error.what}")
+    facts = describe(config, lengths(config), size)
+    return {
+        "training_arguments": {**arguments, "use_cpu": False},
+        "lora_config": adapter,
+        **facts,
+        "notes": notes + facts["notes"],
+    }
+
+
+def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str, Any]:
+    """Facts of a run on any device.
+
+    Returns:
+        `base`, `adapter`, `flops` (empty without `size`), `rows`, `batches`, `notes`.
+    """
+    train, mean, notes = config.train, float(found.train.mean()), list[str]()
+    if found.assumed:
+        notes.append(f"lengths are assumed, {mean:.0f} tokens on average: prepare for the data's")
+    epoch = _epoch(config, found, train.micro_batch_size)
+    facts = asdict(batches.facts(found.train, epoch, padded=False))
+    steps = facts["steps"] * train.epochs
+    facts["steps"] = steps if train.max_steps < 0 else min(steps, train.max_steps)
+    per_step = train.micro_batch_size * train.accumulation
+    trained = min(facts["steps"] * per_step, len(found.train) * train.epochs)
+    rows = {
+        "rows": len(found.train),
+        "mean_tokens": round(mean, 1),
+        "label_share": round(found.label_share, 3),
+        "tokens": round(mean * trained),
+        "evaluations": -(-facts["steps"] // train.eval_steps),  # the last step is evaluated too
+        "rows_per_evaluation": len(found.select),
+    }
+    base, adapter, flops = dict[str, Any](), dict[str, Any](), dict[str, float]()
+    if size:
+        base = {"id": config.model.id, "parameters": size.parameters}
+        adapter = {"trainable_parameters": size.trainable}
+        adapter["share_of_base"] = size.trainable / size.parameters
+        # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
+        # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
+        block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
+        evaluated = rows["evaluations"] * int(found.select.sum())
+        flops["training_flops"] = rows["tokens"] * (2 * block + 2 * size.trainable + 2 * head)
+        flops["recomputation_flops"] = float(rows["tokens"] * block)
+        flops["evaluation_flops"] = evaluated * (block + head)
+        share = flops["evaluation_flops"] / (flops["training_flops"] + flops["evaluation_flops"])
+        if share > EVALUATION_WARNING:
+            fix = "raise train.eval_steps or lower train.eval_rows"
+            notes.append(f"{share:.0%} of the run is evaluation: {fix}")
+    boundaries = list(train.bucket_boundaries or ())
+    facts |= {"estimated": found.assumed, "plan": train.plan, "boundaries": boundaries}
+    facts["examples_per_step"] = per_step
+    parts = {"base": base, "adapter": adapter, "rows": rows, "batches": facts}
+    return {**parts, "flops": flops, "notes": notes}
+
+
+def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = None) -> Lengths:
+    """Of the prepared data where there is some and nothing else was said, else assumed."""
+    if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
+        read_data(config.data_dir)
+        train = read_train(config.data_dir).lengths
+        select = read_select(config.data_dir, config.train.eval_rows).lengths
+        labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
+        counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
+        return Lengths(train, select, counted / max(int(train.sum()), 1), assumed=False)
+    mean, draw = mean_tokens or MEAN_TOKENS, np.random.default_rng(config.seed)
+    evaluated = min(config.train.eval_rows, config.data.max_validation_rows // 2)
+    train, select = (
+        draw.lognormal(math.log(mean) - SIGMA**2 / 2, SIGMA, count)
+        .clip(16, config.data.max_length_cap)
+        .astype(np.int64)
+        for count in (rows or config.data.max_train_rows, evaluated)
     )
-    return {
-        "trainable_parameters": trained,
-        "share_of_base": trained / shape.parameters,
-        "adapter_model.safetensors": adapter,
-        "optimizer.pt": states,
-        "optimizer_exact": exact,
-        "checkpoint": adapter + states,
+    return Lengths(train, select, LABEL_SHARE, assumed=True)
+
+
+def count(config: Config, *, quantized: bool = False) -> ModelSize:
+    """Build the base with its adapter on the meta device, and count.
+
+    Args:
+        quantized: as for a quantized base, whose LoRA arithmetic is peft's own. Its dropout masks
+            count two bytes an element here and take one on CUDA: at most a sixth too much.
+
+    Raises:
+        ModelError: no configuration of the base, or one whose memory cannot be counted.
+    """
+    name = config.model.id.rsplit("/", 1)[-1].lower()
+    shape = DATA["base"].get(name.removeprefix("meta-").removesuffix("-instruct"))
+    bundled = shape is not None and config.model.path is None
+    folder = None if bundled else find_base(config.model, weights=False).folder
+    if folder is not None:
+        probe_base(folder, weights=True)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                read_architecture(folder) if folder else AutoConfig.for_model(**shape),
+                dtype=torch.bfloat16,
+                attn_implementation=attention.NAME,
+            ).requires_grad_(False)
+            model = get_peft_model(model, peft_config(config.train.lora), low_cpu_mem_usage=True)
+            probes = [_batch(memory.PROBE_TOKENS), _batch(2 * memory.PROBE_TOKENS)]
+        model.to(torch.bfloat16)  # as autocast computes
+        pointwise.fuse(model)
+        if not quantized:
+            lora.fuse(model, shared_dropout=config.train.lora.shared_dropout)
+        return memory.model_size(model, probes, torch.bfloat16.itemsize)
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"{config.model.id} cannot be planned: {str(error)[:200]}",
+            why="its memory is counted in a forward pass of a model without data",
+            fix="check train.lora.target_modules and the base's config.json",
+        ) from None
+
+
+def _batch(tokens: int) -> dict[str, Any]:
+    """One flat sequence. The mask is never read (attention.attend has the boundaries); without it
+    transformers would look for boundaries in the positions' values, which do not exist here."""
+    ids = torch.empty(1, tokens, dtype=torch.long)
+    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
+    ends = torch.empty(2, dtype=torch.int32)
+    whole = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
+    return {**whole, "cu_seq_lens_q": ends, "max_length_q": tokens}
+
+
+def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
+    """The first epoch with micro-batches of about `rows`; the rows of a step stay the same."""
+    train = config.train
+    accumulation = train.accumulation * train.micro_batch_size // rows
+    epoch = epoch_plan(config, found.train, 0, rows, accumulation)
+    if train.max_tokens is None:
+        return epoch
+    parts = batches.micro_batches_under(train.max_tokens, found.train, [epoch], accumulation)
+    return batches.rebalance(found.train, epoch, parts)
+
+
+def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:
+    """What may be chosen to make a run fit, the fastest first, and its memory."""
+    train, settings = config.train, []
+    half = [train.micro_batch_size >> times for times in range(train.micro_batch_size.bit_length())]
+    largest = {
+        rows: batches.facts(found.train, _epoch(config, found, rows), padded=False) for rows in half
     }
-
-
-def optimizer_bytes(tensors: list[tuple[int, int]]) -> int:
-    """Size of optimizer.pt of AdamW over these tensors: torch writes it, as holes without data."""
-    decayed = [torch.nn.Parameter(torch.empty(1)) for _ in tensors]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": []}]  # as the Trainer makes
-    optimizer = torch.optim.AdamW(groups)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # as a schedule leaves it
-        group["betas"] = (*group["betas"][:1], group["betas"][1])  # a copy each, as accelerate's
-    state = optimizer.state_dict()
-    state["state"] = {
-        number: {"step": torch.tensor(1.0), "exp_avg": torch.empty(s), "exp_avg_sq": torch.empty(s)}
-        for number, s in enumerate(tensors)
-    }
-    with tempfile.TemporaryDirectory() as folder, torch.serialization.skip_data():
-        path = Path(folder) / "optimizer.pt"  # the name is in the file, and shifts its alignment
-        torch.save(state, path)
-        return os.path.getsize(path)
-
-
-def _setting(
-    found: rows.Lengths, plan: rows.Batches, quantization: str, checkpointing: bool
-) -> Setting:
-    counted = round(plan.largest * found.supervised)
-    return Setting(quantization, checkpointing, plan.micro_batch, plan.largest, counted)
-
-
-def _described(shape: Shape, config: Config, setting: Setting) -> dict[str, Any]:
-    parts = estimate.memory(shape, config.train.lora, config.train.optimizer, setting)
-    return {
-        "quantization": setting.quantization,
-        "activation_checkpointing": setting.checkpointing,
-        "memory": {**parts, "process": CONTEXT_BYTES},
-        "peak": estimate.peak(parts) + CONTEXT_BYTES,
-        "configured": setting.quantization == config.model.quantization
-        and config.train.activation_checkpointing
-        in ("auto", "on" if setting.checkpointing else "off"),
-    }
+    choices = itertools.product(sizes.items(), ("off", "on"), largest.items())
+    for (kind, size), checkpointing, (rows, facts) in choices:
+        tokens, on = facts.largest_micro_batch, checkpointing == "on"
+        labels = round(tokens * found.label_share)
+        parts = step_memory(size, train.optimizer, tokens, labels, kind, checkpointing=on)
+        parts["process"] = CONTEXT_BYTES
+        asked = (config.model.quantization, train.activation_checkpointing)
+        settings.append(
+            {
+                "quantization": kind,
+                "activation_checkpointing": checkpointing,
+                "micro_batch_size": rows,
+                "accumulation": train.accumulation * train.micro_batch_size // rows,
+                "configured": asked in ((kind, checkpointing), (kind, "auto")),
+                "memory": parts,
+                "peak": memory.peak(parts),
+            }
+        )
+    return settings
 
 
 def _on_gpu(
-    gpu: Gpu,
-    shape: Shape,
-    config: Config,
-    found: rows.Lengths,
-    plans: list[rows.Batches],
+    gpu: dict[str, Any],
+    settings: list[dict[str, Any]],
+    flops: dict[str, float],
     rates: dict[str, float],
 ) -> dict[str, Any]:
-    """The fastest setting that fits a GPU, with the largest micro-batch that does."""
-    facts: dict[str, Any] = {"gpu": gpu.name, "gib": gpu.gib, "tflops": gpu.tflops}
-    if gpu.missing:
-        return {**facts, "fits": False, "why": gpu.missing}
-    fitting = [
-        choice
-        for quantization in (QUANTIZATIONS if config.train.strategy != "fsdp" else ("none",))
-        for on in (False, True)
-        if (choice := _largest_that_fits(gpu, shape, config, found, plans, quantization, on))
-    ]
-    if not fitting:
-        return {**facts, "fits": False, "why": "too little memory for one row at a time"}
-    best = min(fitting, key=lambda choice: choice.hours)
-    usd = rates.get(gpu.name)
-    return {
-        **facts,
-        "fits": True,
+    """The first setting that fits a GPU, with its hours."""
+    room = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
+    best = next((each for each in settings if each["peak"] <= room), None)
+    facts = {"gpu": gpu["name"], "gib": gpu["gib"], "fits": best is not None, "usd": None}
+    if best is None:
+        return facts
+    total = flops["training_flops"] + flops["evaluation_flops"]
+    if best["activation_checkpointing"] == "on":
+        total += flops["recomputation_flops"]
+    most, usual, least = (total / (gpu["tflops"] * 3.6e15 * share) for share in PEAK_SHARE)
+    usd = rates.get(gpu["name"])
+    return facts | {
         "set": {
-            "model.quantization": best.setting.quantization,
-            "train.activation_checkpointing": "on" if best.setting.checkpointing else "off",
-            "train.micro_batch_size": best.setting.micro_batch,
-            "train.accumulation": best.accumulation,
+            "model.quantization": best["quantization"],
+            "train.activation_checkpointing": best["activation_checkpointing"],
+            "train.micro_batch_size": best["micro_batch_size"],
+            "train.accumulation": best["accumulation"],
         },
-        "peak": best.bytes,
-        "hours": best.hours,
-        "hours_range": best.hours_range,
-        "usd": None if usd is None else usd * best.hours,
+        "peak": best["peak"],
+        "hours": usual,
+        "hours_range": [least, most],
+        "usd": None if usd is None else usd * usual,
     }
-
-
-def _largest_that_fits(
-    gpu: Gpu,
-    shape: Shape,
-    config: Config,
-    found: rows.Lengths,
-    plans: list[rows.Batches],
-    quantization: str,
-    checkpointing: bool,
-) -> Choice | None:
-    for plan in plans:
-        setting = _setting(found, plan, quantization, checkpointing)
-        parts = estimate.memory(shape, config.train.lora, config.train.optimizer, setting)
-        total = estimate.peak(parts) + CONTEXT_BYTES
-        if total * (1 + MEMORY_BAND) > gpu.usable:
-            continue
-        work = rows.work(config, found, plan)
-        flops = estimate.train_flops(shape, config.train.lora, work, checkpointing=checkpointing)
-        flops += estimate.eval_flops(shape, config.train.lora, work)
-        unpacking = estimate.unpacking_bytes(shape, setting, work) / (gpu.gb_per_s * 1e9)
-        # However few tokens a pass has, it reads all weights.
-        reading = plan.passes * (3 if checkpointing else 2) * parts["weights"]
-        slow, usual, fast = (
-            (max(flops / (gpu.tflops * 1e12 * share), reading / (gpu.gb_per_s * 1e9)) + unpacking)
-            / 3600
-            for share in PEAK_SHARE
-        )
-        return Choice(setting, plan.accumulation, total, usual, (fast, slow))
-    return None
-
-
-def _choice(cheapest: dict[str, Any] | None) -> list[str]:
-    if cheapest is None:
-        return ["give prices for the cheapest: --rate L4=0.80 --rate H100=2.99"]
-    settings = " ".join(f"-s {key}={value}" for key, value in cheapest["set"].items())
-    return [f"cheapest: {cheapest['gpu']}, {cheapest['usd']:.2f} USD, with {settings}"]
-
-
-def _notes(found: rows.Lengths, share: float) -> list[str]:
-    least, usual, most = PEAK_SHARE
-    notes = [
-        f"one GPU, one process; memory +-{MEMORY_BAND:.0%}, as measured on CPU runs"
-        f" (bench/plan.py): a GPU was never measured, and its time assumes {usual:.0%} of the dense"
-        f" bf16 peak, the range {least:.0%} to {most:.0%}"
-    ]
-    if found.assumed:
-        notes.append(
-            f"lengths are assumed (log-normal, mean {found.train.mean():.0f} tokens,"
-            f" {found.supervised:.0%} of them trained on): prepare the data for its own"
-        )
-    if share > EVALUATION_WARNING:
-        notes.append(
-            f"{share:.0%} of the run is evaluation: raise train.eval_steps or lower train.eval_rows"
-        )
-    return notes
 
 
 def read_rates(given: list[str]) -> dict[str, float]:
@@ -260,89 +330,53 @@ def read_rates(given: list[str]) -> dict[str, float]:
     Raises:
         ConfigError: no such GPU, or no number.
     """
-    names = {gpu.name.lower(): gpu.name for gpu in GPUS}
+    names = {gpu["name"].lower(): gpu["name"] for gpu in DATA["gpu"]}
     rates = {}
     for text in given:
         name, _, usd = text.partition("=")
-        try:
-            rates[names[name.strip().lower()]] = float(usd)
-            if not 0 <= float(usd) < math.inf:
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ConfigError(
-                f"--rate {text}", fix=f"GPU=USD_PER_HOUR, of {', '.join(names.values())}"
-            ) from None
+        if name.strip().lower() not in names or not re.fullmatch(r"\d+(\.\d+)?", usd.strip()):
+            fix = f"GPU=USD_PER_HOUR, of {', '.join(names.values())}"
+            raise ConfigError(f"--rate {text}", fix=fix)
+        rates[names[name.strip().lower()]] = float(usd)
     return rates
 
 
 def show(found: dict[str, Any]) -> None:
-    """The plan as tables of at most 80 columns."""
-    base, work, adapter = found["base"], found["work"], found["adapter"]
-    about = "" if adapter["optimizer_exact"] else "about "
-    scale, unit = (1e9, "B") if base["parameters"] >= 1e9 else (1e6, "M")
-    facts = {
-        "base": f"{base['id']}, {base['parameters'] / scale:.2f} {unit} parameters",
-        "trained": f"{adapter['trainable_parameters']:,} ({adapter['share_of_base']:.2%})",
-        "adapter file": f"{adapter['adapter_model.safetensors']:,} bytes",
-        "checkpoint": f"{about}{_gb(adapter['checkpoint'])}: adapter and optimizer",
-        "rows": f"{work['rows']:,}, {work['mean_tokens']:.0f} tokens on average",
-        "updates": f"{work['updates']:,} of {work['examples_an_update']} rows,"
-        f" {work['trained_tokens'] / 1e6:,.1f} M tokens",
-        "evaluations": f"{work['evaluations']} of {work['rows_an_evaluation']:,} rows,"
-        f" {work['evaluation_share']:.0%} of the run",
-    }
-    console.table(f"plan of {base['id'].rsplit('/')[-1]}", ["what", "value"], facts.items())
-    rows = []
-    for setting in found["settings"]:
-        parts = setting["memory"]
-        rows.append(
-            (
-                ("* " if setting["configured"] else "  ") + setting["quantization"],
-                "recomputed" if setting["activation_checkpointing"] else "kept",
-                *(_gb(parts[name]) for name in ("weights", "activations", "logits")),
-                _gb(parts["adapter"] + parts["gradients"] + parts["optimizer"]),
-                _gb(setting["peak"]),
-            )
-        )
-    columns = ["base", "activations", "weights", "kept", "logits", "adapter", "peak"]
-    title = f"memory, micro-batches of up to {work['largest_micro_batch']:,} tokens (*: configured)"
-    console.table(title, columns, rows)
-    console.table(
-        "where it fits, on one GPU",
-        ["GPU", "fastest setting that fits", "peak", "hours", "USD"],
-        map(_gpu_row, found["gpus"]),
-    )
-    if here := found.get("this_machine"):
-        console.result(
-            f"{here['device']}, {here['precision']}: {here['hours']:.2f} hours"
-            f" +-{here['time_band']:.0%}, peak {_gb(here['peak'])} +-{here['memory_band']:.0%};"
-            f" {here['share_of_matrix_rate']:.0%} of its matrix rate"
-            f" ({here['matrix_flops'] / 1e12:.2f} TFLOP/s)"
-        )
+    """The facts of a plan or of a dry run as tables of at most 80 columns."""
+    parts = ("base", "adapter", "rows", "batches", "flops")
+    facts = [item for part in parts for item in found[part].items()]
+    cells = ([key.replace("_", " "), _shown(value)] for key, value in facts)
+    console.table("the run", ["what", "value"], cells)
+    if "settings" in found:
+        title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
+        columns = ["base", "checkpointing", *HELD, "peak"]
+        console.table(title, columns, map(_setting_row, found["settings"]))
+        columns = ["GPU", "base", "checkpointing", "batches", "peak", "hours", "USD"]
+        console.table("one GPU, one process", columns, map(_gpu_row, found["gpus"]))
+        share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[2]:.0%}"
+        console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
     for note in found["notes"]:
         console.warn(note)
 
 
-def _gpu_row(row: dict[str, Any]) -> tuple[str, ...]:
-    name = f"{row['gpu']} ({row['gib']} GB)" if "GB" not in row["gpu"] else row["gpu"]
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _setting_row(setting: dict[str, Any]) -> list[str]:
+    mark = "* " if setting["configured"] else "  "
+    sizes = [*(setting["memory"][name] for name in HELD), setting["peak"]]
+    chosen = [mark + setting["quantization"], setting["activation_checkpointing"]]
+    return chosen + [f"{size / 1e9:.1f}" for size in sizes]
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
     if not row["fits"]:
-        return name, f"no: {row['why']}", "", "", ""
-    settings = row["set"]
-    words = [
-        {"none": "bf16"}.get(settings["model.quantization"], settings["model.quantization"]),
-        "recomputed" if settings["train.activation_checkpointing"] == "on" else "kept",
-        f"{settings['train.micro_batch_size']} x {settings['train.accumulation']}",
-    ]
-    least, most = row["hours_range"]
+        return [row["gpu"], "does not fit", "", "", "", "", ""]
+    kind, checkpointing, rows, accumulation = row["set"].values()
+    hours = "-".join(f"{hours:.2g}" for hours in row["hours_range"])
     price = "" if row["usd"] is None else f"{row['usd']:.2f}"
-    return name, ", ".join(words), _gb(row["peak"]), f"{_hours(least)}-{_hours(most)}", price
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.2g}"
-
-
-def _gb(size: float) -> str:
-    if size < 0.95e9:
-        return f"{size / 1e6:.0f} MB"
-    return f"{size / 1e9:.1f} GB" if size < 99.95e9 else f"{size / 1e9:.0f} GB"
+    batch = f"{rows} x {accumulation}"
+    return [row["gpu"], kind, checkpointing, batch, f"{row['peak'] / 1e9:.1f} GB", hours, price]

@@ -8,22 +8,35 @@ finished stage whose inputs are unchanged, and refuses when they differ, naming 
 import errno
 import fcntl
 import os
-import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
+from fintune.files import (
+    FORMAT,
+    file_fact,
+    files_below,
+    reaching,
+    read_json,
+    sha256_json,
+    write_json,
+)
+from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
-UNREAD = ("checkpoints/",)
-"""Beginnings of names that only an unfinished run reads, under manifests of their own."""
+UNREAD = ("checkpoints/", "judge_calls.jsonl")
+"""Beginnings of names that no later stage reads: under manifests of their own, or a log that grows
+when its stage is finished."""
+HOLDER = "process "
+"""How the line of a lock's holder begins."""
+_OWNED = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
 
 
 class State(Enum):
@@ -34,17 +47,29 @@ class State(Enum):
     FINISHED = "finished"
 
 
-def seal(folder: Path, inputs: dict[str, Any], *, needed: Iterable[str] = ()) -> None:
+def seal(
+    folder: Path,
+    inputs: dict[str, Any],
+    *,
+    needed: Iterable[str] = (),
+    accepted: Iterable[dict[str, Any]] = (),
+) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
-    Raises OutputError when a file that is `needed` is not there."""
-    files = {name: _fact(path) for name, path in _files(folder).items()}
+
+    Args:
+        accepted: changes of the inputs while the stage ran.
+
+    Raises:
+        OutputError: a file that is `needed` is not there.
+    """
+    files = {name: file_fact(path) for name, path in files_below(folder, without=DONE).items()}
     if lacking := sorted({*needed} - files.keys()):
         raise OutputError(
             f"{folder} has lost {', '.join(lacking)} while it was written",
             fix="see to it that nothing else writes there, and run the same command again",
         )
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}
-    changes = accepted(folder)
+    changes = [*accepted]
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
@@ -72,7 +97,7 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = _read(folder / DONE), _files(folder)
+    done, found = read_checked(folder / DONE), files_below(folder, without=DONE)
     problems = []
     for name in sorted(done["files"].keys() | found.keys() | {*needed}):
         if name.startswith(unread):
@@ -82,7 +107,7 @@ def read_seal(
         elif name not in done["files"]:
             if not found[name].name.startswith("."):
                 problems.append(f"{name} was not there when it was finished")
-        elif done["files"][name] != _fact(found[name]):
+        elif done["files"][name] != file_fact(found[name]):
             problems.append(f"{name} was changed after it was finished")
     if problems:
         raise OutputError(
@@ -99,6 +124,22 @@ def read_data(folder: Path) -> dict[str, Any]:
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a folder that no stage may own: it is written as a whole and renamed by `--fresh`.
+
+    Raises:
+        OutputError: a symbolic link, or a folder that is or holds the home or current directory.
+    """
+    fix = "choose another folder: --set out=runs/mine"
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a symbolic link", why=_OWNED, fix=fix)
+    homes = {"home": os.path.expanduser("~"), "current": os.curdir}
+    for name, home in homes.items():
+        if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(folder)):
+            what = f"{folder} is or holds the {name} directory"
+            raise OutputError(what, why=_OWNED, fix=fix)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[str]:
     """Be the only one that writes a folder, while the block runs.
@@ -110,17 +151,16 @@ def lock(folder: Path) -> Iterator[str]:
         Who held it last and died, or an empty string.
 
     Raises:
-        OutputError: another process holds it, or nothing can be written there.
+        OutputError: another process holds it, nothing can be written there, or no stage may own
+            the folder (`check_place`).
     """
+    check_place(folder)
     path = folder.with_name(f".{folder.name}.lock")
-    with reaching(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+", encoding="utf-8")
-    with opened as file:
+    STOP.guard()
+    with _lock_file(path, folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise OutputError(
                 f"{folder} is being written by {file.read() or 'another process'}",
                 why="two runs in one folder would destroy each other's files",
@@ -130,12 +170,17 @@ def lock(folder: Path) -> Iterator[str]:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                 raise
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
+        dead = file.read(200)
+        if dead and not dead.startswith(HOLDER):
+            raise OutputError(
+                f"{path} holds something else than the lock of {folder}",
+                fix="move that file away, or choose another folder: --set out=...",
+            )
         file.seek(0)
-        dead = file.read()
-        file.truncate(0)
+        file.truncate()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with suppress(OSError):  # a full volume: the name is a courtesy, the lock is held
-            file.write(f"process {os.getpid()} since {now}")
+            file.write(f"{HOLDER}{os.getpid()} since {now}")
             file.flush()
         try:
             yield dead
@@ -143,37 +188,84 @@ def lock(folder: Path) -> Iterator[str]:
             file.truncate(0)
 
 
+def _lock_file(path: Path, folder: Path) -> TextIO:
+    """Open or make a lock's file: a regular one, never through a link."""
+    with reaching(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with reaching(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8", errors="replace")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OutputError(
+            f"{path} is no regular file, and the lock of {folder} has its place there",
+            fix="move it away, or choose another folder: --set out=...",
+        )
+    return file
+
+
 def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> State:
     """Say whether a stage has to run, may be skipped, or must be refused.
 
     Args:
-        also: another way out than a fresh folder, for the message.
+        also: another way out of an unfinished folder than a fresh one, for the message.
 
     Raises:
         OutputError: the folder holds the result of other inputs or files that are not ours, or
             is finished and a file of it changed since.
     """
-    found_here = [path.name for path in folder.iterdir()] if folder.exists() else []
-    # A kill inside the very first write leaves its temporary file, which is nothing yet.
-    if all(name.startswith(f".{INPUTS}.") for name in found_here):
+    if empty(folder):
         return State.NEW
     for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
         if (folder / name).is_file():
-            differing = differences(_read(folder / name)["inputs"], inputs)
+            differing = differences(read_checked(folder / name)["inputs"], inputs)
             if differing:
+                ways = f"choose another folder (--set out=...), or: {command} --fresh"
                 raise OutputError(
-                    f"{folder} holds the result of other inputs; these differ: "
+                    f"{folder} holds the {found.value} result of other inputs; these differ: "
                     + "; ".join(differing),
                     why="mixing two runs in one folder would make both unaccountable",
-                    fix=f"choose another folder (--set out=...), or: {command} --fresh{also}",
+                    fix=ways + also if found is State.UNFINISHED else ways,
                 )
             if found is State.FINISHED:
                 read_seal(folder, stage=command, make=command)
             return found
-    raise OutputError(
+    raise _foreign(folder)
+
+
+def empty(folder: Path) -> bool:
+    """Whether a folder is absent or holds nothing, or no more than a kill left of a first write."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return all(name.startswith(f".{INPUTS}.") for name in names)
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse a folder without the mark of a stage (done.json, inputs.json) or of a release.
+
+    Raises:
+        OutputError: it was not written by fintune.
+    """
+    release = "provenance" in _mark(folder / "training_config.json")
+    if not release and not any("inputs" in _mark(folder / name) for name in (DONE, INPUTS)):
+        raise _foreign(folder)
+
+
+def _foreign(folder: Path) -> OutputError:
+    return OutputError(
         f"{folder} holds files that are not of this stage",
-        fix=f"choose another folder (--set out=...), or: {command} --fresh (moves it aside)",
+        why="they would be mixed with the result, or moved with it",
+        fix="choose another folder: --set out=...",
     )
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that we wrote; empty where there is none."""
+    try:
+        value = read_json(path) if path.is_file() and not path.is_symlink() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = value.get("format") == FORMAT
+    return {key: part for key, part in value.items() if ours and isinstance(part, dict)}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -188,29 +280,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return rows
 
 
-def accept(folder: Path, inputs: dict[str, Any], reason: str) -> list[str]:
-    """Let an unfinished stage go on with other inputs; the change is kept and sealed with it.
-
-    Returns:
-        What differs; empty where nothing does, or where there is nothing to go on with.
-    """
-    if not (folder / INPUTS).is_file() or (folder / DONE).is_file():
-        return []
-    old = _read(folder / INPUTS)["inputs"]
-    differing = differences(old, inputs)
-    if differing:
-        change = {"reason": reason, "differs": differing, "was": sha256_json(old)}
-        write_json(folder / INPUTS, {"inputs": inputs, "accepted": [*accepted(folder), change]})
-    return differing
-
-
-def accepted(folder: Path) -> list[dict[str, Any]]:
-    """Changes of inputs that were accepted: `reason`, `differs`, and the hash of what `was`."""
-    path = folder / INPUTS
-    changes: list[dict[str, Any]] = _read(path).get("accepted", []) if path.is_file() else []
-    return changes
-
-
 def start(folder: Path, inputs: dict[str, Any]) -> None:
     """Mark a folder that grows in place as begun, with what it reads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,17 +290,25 @@ def start(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename an existing folder to the first free `NAME.old-K`; nothing is deleted."""
-    if not folder.exists():
+    """Rename a folder of ours to the first free `NAME.old-K`; nothing is deleted.
+
+    Returns:
+        Its new name; None where there was nothing to move.
+
+    Raises:
+        OutputError: the folder is not ours, or no stage may own it.
+    """
+    if empty(folder):
         return None
+    check_place(folder)
+    check_ours(folder)
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
         number += 1
-    shutil.move(folder, aside)
-    return aside
+    return folder.rename(aside)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checked(path: Path) -> dict[str, Any]:
     """A `done.json` or `inputs.json` of the form in which they are written here.
 
     Raises:
@@ -248,16 +325,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise OutputError(
             f"{path} was changed or damaged after it was written",
             why="it says what the folder was made from, and nothing else does",
-            fix="put the file back, or make the folder again with --fresh (moves it aside)",
+            fix="put the file back, or choose another folder: --set out=...",
         )
     return tree
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file below a folder but the seal itself, by its name in the seal."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != DONE)
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
-
-
-def _fact(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -15,7 +15,7 @@ from fintune import seal
 from fintune.config import Config
 from fintune.console import printable
 from fintune.errors import DataError, OutputError
-from fintune.example import IGNORE
+from fintune.example import IGNORE_INDEX
 from fintune.files import read_json
 from fintune.model import find_base, load_tokenizer
 
@@ -129,7 +129,7 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
 def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        trained = label != IGNORE
+        trained = label != IGNORE_INDEX
         if not pieces or pieces[-1][1] != trained:
             pieces.append(([], trained))
         pieces[-1][0].append(token)
@@ -141,6 +141,6 @@ def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:
         part=row.get("part", part),
         group=row["group"],
         length=row["length"],
-        trained=sum(label != IGNORE for label in row["labels"]),
+        trained=sum(label != IGNORE_INDEX for label in row["labels"]),
         pieces=decoded,
     )

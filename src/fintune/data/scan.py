@@ -224,7 +224,8 @@ def _results(
 ) -> Iterator[tuple[Source, BatchResult]]:
     """Results in the order of the batches, whatever the number of processes."""
     size = sum(source.path.stat().st_size for source in sources if source.path)
-    workers = config.workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = config.workers or cores or 1
     if workers == 1 or size < PARALLEL_BYTES:
         for source in sources:
             for batch in source.batches():

@@ -5,6 +5,7 @@ then comparing sorted integers, which numpy does for millions a second.
 """
 
 import re
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -26,18 +27,6 @@ _LABEL = re.compile(r"^(?:context|text|input|question|sentence|headline|tweet|ne
 _ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2) + np.uint64(1)
 
 
-class _WordHashes(dict[str, int]):
-    """Word -> 64-bit hash, computed when first met; odd for a word with a digit."""
-
-    def __missing__(self, word: str) -> int:
-        value = hash64(word) & ~1 | any(map(str.isdigit, word))
-        self[word] = value
-        return value
-
-
-_HASHES = _WordHashes()
-
-
 def normal(text: str) -> str:
     """A text as it is compared: case and white space do not count."""
     return " ".join(text.casefold().split())
@@ -48,6 +37,9 @@ def hash64(*parts: str) -> int:
     return int.from_bytes(blake2b("\x1f".join(parts).encode(), digest_size=8).digest(), "big")
 
 
+_word_hash = cache(hash64)
+
+
 def fixed(text: str) -> list[str]:
     """What no rewording changes: numbers, names, negations, words of direction; sorted."""
     return sorted(found.replace(",", "").casefold() for found in _FIXED.findall(text))
@@ -55,7 +47,7 @@ def fixed(text: str) -> list[str]:
 
 def words(text: str) -> Hashes:
     """Hash of every word of a text, in order."""
-    return np.array(list(map(_HASHES.__getitem__, _WORD.findall(text.casefold()))), np.uint64)
+    return np.array(list(map(_word_hash, _WORD.findall(text.casefold()))), np.uint64)
 
 
 def sequences(hashed: Hashes, size: int) -> Hashes:

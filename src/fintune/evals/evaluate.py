@@ -23,21 +23,22 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.console import meter, say, table
 from fintune.errors import ConfigError, DataError, OutputError
-from fintune.evals import heldout, raw, regression
-from fintune.evals.lines import Lines
-from fintune.evals.report import COMMAND, read_evaluation, write_results
-from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, WHO, Pair, load_pairs, words
-from fintune.evals.tasks import DecideItems, Item, source_hash, task_items
+from fintune.evals import heldout, judged, regression
+from fintune.evals.items import VARIANTS, HeldOutItems, Item, Pair, load_pairs
+from fintune.evals.report import COMMAND, RESULTS, read_evaluation, write_results
+from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
+from fintune.evals.tasks import source_hash, task_items
 from fintune.example import Message
-from fintune.files import read_json, sha256_bytes, sha256_json, write_json, write_jsonl
+from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 
 
-def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
     """Evaluate the best adapter of a run against its base.
 
     Args:
         fresh: move an existing evaluation aside instead of keeping or continuing it.
+        judge_host: a host that may get the judge's key besides the variable's own.
 
     Returns:
         The content of test_results.json.
@@ -47,45 +48,58 @@ def evaluate(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         DataError: no `decide` row. GateRefused: the judge's budget is spent.
     """
     folder, inputs = config.eval_dir, _inputs(config)
-    if fresh:
-        seal.move_aside(folder)
-    state = seal.state(folder, inputs, command=COMMAND)
-    if state is seal.State.FINISHED:
-        if not raw.pending(folder, _judged(folder), config.eval.judge, config.seed):
+    with seal.lock(folder):
+        if fresh:
+            seal.move_aside(folder)
+        if seal.state(folder, inputs, command=COMMAND) is not seal.State.FINISHED:
+            seal.start(folder, inputs)
+            _answer(config, folder, inputs)
+            _finish(folder, inputs, judged.unjudged_rows(_judged_set(folder)))
+        elif not judged.pending(folder, _judged_set(folder), config.eval.judge, config.seed):
             say(f"{folder}: unchanged, kept")
-            return read_json(folder / "test_results.json")
-        return _finish(config, folder, inputs)
-    seal.start(folder, inputs)
-    _answer(config, folder, inputs)
-    return _finish(config, folder, inputs)
+            return read_json(folder / RESULTS)
+        if config.eval.judge.model is not None:
+            _judge(config, folder, inputs, judge_host)
+    return _show(config)
 
 
-def judge_answers(config: Config) -> dict[str, Any]:
+def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
     """Ask the judge about a finished evaluation's answers and make its results anew.
 
     Raises:
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
-    done = read_evaluation(folder)
+    read_evaluation(folder)  # before anything is made there
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
-    return _finish(config, folder, done["inputs"])
+    with seal.lock(folder):
+        _judge(config, folder, read_evaluation(folder)["inputs"], judge_host)
+    return _show(config)
 
 
-def _finish(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str) -> None:
+    """Make the results again with the judge's verdicts; until all are in, those before stay."""
+    material = (_judged_set(folder), config.eval.judge, config.seed, judge_host)
+    _finish(folder, inputs, judged.judged_rows(folder, *material))
+
+
+def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     (folder / seal.DONE).unlink(missing_ok=True)
-    rows = raw.judged_rows(folder, _judged(folder), config.eval.judge, config.seed)
-    write_jsonl(folder / raw.NAME, rows)
-    found = write_results(folder)
+    write_jsonl(folder / judged.NAME, rows)
+    write_results(folder)
     seal.seal(folder, inputs)
+
+
+def _show(config: Config) -> dict[str, Any]:
+    found = read_json(config.eval_dir / RESULTS)
     accuracy = found["accuracy"]
     table(
         f"evaluation of {config.run_dir}",
         ["", "base", "adapter"],
         [
-            ["held-out loss", *(f"{found['loss'][who]:.3f}" for who in WHO)],
-            ["accuracy", *(f"{accuracy[who] or 0:.1%}" for who in WHO)],
+            ["held-out loss", *(f"{found['loss'][variant]:.3f}" for variant in VARIANTS)],
+            ["accuracy", *(f"{accuracy[variant] or 0:.1%}" for variant in VARIANTS)],
         ],
     )
     for sentence in words(found):
@@ -93,7 +107,7 @@ def _finish(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, A
     return found
 
 
-def _judged(folder: Path) -> list[Pair]:
+def _judged_set(folder: Path) -> list[Pair]:
     """The items of the judged set with both answers."""
     chosen = set(read_json(folder / "run.json")["judged"])
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
@@ -133,25 +147,24 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     # fp32 on a CPU: the answers are then those of the plain `generate` of any other program.
     dtype = model.precision("fp32" if choice == "auto" and on.type == "cpu" else choice, on)
     bare = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
-    both = model.load_adapter(bare, config.run_dir / "best")
+    peft_model = model.load_adapter(bare, config.run_dir / "best")
     items, facts = _choose(config, rows, chat, bare.config.max_position_embeddings)
     write_json(folder / "run.json", {**facts, **_provenance(config, base, dtype, inputs)})
-    _measure_loss(folder, both, rows, tokenizer.pad_token_id)
+    _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
     ends = model.end_token_ids(base, tokenizer)
-    _generate(config, folder, both, tokenizer, chat, items, ends)
+    _generate(config, folder, peft_model, tokenizer, chat, items, ends)
     if config.eval.regression and not (folder / "regression.json").is_file():
         found = {}
-        for who in WHO:
-            with _as(both, who):
-                found[who] = regression.scores(both, tokenizer, config.eval)
+        for variant in VARIANTS:
+            with _enabled(peft_model, variant):
+                found[variant] = regression.scores(peft_model, tokenizer, config.eval)
         write_json(folder / "regression.json", found)
 
 
-@contextlib.contextmanager
-def _as(both: Any, who: str) -> Iterator[None]:
+def _enabled(peft_model: Any, variant: str) -> contextlib.AbstractContextManager[None]:
     """The adapter switched off for `base`, on for `adapter`."""
-    with both.disable_adapter() if who == "base" else contextlib.nullcontext():
-        yield
+    off: contextlib.AbstractContextManager[None] = peft_model.disable_adapter()
+    return off if variant == "base" else contextlib.nullcontext()
 
 
 def _decide_rows(config: Config) -> list[dict[str, Any]]:
@@ -183,7 +196,7 @@ def _choose(
                 seen.add(_asked(messages[:-1]))
                 yield messages
 
-    reader = DecideItems(train())
+    reader = HeldOutItems(train())
     found = sorted(
         (reader.item(row) for row in rows), key=lambda item: sha256_bytes(item.id.encode())
     )
@@ -247,19 +260,19 @@ def _provenance(
     }
 
 
-def _measure_loss(folder: Path, both: Any, rows: list[dict[str, Any]], pad: int) -> None:
+def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
     found = heldout.cells(rows)
-    with Lines(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
+    with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
         done = {(row["source"], row["length"]) for row in file.rows()}
         for (source, band), chosen in found.items():
             progress.advance(len(chosen))
             if (source, band) in done:
                 continue
             totals = {}
-            for who in WHO:
-                with _as(both, who):
-                    parts = list(heldout.sums(both, chosen, pad))
-                totals[who] = sum(total for total, _ in parts)
+            for variant in VARIANTS:
+                with _enabled(peft_model, variant):
+                    parts = list(heldout.sums(peft_model, chosen, pad))
+                totals[variant] = sum(total for total, _ in parts)
                 tokens = sum(count for _, count in parts)
             file.append(
                 {"source": source, "length": band, "rows": len(chosen), "tokens": tokens, **totals}
@@ -269,7 +282,7 @@ def _measure_loss(folder: Path, both: Any, rows: list[dict[str, Any]], pad: int)
 def _generate(
     config: Config,
     folder: Path,
-    both: Any,
+    peft_model: Any,
     tokenizer: Any,
     chat: ChatFormat,
     items: list[Item],
@@ -281,15 +294,16 @@ def _generate(
     if len(by_id) < len(items):
         raise OutputError(f"{len(items) - len(by_id)} items share their id with another")
     path = folder / "predictions.jsonl"
-    with Lines(path) as file, meter("answers", 2 * len(items)) as progress:
+    with JsonlLog(path) as file, meter("answers", 2 * len(items)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
-        for who in WHO:
-            limit = config.eval.max_new_tokens
-            requests = [Request(key, ids[key], limit) for key in by_id if (who, key) not in done]
-            with _as(both, who):
+        limit = config.eval.max_new_tokens
+        for variant in VARIANTS:
+            keys = [key for key in by_id if (variant, key) not in done]
+            requests = [Request(key, ids[key], limit) for key in keys]
+            with _enabled(peft_model, variant):
                 for batch in generate(
-                    both,
+                    peft_model,
                     tokenizer,
                     requests,
                     stop_token_ids=ends,
@@ -297,7 +311,7 @@ def _generate(
                 ):
                     made = [
                         {
-                            "model": who,
+                            "model": variant,
                             "text": answer.text,
                             "tokens": len(answer.token_ids),
                             "finish": answer.finish_reason,
@@ -307,9 +321,9 @@ def _generate(
                         for answer in batch
                     ]
                     file.append(*made)
-                    progress.advance(len(batch), note=who)
+                    progress.advance(len(batch), note=variant)
         place = {key: at for at, key in enumerate(by_id)}
         rows = sorted(
-            file.rows(), key=lambda row: (place[row["item"]["id"]], -WHO.index(row["model"]))
+            file.rows(), key=lambda row: (place[row["item"]["id"]], -VARIANTS.index(row["model"]))
         )
     write_jsonl(path, rows)

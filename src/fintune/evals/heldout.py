@@ -1,4 +1,4 @@
-"""Held-out loss: base and adapter over the same supervised tokens, by source and by length.
+"""Held-out loss: base and adapter over the same label tokens, by source and by length.
 
 Rows are batched within one cell (source and length band), so that sums need no logits per row
 and nothing but the running sums stays in memory.
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from fintune.attention import takes_flat_batches
-from fintune.collate import flat_batch, padded_batch
+from fintune.attention import why_padded
+from fintune.collate import padded_batch, padding_free_batch
 from fintune.errors import NotFinite
 from fintune.loss import causal_model, sum_loss
 
@@ -36,14 +36,14 @@ def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
 def sums(
     model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int
 ) -> Iterator[tuple[float, int]]:
-    """Sum of the cross-entropy (nats) and supervised tokens of each forward pass over `rows`.
+    """Sum of the cross-entropy (nats) and label tokens of each forward pass over `rows`.
 
     Raises:
         NotFinite: the loss is NaN or infinite.
     """
-    flat = takes_flat_batches(causal_model(model)) is None
+    padding_free = why_padded(causal_model(model)) is None
     for batch in _batches(rows):
-        made = flat_batch(batch) if flat else padded_batch(batch, pad_token_id)
+        made = padding_free_batch(batch) if padding_free else padded_batch(batch, pad_token_id)
         with torch.inference_mode():
             total, count = sum_loss(model, send_to_device(made, model.device))
         if not math.isfinite(float(total)):

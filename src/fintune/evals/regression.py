@@ -16,7 +16,7 @@ METRICS = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc")
 """Per-question scores that a task may report; the first it has is compared."""
 
 
-def scores(both: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str, float]]:
+def scores(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str, float]]:
     """Score of every question by task and question, of the model as it is (adapter on or off).
 
     Raises:
@@ -37,7 +37,7 @@ def scores(both: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str,
     if unknown:
         raise ConfigError(f"eval.regression: lm-eval knows no task {', '.join(unknown)}")
     model = HFLM(
-        pretrained=both.get_base_model(), tokenizer=tokenizer, batch_size=config.batch_size
+        pretrained=peft_model.get_base_model(), tokenizer=tokenizer, batch_size=config.batch_size
     )
     ran = simple_evaluate(
         model=model,

@@ -8,13 +8,12 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintune.errors import OutputError
-from fintune.evals import judge, regression, stats
-from fintune.evals.tasks import PHRASES, Graded, Item, grade
+from fintune.evals import judged, regression, stats
+from fintune.evals.grading import PHRASES, Graded
+from fintune.evals.items import VARIANTS, Pair
 from fintune.files import read_json, read_jsonl
 
 FEWEST_CHECKABLE = 100
@@ -29,35 +28,6 @@ SLIPS = ("scale", "percent", "sign")
 """Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
 GUARDS: dict[str, str] = PHRASES["guards"]
 """What it means that a guard failed; an adapter is not called better while one fails."""
-WHO = ("base", "adapter")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One item with both models' answers and what the grader made of them."""
-
-    item: Item
-    answers: dict[str, dict[str, Any]]
-    graded: dict[str, Graded | None]
-
-
-def load_pairs(folder: Path) -> list[Pair]:
-    """Items with both answers, graded now; raises OutputError where one answer is missing."""
-    items: dict[str, Item] = {}
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in read_jsonl(folder / "predictions.jsonl"):
-        item = items.setdefault(row["item"]["id"], Item.from_json(row["item"]))
-        answers.setdefault(item.id, {})[row["model"]] = row
-    lonely = [key for key, found in answers.items() if set(found) != set(WHO)]
-    if lonely:
-        raise OutputError(
-            f"{folder / 'predictions.jsonl'}: {len(lonely)} items lack an answer of one model",
-            fix="run the evaluation again; it continues",
-        )
-    return [
-        Pair(item, answers[key], {who: grade(item, answers[key][who]["text"]) for who in WHO})
-        for key, item in items.items()
-    ]
 
 
 def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
@@ -69,29 +39,27 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
         general = regression.summary(scores["base"], scores["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
-    judged = judge.summary(
-        list(read_jsonl(folder / "eval_50_gpt_judged_raw.jsonl")),
-        {pair.item.id: _settled(pair) for pair in pairs},
+    judge = judged.summary(
+        list(read_jsonl(folder / judged.NAME)),
+        {pair.item.id: _preferred(pair) for pair in pairs},
         {pair.item.id: pair.item.group for pair in pairs},
-        seed=run["seed"],
+        run["seed"],
     )
     accuracy, measures = _accuracy(checked, run["seed"]), _measures(pairs, run["seed"])
-    if judged:
-        measures["judge_win_rate"] = judged["win_rate"]
-    checks = judged.get("checks", {}) if judged else {}
-    every = {**measures, **{f"judge_{name}": check for name, check in checks.items()}}
-    adjusted = stats.holm({name: measure["p"] for name, measure in every.items()})
-    for name, measure in every.items():
+    if judge:
+        measures["judge_win_rate"] = judge["win_rate"]
+    adjusted = stats.holm({name: measure["p"] for name, measure in measures.items()})
+    for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
-    verdict = _verdict(run, checked, pairs, loss, accuracy, judged, general)
+    verdict = _verdict(run, checked, pairs, loss, accuracy, judge, general)
     return {
         **verdict,
         "loss": loss,
         "accuracy": accuracy,
         "tasks": _tasks(checked),
-        "misses": {who: _misses(checked, who) for who in WHO},
+        "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
-        "judge": judged,
+        "judge": judge,
         "regression": general,
         "n": {
             "items": len(pairs),
@@ -115,7 +83,7 @@ def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         tokens = sum(cell["tokens"] for cell in chosen)
         base, adapter = (
-            sum(cell[who] for cell in chosen) / max(tokens, 1) for who in ("base", "adapter")
+            sum(cell[variant] for cell in chosen) / max(tokens, 1) for variant in VARIANTS
         )
         return {
             "base": round(base, 6),
@@ -133,7 +101,7 @@ def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {**over(cells), "by_source": by("source"), "by_length": by("length")}
 
 
-def _settled(pair: Pair) -> str | None:
+def _preferred(pair: Pair) -> str | None:
     """Whose answer arithmetic or label prefers; None where it finds both right or both wrong."""
     base, adapter = pair.graded["base"], pair.graded["adapter"]
     if base is None or adapter is None or base.correct == adapter.correct:
@@ -142,23 +110,30 @@ def _settled(pair: Pair) -> str | None:
 
 
 def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
-    right = {who: [_has(pair, who, lambda g: g.correct) for pair in checked] for who in WHO}
-    counts, n = {who: sum(right[who]) for who in WHO}, len(checked)
+    right = {
+        variant: [pair.holds(variant, lambda g: g.correct) for pair in checked]
+        for variant in VARIANTS
+    }
+    counts, n = {variant: sum(right[variant]) for variant in VARIANTS}, len(checked)
     gained = [a - b for b, a in zip(right["base"], right["adapter"], strict=True)]
     found = stats.paired(gained, [pair.item.group for pair in checked], seed=seed)
-    told = [pair.item for pair in checked if pair.item.commonest is not None]
-    commonest = sum(bool((g := grade(item, item.commonest or "")) and g.correct) for item in told)
+    known = [pair.item for pair in checked if pair.item.majority is not None]
+    majority = sum(bool((g := item.grade(item.majority or "")) and g.correct) for item in known)
     return {
-        **{who: round(counts[who] / n, 6) if n else None for who in WHO},
+        **{variant: round(counts[variant] / n, 6) if n else None for variant in VARIANTS},
         "difference": found.as_json(),
-        "ci95": {who: list(map(_six, stats.wilson(counts[who], n))) for who in WHO},
+        "ci95": {
+            variant: list(map(_six, stats.wilson(counts[variant], n))) for variant in VARIANTS
+        },
         "p_mcnemar_midp": _six(stats.mcnemar_midp(gained.count(1), gained.count(-1))),
         "gained": gained.count(1),
         "lost": gained.count(-1),
-        "always_commonest": stats.rate(commonest, len(told)),
+        "majority_class": stats.rate(majority, len(known)),
         "lenient": {
-            who: stats.rate(sum(_has(pair, who, lambda g: g.lenient) for pair in checked), n)
-            for who in WHO
+            variant: stats.rate(
+                sum(pair.holds(variant, lambda g: g.lenient) for pair in checked), n
+            )
+            for variant in VARIANTS
         },
     }
 
@@ -172,7 +147,6 @@ def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
         "unparsed": (CHECKED, lambda g: g.outcome == "unparsed"),
         "scale_percent_or_sign_slip": (("number",), lambda g: g.miss in SLIPS),
         "ungrounded_number": (("number",), lambda g: bool(g.ungrounded)),
-        "wrong_step": (("number",), lambda g: g.wrong_steps > 0),
         "unanswerable_abstained": (("unanswerable",), lambda g: g.correct),
         "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
         "harmless_refused": (("comply",), lambda g: not g.correct),
@@ -182,11 +156,11 @@ def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
         chosen = [pair for pair in pairs if pair.item.kind in wanted]
         if not chosen:
             continue
-        flags = {who: [_has(pair, who, test) for pair in chosen] for who in WHO}
+        flags = {variant: [pair.holds(variant, test) for pair in chosen] for variant in VARIANTS}
         change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
         groups = [pair.item.group for pair in chosen]
         found[name] = {
-            **{who: stats.rate(sum(flags[who]), len(chosen)) for who in WHO},
+            **{variant: stats.rate(sum(flags[variant]), len(chosen)) for variant in VARIANTS},
             "difference": stats.paired(change, groups, seed=seed).as_json(),
             "p": _six(stats.mcnemar_midp(change.count(1), change.count(-1))),
         }
@@ -199,11 +173,11 @@ def _tasks(checked: list[Pair]) -> dict[str, Any]:
     for name in dict.fromkeys(pair.item.task for pair in checked):
         chosen = [pair for pair in checked if pair.item.task == name]
         table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
-        for who in WHO:
-            counts = Counter(graded.outcome for pair in chosen if (graded := pair.graded[who]))
+        for variant in VARIANTS:
+            counts = Counter(graded.outcome for pair in chosen if (graded := pair.graded[variant]))
             outcomes = {key: counts[key] for key in ("correct", "wrong", "abstained", "unparsed")}
             wrong = counts["wrong"]
-            table[name][who] = {
+            table[name][variant] = {
                 **outcomes,
                 "correct_less_wrong": _six((counts["correct"] - wrong) / len(chosen)),
                 "correct_less_3_wrong": _six((counts["correct"] - 3 * wrong) / len(chosen)),
@@ -211,8 +185,8 @@ def _tasks(checked: list[Pair]) -> dict[str, Any]:
     return table
 
 
-def _misses(checked: list[Pair], who: str) -> dict[str, int]:
-    counts = Counter(g.miss for pair in checked if (g := pair.graded[who]) and g.miss)
+def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
+    counts = Counter(g.miss for pair in checked if (g := pair.graded[variant]) and g.miss)
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
 
 
@@ -222,27 +196,27 @@ def _verdict(
     pairs: list[Pair],
     loss: dict[str, Any],
     accuracy: dict[str, Any],
-    judged: dict[str, Any] | None,
+    judge: dict[str, Any] | None,
     general: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """better | worse | no_detectable_difference | invalid, and every reason."""
     primary, invalid = run["primary"], []
-    wins = judged["win_rate"]["difference"] if judged and "win_rate" in judged else None
+    wins = judge["win_rate"]["difference"] if judge else None
     if primary == "accuracy" and len(checked) < FEWEST_CHECKABLE:
         if wins is None:
             few = f"{len(checked)} checkable items (fewer than {FEWEST_CHECKABLE})"
-            invalid.append(f"{few} and no pairwise judge")
+            invalid.append(f"{few} and no judge")
         else:
             primary = "win_rate"
     if primary == "win_rate" and wins is None:
-        invalid.append("the win rate should decide, and no pairwise judge was asked")
+        invalid.append("the win rate should decide, and no judge was asked")
     difference = wins if primary == "win_rate" and wins else accuracy["difference"]
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
-    if judged and judged["canaries"]["failed"]:
-        invalid.append(f"judge canaries failed: {', '.join(judged['canaries']['failed'])}")
-    if judged and judged["unscored"]["value"] and judged["unscored"]["value"] > MOST_UNSCORED:
-        invalid.append(f"{judged['unscored']['value']:.1%} of the judge's calls unscored")
+    if judge and judge["canaries"]["failed"]:
+        invalid.append(f"control items failed: {', '.join(judge['canaries']['failed'])}")
+    if judge and judge["unscored"]["value"] and judge["unscored"]["value"] > MOST_UNSCORED:
+        invalid.append(f"{judge['unscored']['value']:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
     if any(pair.answers["base"]["prompt_sha256"] != pair.answers["adapter"]["prompt_sha256"]
@@ -265,11 +239,6 @@ def _verdict(
         "guards": guards,
         "invalid_reasons": invalid,
     }
-
-
-def _has(pair: Pair, who: str, test: Callable[[Graded], bool]) -> bool:
-    graded = pair.graded[who]
-    return graded is not None and test(graded)
 
 
 def _six(value: float) -> float:

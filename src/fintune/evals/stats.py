@@ -2,8 +2,7 @@
 
 The unit is the item, or the document where several items share one; never the call. Sources:
 Wilson 1927 for rates; Fagerland, Lydersen and Laake 2013 (BMC Med Res Methodol 13:91) for the
-mid-p McNemar test; Efron and Tibshirani 1993 for the bootstrap; Holm 1979; Cohen 1960 for kappa;
-Dubois et al. 2024 (arXiv 2404.04475) for the idea of a length-controlled win rate.
+mid-p McNemar test; Efron and Tibshirani 1993 for the bootstrap; Holm 1979; Cohen 1960 for kappa.
 """
 
 import math
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 RESAMPLES = 9_999
 POWER_FACTOR = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
@@ -132,27 +131,3 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> float:
     left, right = Counter(first), Counter(second)
     expected = sum(left[word] * right[word] for word in left) / n**2
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
-
-
-def length_controlled(wins: Sequence[float], ratios: Sequence[float]) -> float | None:
-    """Win rate at equal length: a logistic curve of win over log length ratio, read at 0.
-
-    Args:
-        wins: 1 the adapter won, 0 the base, 0.5 a tie.
-        ratios: characters of the adapter's answer over those of the base's.
-
-    Returns:
-        None for fewer than 20 items. A standard normal prior keeps the curve finite where the
-        two separate completely.
-    """
-    if len(wins) < 20:
-        return None
-    won = np.asarray(wins)
-    ratio = np.tanh(np.log(np.asarray(ratios)))
-
-    def loss(weights: np.ndarray) -> float:
-        logits = weights[0] + weights[1] * ratio
-        return float((np.logaddexp(0, logits) - won * logits).sum() + 0.5 * (weights**2).sum())
-
-    weights = optimize.minimize(loss, np.zeros(2), method="BFGS").x
-    return round(float(1 / (1 + math.exp(-weights[0]))), 6)

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from fintune import __version__, console, files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import check_revision, load_release, load_tokenizer
+from fintune.model import COMMIT, WEIGHTS, check_revision, load_release, load_tokenizer
 from fintune.release.card import write_card
 from fintune.release.gate import Inputs, gate, read_inputs
 from fintune.release.golden import make_golden_prompts
@@ -45,7 +45,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     """Build `config.release_dir` from the finished data, run and evaluation folders.
 
     Args:
-        fresh: move an existing release aside first.
+        fresh: replace an existing release, which is moved aside when the new one is complete.
         accept: reason to publish an adapter whose verdict is not `better`; printed on the card.
 
     Returns:
@@ -58,22 +58,28 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     """
     inputs = read_inputs(config, accept)
     final = config.release_dir
-    if final.exists() and not fresh:
-        return _keep(final, inputs)
-    gate(inputs, accept)
-    if aside := seal.move_aside(final):
-        console.say(f"moved the old release to {aside}")
-    console.heading(f"release {config.release.name or config.name}")
-    with files.staged_folder(final) as staging:
-        _build(staging, inputs, accept)
-        report = checks.Report(final)
-        report.run(lambda: checks.static_checks(staging, "release"))
-        report.run(lambda: [checks.check_paths(staging, _private(inputs))])
-        report.run(lambda: check_revision(staging, inputs.base))
-        report.run(lambda: probe_release(staging, inputs.base.folder))
-        report.settle()
+    with seal.lock(final):
+        if not seal.empty(final):
+            seal.check_ours(final)
+            if not fresh:
+                return _keep(final, inputs)
+        gate(inputs, accept)
+        console.heading(f"release {config.release.name or config.name}")
+        with files.staged_folder(final, published=True, free=lambda: _move(final)) as staging:
+            _build(staging, inputs, accept)
+            report = checks.Report(final)
+            report.run(lambda: checks.static_checks(staging, "release"))
+            report.run(lambda: [checks.check_paths(staging, _private(inputs))])
+            report.run(lambda: check_revision(staging, inputs.base))
+            report.run(lambda: probe_release(staging, inputs.base.folder))
+            report.settle()
     console.say(f"released: {final}")
     return final
+
+
+def _move(final: Path) -> None:
+    if aside := seal.move_aside(final):
+        console.say(f"moved the old release to {aside}")
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
@@ -82,7 +88,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
         old = files.read_json(final / CONFIG).get(PROVENANCE)
     except (OSError, ValueError, RecursionError):
         old = None
-    differing = seal.differences(old if isinstance(old, dict) else {}, inputs.provenance)
+    differing = seal.differences(old if isinstance(old, dict) else {}, _provenance(inputs))
     if differing:
         raise OutputError(
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
@@ -112,7 +118,7 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
         "fintune": __version__,
         "config": _without_paths(inputs.recipe.model_dump(mode="json")),
         "training_arguments": _without_paths(arguments),
-        PROVENANCE: inputs.provenance,
+        PROVENANCE: _provenance(inputs),
         "files": dict(sorted(hashes.items())),
     }
     files.write_json(staging / CONFIG, facts)
@@ -125,13 +131,22 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     files.write_text(staging / checks.SUMS, sums)
 
 
+def _provenance(inputs: Inputs) -> dict[str, Any]:
+    """What the release was made from; a base without a commit by the sha256 of its weights."""
+    local = WEIGHTS.fullmatch(inputs.base.revision)
+    return inputs.provenance | ({"base_sha256": inputs.base.revision} if local else {})
+
+
 def _adapter_config(inputs: Inputs) -> dict[str, Any]:
-    """peft's configuration with the base by public name."""
+    """peft's configuration with the base by public name.
+
+    `revision` is what peft asks the hub for, so only a commit may stand there.
+    """
     path = inputs.config.run_dir / "best" / checks.ADAPTER_CONFIG
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return tree | {
         "base_model_name_or_path": inputs.base.id,
-        "revision": inputs.base.revision,
+        "revision": inputs.base.revision if COMMIT.fullmatch(inputs.base.revision) else None,
         "inference_mode": True,
     }
 

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +13,7 @@ import huggingface_hub
 import torch
 import typer
 
-from fintune import console, files
+from fintune import console, files, seal
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
@@ -50,16 +52,14 @@ def merged(
 
     Merged in fp32, where the logits are held against the adapter's, and rounded once at the end.
     """
-    _check_free(out)
-    loaded = _load_merged(folder, base)
-    with files.staged_folder(out) as staging:
-        loaded.model.to(DTYPES[dtype]).save_pretrained(staging)
-        loaded.chat.tokenizer.save_pretrained(staging)
-        for name in NOTICES:
-            if (folder / name).is_file():
-                files.copy_file(folder / name, staging / name)
-        for path in staging.iterdir():
-            path.chmod(0o644)
+    with _claimed(out):
+        loaded = _load_merged(folder, base)
+        with files.staged_folder(out, published=True) as staging:
+            loaded.model.to(DTYPES[dtype]).save_pretrained(staging)
+            loaded.chat.tokenizer.save_pretrained(staging)
+            for name in NOTICES:
+                if (folder / name).is_file():
+                    files.copy_file(folder / name, staging / name)
     console.say(f"merged {loaded.base.id} and {folder.name} into {out} ({dtype})")
     return out
 
@@ -75,13 +75,17 @@ def gguf(
     ] = False,
 ) -> Path:
     """Write the adapter, or the merged model, as one GGUF file for llama.cpp."""
+    with _claimed(out):
+        _write_gguf(folder, out, base, dtype, merged)
+    console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+    return out
+
+
+def _write_gguf(folder: Path, out: Path, base: Path | None, dtype: str, merged: bool) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
     from fintune.release import gguf as writer
 
-    _check_free(out)
-    with files.reaching(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     part.unlink(missing_ok=True)  # of a killed export; never written through a link
     try:
@@ -95,8 +99,6 @@ def gguf(
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
-    console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
-    return out
 
 
 @exports.command()
@@ -129,15 +131,14 @@ def vllm(folder: Folder) -> str:
 @exports.command()
 def ollama(folder: Folder, out: Out, base: BaseFolder = None, dtype: GgufType = "f16") -> Path:
     """Write a folder that `ollama create NAME -f Modelfile` takes: merged GGUF and Modelfile."""
-    _check_free(out)
     open_release(folder, base)
     golden = read_golden_prompts(folder)
     if golden is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE}", why="it pins the template's date")
     tokenizer = read_tokenizer(folder)
     template = ollama_template(ChatFormat(tokenizer, golden["date_string"]))
-    with files.staged_folder(out) as staging:
-        gguf(folder, staging / "model.gguf", base=base, dtype=dtype, merged=True)
+    with _claimed(out), files.staged_folder(out, published=True) as staging:
+        _write_gguf(folder, staging / "model.gguf", base, dtype, merged=True)
         modelfile = (
             f'FROM ./model.gguf\nTEMPLATE """{template}"""\n'
             f"PARAMETER stop {tokenizer.eos_token}\nPARAMETER temperature 0\n"
@@ -236,6 +237,10 @@ def _between(text: str) -> list[str]:
     return text.replace("\ue001", "\ue000").split("\ue000")[::2]
 
 
-def _check_free(out: Path) -> None:
-    if out.exists():
-        raise OutputError(f"{out} exists", fix="name another place, or move it away")
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """A place that nothing has yet, locked."""
+    with seal.lock(out):
+        if out.exists():
+            raise OutputError(f"{out} exists", fix="name another place, or move it away")
+        yield

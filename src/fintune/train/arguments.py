@@ -69,7 +69,7 @@ def training_arguments(output: Path, keywords: dict[str, Any], *, cpu: bool) -> 
     arguments = TrainingArguments(output_dir=str(output), use_cpu=cpu, **keywords)
     if arguments.n_gpu > 1:
         say(f"one of {arguments.n_gpu} GPUs is used; torchrun starts a process for each")
-        arguments._n_gpu = 1  # else torch's DataParallel would cut a flat batch's boundaries
+        arguments._n_gpu = 1  # else torch's DataParallel would cut a padding-free batch
     return arguments
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints that count only when whole.
+"""Atomic checkpoints with a manifest.
 
-A checkpoint is staged beside its place, every file synced, sealed with a manifest of sizes and
+A checkpoint is written beside its place, every file synced, listed in a manifest of sizes and
 sha256, renamed, the parent synced. transformers writes in place: of 60 random kill -9, 29 left a
 newest checkpoint that its own resume crashed on, with an intact one beside it. Resume here takes
 the newest whose manifest verifies, and says which it skipped and why.
@@ -15,11 +15,18 @@ from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import json_text, sha256_file, sha256_json, staged_folder, write_json
+from fintune.files import (
+    file_fact,
+    files_below,
+    json_text,
+    sha256_json,
+    staged_folder,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-\d+")
-_DOOMED = ".old-"
+_REMOVED = ".old-"
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -34,14 +41,8 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(final)
     with staged_folder(final) as staging:
         write(staging)
-        files = {
-            path.relative_to(staging).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
+        found = files_below(staging, without=MANIFEST)
+        files = {name: file_fact(path) for name, path in found.items()}
         write_json(staging / MANIFEST, _manifest(step, files))
     return final
 
@@ -52,7 +53,7 @@ def _manifest(step: int, files: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, with the file's name, or None if it verifies."""
+    """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -63,38 +64,37 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     if checkpoint.name != f"checkpoint-{step}":
         return f"{MANIFEST} is of step {step}"
-    for name, fact in files.items():
-        path = checkpoint / name
-        if not path.is_file():
+    found = files_below(checkpoint, without=MANIFEST)
+    for name, saved in files.items():
+        if name not in found:
             return f"{name} is missing"
-        if path.stat().st_size != fact["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {fact['bytes']}"
-        if sha256_file(path) != fact["sha256"]:
-            return f"{name} has another sha256 than when it was saved"
-    found = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*")}
-    extra = found - {*files, MANIFEST}
-    return f"{sorted(extra)[0]} was not part of it" if extra else None
+        if (now := file_fact(found[name])) != saved:
+            return f"{name} has {now['bytes']} bytes of sha256 {now['sha256'][:8]}, not {saved}"
+    extra = sorted(found.keys() - files)
+    return f"{extra[0]} was not part of it" if extra else None
 
 
-def newest(folder: Path, foreign: Callable[[Path], str | None] = lambda path: None) -> Path | None:
+def newest(
+    folder: Path, incompatible: Callable[[Path], str | None] = lambda path: None
+) -> Path | None:
     """The newest checkpoint that verifies; each newer one that does not is named.
 
     Args:
-        foreign: why a checkpoint that verifies is not of this run, or None.
+        incompatible: why a checkpoint that verifies is not of this run, or None.
 
     Raises:
         OutputError: there are checkpoints, and none verifies.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = damage(checkpoint) or foreign(checkpoint)
+        reason = damage(checkpoint) or incompatible(checkpoint)
         if reason is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
     if found:
         raise OutputError(
             f"none of the {len(found)} checkpoints in {folder} verifies",
-            why="continuing from damaged state would not be the same run",
+            why="continuing from corrupt state would not be the same run",
             fix="start again: fintune train --fresh (the old folder is moved aside)",
         )
     return None
@@ -111,13 +111,13 @@ def rotate(folder: Path, keep: int, step: int) -> None:
     _sweep(folder)
     for checkpoint in {*found} - {*sound[-max(keep, 1) :]}:
         # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
-        checkpoint.rename(checkpoint.with_name(f"{_DOOMED}{checkpoint.name}"))
+        checkpoint.rename(checkpoint.with_name(f"{_REMOVED}{checkpoint.name}"))
     _sweep(folder)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what is doomed, and what killed saves left."""
-    for leftover in (*folder.glob(f"{_DOOMED}*"), *folder.glob(".staging-*")):
+    """Delete removed checkpoints, and the staging folders of killed saves."""
+    for leftover in (*folder.glob(f"{_REMOVED}*"), *folder.glob(".staging-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

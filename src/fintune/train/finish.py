@@ -1,4 +1,4 @@
-"""What a run must be before it is sealed, and the measured facts that it leaves for the card."""
+"""The checks before a run is finished, and the measured facts that it leaves for the card."""
 
 import os
 import platform
@@ -8,21 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fintune import seal
 from fintune.errors import NotFinite, OutputError
 from fintune.files import read_json, sha256_file
 from fintune.model import device
-from fintune.train.identity import PACKAGES
-from fintune.train.record import Record
 from fintune.train.rows import Rows
+from fintune.train.run_state import PACKAGES, RunState
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer
+from fintune.untrusted.weights import check_weights, read_header
 
 
 def check_best(best: Path, trainer: LoraTrainer) -> None:
-    """The adapter that leaves training is the one of the best evaluation, whole, finite, trained.
+    """Check that the adapter is the one of the best evaluation, whole, finite and trained.
 
     Raises:
         OutputError: it is another one, incomplete, or does nothing.
@@ -38,27 +35,20 @@ def check_best(best: Path, trainer: LoraTrainer) -> None:
         raise OutputError(
             f"{best} is of step {facts['step']}, the best evaluation of step {lowest}", fix=again
         )
-    try:
-        weights = load_file(best / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{best / ADAPTER} does not load: {error}", fix=again) from None
-    trained = trainer.trainable()
-    if sha256_file(best / ADAPTER) != facts["sha256"] or len(weights) != len(trained):
-        raise OutputError(
-            f"{best / ADAPTER} is not the file that the evaluation kept"
-            f" ({len(weights)} of {len(trained)} tensors)",
-            fix=again,
-        )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise NotFinite(f"{best} holds weights that are not finite")
-    if not any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name):
-        raise OutputError(
-            f"{best}: every lora_B is zero, so the adapter does nothing",
-            fix="raise train.learning_rate or train longer",
-        )
+    if not (best / ADAPTER).is_file() or sha256_file(best / ADAPTER) != facts["sha256"]:
+        raise OutputError(f"{best / ADAPTER} is not the file that the evaluation kept", fix=again)
+    saved, trained = len(read_header(best, ADAPTER)), len(trainer.trainable())
+    if saved != trained:
+        raise OutputError(f"{best / ADAPTER} holds {saved} of {trained} trained tensors", fix=again)
+    for check in check_weights(best):
+        if check.status == "failed" and check.detail.startswith("NaN"):
+            raise NotFinite(f"{best}: {check.detail}", fix="lower train.learning_rate")
+        if check.status == "failed":
+            fix = "raise train.learning_rate or train longer"
+            raise OutputError(f"{best}: {check.detail}", fix=fix)
 
 
-def environment(trainer: LoraTrainer, rows: Rows, run: Path, record: Record) -> dict[str, Any]:
+def environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str, Any]:
     """Measured facts of the run, for the card."""
     on = device()
     epochs = trainer.state.epoch or 0.0
@@ -76,6 +66,6 @@ def environment(trainer: LoraTrainer, rows: Rows, run: Path, record: Record) -> 
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": sum(p.numel() for p in trainer.trainable()),
         "adapter_sha256": sha256_file(Path(trainer.best) / ADAPTER),
-        "token_caps": record.caps,
-        "accepted_changes": seal.accepted(run),
+        "token_caps": state.token_caps,
+        "accepted_changes": state.accepted,
     }

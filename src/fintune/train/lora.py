@@ -5,10 +5,10 @@ A_i (r x in), B_i (out x r) and one dropout mask M:
 
     y_i = x W_i' + s (x M / (1 - p)) A_i' B_i'
 
-peft computes each y_i apart: a copy of x in fp32, a mask of its own (5 ns an element on a CPU,
-more than the rest of the adapter), a separate sum. Here one autograd function does a whole group:
-the base product and the low-rank product accumulate in place, the A_i are one matrix, x is saved
-once, dropped out, in the base's precision, of the mask only its bits (off the CPU its seed).
+peft computes each y_i apart: a copy of x in fp32, a mask and a sum for each. Here one autograd
+function does the group: the base product and the low-rank product accumulate in place, the A_i
+are one matrix, x is saved once, dropped out, in the base's precision, of the mask only its bits
+(off the CPU its seed).
 
 One mask for a group leaves the distribution of each projection's dropout as it is; only the noise
 of its members is correlated. `shared_dropout: false` draws one for each member.
@@ -18,148 +18,87 @@ quantised bases, several adapters at once.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch.autograd.function import once_differentiable
 
+from fintune.kernels.dropout import apply_mask, draw_keep_bits, keep_mask
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one parent module that read the same input, in every Llama-shaped model."""
 
-_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SOURCE = np.random.SFC64(0)
-"""Set to a seed's state for each mask: to make a generator takes as long as to draw the mask."""
 
-
-@cache
-def _patterns(p: float) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-    """Eight decisions at once: a table whose every entry is a pattern of them, each as often as its
-    probability says in 2^16 draws, rounded down; and what was rounded off of each, cumulated."""
-    kept = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
-    whole, rest = np.divmod((1 - p) ** kept * p ** (8.0 - kept) * 2**16, 1)
-    bounds = (np.cumsum(rest)[:-1] / (rest.sum() or 1) * 2.0**64).astype(np.uint64)
-    return np.repeat(np.arange(256, dtype=np.uint8), whole.astype(int)), bounds
-
-
-def kept_bits(seed: int, count: int, p: float) -> torch.Tensor:
-    """`count` independent decisions, kept with probability 1 - p: packed, int16, sixteen a word.
-
-    Two random bytes choose the pattern of eight from a table; the few draws beyond its end (a
-    six-hundredth at p = 0.1) choose anew from what the table rounds off, so the whole is
-    Bernoulli(p) to the letter at a twentieth of the time of torch's bernoulli_ on a CPU.
-    """
-    table, bounds = _patterns(p)
-    # SFC64's own way to start from one number: three times that, a counter of 1, 12 rounds.
-    start: Any = {"state": np.array([seed, seed, seed, 1], np.uint64)}
-    _SOURCE.state = {"bit_generator": "SFC64", "state": start, "has_uint32": 0, "uinteger": 0}
-    random: Any = _SOURCE.random_raw
-    draws = random(12 + -(-count // 32))[12:].view(np.uint16)
-    bits = table.take(draws, mode="clip")
-    beyond = np.flatnonzero(draws >= len(table))
-    bits[beyond] = bounds.searchsorted(random(len(beyond)), side="right")
-    return torch.from_numpy(bits.view(np.int16))
-
-
-@cache
-def _planes(dtype: torch.dtype) -> torch.Tensor:
-    """Shifts that bring each of sixteen bits to the sign's place: shape (16, 1)."""
-    return torch.arange(8 * dtype.itemsize - 16, 8 * dtype.itemsize, dtype=dtype)[:, None]
-
-
-def keep_mask(source: torch.Tensor | int, p: float, like: torch.Tensor) -> torch.Tensor:
-    """Dropout mask as integers of `like`'s width and shape: all ones where kept, zero where not.
-
-    And-ing the bits of a tensor with it takes a fifth of a multiplication's time on a CPU.
-
-    Args:
-        source: `kept_bits`; off the CPU a seed, from which the device draws the same mask again.
-    """
-    dtype = _WIDTH[like.element_size()]
-    if isinstance(source, torch.Tensor):
-        signs = source.to(dtype) << _planes(dtype)
-        mask = signs.bitwise_right_shift_(8 * dtype.itemsize - 1)
-        return mask.view(-1)[: like.numel()].view(like.shape)
-    generator = torch.Generator(like.device).manual_seed(source)
-    mask = torch.empty(like.shape, dtype=dtype, device=like.device)
-    return mask.bernoulli_(1 - p, generator=generator).neg_()
-
-
-def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` where kept, zero where dropped, no scaling; in the place of the mask."""
-    return mask.bitwise_and_(values.view(mask.dtype)).view(values.dtype)
-
-
-class _Fused(torch.autograd.Function):
+class _FusedLora(torch.autograd.Function):
     """All projections of a group; see the module's docstring for the formula."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        scale: float,
+        scaling: float,
         p: float,
         seeds: tuple[int, ...],
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """x: (tokens, in); matrices: W_1 A_1 B_1 W_2 ...; seeds: none without dropout, one for a
         shared mask, or one a member. Returns y_i: (tokens, out_i)."""
-        weights, downs, ups = matrices[::3], matrices[1::3], matrices[2::3]
-        sizes = [len(a) for a in downs]
-        spans = sizes if len(seeds) > 1 else [sum(sizes)]
-        boost = scale / (1 - p) if seeds else scale
-        down = (torch.cat(downs) * boost).to(x.dtype)
-        rows_up = [b.to(x.dtype).T.contiguous() for b in ups]  # a tenth faster than as they lie
+        weights, lora_A, lora_B = matrices[::3], matrices[1::3], matrices[2::3]
+        ranks = [len(a) for a in lora_A]
+        # Rows of the stacked A that see the same mask.
+        mask_rows = ranks if len(seeds) > 1 else [sum(ranks)]
+        factor = scaling / (1 - p) if seeds else scaling
+        stacked_A = (torch.cat(lora_A) * factor).to(x.dtype)
+        # Contiguous (r, out): the products with it take a tenth less time.
+        lora_B_t = [b.to(x.dtype).T.contiguous() for b in lora_B]
         on_cpu = x.device.type == "cpu"
-        masks = [kept_bits(seed, x.numel(), p) if on_cpu else seed for seed in seeds]
+        masks = [draw_keep_bits(seed, x.numel(), p) if on_cpu else seed for seed in seeds]
         # The backward pass reads x only as the low-rank product did, so that is what is saved.
-        inputs = [masked(x, keep_mask(mask, p, x)) for mask in masks] or [x]
-        parts = [each @ rows.T for each, rows in zip(inputs, down.split(spans), strict=True)]
-        low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        dropped = [apply_mask(x, keep_mask(mask, p, x)) for mask in masks] or [x]
+        parts = [each @ a.T for each, a in zip(dropped, stacked_A.split(mask_rows), strict=True)]
+        after_A = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         outputs = [x @ weight.T for weight in weights]
-        for output, up, part in zip(outputs, rows_up, low.split(sizes, dim=1), strict=True):
-            output.addmm_(part, up)
+        for output, b, part in zip(outputs, lora_B_t, after_A.split(ranks, dim=1), strict=True):
+            output.addmm_(part, b)
         bits = [mask for mask in masks if isinstance(mask, torch.Tensor)]
-        ctx.save_for_backward(down, low, *inputs, *weights, *rows_up, *bits)
-        ctx.facts = p, seeds, sizes, spans, boost, downs[0].dtype
+        ctx.save_for_backward(stacked_A, after_A, *dropped, *weights, *lora_B_t, *bits)
+        ctx.settings = p, seeds, ranks, mask_rows, factor, lora_A[0].dtype
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        p, seeds, sizes, spans, boost, precise = ctx.facts
-        down, low, *rest = ctx.saved_tensors
-        inputs, rest = rest[: len(spans)], rest[len(spans) :]
-        members = len(sizes)
-        weights, ups, bits = rest[:members], rest[members : 2 * members], rest[2 * members :]
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        p, seeds, ranks, mask_rows, factor, adapter_dtype = ctx.settings
+        stacked_A, after_A, *rest = ctx.saved_tensors
+        dropped, rest = rest[: len(mask_rows)], rest[len(mask_rows) :]
+        members = len(ranks)
+        weights, lora_B_t, bits = rest[:members], rest[members : 2 * members], rest[2 * members :]
         masks = bits or seeds  # off the CPU they are drawn again
-        parts = low.T.contiguous().split(sizes)
-        up_gradients = [(part @ g).T for part, g in zip(parts, gradients, strict=True)]
-        low_gradient = torch.cat([g @ up.T for g, up in zip(gradients, ups, strict=True)], dim=1)
-        # One pass for a shared mask; one a member (with its own rows of `down`) otherwise.
-        spread = low_gradient.split(spans, dim=1)
-        downs = [part.T @ each for part, each in zip(spread, inputs, strict=True)]
-        back: list[torch.Tensor] = []
+        parts = after_A.T.contiguous().split(ranks)
+        grad_B = [(part @ g).T for part, g in zip(parts, grad_outputs, strict=True)]
+        grad_after_A = torch.cat(
+            [g @ b.T for g, b in zip(grad_outputs, lora_B_t, strict=True)], dim=1
+        )
+        grad_parts = grad_after_A.split(mask_rows, dim=1)
+        grad_A = torch.cat([g.T @ x for g, x in zip(grad_parts, dropped, strict=True)])
+        grad_input: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
-            back = [part @ rows for part, rows in zip(spread, down.split(spans), strict=True)]
-            for each, source in zip(back, masks, strict=False):  # no masks without dropout
+            through_A = [g @ a for g, a in zip(grad_parts, stacked_A.split(mask_rows), strict=True)]
+            for each, source in zip(through_A, masks, strict=False):  # no masks without dropout
                 mask = keep_mask(source, p, each)
                 each.view(mask.dtype).bitwise_and_(mask)
-        base = sum(back[1:], start=back[0]) if back else None
-        if base is not None:
-            for gradient, weight in zip(gradients, weights, strict=True):
-                base.addmm_(gradient, weight)
-        down_gradients = (torch.cat(downs).to(precise) * boost).split(sizes)
-        found: list[torch.Tensor | None] = []
-        for down_gradient, up_gradient in zip(down_gradients, up_gradients, strict=True):
-            found += [None, down_gradient, up_gradient.to(precise)]
-        return base, None, None, None, *found
+            grad_input = sum(through_A[1:], start=through_A[0])
+            for g, weight in zip(grad_outputs, weights, strict=True):
+                grad_input.addmm_(g, weight)
+        grads: list[torch.Tensor | None] = []
+        split_A = (grad_A.to(adapter_dtype) * factor).split(ranks)
+        for each_A, each_B in zip(split_A, grad_B, strict=True):
+            grads += [None, each_A, each_B.to(adapter_dtype)]
+        return grad_input, None, None, None, *grads
 
 
 @dataclass
@@ -168,17 +107,17 @@ class _Group:
 
     members: list[LoraLinear]
     shared_dropout: bool
-    _input: torch.Tensor | None = None
-    _ready: dict[int, torch.Tensor] = field(default_factory=dict)
+    input: torch.Tensor | None = None
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def project(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of member `number` for x of shape (..., in)."""
-        if self._input is not x or number not in self._ready:
-            self._ready = dict(enumerate(self._compute(x)))
-            self._input = x
-        output = self._ready.pop(number)
-        if not self._ready:
-            self._input = None
+    def project(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of member `index` for x of shape (..., in)."""
+        if self.input is not x or index not in self.outputs:
+            self.outputs = dict(enumerate(self._compute(x)))
+            self.input = x
+        output = self.outputs.pop(index)
+        if not self.outputs:
+            self.input = None
         return output
 
     def _compute(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -194,8 +133,8 @@ class _Group:
         # Seeds come from torch's own generator, which checkpoints and recomputation restore.
         seeds = tuple(int(seed) for seed in torch.randint(2**62, (count,)))
         flat = x.reshape(-1, x.shape[-1]).to(matrices[0].dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            outputs = _Fused.apply(flat, first.scaling[name], p, seeds, *matrices)  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            outputs = _FusedLora.apply(flat, first.scaling[name], p, seeds, *matrices)  # type: ignore[no-untyped-call]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
@@ -211,26 +150,24 @@ def fuse(model: Any, *, shared_dropout: bool = True) -> Counter[str]:
     left: Counter[str] = Counter()
     for parent in model.modules():
         children = {n: c for n, c in parent.named_children() if isinstance(c, LoraLayer)}
-        fusable: dict[str, LoraLinear] = {}
-        for name, child in children.items():
-            reason = why_not(child)
-            if reason:
-                left[reason] += 1
-            else:
-                fusable[name] = child
+        reasons = {name: why_not(child) for name, child in children.items()}
+        left.update(reason for reason in reasons.values() if reason)
+        fusable = {name: children[name] for name, reason in reasons.items() if reason is None}
         for names in _grouped(fusable):
-            _install([fusable[name] for name in names], shared_dropout)
+            group = _Group([fusable[name] for name in names], shared_dropout)
+            for index, member in enumerate(group.members):
+                member.forward = partial(_forward, group, index, member, member.forward)
     return left
 
 
 def forget(model: Any) -> None:
-    """Drop outputs that no member collected, because a forward pass ended half-way: their graph
-    holds the activations of every layer before them."""
+    """Drop outputs that no member collected because a forward pass was aborted: their graph holds
+    the activations of every earlier layer."""
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func is _forward:
             group: _Group = forward.args[0]
-            group._ready, group._input = {}, None
+            group.outputs, group.input = {}, None
 
 
 def why_not(layer: LoraLayer) -> str | None:
@@ -263,23 +200,17 @@ def _grouped(fusable: dict[str, LoraLinear]) -> list[list[str]]:
     return groups + [[name] for name in fusable if name not in taken]
 
 
-def _install(members: Sequence[LoraLinear], shared_dropout: bool) -> None:
-    group = _Group(list(members), shared_dropout)
-    for number, member in enumerate(members):
-        member.forward = partial(_forward, group, number, member, member.forward)
-
-
 def _forward(
     group: _Group,
-    number: int,
+    index: int,
     member: LoraLinear,
-    peft: Any,
+    peft_forward: Any,
     x: torch.Tensor,
     *args: Any,
-    **kw: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """peft's own forward where it has more to do than add the adapter (off, merged, mixed)."""
-    if member.disable_adapters or member.merged or args or kw:
-        output: torch.Tensor = peft(x, *args, **kw)
+    """peft's forward where it has more to do than add the adapter (disabled, merged, mixed)."""
+    if member.disable_adapters or member.merged or args or kwargs:
+        output: torch.Tensor = peft_forward(x, *args, **kwargs)
         return output
-    return group.project(number, x)
+    return group.project(index, x)

@@ -1,62 +1,33 @@
-"""Does the largest micro-batch fit, with or without recomputing activations? Measured.
+"""Does the largest micro-batch fit, with or without recomputing activations?
 
-The bytes that autograd keeps are counted on one short example, forward only. They grow in
-proportion to tokens (attention keeps no tokens x tokens matrix), so the largest micro-batch of the
-whole plan follows from it; then that one is tried before step 0, not met at step 1,000.
+Estimated from short forward passes (fintune.memory), then tried: before step 0, not met at step
+1,000.
 """
 
 import ctypes
 import gc
 import mmap
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
 from fintune.batches import Ints
-from fintune.collate import Batch, Collator
+from fintune.collate import Collator
+from fintune.config import TrainConfig
 from fintune.loss import sum_loss
+from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
 from fintune.model import DTYPES
 from fintune.train import lora
 from fintune.train.rows import Rows
 
 HEADROOM = 0.7
-"""Share of the free memory that activations may take; their gradients, the optimizer's states and
-fragments of the allocator need the rest."""
-SAMPLE_TOKENS = 256
-"""Length of the example that is measured, about: long enough that fixed costs do not count."""
-
-
-def activation_bytes_per_token(model: Any, rows: Rows, collator: Collator, precision: str) -> float:
-    """Bytes that the forward pass keeps for the backward pass, a token, without recomputation."""
-    index = int(np.argmin(np.abs(rows.lengths - SAMPLE_TOKENS)))
-    batch = send_to_device(collator([rows[index]]), model.device)
-    return kept_bytes(model, batch, precision) / int(batch["input_ids"].numel())
-
-
-def kept_bytes(model: Any, batch: Batch, precision: str) -> int:
-    """Bytes that the forward pass of a batch, on the model's device, keeps besides the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        # An output packed as itself would hold its own node: the graph would never be freed.
-        return tensor.detach()
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with _same_masks(model), autocast(model, precision), hooks:
-        # The loss is held until the count is read, so that no storage is freed and used again.
-        loss = sum_loss(model.train(), batch)
-        total = sum(kept.values())
-        del loss
-    return total
+"""Share of the free memory that a step may take: glibc needs up to 1.5 times the live bytes, as
+tensors come in many sizes, and a CUDA allocator has its fragments."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -79,22 +50,30 @@ def in_use(device: torch.device) -> int:
 
 
 def recompute(
-    choice: str, model: Any, rows: Rows, collator: Collator, precision: str, largest: int
+    train: TrainConfig, model: Any, collator: Collator, precision: str, largest: int
 ) -> tuple[bool, str]:
     """Resolve `train.activation_checkpointing` and say why.
 
     Args:
         largest: tokens of the largest micro-batch of the whole plan.
     """
+    choice = train.activation_checkpointing
     if choice != "auto":
         on = choice == "on"
         return on, f"activations are {'recomputed' if on else 'kept'}, as set"
-    needed = activation_bytes_per_token(model, rows, collator, precision) * largest
+    batches = (
+        send_to_device(collator([{"input_ids": ids, "labels": ids}]), model.device)
+        for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
+    )
+    with _same_masks(model), autocast(model, precision):
+        size = model_size(model, batches, DTYPES[precision].itemsize)
+    parts = step_memory(size, train.optimizer, largest, largest, checkpointing=False)
+    needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = free_memory(model.device)
     on = needed > HEADROOM * free
     verdict = "recomputed" if on else "kept"
     return on, (
-        f"activations are {verdict}: {needed / 1e9:.2f} GB for the largest micro-batch"
+        f"activations are {verdict}: {needed / 1e9:.2f} GB for a step with the largest micro-batch"
         f" ({largest:,} tokens), {free / 1e9:.1f} GB free"
     )
 
@@ -119,6 +98,25 @@ def try_largest(
         if recomputed:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
+
+
+def fits(attempt: Callable[[], None]) -> bool:
+    """Whether memory suffices for what is attempted."""
+    try:
+        attempt()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:

@@ -1,128 +1,183 @@
-"""`metrics.jsonl`: a line a logged step, an evaluation or a spike; and the rule for a spike."""
+"""`metrics.jsonl` (a line a logged step, evaluation or loss spike), the progress line, the curves.
 
-import errno
-import json
-import os
+A loss spike is a step whose loss exceeds the median of the last WINDOW steps by SIGMAS deviations.
+"""
+
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from transformers import TrainerCallback
 
-from fintune.console import warn
-from fintune.files import write_jsonl
-from fintune.train.room import SLACK, Room
+from fintune.console import Meter, warn
+from fintune.files import JsonlLog, read_jsonl, write_jsonl
+from fintune.train.memory import give_back, in_use
+
+matplotlib.use("Agg")
 
 WINDOW = 50
-"""Updates that a loss is compared with; below `LEAST` there is no judgement."""
+"""Steps whose losses are compared."""
 LEAST = 20
+"""Fewest steps before the first comparison."""
 SIGMAS = 6.0
-"""A normal loss would pass this once in 10^9 updates; those of language have a longer tail."""
+"""A normal loss would pass this once in 10^9 steps; those of language have a longer tail."""
 MAD = 1.4826
 """Median absolute deviation -> standard deviation of a normal (Rousseeuw and Croux 1993)."""
 FLOOR = 0.01
-"""Least deviation, as a share of the median: equal losses are no reason to call noise a spike."""
+"""Least deviation as a share of the median, for losses that hardly vary."""
+PANELS = {
+    "loss": "loss (nats/token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "useful_tokens_per_second": "useful tokens / s",
+}
 
 
-class Metrics:
-    """The file, appended line by line, and cut back to a checkpoint on resume.
+def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
+    """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
-        resumed_at: step of the checkpoint; what came after it is dropped and will come again.
+        resumed_at: step of the checkpoint; later lines are dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
-        room: lines wait here when the volume is full.
     """
-
-    def __init__(self, path: Path, *, resumed_at: int, evaluated: bool, room: Room) -> None:
-        kept = [
-            row
-            for row in _whole_rows(path)
-            if row["step"] < resumed_at
-            or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
-        ]
-        room.write(SLACK, lambda: write_jsonl(path, kept))
-        self._file, self._room = path.open("ab", buffering=0), room
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Hand a line to the operating system, whole. Raises ValueError on NaN."""
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        self._room.write(0, lambda: self._write(line))
-
-    def _write(self, line: bytes) -> None:
-        end = self._file.tell()
-        try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self._file.truncate(end)
-            raise
-
-    def close(self) -> None:
-        """Sync and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows up to the first that a power cut left unfinished."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+    with JsonlLog(path) as log:
+        rows = log.rows()
+    kept = [
+        row
+        for row in rows
+        if row["step"] < resumed_at
+        or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
+    ]
+    write_jsonl(path, kept)
+    return JsonlLog(path, sync=False)
 
 
 class Losses:
-    """The losses of the last updates; `limit` is what the newest passed, if it stands out."""
+    """The losses of the last WINDOW steps; `limit` is what the newest exceeded, or None."""
 
     def __init__(self) -> None:
         self.last: deque[float] = deque(maxlen=WINDOW)
         self.limit: float | None = None
 
     def add(self, loss: float, share: float = 1.0) -> None:
-        """Take an update's loss and judge it by those before it.
+        """Take a step's loss and compare it with those before it.
 
         Args:
-            share: its examples over those of a whole update; a mean over fewer varies more.
+            share: its examples over those of a whole step; a mean over fewer varies more.
         """
         before = np.array(self.last)
         self.last.append(loss)
         self.limit = None
         if before.size >= LEAST:
             median = float(np.median(before))
-            spread = MAD * float(np.median(np.abs(before - median)))
-            limit = median + SIGMAS * max(spread, FLOOR * abs(median)) / share**0.5
+            deviation = MAD * float(np.median(np.abs(before - median)))
+            limit = median + SIGMAS * max(deviation, FLOOR * abs(median)) / share**0.5
             self.limit = limit if loss > limit else None
 
 
-class Spikes(TrainerCallback):  # type: ignore[misc]
-    """Flags an update whose loss stands out: a line of metrics each, one notice for a row of them.
+class MetricsCallback(TrainerCallback):  # type: ignore[misc]
+    """Turns the Trainer's steps and logs into lines of metrics and progress.
 
     Args:
-        ids_of_step: example ids of an update, by its global step from 0.
+        losses: of the steps, as the Trainer's own clipping adds them.
+        tokens: non-padding and padded tokens of an optimizer step, by its number from 0.
+        example_ids: example ids of an optimizer step, by its number from 0.
     """
 
     def __init__(
-        self, metrics: Metrics, losses: Losses, ids_of_step: Callable[[int], list[str]]
+        self,
+        metrics: JsonlLog,
+        progress: Meter,
+        losses: Losses,
+        tokens: Callable[[int], tuple[int, int]],
+        example_ids: Callable[[int], list[str]],
     ) -> None:
-        self._metrics, self._losses, self._ids_of_step = metrics, losses, ids_of_step
-        self._told = -WINDOW
+        self._metrics, self._progress, self._losses = metrics, progress, losses
+        self._tokens, self._example_ids = tokens, example_ids
+        # Since the last logged step: tokens, padded tokens, seconds.
+        self._totals = np.zeros(3)
+        self._start, self._warned = 0.0, -WINDOW
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a step; evaluation and saving are not part of it."""
+        self._start = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the update that was just made."""
-        step, limit = state.global_step, self._losses.limit
-        if limit is None:
-            return
-        loss, ids = self._losses.last[-1], self._ids_of_step(step - 1)
-        row = {"spike_loss": loss, "spike_limit": limit, "rows": ids}
-        self._metrics.append({"step": step, "epoch": round(state.epoch, 4), **row})
-        if step - self._told >= WINDOW:
+        """Count a step's tokens and seconds; write down a loss spike."""
+        seconds = time.monotonic() - self._start
+        self._totals += (*self._tokens(state.global_step - 1), seconds)
+        self._progress.advance()
+        if self._losses.limit is not None:
+            self._spike(state, self._losses.last[-1], self._losses.limit)
+
+    def _spike(self, state: Any, loss: float, limit: float) -> None:
+        step = state.global_step
+        ids = self._example_ids(step - 1)
+        row = {"step": step, "epoch": round(state.epoch, 4)}
+        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit, "rows": ids})
+        if step - self._warned >= WINDOW:
             warn(
                 f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} updates allow"
                 f" {limit:.3f}; rows: {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
             )
-            self._told = step
+            self._warned = step
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Write a line; the Trainer's final summary, which is of no step, is left out."""
+        if "eval_loss" in logs:
+            self._metrics.append({"step": state.global_step, "epoch": state.epoch, **logs})
+            self._progress.advance(0, note=f"held-out loss {logs['eval_loss']:.3f}")
+        elif "loss" in logs:
+            tokens, padded, seconds = self._totals.tolist()
+            row = {
+                "step": state.global_step,
+                "epoch": round(state.epoch, 4),
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": float(logs["grad_norm"]),
+                "useful_tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                "padding": round(1 - tokens / max(padded, 1), 4),
+                "memory_bytes": in_use(kwargs["model"].device),
+            }
+            self._metrics.append(row)
+            note = (
+                f"loss {row['loss']:.3f}  lr {row['learning_rate']:.1e}"
+                f"  {row['useful_tokens_per_second']:,.0f} tokens/s"
+                f"  padding {row['padding']:.1%}  {row['memory_bytes'] / 1e9:.1f} GB"
+            )
+            self._progress.advance(0, note=note)
+            self._totals[:] = 0
+            give_back()
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw train and held-out loss, learning rate, gradient norm and tokens/s over steps."""
+    from matplotlib import pyplot as plt
+
+    rows = list(read_jsonl(metrics))
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+        x, y = [row["step"] for row in steps], [row[key] for row in steps]
+        axis.plot(x, y, color="#4269d0", linewidth=1.4, label="train")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(bottom=0)
+    if evaluations:
+        x, y = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
+        axes[0, 0].plot(x, y, color="#ff725c", marker="o", markersize=3, label="held out")
+        best = min(evaluations, key=lambda row: row["eval_loss"])
+        axes[0, 0].axvline(best["step"], color="#ff725c", alpha=0.4, linestyle=":", label="best")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+    # No software name in the file, so that equal metrics give equal bytes.
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -12,8 +12,27 @@ from torch.utils.data import DataLoader, Sampler
 
 from fintune import batches
 from fintune.batches import EpochPlan, Ints
+from fintune.config import Config
 from fintune.files import sha256_bytes
 from fintune.train.rows import Rows
+
+
+def epoch_plan(
+    config: Config, lengths: Ints, epoch: int, rows: int, accumulation: int, world_size: int = 1
+) -> EpochPlan:
+    """An epoch's batches as a config has them, but for the size of a micro-batch (`rows`) and the
+    number of them in a step and process (`accumulation`)."""
+    return batches.plan_epoch(
+        lengths,
+        micro_batch_size=rows,
+        accumulation=accumulation,
+        seed=config.seed,
+        epoch=epoch,
+        plan=config.train.plan,
+        boundaries=config.train.bucket_boundaries,
+        buckets=config.train.buckets,
+        world_size=world_size,
+    )
 
 
 class Order:
@@ -48,7 +67,7 @@ class Order:
         if number not in self._epochs:
             plan = self._plan(number)
             if self._parts is not None:
-                plan = batches.deal_again(self._rows.lengths, plan, self._parts, self._world_size)
+                plan = batches.rebalance(self._rows.lengths, plan, self._parts, self._world_size)
             self._epochs = {key: self._epochs[key] for key in list(self._epochs)[-1:]}
             self._epochs[number] = plan
         return self._epochs[number]

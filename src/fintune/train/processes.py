@@ -1,7 +1,7 @@
 """Several processes of one run: a step shared between them, one of them writing.
 
 An update is the same whatever their number: its `train.accumulation` micro-batches are dealt to the
-ranks, its loss is divided by the supervised tokens of all. So one process and eight train the same
+ranks, its loss is divided by the label tokens of all. So one process and eight train the same
 adapter, and a checkpoint of eight is continued by one.
 
 ddp     every process holds the whole base; DDP averages the adapter's gradients.
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
-from fintune.train.room import WAIT_S
+from fintune.stop import StopRequest
 
 T = TypeVar("T")
 ENGINES = {
@@ -76,9 +76,8 @@ def start(strategy: str, quantization: str) -> None:
             fix="a quantised base is small: use train.strategy=ddp",
         )
     if world_size() > 1:
-        # The others have to be there still when one has waited for room as long as it may.
-        patience = timedelta(seconds=WAIT_S + 600)
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+        # The others wait while rank 0 writes and hashes; NCCL's own limit is 10 minutes.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=40))
         kind = state.distributed_type.value
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
@@ -101,6 +100,12 @@ def share(accumulation: int, processes: int) -> int:
             " examples of an update",
         )
     return each
+
+
+def stop_asked(stop: StopRequest) -> bool:
+    """Whether any process was asked: all stop at the same step. All must call it."""
+    stop.asked = any_of(stop.asked)
+    return stop.asked
 
 
 def from_lead(make: Callable[[], T]) -> T:

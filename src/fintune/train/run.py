@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from fintune import attention, batches, seal
 from fintune.chat import ChatFormat
-from fintune.collate import CPU_MULTIPLE, Collator
-from fintune.config import Config, dump_yaml
+from fintune.collate import CPU_PAD_MULTIPLE, Collator
+from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import DataError, Stopped
-from fintune.files import read_json, sha256_json, write_json, write_text
+from fintune.files import SMALL_FILES, read_json, require_free_space, space_for, write_json
+from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import (
     Base,
@@ -24,29 +24,25 @@ from fintune.model import (
     find_base,
     load_base,
     load_tokenizer,
-    peft_config,
     precision,
 )
-from fintune.train import checkpoints, lora, memory, pointwise, processes
+from fintune.stop import STOP, StopRequest
+from fintune.train import checkpoints, lora, memory, processes
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.finish import check_best, environment
-from fintune.train.identity import accept, continue_order, foreign, inputs_of
-from fintune.train.metrics import Metrics, Spikes
-from fintune.train.order import Order
-from fintune.train.record import Record, fits
-from fintune.train.room import SLACK, Room
+from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
+from fintune.train.order import Order, epoch_plan
 from fintune.train.rows import Rows, read_select, read_train
-from fintune.train.stop import StopRequest
+from fintune.train.run_state import RESUME, RunState, run_fingerprint
 from fintune.train.trainer import BEST, LoraTrainer
-from fintune.train.watch import Watch, draw_curves
 
 
-def train(config: Config, *, fresh: bool = False, accept_drift: str | None = None) -> Path:
+def train(config: Config, *, fresh: bool = False, force_resume: str | None = None) -> Path:
     """Train, or continue an unfinished run of the same inputs, or keep a finished one.
 
     Args:
         fresh: move an existing run aside first.
-        accept_drift: continue although inputs differ, for this reason, which is recorded.
+        force_resume: continue although inputs differ, for this reason, which is recorded.
 
     Returns:
         The run's folder: `best/` holds the adapter of the best evaluation.
@@ -54,137 +50,52 @@ def train(config: Config, *, fresh: bool = False, accept_drift: str | None = Non
     Raises:
         OutputError: no prepared data, a run of other inputs in the folder, or one under way.
         NotFinite: a loss or gradient; the last checkpoint is intact.
-        NoSpace: no room on the volume, also after waiting.
+        NoSpace: the volume is full; nothing is half-written.
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with StopRequest().listening() as stop:
+    with STOP.listening(), space_for(run, SMALL_FILES):
+        STOP.guard()  # also where another process holds the lock for this one
         processes.start(config.train.strategy, config.model.quantization)
-        room = Room(run, lambda: stop.asked)
-        processes.from_lead(lambda: room.write(SLACK, lambda: None))
         # Of several processes the first one writes, and holds the lock for all.
         with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
-            return _train_alone(config, stop, room, fresh=fresh, accept_drift=accept_drift)
+            return _train_alone(config, STOP, fresh=fresh, force_resume=force_resume)
 
 
 def _train_alone(
-    config: Config, stop: StopRequest, room: Room, *, fresh: bool, accept_drift: str | None
+    config: Config, stop: StopRequest, *, fresh: bool, force_resume: str | None
 ) -> Path:
     """The stage, by the only process that writes its folder."""
     run = config.run_dir
     base = find_base(config.model)
     tokenizer = load_tokenizer(base)
-    inputs = inputs_of(config, base, ChatFormat(tokenizer, config.chat.date_string))
-    state = processes.from_lead(lambda: _open(config, inputs, fresh, accept_drift))
-    if state is seal.State.FINISHED:
+    fingerprint = run_fingerprint(config, base, ChatFormat(tokenizer, config.chat.date_string))
+    state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
+    if state.finished:
         say(f"train: unchanged, kept {run}")
         return run
-    record = Record(run)
-    processes.wait()  # all have read it before the first one decides anything
     rows = read_train(config.data_dir)
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
     heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
-    _make(config, rows, inputs, _build(config, rows, inputs, tokenizer, base, stop, room, record))
+    trainer = _build(config, rows, tokenizer, base, stop, state)
+    _train(trainer, config, state)
+    processes.from_lead(lambda: _finish(trainer, rows, state))
     memory.give_back()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
     return run
 
 
-def _open(
-    config: Config, inputs: dict[str, Any], fresh: bool, accept_drift: str | None
-) -> seal.State:
-    """The run's folder, begun or continued; what it was before."""
-    run = config.run_dir
-    if fresh and (aside := seal.move_aside(run)):
-        say(f"moved the old run to {aside}")
-    if accept_drift is not None:
-        accept(run, inputs, accept_drift, Record(run))
-    also = ', or go on and have it recorded: --accept-drift "why"'
-    state = seal.state(run, inputs, command="fintune train", also=also)
-    if state is not seal.State.FINISHED:
-        seal.start(run, inputs)
-        write_text(run / "config.yaml", dump_yaml(config))
-    return state
-
-
-def _make(config: Config, rows: Rows, inputs: dict[str, Any], trainer: LoraTrainer) -> None:
-    """Train, look at what came out, write the last files and the seal."""
-    run, record = config.run_dir, Record(config.run_dir)
-    _train(trainer, config, record)
-
-    def leave() -> None:
-        check_best(run / "best", trainer)
-        draw_curves(run / "metrics.jsonl", run / "curves.png")
-        write_json(run / "environment.json", environment(trainer, rows, run, record))
-        seal.seal(run, inputs)
-
-    processes.from_lead(lambda: trainer.room.write(SLACK, leave))
-
-
-def dry_run(config: Config) -> dict[str, Any]:
-    """What `train` would do, without loading weights.
-
-    Returns:
-        `training_arguments`, `lora_config`, `batches`, and `notes` on what was assumed.
-    """
-    notes = []
-    on = device()
-    if on.type == "cuda":
-        name = precision(config.train.precision, on)
-    else:
-        name = config.train.precision if config.train.precision != "auto" else "bf16"
-        notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.activation_checkpointing == "on"
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
-    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
-    arguments["use_cpu"] = False
-    lora = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in peft_config(config.train.lora).to_dict().items()
-        if isinstance(value, str | int | float | bool | list | set | None)
-    }
-    return {
-        "training_arguments": arguments,
-        "lora_config": lora,
-        "batches": _batch_facts(config),
-        "notes": notes,
-    }
-
-
-def _batch_facts(config: Config) -> dict[str, Any]:
-    train = config.train
-    if not (config.data_dir / seal.DONE).is_file():
-        step = train.micro_batch_size * train.accumulation
-        return {
-            "estimated": True,
-            "plan": train.plan,
-            "boundaries": list(train.bucket_boundaries or ()),
-            "steps": -(-config.data.max_train_rows // step) * train.epochs,
-            "largest_micro_batch": train.micro_batch_size * config.data.max_length_cap,
-            "padding": None,
-        }
-    seal.read_data(config.data_dir)
-    rows = read_train(config.data_dir)
-    order, _ = _order(config, rows, 1, train.max_tokens)
-    facts = batches.facts(rows.lengths, order.epoch(0), padded=False)
-    return {
-        "estimated": False,
-        "plan": train.plan,
-        "boundaries": list(_boundaries(config, rows) or ()),
-        **asdict(facts),
-        "steps": facts.steps * train.epochs,
-    }
-
-
-def _boundaries(config: Config, rows: Rows) -> tuple[int, ...] | None:
-    if config.train.plan != "bucketed":
-        return None
-    given = config.train.bucket_boundaries
-    return given or batches.choose_boundaries(rows.lengths, config.train.buckets)
+def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
+    """Check the best adapter, write the last files and `done.json`."""
+    run = state.folder
+    check_best(run / "best", trainer)
+    draw_curves(run / "metrics.jsonl", run / "curves.png")
+    write_json(run / "environment.json", environment(trainer, rows, state))
+    seal.seal(run, state.fingerprint, accepted=state.accepted)
 
 
 def _order(
@@ -195,60 +106,50 @@ def _order(
     laid: Callable[[list[int]], int] = sum,
 ) -> tuple[Order, int]:
     """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
-    train, boundaries = config.train, _boundaries(config, rows)
+    train = config.train
     each = processes.share(train.accumulation, world_size)
 
     def plan(epoch: int) -> batches.EpochPlan:
-        return batches.plan_epoch(
-            rows.lengths,
-            micro_batch_size=train.micro_batch_size,
-            accumulation=each,
-            seed=config.seed,
-            epoch=epoch,
-            plan=train.plan,
-            boundaries=boundaries,
-            world_size=world_size,
-        )
+        return epoch_plan(config, rows.lengths, epoch, train.micro_batch_size, each, world_size)
 
     if cap is None:
         return Order(rows, plan), each
     plans = [plan(epoch) for epoch in range(train.epochs)]
     least = train.accumulation
-    parts = batches.parts_under(cap, rows.lengths, plans, least, world_size, laid)
+    parts = batches.micro_batches_under(cap, rows.lengths, plans, least, world_size, laid)
     return Order(rows, plan, world_size, parts if parts > least else None), parts // world_size
 
 
 def _build(
     config: Config,
     rows: Rows,
-    inputs: dict[str, Any],
     tokenizer: Any,
     base: Base,
     stop: StopRequest,
-    room: Room,
-    record: Record,
+    state: RunState,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
     memory.hold()
     on = device()
-    chosen = record.once(
+    chosen = state.resolve(
         "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
     )
     name = precision(chosen, on)  # refused where the run began on another kind of device
     peft, reason = _model(config, base, name)
     collator = Collator(
-        flat=reason is None,
+        padding_free=reason is None,
         pad_token_id=tokenizer.pad_token_id,
-        multiple=CPU_MULTIPLE if on.type == "cpu" else 1,
+        pad_to_multiple_of=CPU_PAD_MULTIPLE if on.type == "cpu" else 1,
     )
     world = processes.world_size()
-    cap = record.cap(config.train.max_tokens)
-    order, accumulation = _order(config, rows, world, cap, collator.laid_tokens)
+    cap = state.max_tokens(config.train.max_tokens)
+    order, accumulation = _order(config, rows, world, cap, collator.padded_tokens)
     largest = _largest(order, rows, collator, config.train.epochs)
-    tokens = collator.laid_tokens(rows.lengths[largest].tolist())
+    tokens = collator.padded_tokens(rows.lengths[largest].tolist())
 
-    with record.watch_memory(lambda: 0, tokens, collator.laid_tokens([int(rows.lengths.max())])):
-        checkpointing = _recomputed(config, record, peft, rows, collator, name, largest)
+    longest = collator.padded_tokens([int(rows.lengths.max())])
+    with state.capping_tokens(lambda: 0, tokens, longest):
+        checkpointing = _recomputed(config, state, peft, rows, collator, name, largest)
     keywords = arguments_dict(
         config, precision=name, checkpointing=checkpointing, accumulation=accumulation
     )
@@ -266,8 +167,7 @@ def _build(
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
-        room=room,
-        sealed={"inputs_sha256": sha256_json(inputs)},
+        fingerprint_sha256=state.sha256,
         collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
@@ -279,7 +179,7 @@ def _build(
 
 def _recomputed(
     config: Config,
-    record: Record,
+    state: RunState,
     peft: Any,
     rows: Rows,
     collator: Collator,
@@ -292,32 +192,33 @@ def _recomputed(
     def estimate() -> tuple[bool, str]:
         if config.train.strategy == "fsdp" and choice == "auto":
             return True, "activations are recomputed: a base in parts is one that hardly fits"
-        tokens = collator.laid_tokens(rows.lengths[largest].tolist())
-        found, why = memory.recompute(choice, peft, rows, collator, name, tokens)
+        tokens = collator.padded_tokens(rows.lengths[largest].tolist())
+        found, why = memory.recompute(config.train, peft, collator, name, tokens)
         return processes.any_of(found), why
 
     def attempt(recomputed: bool) -> None:
         memory.try_largest(peft, rows, collator, name, largest, recomputed=recomputed)
 
-    on, why = record.once("activations", estimate)
+    on: bool
+    on, why = state.resolve("gradient_checkpointing", estimate)
     say(why)
     if on or choice != "auto":
         attempt(on)
-    elif processes.any_of(not fits(lambda: attempt(False))):
+    elif processes.any_of(not memory.fits(lambda: attempt(False))):
         why = "activations are recomputed: the largest micro-batch did not fit without"
-        on, _ = record.put("activations", (True, why))
+        on, _ = state.record("gradient_checkpointing", (True, why))
         say(why)
         attempt(True)
     return on
 
 
 def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str | None]:
-    """The base with a fresh adapter, fused and in parts; why it takes no flat batches, or None."""
+    """The base with a fresh adapter, fused and sharded; why its batches are padded, or None."""
     sharded = config.train.strategy == "fsdp"
     model = load_base(
         base, config.model.quantization, dtype, attention=attention.NAME, on_cpu=sharded
     )
-    padded = attention.takes_flat_batches(model)
+    padded = attention.why_padded(model)
     if padded:
         warn(f"batches are padded: {padded}")
     full = why_full_logits(model)
@@ -338,48 +239,49 @@ def _largest(order: Order, rows: Rows, collator: Collator, epochs: int) -> batch
     every = (
         batch for number in range(epochs) for step in order.epoch(number).steps for batch in step
     )
-    return max(every, key=lambda batch: collator.laid_tokens(rows.lengths[batch].tolist()))
+    return max(every, key=lambda batch: collator.padded_tokens(rows.lengths[batch].tolist()))
 
 
-def _train(trainer: LoraTrainer, config: Config, record: Record) -> None:
+def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
-    run, room = config.run_dir, trainer.room
+    run = config.run_dir
     folder = run / "checkpoints"
-    ours = trainer.sealed["inputs_sha256"]
-    checkpoint = processes.from_lead(
-        lambda: checkpoints.newest(folder, lambda path: foreign(path, run, ours))
-    )
+    checkpoint = processes.from_lead(lambda: checkpoints.newest(folder, state.incompatible))
     done, evaluated = 0, True
     if checkpoint:
         done = checkpoints.step_of(checkpoint)
-        evaluated = continue_order(trainer.order, checkpoint, ours)
+        state.check_data_order(trainer.order, checkpoint)
+        evaluated = not read_json(checkpoint / RESUME)["pending_evaluation"]
+        say(f"continuing from {checkpoint}")
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
-    processes.from_lead(lambda: room.write(needed, lambda: None))
+    processes.from_lead(lambda: require_free_space(run, needed))
     metrics = (
-        Metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated, room=room)
+        open_metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
         if processes.is_lead()
         else None
     )
     total = config.train.max_steps
     if total < 0:
         total = trainer.order.steps_per_epoch * config.train.epochs
-    longest = trainer.data_collator.laid_tokens([int(trainer.train_dataset.lengths.max())])
+    longest = trainer.data_collator.padded_tokens([int(trainer.train_dataset.lengths.max())])
     try:
         with (
-            record.watch_memory(lambda: trainer.state.global_step, trainer.largest, longest),
+            state.capping_tokens(lambda: trainer.state.global_step, trainer.largest, longest),
             meter("train", total) as bar,
             trainer.stop.at_steps(),
         ):
             bar.advance(done)
             if metrics is not None:
-                trainer.add_callback(Watch(metrics, bar, trainer.tokens_of_step))
-                trainer.add_callback(Spikes(metrics, trainer.losses, trainer.order.example_ids))
+                ids = trainer.order.example_ids
+                trainer.add_callback(
+                    MetricsCallback(metrics, bar, trainer.losses, trainer.tokens_of_step, ids)
+                )
             trainer.resume(checkpoint, total) if checkpoint else trainer.train()
     finally:
         if metrics is not None:
             metrics.close()
-    if trainer.stop.everywhere():
+    if processes.stop_asked(trainer.stop):
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {total}, saved",
             fix="the same command continues",

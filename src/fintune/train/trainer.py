@@ -3,7 +3,7 @@
 Overridden (tests/test_train_trainer.py holds their signatures against the pinned transformers):
 
 get_train_dataloader   the batch plan decides which rows share a step
-compute_loss           padding-free, supervised positions only, divided by the whole step's tokens
+compute_loss           padding-free, label tokens only, divided by the whole step's tokens
 _clip_grad_norm        stops before an update that is not finite
 evaluate               exact token-weighted loss over the `select` rows; keeps the best adapter
 _save_checkpoint       whole or not at all (checkpoints.py)
@@ -12,7 +12,10 @@ _save_checkpoint       whole or not at all (checkpoints.py)
 import json
 import math
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,23 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from fintune.batches import plan_evaluation
 from fintune.collate import Collator
 from fintune.errors import NotFinite, Stopped
-from fintune.files import copy_file, read_json, sha256_file, staged_folder, write_bytes, write_json
+from fintune.files import (
+    SMALL_FILES,
+    copy_file,
+    read_json,
+    sha256_file,
+    space_for,
+    staged_folder,
+    write_bytes,
+    write_json,
+)
 from fintune.loss import sum_loss
+from fintune.stop import StopRequest
 from fintune.train import checkpoints, processes
-from fintune.train.identity import RESUME
 from fintune.train.metrics import Losses
 from fintune.train.order import Loader, Order, RankBatches
-from fintune.train.room import SLACK, Room
 from fintune.train.rows import Rows
-from fintune.train.stop import StopRequest
+from fintune.train.run_state import RESUME
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
@@ -52,8 +63,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: most tokens of an evaluation batch.
         best: folder of the best adapter.
         stop: set from outside when the run should end at the next step.
-        room: what writes waits in it for space.
-        sealed: facts of the run, written into each checkpoint and compared on resume.
+        fingerprint_sha256: of the run, written into each checkpoint and compared on resume.
     """
 
     def __init__(
@@ -64,24 +74,23 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         eval_tokens: int,
         best: Path,
         stop: StopRequest,
-        room: Room,
-        sealed: dict[str, Any],
+        fingerprint_sha256: str,
         collator: Collator,
         **keywords: Any,
     ) -> None:
         super().__init__(data_collator=collator, **keywords)
-        # Our loss is divided by the whole step's supervised tokens, and its labels come shifted.
+        # Our loss is divided by the whole step's label tokens, and its labels come shifted.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
         self.order, self.select, self.best, self.stop = order, select, best, stop
-        self.room, self.sealed, self.largest = room, sealed, eval_tokens
+        self.fingerprint_sha256, self.largest = fingerprint_sha256, eval_tokens
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
         self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
-        # On a CPU all evaluation batches take one size, see CPU_MULTIPLE.
-        fill = eval_tokens if collator.multiple > 1 else 1
-        self._eval_collator = replace(collator, multiple=fill)
+        # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
+        multiple = eval_tokens if collator.pad_to_multiple_of > 1 else 1
+        self._eval_collator = replace(collator, pad_to_multiple_of=multiple)
         self.add_callback(_StopAtStep(stop))
         if self.args.process_index:
             # Dropout masks of its own; the first keeps those of one process.
@@ -99,7 +108,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean loss over supervised tokens."""
+        """This micro-batch's share of the step's mean loss over label tokens."""
         total, count = sum_loss(model, inputs)
         # DDP averages gradients over processes, so the sum over them needs the factor back.
         tokens = count if num_items_in_batch is None else num_items_in_batch
@@ -146,7 +155,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over the supervised tokens of the `select` rows; keeps the best adapter.
+        """Mean loss over the label tokens of the `select` rows; keeps the best adapter.
 
         Raises:
             Stopped: a stop was asked for; a checkpoint that repeats this evaluation is saved.
@@ -156,7 +165,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         last, bad = len(self._eval_batches) - 1, []
         for start in range(0, last + 1, self.args.world_size):
-            if self.stop.everywhere():
+            if processes.stop_asked(self.stop):
                 self._save_whole(pending_evaluation=True)
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
             number = start + self.args.process_index
@@ -184,7 +193,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             self.args, self.state, self.control, metrics
         )
         if self.state.best_metric is None or loss < self.state.best_metric:
-            self._keep_best(loss)
+            processes.from_lead(lambda: self._write_best(loss))
         self.model.train()
         return metrics
 
@@ -214,7 +223,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def checkpoint_bytes(self) -> int:
         """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
-        return 2 * self.adapter_bytes() + SLACK + sum(2 * 4 * p.numel() for p in self.trainable())
+        moments = sum(2 * 4 * p.numel() for p in self.trainable())
+        return 2 * self.adapter_bytes() + moments + SMALL_FILES
 
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's weights."""
@@ -223,22 +233,35 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def tokens_of_step(self, step: int) -> tuple[int, int]:
         """Useful and laid-out tokens of an update, counted from 0 over the whole run."""
         micro = [self.train_dataset.lengths[batch].tolist() for batch in self.order.step(step)]
-        laid = sum(self.data_collator.laid_tokens(batch) for batch in micro)
+        laid = sum(self.data_collator.padded_tokens(batch) for batch in micro)
         return sum(map(sum, micro)), laid
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _keep_best(self, loss: float) -> None:
-        if self.args.should_save:
-            self.room.write(self.adapter_bytes() + SLACK, lambda: self._write_best(loss))
-
     def _write_best(self, loss: float) -> None:
-        with staged_folder(self.best, replace=True) as staging:
+        with (
+            space_for(self.best, self.adapter_bytes() + SMALL_FILES),
+            self._staged_best() as staging,
+        ):
             self._save_adapter(staging)
             facts = {"step": self.state.global_step, "eval_loss": loss}
             write_json(staging / BEST, {**facts, "sha256": sha256_file(staging / ADAPTER)})
+
+    @contextmanager
+    def _staged_best(self) -> Iterator[Path]:
+        """A new `best/`; only a kill between two renames leaves neither it nor the old one."""
+        old = self.best.with_name(f".{self.best.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+
+        def free() -> None:
+            if self.best.exists():
+                self.best.rename(old)
+
+        with staged_folder(self.best, free=free) as staging:
+            yield staging
+        shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, checkpoint: Path) -> None:
         """Take the best adapter back to the checkpoint: `best/` may be of updates now undone."""
@@ -247,7 +270,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         facts, now = read_json(checkpoint / BEST), self.best / ADAPTER
         if now.exists() and sha256_file(now) == facts["sha256"]:
             return
-        with staged_folder(self.best, replace=True) as staging:
+        with self._staged_best() as staging:
             copy_file(checkpoint / BEST_ADAPTER, staging / ADAPTER)
             for name in (BEST, "adapter_config.json"):
                 copy_file(checkpoint / name, staging / name)
@@ -260,14 +283,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.store_flos()  # gathers, so every rank has to
         generators = processes.files_of_all(self._save_rng_state)
-        if self.args.should_save:
 
-            def fill(staging: Path) -> None:
-                self._fill(staging, pending_evaluation, generators)
-
-            self.room.write(self.checkpoint_bytes(), lambda: checkpoints.save(folder, step, fill))
+        def save() -> None:
+            with space_for(folder, self.checkpoint_bytes()):
+                checkpoints.save(
+                    folder, step, lambda to: self._fill(to, pending_evaluation, generators)
+                )
             checkpoints.rotate(folder, self.args.save_total_limit, step)
-        processes.wait()
+
+        processes.from_lead(save)  # the others wait for it
 
     def _save_adapter(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
@@ -296,8 +320,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
             "processes": self.args.world_size,
+            "fingerprint_sha256": self.fingerprint_sha256,
         }
-        write_json(staging / RESUME, facts | self.sealed)
+        write_json(staging / RESUME, facts)
 
 
 class _StopAtStep(TrainerCallback):  # type: ignore[misc]
@@ -311,7 +336,7 @@ class _StopAtStep(TrainerCallback):  # type: ignore[misc]
         self._stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop.everywhere():
+        if processes.stop_asked(self._stop):
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
@@ -328,14 +353,15 @@ class _Resumed(TrainerCallback):  # type: ignore[misc]
         unlogged, logged, step = self._resume["logged"]
         trainer._tr_loss.fill_(unlogged)
         trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, step
-        if self._resume["inputs_sha256"] != trainer.sealed["inputs_sha256"]:
+        if self._resume["fingerprint_sha256"] != trainer.fingerprint_sha256:
+            state.compute_steps(args, state.max_steps)
             _take_new_rates(trainer.optimizer, trainer.lr_scheduler, trainer.args.weight_decay)
         if self._resume["pending_evaluation"]:
             trainer.evaluate_late()
 
 
 def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
-    """After accepted changes: a restored optimizer and schedule bring their old settings along.
+    """After accepted changes: a restored optimizer and scheduler have their old settings.
 
     What the optimizer was made with it keeps as `defaults`; its first group is the decayed one.
     """

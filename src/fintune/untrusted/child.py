@@ -101,6 +101,9 @@ def _serve(work: Callable[[], Any], pipe: int) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
+        # A lock that the parent holds on an open file would outlive a kill of the parent.
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
         answer: dict[str, Any]
         try:

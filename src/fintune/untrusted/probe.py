@@ -115,7 +115,8 @@ def _try_base(folder: Path, weights: bool) -> None:
     architecture = read_architecture(folder)
     if weights:
         _empty_model(architecture)
-    _try_tokenizer(read_tokenizer(folder))
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        _try_tokenizer(read_tokenizer(folder))
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
