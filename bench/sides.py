@@ -69,7 +69,7 @@ def main(name: str, folder: Path, epochs: int) -> None:
         _frozen_base(folder, Rows(rows), ours_inside="norms" in name)
         return
     trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
-    memory.give_back()  # what was tried before is not the model's
+    memory.trim_heap()  # what was tried before is not the model's
     base = _in_use()
     for order in _orders():
         if order == "check":
@@ -269,11 +269,11 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     model = load_base(base, "none", "bf16", attention=attention.NAME)
     if ours_inside:
         pointwise.fuse(model)
-    memory.hold()
+    memory.retain_heap()
     order, _ = _order(config_of(folder, 1), rows, 1, None)
     multiple = CPU_PAD_MULTIPLE if model.device.type == "cpu" else 1
     collator = Collator(padding_free=True, pad_token_id=0, pad_to_multiple_of=multiple)
-    memory.give_back()
+    memory.trim_heap()
     base_bytes = _in_use()
     for number, _ in enumerate(_orders()):
         _forget_peak()

@@ -52,7 +52,7 @@ from fintune.config import load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
-from fintune.train.memory import give_back  # noqa: E402
+from fintune.train.memory import trim_heap  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -361,7 +361,7 @@ def curve(options: argparse.Namespace) -> None:
 
 def cost(lengths: Ints) -> dict[str, float]:
     """Seconds, and resident MB more at the peak."""
-    give_back()  # what reading the rows left free would be used again
+    trim_heap()  # what reading the rows left free would be used again
     before, seconds = _in_use(), []
     _forget_peak()
     for epoch in range(5):

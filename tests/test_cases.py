@@ -36,12 +36,12 @@ CASES = tiny.SHARED / "cases"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/MUST"))
 NOT_YET = {
     "server": "c01 c03 c04 c06 c08 c10 c11 s01 s02 s04 s06 s07",
-    "verify": "c13 r04",
+    "verify": "c13",
     "prepare": "d01 d03 d05 d06 d08 d09 d11 d12 d14 d15 d17 d18 d20 d22 d24 d25 d26 d27 d29 d31"
     " d32 d33",
     "tasks": "e01 e02 e04 e06 e07 e09 e10 e12 e13 e35",
     "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
-    "export": "r01 r02 r06 r07 r08",
+    "export": "r06 r08",
     "training": "t01 t02 t04 t06 t08 t10",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""
@@ -436,20 +436,30 @@ def r04(case: Outcome) -> bool:
     return changed and case.code == 0 and says(case.said, "verified")
 
 
+def restated(case: Outcome) -> tiny.Said:
+    """`export vllm` of the case's release once its hashes are redone: before, they refuse it."""
+    if case.code != 3 or not says(case.said, r"changed: adapter_config\.json"):
+        raise RuntimeError(f"a changed file was not noticed: {case.text}")
+    tiny.rewrite_stated(case.folder / "rel")
+    return tiny.fintune("export", "vllm", case.folder / "rel", "--base", tiny.base())
+
+
 def r06(case: Outcome) -> bool:
     assert '"q_proj": 64' in case.file("rel/adapter_config.json")
-    if case.code == 0:
-        return "--max-lora-rank 64 " in case.said
-    return case.code == 1 and says(case.said, "rank_pattern")
+    said = restated(case)
+    if said.code == 0:
+        return "--max-lora-rank 64 " in said.out
+    return said.code == 1 and says(said.err, "rank_pattern")
 
 
 def r07(case: Outcome) -> bool:
-    return case.code == 1 and says(case.said, r"^error:.*adapter_config\.json")
+    return case.code == 3 and says(case.said, r"^error: rel is refused:.*adapter_config\.json")
 
 
 def r08(case: Outcome) -> bool:
     assert '"bias": "all"' in case.file("rel/adapter_config.json")
-    return case.code == 1 and says(case.said, "vLLM", "bias")
+    said = restated(case)
+    return said.code == 1 and says(said.err, "vLLM", "bias")
 
 
 def half_character(case: Outcome) -> bool:
@@ -587,7 +597,7 @@ def run(command: Path, folder: Path, demo: Path) -> str:
     with (
         tempfile.TemporaryDirectory(prefix="case-") as short,  # a socket's path has 107 bytes
         socket.socket(socket.AF_UNIX) as server,
-        (folder / "said").open("w+") as log,
+        (folder / "said").open("w+", errors="replace") as log,  # cut(1) may cut a character
     ):
         server.bind(f"{short}/socket")
         server.listen()

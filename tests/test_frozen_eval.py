@@ -218,10 +218,13 @@ def test_a_refusal_ends_with_1_after_eight_requests_and_asking_goes_on(
 def test_a_key_that_is_not_set_ends_with_1_before_any_request(judged: tiny.Chain) -> None:
     with mock.patch.dict(os.environ):
         os.environ.pop("MY_JUDGE_KEY", None)
-        words = {"judge_url": "https://judge.invalid/v1", "judge_key": "MY_JUDGE_KEY"}
-        named = ("--judge-host", "judge.invalid")
-        said = tiny.fintune("judge", *judged.words(judge="fake-1", **words), *named)
-    assert (said.code, "MY_JUDGE_KEY is not set" in said.err) == (1, True)
+        asked = {"judge_url": "https://judge.invalid/v1", "judge_key": "MY_JUDGE_KEY"}
+        words = judged.words(judge="fake-1", **asked)
+        said = tiny.fintune("judge", *words, "--judge-host", "judge.invalid")
+        other = tiny.fintune("judge", *words)
+    assert (said.code, "MY_JUDGE_KEY is not set" in said.err) == (1, True), said.err
+    refused = "the key in MY_JUDGE_KEY is not for judge.invalid"
+    assert (other.code, refused in other.err, "--judge-host" in other.err) == (1, True, True)
 
 
 def test_a_budget_that_is_spent_ends_with_3_and_more_goes_on(judged: tiny.Chain) -> None:

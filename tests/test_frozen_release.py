@@ -59,13 +59,6 @@ def prompts(release: Path) -> list[list[int]]:
     return [list(row["prompt_ids"]) for row in fixture["conversations"]]
 
 
-def rewrite_sums(release: Path) -> None:
-    """SHA256SUMS of the folder as it is now."""
-    names = sorted(p.name for p in release.iterdir() if p.name != "SHA256SUMS")
-    lines = [f"{tiny.file_sha256(release / name)}  {name}\n" for name in names]
-    (release / "SHA256SUMS").write_text("".join(lines))
-
-
 # ---- the release -----------------------------------------------------------------------------
 
 
@@ -93,6 +86,15 @@ def test_its_parts_are_those_of_the_run_and_the_evaluation(chain: tiny.Chain) ->
     facts = frozen.read_json(chain.release / "training_config.json")["provenance"]
     assert facts["adapter_sha256"] == tiny.file_sha256(chain.release / "adapter_model.safetensors")
     assert facts["accepted"] is None
+    assert facts["base_sha256"] == tiny.file_sha256(tiny.base() / "model.safetensors")
+
+
+def test_its_files_state_the_hashes_of_all_others(chain: tiny.Chain) -> None:
+    stated = frozen.read_json(chain.release / "training_config.json")["files"]
+    last = {"training_config.json", "README.md", "SHA256SUMS"}
+    assert stated == {k: v for k, v in tiny.tree_sha256(chain.release).items() if k not in last}
+    digest = tiny.file_sha256(chain.release / "training_config.json")
+    assert digest in (chain.release / "README.md").read_text()
 
 
 def test_the_card_says_what_was_measured(chain: tiny.Chain) -> None:
@@ -171,7 +173,8 @@ def test_training_arguments_are_added_where_asked(chain: tiny.Chain, tmp_path: P
     assert names - {path.name for path in chain.release.iterdir()} == {"training_args.bin"}
     assert verify(folder).code == 0
     refused = verify(folder, "--no-pickle")
-    assert (refused.code, "training_args.bin is a pickle" in refused.err) == (3, True)
+    named = "files: a pickle (--no-pickle): training_args.bin"
+    assert (refused.code, named in refused.err) == (3, True), refused.err
 
 
 # ---- verify ----------------------------------------------------------------------------------
@@ -179,10 +182,12 @@ def test_training_arguments_are_added_where_asked(chain: tiny.Chain, tmp_path: P
 
 def test_verify_accepts_it_and_names_its_checks(chain: tiny.Chain) -> None:
     checks = json.loads(verify(chain.release, "--json").out)
-    assert {check["status"] for check in checks} == {"ok"}
-    names = ["files", "checksums", "code hooks", "template", "weights", "paths"]
-    names += ["base", "keys", "load", "tokenizer", "fixture", "answers"]
-    assert [check["name"] for check in checks] == names
+    notes = [check for check in checks if check["status"] != "ok"]
+    assert [(note["name"], note["status"]) for note in notes] == [("base", "note")]
+    names = ["files", "checksums", "provenance", "card", "config", "code hooks", "template"]
+    names += ["weights", "paths", "base", "tokenizer", "tokenizer", "stop tokens", "fixture"]
+    names += ["keys", "load", "answers"]
+    assert [check["name"] for check in checks if check not in notes] == names
 
 
 @pytest.mark.parametrize(
@@ -197,12 +202,12 @@ def test_one_bit_is_refused(release: Path, name: str) -> None:
     assert (said.code, f"changed: {name}" in said.err) == (3, True), said.err
 
 
-def test_one_bit_under_rewritten_checksums_is_refused_by_the_answers(release: Path) -> None:
+def test_one_bit_under_rewritten_hashes_is_refused_by_the_answers(release: Path) -> None:
     path = release / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 0x40  # the highest bit of an exponent: a weight of 1e-2 becomes 1e36
     path.write_bytes(data)
-    rewrite_sums(release)
+    tiny.rewrite_stated(release)
     said = verify(release)
     assert (said.code, "answers: " in said.err) == (3, True), said.err
 
@@ -289,11 +294,32 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_broken_release_is_refused_by_name(release: Path, what: str) -> None:
     breaks, said = BROKEN[what]
     breaks(release)
-    first = verify(release)
-    assert (first.code, "checksums: " in first.err) == (3, True), first.err
-    rewrite_sums(release)
-    found = verify(release)
-    assert (found.code, said in found.err, "checksums" in found.err) == (3, True, False), found.err
+    at_once = what in ("a pickle", "an unknown file", "no weights")  # by names, before any hash
+    for redo, named in (
+        (None, "checksums: changed: "),
+        (tiny.rewrite_sums, "provenance: not the files that training_config.json names"),
+        (tiny.rewrite_stated, said),
+    ):
+        if redo:
+            redo(release)
+        found = verify(release)
+        assert found.code == 3
+        (line,) = [line for line in found.err.splitlines() if line.startswith("error: ")]
+        assert (said if at_once else named) in line
+        assert at_once or named == said or said not in line
+
+
+def test_settings_that_name_another_base_are_refused(release: Path) -> None:
+    path = release / "training_config.json"
+    facts = frozen.read_json(path)["provenance"]
+    edited(path, {"provenance": facts | {"base_sha256": "0" * 64}})
+    tiny.rewrite_sums(release)
+    said = verify(release)
+    named = "card: README.md says something else than training_config.json"
+    assert (said.code, named in said.err) == (3, True), said.err
+    tiny.rewrite_stated(release)
+    said = verify(release)
+    assert (said.code, "refused: base: trained on another base" in said.err) == (3, True), said.err
 
 
 def test_another_base_of_the_same_shape_is_refused(chain: tiny.Chain, tmp_path: Path) -> None:
@@ -310,16 +336,19 @@ def test_a_folder_of_peft_alone_is_verified_as_far_as_it_can_be(
 ) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(chain.release / name, foreign)
+    (foreign / "README.md").write_text("# An adapter\n")
     for path in tiny.base().glob("*token*"):
         shutil.copy(path, foreign)
     checks = json.loads(verify(foreign, "--json").out)
     notes = {check["name"] for check in checks if check["status"] == "note"}
-    assert {"checksums", "fixture", "template"} <= notes
+    assert notes == {"checksums", "provenance", "base", "template", "fixture"}
+    assert {check["status"] for check in checks} == {"ok", "note"}
     (foreign / "training_args.bin").write_bytes(b"x")
     said = verify(foreign)
-    assert (said.code, "a pickle without a checksum" in said.err) == (3, True)
+    named = "a change cannot be noticed, and training_args.bin is a pickle"
+    assert (said.code, named in said.err) == (3, True), said.err
 
 
 def test_what_is_not_there_ends_with_1(chain: tiny.Chain, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -376,6 +377,29 @@ def tree_sha256(folder: Path) -> dict[str, str]:
     """Every file below a folder and its sha256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def rewrite_sums(release: Path) -> None:
+    """SHA256SUMS of the folder as it is now; what the other files state stays."""
+    names = sorted(p.name for p in release.iterdir() if p.name != "SHA256SUMS")
+    lines = [f"{file_sha256(release / name)}  {name}\n" for name in names]
+    (release / "SHA256SUMS").write_text("".join(lines))
+
+
+def rewrite_stated(release: Path) -> None:
+    """Every hash that the folder states of itself, as it is now: an attacker can do this too."""
+    path = release / "training_config.json"
+    tree = json.loads(path.read_text())
+    for name, stated in tree["files"].items():
+        if (release / name).exists() and (now := file_sha256(release / name)) != stated:
+            tree["files"][name] = now
+            facts = tree["provenance"]
+            facts |= {key: now for key, digest in facts.items() if digest == stated}
+    path.write_text(json.dumps(tree))
+    card = release / "README.md"
+    stated_in = r"(`training_config\.json` \(sha256 `)[0-9a-f]{64}"
+    card.write_text(re.sub(stated_in, rf"\g<1>{file_sha256(path)}", card.read_text()))
+    rewrite_sums(release)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from typing import Any
 from fintune.errors import NoSpace, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+"""What `flock` raises on a volume without locks."""
 _FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
 """How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
 SMALL_FILES = 2**20
@@ -179,6 +181,9 @@ class JsonlLog:
             raise OutputError(
                 f"{path} is being written by another process", fix="wait for it, or stop it"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         os.ftruncate(self._handle, path.read_bytes().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:

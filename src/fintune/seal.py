@@ -5,7 +5,6 @@ A folder without it is unfinished and no later stage reads it. The same command 
 finished stage whose inputs are unchanged, and refuses when they differ, naming them.
 """
 
-import errno
 import fcntl
 import os
 import stat
@@ -20,6 +19,7 @@ from fintune.console import warn
 from fintune.errors import OutputError
 from fintune.files import (
     FORMAT,
+    NO_LOCKS,
     file_fact,
     files_below,
     reaching,
@@ -167,7 +167,7 @@ def lock(folder: Path) -> Iterator[str]:
                 fix="wait for it, stop it (SIGTERM), or choose another folder: --set out=...",
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            if error.errno not in NO_LOCKS:
                 raise
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)

@@ -61,18 +61,18 @@ def read_golden_prompts(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
 
 
-def check_answers(golden: dict[str, Any], loaded: LoadedRelease) -> Iterator[Check]:
+def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Iterator[Check]:
     """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
 
     One forward pass a conversation over prompt and recorded answer, compared position by position
     within `ATOL` of the coarser precision. Likelihoods are compared too: weights that overflow give
     equal logits everywhere, and then any token is a most likely one.
     """
-    atol = max(ATOL[loaded.dtype], ATOL[golden["decoding"]["dtype"]])
+    atol = max(ATOL[dtype], ATOL[golden["decoding"]["dtype"]])
     found = []
     for row in golden["conversations"]:
         answer = row["answer"]
-        logprobs, best = _likelihood(loaded.model, row["prompt_ids"], answer["ids"])
+        logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
         gaps = (best - logprobs).maximum((logprobs - torch.tensor(answer["logprobs"])).abs())
         # NaN compares false with everything, so ask whether all are within, not whether any is out.
         if not bool((gaps <= atol).all()):

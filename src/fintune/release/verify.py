@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fintune.errors import FintuneError, ModelError, OutputError
-from fintune.model import Base, check_revision, load_release, release_base
+from fintune.model import (
+    Base,
+    check_revision,
+    inference_dtype,
+    load_adapter,
+    load_base,
+    release_base,
+)
 from fintune.release.golden import check_answers, read_golden_prompts
 from fintune.release.server_check import check_server
 from fintune.untrusted import checks
@@ -55,15 +62,16 @@ def verify(
 
 
 def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
+    dtype = inference_dtype()
     try:
-        loaded = load_release(folder, base)
+        model = load_adapter(load_base(base, "none", dtype), folder)
     except FintuneError as error:
         yield Check("load", "failed", error.what)
         return
-    yield Check("load", "ok", f"peft loads it on {base.id} ({loaded.dtype})")
+    yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
     golden = read_golden_prompts(folder)
     if golden is not None:
-        yield from check_answers(golden, loaded)
+        yield from check_answers(golden, model, dtype)
 
 
 def _check_server(folder: Path, server: str) -> list[Check]:

@@ -21,7 +21,7 @@ def arguments_dict(
 
     Args:
         precision: bf16, fp16 or fp32, resolved.
-        checkpointing: whether activations are recomputed, resolved.
+        checkpointing: gradient checkpointing, resolved.
         accumulation: micro-batches of one update, where the plan needs more than configured.
     """
     train: TrainConfig = config.train

@@ -60,7 +60,7 @@ def recompute(
     choice = train.activation_checkpointing
     if choice != "auto":
         on = choice == "on"
-        return on, f"activations are {'recomputed' if on else 'kept'}, as set"
+        return on, f"gradient checkpointing is {choice}, as set"
     batches = (
         send_to_device(collator([{"input_ids": ids, "labels": ids}]), model.device)
         for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
@@ -71,10 +71,9 @@ def recompute(
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = free_memory(model.device)
     on = needed > HEADROOM * free
-    verdict = "recomputed" if on else "kept"
     return on, (
-        f"activations are {verdict}: {needed / 1e9:.2f} GB for a step with the largest micro-batch"
-        f" ({largest:,} tokens), {free / 1e9:.1f} GB free"
+        f"gradient checkpointing is {'on' if on else 'off'}: {needed / 1e9:.2f} GB for a step"
+        f" with the largest micro-batch ({largest:,} tokens), {free / 1e9:.1f} GB free"
     )
 
 
@@ -120,7 +119,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:
-    """What is drawn inside leaves no trace; of all devices torch would warn at length."""
+    """Restore the random state afterwards; of all devices torch would warn at length."""
     used = [model.device] if model.device.type == "cuda" else []
     return torch.random.fork_rng(devices=used)
 
@@ -130,7 +129,7 @@ def autocast(model: Any, precision: str) -> torch.autocast:
     return torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def hold() -> None:
+def retain_heap() -> None:
     """Let glibc keep what a step frees for the next one, instead of returning every large block.
 
     A page that is returned must be faulted in and zeroed again, 54,000 of them in 20,000 tokens of
@@ -141,8 +140,8 @@ def hold() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def give_back() -> None:
-    """Return what is free to the system: a run's allocations come in many sizes, and glibc keeps
+def trim_heap() -> None:
+    """Return free memory to the system: a run's allocations come in many sizes, and glibc keeps
     the holes between them (a sixth of the process after a few steps of the nano run)."""
     gc.collect()
     if sys.platform == "linux":

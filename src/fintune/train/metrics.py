@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from fintune.console import Meter, warn
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
-from fintune.train.memory import give_back, in_use
+from fintune.train.memory import in_use, trim_heap
 
 matplotlib.use("Agg")
 
@@ -153,7 +153,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             )
             self._progress.advance(0, note=note)
             self._totals[:] = 0
-            give_back()
+            trim_heap()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -46,7 +46,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
-def is_lead() -> bool:
+def is_rank0() -> bool:
     """Whether this process is the one that writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -85,7 +85,7 @@ def start(strategy: str, quantization: str) -> None:
                 why="each would train alone and all would write the same folder",
                 fix="unset the ACCELERATE_* variables, or: fintune train in one process",
             )
-        console.err.quiet = not is_lead()
+        console.err.quiet = not is_rank0()
 
 
 def share(accumulation: int, processes: int) -> int:
@@ -104,16 +104,16 @@ def share(accumulation: int, processes: int) -> int:
 
 def stop_asked(stop: StopRequest) -> bool:
     """Whether any process was asked: all stop at the same step. All must call it."""
-    stop.asked = any_of(stop.asked)
+    stop.asked = any_rank(stop.asked)
     return stop.asked
 
 
-def from_lead(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank; its FintuneError is raised on every rank too."""
+def from_rank0(make: Callable[[], T]) -> T:
+    """The result of `make` on rank 0, or its FintuneError, on every rank. All must call it."""
     if world_size() == 1:
         return make()
     box: list[Any] = [None]
-    if is_lead():
+    if is_rank0():
         try:
             box = [make()]
         except FintuneError as error:
@@ -125,8 +125,8 @@ def from_lead(make: Callable[[], T]) -> T:
     return value
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any rank: the same answer on all, at the same place."""
+def any_rank(flag: bool) -> bool:
+    """All-reduce of a flag (max): the same answer on every rank. All must call it."""
     if world_size() == 1:
         return flag
     found = torch.tensor(int(flag), device=device())

@@ -58,7 +58,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         STOP.guard()  # also where another process holds the lock for this one
         processes.start(config.train.strategy, config.model.quantization)
         # Of several processes the first one writes, and holds the lock for all.
-        with seal.lock(run) if processes.is_lead() else nullcontext("") as dead:
+        with seal.lock(run) if processes.is_rank0() else nullcontext("") as dead:
             if dead:
                 say(f"taking over from a run that died ({dead})")
             return _train_alone(config, STOP, fresh=fresh, force_resume=force_resume)
@@ -82,8 +82,8 @@ def _train_alone(
     heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
     trainer = _build(config, rows, tokenizer, base, stop, state)
     _train(trainer, config, state)
-    processes.from_lead(lambda: _finish(trainer, rows, state))
-    memory.give_back()
+    processes.from_rank0(lambda: _finish(trainer, rows, state))
+    memory.trim_heap()
     best = read_json(run / "best" / BEST)
     say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {run / 'best'}")
     return run
@@ -129,10 +129,10 @@ def _build(
     state: RunState,
 ) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer."""
-    memory.hold()
+    memory.retain_heap()
     on = device()
     chosen = state.resolve(
-        "precision", lambda: processes.from_lead(lambda: precision(config.train.precision, on))
+        "precision", lambda: processes.from_rank0(lambda: precision(config.train.precision, on))
     )
     name = precision(chosen, on)  # refused where the run began on another kind of device
     peft, reason = _model(config, base, name)
@@ -155,7 +155,7 @@ def _build(
     )
     arguments = training_arguments(config.run_dir / "checkpoints", keywords, cpu=on.type == "cpu")
     arguments.ddp_find_unused_parameters = False  # every adapter matrix is in every step
-    if processes.is_lead():
+    if processes.is_rank0():
         write_json(config.run_dir / "training_arguments.json", effective(arguments))
     trainer = LoraTrainer(
         model=peft,
@@ -186,15 +186,15 @@ def _recomputed(
     name: PrecisionName,
     largest: batches.Ints,
 ) -> bool:
-    """Whether activations are recomputed: as set, or as estimated and then tried."""
+    """Whether gradient checkpointing is on: as set, or as estimated and then tried."""
     choice = config.train.activation_checkpointing
 
     def estimate() -> tuple[bool, str]:
         if config.train.strategy == "fsdp" and choice == "auto":
-            return True, "activations are recomputed: a base in parts is one that hardly fits"
+            return True, "gradient checkpointing is on: a sharded base is one that hardly fits"
         tokens = collator.padded_tokens(rows.lengths[largest].tolist())
         found, why = memory.recompute(config.train, peft, collator, name, tokens)
-        return processes.any_of(found), why
+        return processes.any_rank(found), why
 
     def attempt(recomputed: bool) -> None:
         memory.try_largest(peft, rows, collator, name, largest, recomputed=recomputed)
@@ -204,8 +204,8 @@ def _recomputed(
     say(why)
     if on or choice != "auto":
         attempt(on)
-    elif processes.any_of(not memory.fits(lambda: attempt(False))):
-        why = "activations are recomputed: the largest micro-batch did not fit without"
+    elif processes.any_rank(not memory.fits(lambda: attempt(False))):
+        why = "gradient checkpointing is on: the largest micro-batch did not fit without"
         on, _ = state.record("gradient_checkpointing", (True, why))
         say(why)
         attempt(True)
@@ -246,7 +246,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     """Train from the newest whole checkpoint of this run to the end."""
     run = config.run_dir
     folder = run / "checkpoints"
-    checkpoint = processes.from_lead(lambda: checkpoints.newest(folder, state.incompatible))
+    checkpoint = processes.from_rank0(lambda: checkpoints.newest(folder, state.incompatible))
     done, evaluated = 0, True
     if checkpoint:
         done = checkpoints.step_of(checkpoint)
@@ -255,10 +255,10 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         say(f"continuing from {checkpoint}")
     kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
-    processes.from_lead(lambda: require_free_space(run, needed))
+    processes.from_rank0(lambda: require_free_space(run, needed))
     metrics = (
         open_metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
-        if processes.is_lead()
+        if processes.is_rank0()
         else None
     )
     total = config.train.max_steps

@@ -100,7 +100,7 @@ class RunState:
             ConfigError: the reason is empty.
         """
         folder = config.run_dir
-        opened = processes.from_lead(lambda: _open(config, fingerprint, fresh, force_resume))
+        opened = processes.from_rank0(lambda: _open(config, fingerprint, fresh, force_resume))
         run = cls(folder, fingerprint, finished=opened is seal.State.FINISHED)
         processes.wait()  # every rank has read record.json before rank 0 writes it
         return run
@@ -112,7 +112,7 @@ class RunState:
     def record(self, name: str, value: Any) -> Any:
         """Resolve anew; rank 0 writes it down."""
         self._record[name] = value
-        if processes.is_lead():
+        if processes.is_rank0():
             self._write()
         return value
 

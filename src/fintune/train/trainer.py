@@ -193,7 +193,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             self.args, self.state, self.control, metrics
         )
         if self.state.best_metric is None or loss < self.state.best_metric:
-            processes.from_lead(lambda: self._write_best(loss))
+            processes.from_rank0(lambda: self._write_best(loss))
         self.model.train()
         return metrics
 
@@ -291,7 +291,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 )
             checkpoints.rotate(folder, self.args.save_total_limit, step)
 
-        processes.from_lead(save)  # the others wait for it
+        processes.from_rank0(save)  # the others wait for it
 
     def _save_adapter(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
