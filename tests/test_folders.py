@@ -231,7 +231,7 @@ def writing(name: str, config: Config, root: Path) -> list[str]:
     taken = str(root / "taken")
     if name == "rescore":
         return ["eval", "--rescore", taken]
-    if name in export.PRECISIONS:
+    if name in ("merged", "gguf", "ollama"):
         folder, base = built()
         return ["export", name, str(folder), "--base", str(base), "--out", taken]
     key = KEYS.get(name, "eval.out")

@@ -203,7 +203,6 @@ def test_requests_that_are_none(server: tiny.Server) -> None:
     assert server.ask("/v1/nothing", good)[0] == 404
     assert server.ask(CHAT)[0] == 405
     assert server.ask(CHAT, b"{" + b" " * (1 << 20) + b"}")[0] == 413
-    assert server.ask(CHAT, good, X_Long="y" * 400_000)[0] == 400
     assert server.ask(CHAT, b"[" * 100_000)[0] == 400
     assert server.ask(CHAT, b'{"model": NaN}')[0] == 400
     assert server.ask(CHAT, b"\xff\xfe")[0] == 400

@@ -250,7 +250,7 @@ def release(
     fresh: Fresh = False,
     accept: Accept = None,
 ) -> None:
-    """The adapter with its proof: card, prompt fixture, checksums; needs a passing gate."""
+    """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     _release(_load(config, overrides), fresh=fresh, accept=accept)
 
 
