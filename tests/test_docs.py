@@ -12,10 +12,15 @@ from fintune.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {
-    name: {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-    for name, command in typer.main.get_group(app).commands.items()  # type: ignore[attr-defined]
-}
+COMMANDS = typer.main.get_group(app).commands
+
+
+def options(words: list[str]) -> set[str]:
+    """Options of a command, or of its subcommand where it has some."""
+    command = COMMANDS[words[0]]
+    if hasattr(command, "get_command"):
+        command = command.get_command(None, words[1])
+    return {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -31,9 +36,8 @@ def test_commands_exist(page: Path) -> None:
         words = shlex.split(line, comments=True)
         if not words or not words[0].endswith("fintune"):
             continue
-        known = COMMANDS[words[1]]
         given = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
-        assert given <= known | {"--help"}, f"{page.name}: {line}"
+        assert given <= options(words[1:]) | {"--help"}, f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

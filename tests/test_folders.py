@@ -239,7 +239,7 @@ def writing(name: str, config: Config, root: Path) -> list[str]:
     taken = str(root / "taken")
     if name == "rescore":
         return ["eval", "--rescore", taken]
-    if name in export.PRECISIONS:
+    if name in ("merged", "gguf", "ollama"):
         folder, base = built()
         return ["export", name, str(folder), "--base", str(base), "--out", taken]
     key = KEYS.get(name, "eval.out")
@@ -333,7 +333,7 @@ def test_nohup_keeps_working_and_readers_end_as_ever(tmp_path: Path) -> None:
         ("eval", evaluating, "generate"),
         ("eval", judged, "unjudged_rows"),
         ("release", bundle, "write_card"),
-        ("export", export, "read_fixture"),
+        ("export", export, "_load_merged"),
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -25,7 +25,7 @@ from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
 from fintune.release import card
 from fintune.release.bundle import release
-from fintune.release.card import TEXT, vllm_rank
+from fintune.release.card import vllm_rank
 from fintune.release.verify import verify
 
 
@@ -111,7 +111,8 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
     with contextlib.redirect_stdout(printed):
         exec(seed.replace("max_new_tokens=256", "max_new_tokens=4") + chat, {})
     fixture = json.loads((config.release_dir / "prompt_fixture.json").read_text())
-    assert f'date_string="{fixture["date_string"]}"' in chat and printed.getvalue()
+    assert f'date_string="{fixture["date_string"]}"' in chat
+    assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
 
 
 def test_card_names_the_judge() -> None:
@@ -132,20 +133,30 @@ def test_special_tokens_map_agrees_with_the_tokenizer(config: Config) -> None:
 
 
 def test_seed_snippet_runs_letter_for_letter(config: Config, base: Path) -> None:
-    card = Path(__file__).parents[2] / "shared" / "seed-model-card.md"
-    adapter = str(config.release_dir)
-    code = TEXT["seed_snippet"].format(base=base, adapter=adapter)
-    if card.is_file():  # held against the published words where they are at hand
-        published = re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.S)[0]
-        names = ("meta-llama/Meta-Llama-3.1-8B-Instruct", "TimberGu/Llama_for_Finance")
-        for name, ours in zip(names, (str(base), adapter), strict=True):
-            assert published.count(f'"{name}"') == 1
-            published = published.replace(f'"{name}"', f'"{ours}"')
-        assert code == published
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
+    """The published recipe's own lines; the test above runs those of the card."""
+    published = Path(__file__).parents[2] / "shared" / "seed-model-card.md"
+    if not published.is_file():
+        pytest.skip("no ../shared/seed-model-card.md")
+    blocks = [
+        re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)[0]
+        for path in (config.release_dir / "README.md", published)
+    ]
+    names = [re.findall(r'^(?:base|adapter) = "(.*)"$', block, flags=re.M) for block in blocks]
+    assert names == [
+        ["fintune/tiny", "tiny"],
+        ["meta-llama/Meta-Llama-3.1-8B-Instruct", "TimberGu/Llama_for_Finance"],
+    ]
+    for theirs, ours in zip(names[1], names[0], strict=True):
+        blocks[1] = blocks[1].replace(f'"{theirs}"', f'"{ours}"')
+    assert blocks[0] == blocks[1]
+
+
+def test_text_of_others_reaches_the_card_without_control_characters(
+    base: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path / "run", base, verdict="worse")
+    card = (release(config, accept="a \x1b[31mred\u202e reason") / "README.md").read_text()
+    assert "a \\x1b[31mred\\u202e reason" in card
 
 
 def test_verify_accepts_our_own_release(config: Config, base: Path) -> None:

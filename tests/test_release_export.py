@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import run
 from tiny_release import built, rewrite_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from typer.testing import CliRunner
 
 from fintune.chat import ChatFormat
+from fintune.cli import app
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
-from fintune.model import release_base
+from fintune.model import load_release, release_base
 from fintune.release import export
 from fintune.release import gguf as writing
-from fintune.release.fixture import CONVERSATIONS
-from fintune.release.verify import load_release
+from fintune.release.golden import CONVERSATIONS
 from fintune.untrusted.checks import template_reaches
 
 DATE = "26 Jul 2024"
@@ -36,7 +36,7 @@ def _built() -> tuple[Path, Path]:
 def test_merged_model_answers_as_the_adapter(built: tuple[Path, Path], tmp_path: Path) -> None:
     folder, base = built
     out = export.merged(folder, tmp_path / "merged", base=base, dtype="fp32")
-    adapter = load_release(folder, release_base(folder, base), "fp32")
+    adapter = load_release(folder, release_base(folder, base), dtype="fp32").model
     whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     chat = ChatFormat(tokenizer, DATE)
@@ -66,10 +66,10 @@ def test_merge_is_refused_when_logits_differ(
 def test_gguf_model_reads_back(built: tuple[Path, Path], tmp_path: Path) -> None:
     """Every tensor under llama.cpp's name, q and k in its order, vocabulary with its types."""
     folder, base = built
-    path = export.gguf(folder, tmp_path / "model.gguf", base=base, dtype="f32", whole=True)
+    path = export.gguf(folder, tmp_path / "model.gguf", base=base, dtype="f32", merged=True)
     reader = gguf_package.GGUFReader(path)
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    model = load_release(folder, release_base(folder, base), "fp32").merge_and_unload()
+    model = load_release(folder, release_base(folder, base), dtype="fp32").model.merge_and_unload()
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     assert len(found) == len(weights) == 21
     same = {
@@ -109,7 +109,7 @@ def test_gguf_adapter_reads_back(built: tuple[Path, Path], tmp_path: Path) -> No
     scale = reader.fields["adapter.lora.alpha"].contents() / 4
     change = scale * found["blk.1.attn_q.weight.lora_b"] @ found["blk.1.attn_q.weight.lora_a"]
     before = load_file(base / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
-    model = load_release(folder, release_base(folder, base), "fp32").merge_and_unload()
+    model = load_release(folder, release_base(folder, base), dtype="fp32").model.merge_and_unload()
     after = model.state_dict()["model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_allclose(change, writing.permute(after - before, 4).numpy(), atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_rope_table_is_that_of_transformers() -> None:
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500_000.0 ** -(torch.arange(0, 128, 2) / 128)
-    factors = writing._rope_factors(config)
+    factors = writing.rope_factors(config)
     assert factors is not None
     torch.testing.assert_close(plain / torch.from_numpy(factors), scaled, rtol=1e-5, atol=0)
     assert (factors.min(), factors.max()) == (1.0, 8.0)
@@ -176,26 +176,6 @@ def test_ollama_renders_the_trained_prompt(built: tuple[Path, Path], tmp_path: P
         assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype", "more"),
-    [("merged", "f16", ()), ("gguf", "bf16", ()), ("gguf", "bf16", ("--merged",)),
-     ("gguf", "F32", ()), ("ollama", "fp16", ()), ("vllm", "bf16", ()), ("push", "f16", ())],
-)  # fmt: skip
-def test_a_precision_that_a_form_has_not_is_refused_before_anything_loads(
-    form: str,
-    dtype: str,
-    more: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(export, "open_release", None)
-    given = ["export", form, "no-release", "--out", str(tmp_path / "out"), "--dtype", dtype, *more]
-    code, _, said = run(capsys, *given)
-    assert (code, f"export {form} has no --dtype {dtype}" in said) == (1, True), said
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_push_is_dry_by_default(built: tuple[Path, Path]) -> None:
     folder, base = built
     plan = export.push(folder, "someone/tiny", base=base)
@@ -221,3 +201,28 @@ def test_real_llama_template_passes_and_becomes_ollamas() -> None:
     for messages in CONVERSATIONS.values():
         prompt = chat.render(messages[:-1], prompt=True)
         assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt
+
+
+def test_forms_have_their_own_options(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """A precision or an option that a form does not have is a usage error, exit 2."""
+    folder, base = map(str, built)
+    runner, out = CliRunner(), str(tmp_path / "out")
+    wrong = (
+        ["merged", folder, "--out", out, "--dtype", "f16"],
+        ["gguf", folder, "--out", out, "--dtype", "bf16"],
+        ["gguf", folder, "--out", out, "--merged", "--dtype", "F32"],
+        ["ollama", folder, "--out", out, "--dtype", "fp32"],
+        ["push", folder, "--repository", "a/b", "--dtype", "f16"],
+        ["vllm", folder, "--out", out],
+        ["merged", folder],
+        ["push", folder],
+        ["onnx", folder],
+    )
+    for words in wrong:
+        assert runner.invoke(app, ["export", *words]).exit_code == 2, words
+    done = runner.invoke(app, ["export", "gguf", folder, "--out", out, "--base", base])
+    assert (done.exit_code, done.stdout.strip()) == (0, out)
+    again = runner.invoke(app, ["export", "gguf", folder, "--out", out, "--base", base])
+    assert isinstance(again.exception, OutputError)
+    assert runner.invoke(app, ["export", "vllm", folder]).stdout.startswith("vllm serve")
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
-from fintune.model import open_release, trained_revision
+from fintune.model import load_release, open_release, release_base, trained_revision
+from fintune.release.golden import check_answers, make_golden_prompts
 from fintune.release.verify import verify
 
 Folders = tuple[Path, Path]
@@ -154,6 +155,23 @@ def test_the_base_that_was_trained_on_is_read_from_where_it_stands(
         if tree is not None:
             (tmp_path / f"{name}.json").write_text(json.dumps(tree))
     assert trained_revision(tmp_path) == found
+
+
+def test_answers_hold_over_precisions_and_no_release_loosens_its_own_tolerance(
+    built: Folders,
+) -> None:
+    """Recorded in bf16 and verified in fp32 passes; named bf16 does not let other weights pass."""
+    folder, base = built
+    found = release_base(folder, base)
+    exact, coarse = (load_release(folder, found, dtype=name) for name in ("fp32", "bf16"))
+    golden = make_golden_prompts(coarse)
+    assert golden["decoding"]["dtype"] == "bf16"
+    (check,) = check_answers(golden, exact.model, "fp32")
+    assert check.status == "ok", check.detail
+    for row in golden["conversations"]:
+        row["answer"]["logprobs"] = [value - 0.2 for value in row["answer"]["logprobs"]]
+    (check,) = check_answers(golden, exact.model, "fp32")
+    assert check.status == "failed" and "in the mean" in check.detail
 
 
 def test_template_walls() -> None:

@@ -7,7 +7,9 @@ bytes, so that a test can hold the pages against it.
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import typer.main
@@ -53,9 +55,19 @@ def filled(page: Path) -> str:
     return MARKED.sub(table, page.read_text("utf-8"))
 
 
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name; those of a group one by one."""
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
+        if hasattr(command, "list_commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
 def reference() -> str:
     """Every command and every key, with what it is."""
-    commands = typer.main.get_group(app).commands.items()  # type: ignore[attr-defined]
+    commands = list(_commands(typer.main.get_group(app)))
     lines = ["# Reference", "", "Made by `make docs`; do not edit.", "", "## Commands", ""]
     lines += ["| command | what it does |", "|---|---|"]
     lines += [

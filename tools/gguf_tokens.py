@@ -18,11 +18,10 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
-from fintune.model import load_base, read_tokenizer, release_base
+from fintune.model import load_base, load_release, read_tokenizer, release_base
 from fintune.release import export, gguf
-from fintune.release.fixture import read_fixture
 from fintune.release.gate import JUDGED
-from fintune.release.verify import load_release
+from fintune.release.golden import read_golden_prompts
 
 QUESTIONS, TOKENS = 20, 48
 
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    fixture = read_fixture(options.release)
+    fixture = read_golden_prompts(options.release)
     assert fixture is not None
     base = release_base(options.release, options.base)
     tokenizer = read_tokenizer(options.release)
@@ -57,7 +56,7 @@ def main() -> None:
     rows = list(files.read_jsonl(options.release / JUDGED))[:QUESTIONS]
     prompts = [[Message("user", row["question"])] for row in rows]
     ids = [chat.prompt_ids(messages) for messages in prompts]
-    model = load_release(options.release, base, "fp32")
+    model = load_release(options.release, base, dtype="fp32").model
     wanted = greedy(model, tokenizer, ids, ends)
     with model.disable_adapter():
         plain = greedy(model, tokenizer, ids, ends)
@@ -73,7 +72,7 @@ def main() -> None:
         root = Path(folder)
         for dtype in ("f32", "f16"):
             export.gguf(options.release, root / f"{dtype}.gguf", base=options.base, dtype=dtype,
-                        whole=True)  # fmt: skip
+                        merged=True)  # fmt: skip
         export.gguf(options.release, root / "adapter.gguf", base=options.base, dtype="f32")
         weights = load_base(base, "none", "fp32").state_dict()
         gguf.write_model(base, tokenizer, weights, root / "base.gguf", "f32", "base")

@@ -16,10 +16,9 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
-from fintune.model import read_tokenizer, release_base
+from fintune.model import load_release, read_tokenizer, release_base
 from fintune.release.export import merged
 from fintune.release.gate import JUDGED
-from fintune.release.verify import load_release
 
 TOKENS = 48
 
@@ -35,7 +34,7 @@ def main() -> None:
     rows = files.read_jsonl(options.release / JUDGED)
     questions = [row["question"] for row in rows]
     prompts = [chat.prompt_ids([Message("user", question)]) for question in questions]
-    adapter = load_release(options.release, base, "fp32")
+    adapter = load_release(options.release, base, dtype="fp32").model
     with tempfile.TemporaryDirectory() as folder:
         out = merged(options.release, Path(folder) / "merged", base=options.base, dtype="fp32")
         whole = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from fintune import __version__, console
 from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
@@ -249,7 +250,7 @@ def release(
     fresh: Fresh = False,
     accept: Accept = None,
 ) -> None:
-    """The adapter with its proof: card, prompt fixture, checksums; needs a passing gate."""
+    """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     _release(_load(config, overrides), fresh=fresh, accept=accept)
 
 
@@ -347,40 +348,30 @@ def verify(
     report.settle()
 
 
-@app.command()
-def export(
-    form: Annotated[str, typer.Argument(help="merged, gguf, vllm, ollama or push.")],
-    folder: Annotated[Path, typer.Argument(help="A release folder.")],
-    out: Annotated[Path | None, typer.Option(help="Folder or file to write.")] = None,
-    base: BaseFolder = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="merged: bf16, fp16, fp32; gguf, ollama: f16, f32.")
-    ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="gguf: the merged model, not the adapter alone.")
-    ] = False,
-    repository: Annotated[str | None, typer.Option(help="push: where to on the hub.")] = None,
-    really: Annotated[
-        bool, typer.Option("--really", help="push: upload, instead of saying what would be.")
-    ] = False,
-) -> None:
-    """A verified release in another form: merged, gguf, vllm, ollama, push."""
-    from fintune.release import export as forms
+class _ExportGroup(TyperGroup):
+    """Subcommands of `export`, which are loaded when one is asked for."""
 
-    forms.check_precision(form, dtype)
-    chosen: dict[str, Any] = {"base": base} | ({} if dtype is None else {"dtype": dtype})
-    if form == "vllm":
-        console.result(forms.vllm(folder))
-    elif form == "push":
-        target = _needed(repository, "export push needs --repository")
-        console.result(forms.push(folder, target, base=base, really=really))
-    else:
-        target_path = _needed(out, f"export {form} needs --out")
-        _folder(target_path.parent)
-        if form == "gguf":
-            chosen["whole"] = merged
-        write = {"merged": forms.merged, "gguf": forms.gguf, "ollama": forms.ollama}[form]
-        console.result(str(write(folder, target_path, **chosen)))
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._loaded().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._loaded().get_command(ctx, cmd_name)
+
+    def _loaded(self) -> TyperGroup:
+        from fintune.release.export import exports
+
+        return typer.main.get_group(exports)
+
+
+app.add_typer(
+    typer.Typer(
+        cls=_ExportGroup,
+        no_args_is_help=True,
+        result_callback=lambda value: console.result(str(value)),
+    ),
+    name="export",
+    help="A verified release in another form.",
+)
 
 
 @app.command()

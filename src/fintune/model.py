@@ -364,6 +364,12 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     return peft.eval()
 
 
+def inference_dtype() -> PrecisionName:
+    """bf16 where a GPU has it, else fp32."""
+    on_gpu = device().type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return "bf16" if on_gpu else "fp32"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedRelease:
     """Base with adapter, ready for inference, and what a prompt of it is made with."""
@@ -385,15 +391,13 @@ def load_release(
     """Load a checked release, or any adapter of peft with a tokenizer, on its base.
 
     Args:
-        dtype: precision of the base; None: bf16 where a GPU has it, else fp32.
+        dtype: precision of the base; None: `inference_dtype`.
         date_string: date of the chat template; None: the release's own, or the default.
 
     Raises:
         ModelError: base, adapter or tokenizer does not load.
     """
-    if dtype is None:
-        on_gpu = device().type == "cuda" and torch.cuda.is_bf16_supported(False)
-        dtype = "bf16" if on_gpu else "fp32"
+    dtype = dtype or inference_dtype()
     tokenizer = read_tokenizer(folder)
     if date_string is None and (folder / checks.FIXTURE).is_file():
         date_string = read_json(folder / checks.FIXTURE)["date_string"]

@@ -19,22 +19,12 @@ from huggingface_hub import errors as hub_errors
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, seal
-from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import (
-    COMMIT,
-    WEIGHTS,
-    check_revision,
-    device,
-    end_token_ids,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-)
+from fintune.model import COMMIT, WEIGHTS, check_revision, load_release, load_tokenizer
 from fintune.release.card import write_card
-from fintune.release.fixture import make_fixture
 from fintune.release.gate import Inputs, gate, read_inputs
+from fintune.release.golden import make_golden_prompts
 from fintune.untrusted import checks, open_folder
 from fintune.untrusted.probe import probe_release
 from fintune.untrusted.provenance import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
@@ -114,19 +104,14 @@ def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
     config, base = inputs.config, inputs.base
     files.copy_file(config.run_dir / "best" / checks.ADAPTER, staging / checks.ADAPTER)
     _write_json(staging / checks.ADAPTER_CONFIG, _adapter_config(inputs))
-    tokenizer = load_tokenizer(base)
-    _write_tokenizer(tokenizer, staging)
+    _write_tokenizer(load_tokenizer(base), staging)
     arguments = _training_arguments(config.run_dir)
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(arguments))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
-    dtype = "bf16" if device().type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
-    model = load_adapter(load_base(base, "none", dtype), staging)  # type: ignore[arg-type]
-    chat = ChatFormat(tokenizer, inputs.recipe.chat.date_string)
-    files.write_json(
-        staging / checks.FIXTURE, make_fixture(chat, model, end_token_ids(base, tokenizer), dtype)
-    )
+    loaded = load_release(staging, base, date_string=inputs.recipe.chat.date_string)
+    files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded))
     llama = _llama_duties(staging, inputs)
     hashes = {path.name: files.sha256_file(path) for path in staging.iterdir()}
     facts = {

@@ -6,26 +6,26 @@ line below: q and k rows are stored in another order, Llama 3.1 scales its rotar
 table, and an adapter's B of q and k must follow the order of the weights it is added to.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from fintune.errors import ModelError
 from fintune.model import Base
-from fintune.untrusted.checks import ADAPTER, ADAPTER_CONFIG
+from fintune.untrusted.checks import ADAPTER, ADAPTER_CONFIG, read_object
 from fintune.untrusted.probe import read_architecture
 
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
-ARCHITECTURE = "llama"
+NUMPY_TYPES = {"f32": np.float32, "f16": np.float16}
+UNSUPPORTED_LORA = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 _LORA_PREFIX = "base_model.model."
 
 
@@ -43,22 +43,22 @@ def write_model(
         ModelError: a model that is not Llama-shaped.
     """
     config = _llama_config(base)
-    writer = gguf.GGUFWriter(path, ARCHITECTURE, use_temp_file=True)
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     _add_shape(writer, config)
     _add_vocabulary(writer, base, tokenizer, config.vocab_size)
-    rename = _names(config)
-    factors = _rope_factors(config)
+    gguf_name = _names(config)
+    factors = rope_factors(config)
     if factors is not None:
-        writer.add_tensor(rename("rope_freqs") + ".weight", factors)
+        writer.add_tensor(gguf_name("rope_freqs") + ".weight", factors)
     for source, weight in tensors.items():
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp falls back on the embedding
-        value = _permuted(source, weight.float(), config)
-        target = np.float16 if dtype == "f16" and value.ndim > 1 else np.float32
-        stem = rename(source.removesuffix(".weight"))
-        writer.add_tensor(f"{stem}.weight", value.numpy().astype(target))
+        value = _in_gguf_order(source, weight.float(), config)
+        kind = NUMPY_TYPES[dtype] if value.ndim > 1 else np.float32
+        stem = gguf_name(source.removesuffix(".weight"))
+        writer.add_tensor(f"{stem}.weight", value.numpy().astype(kind))
     _finish(writer)
 
 
@@ -68,28 +68,25 @@ def write_adapter(folder: Path, base: Base, path: Path, dtype: str) -> None:
     Raises:
         ModelError: a kind of LoRA that llama.cpp does not have.
     """
-    config, lora = _llama_config(base), json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-    asked = [key for key in unsupported if lora.get(key)]
-    if asked:
-        raise ModelError(
-            f"llama.cpp has no adapter with {', '.join(asked)}", fix="export gguf --merged instead"
-        )
+    config, lora = _llama_config(base), read_object(folder, ADAPTER_CONFIG)
+    if refused := [key for key in UNSUPPORTED_LORA if lora.get(key)]:
+        fix = "export gguf --merged instead"
+        raise ModelError(f"llama.cpp has no adapter with {', '.join(refused)}", fix=fix)
     # llama.cpp scales by alpha / rank; rsLoRA by alpha / sqrt(rank).
     alpha = lora["lora_alpha"] * (math.sqrt(lora["r"]) if lora.get("use_rslora") else 1.0)
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-    rename = _names(config)
-    for source, weight in _tensors(folder / ADAPTER):
+    gguf_name = _names(config)
+    for source, weight in load_file(folder / ADAPTER).items():
         module, _, matrix = source.removeprefix(_LORA_PREFIX).rpartition(".lora_")
         kind = matrix.removesuffix(".weight").lower()
         value = weight.float()
         if kind == "b":  # [out, rank]: its rows are the weight's rows
-            value = _permuted(f"{module}.weight", value, config)
-        target = np.float16 if dtype == "f16" else np.float32
-        writer.add_tensor(f"{rename(module)}.weight.lora_{kind}", value.numpy().astype(target))
+            value = _in_gguf_order(f"{module}.weight", value, config)
+        name = f"{gguf_name(module)}.weight.lora_{kind}"
+        writer.add_tensor(name, value.numpy().astype(NUMPY_TYPES[dtype]))
     _finish(writer)
 
 
@@ -104,7 +101,7 @@ def permute(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, half, *rest).swapaxes(1, 2).reshape(weight.shape).contiguous()
 
 
-def _permuted(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
+def _in_gguf_order(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
     if name.endswith("q_proj.weight"):
         return permute(weight, config.num_attention_heads)
     if name.endswith("k_proj.weight"):
@@ -126,17 +123,17 @@ def _names(config: PretrainedConfig) -> Callable[[str], str]:
     """transformers' module name -> llama.cpp's, by the gguf package's own table."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
 
-    def rename(module: str) -> str:
+    def gguf_name(module: str) -> str:
         found = table.get_name(module)
         if found is None:
             raise ModelError(f"GGUF has no name for {module}", fix="export merged instead")
         return str(found)
 
-    return rename
+    return gguf_name
 
 
 def _add_shape(writer: Any, config: PretrainedConfig) -> None:
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    head = _head_size(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -151,7 +148,11 @@ def _add_shape(writer: Any, config: PretrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _rope_factors(config: PretrainedConfig) -> Any:
+def _head_size(config: PretrainedConfig) -> int:
+    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+
+
+def rope_factors(config: PretrainedConfig) -> Any:
     """Llama 3.1's frequency divisors, an fp32 array [head / 2]; None where nothing is scaled.
 
     High frequencies stay, low ones are divided by `factor`, those between are blended
@@ -163,9 +164,8 @@ def _rope_factors(config: PretrainedConfig) -> Any:
         return None
     if kind != "llama3":
         raise ModelError(f"rotary scaling {kind!r} is not known to this export")
-    head = config.head_dim or config.hidden_size // config.num_attention_heads
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    steps = torch.arange(0, _head_size(config), 2, dtype=torch.float64) / _head_size(config)
+    turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** -steps / (2 * math.pi)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
@@ -190,12 +190,6 @@ def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:
     special_ids.special_token_ids["eot"] = tokenizer.eos_token_id
     special_ids.special_token_ids["pad"] = tokenizer.pad_token_id
     special_ids.add_to_gguf(writer, quiet=True)
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            yield name, file.get_tensor(name)
 
 
 def _finish(writer: Any) -> None:

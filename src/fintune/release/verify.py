@@ -8,20 +8,18 @@ against the weights.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fintune.errors import FintuneError, ModelError, OutputError
 from fintune.model import (
     Base,
     check_revision,
+    inference_dtype,
     load_adapter,
     load_base,
     release_base,
 )
-from fintune.release.fixture import check_answers, read_fixture
-from fintune.release.remote import check_server
+from fintune.release.golden import check_answers, read_golden_prompts
+from fintune.release.server_check import check_server
 from fintune.untrusted import checks
 from fintune.untrusted.checks import Check, Report
 from fintune.untrusted.probe import probe_release, read_tokenizer
@@ -63,27 +61,22 @@ def verify(
     return report
 
 
-def load_release(folder: Path, base: Base, dtype: str) -> Any:
-    """Base with adapter, ready for inference."""
-    return load_adapter(load_base(base, "none", dtype), folder)  # type: ignore[arg-type]
-
-
 def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    dtype = inference_dtype()
     try:
-        model = load_release(folder, base, dtype)
+        model = load_adapter(load_base(base, "none", dtype), folder)
     except FintuneError as error:
         yield Check("load", "failed", error.what)
         return
     yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
-    fixture = read_fixture(folder)
-    if fixture is not None:
-        yield from check_answers(fixture, model, dtype)
+    golden = read_golden_prompts(folder)
+    if golden is not None:
+        yield from check_answers(golden, model, dtype)
 
 
 def _check_server(folder: Path, server: str) -> list[Check]:
-    fixture = read_fixture(folder)
-    if fixture is None:
+    golden = read_golden_prompts(folder)
+    if golden is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
     names = ["adapter", folder.resolve().name]
-    return [*check_server(fixture, read_tokenizer(folder), server, names)]
+    return [*check_server(golden, read_tokenizer(folder), server, names)]

@@ -14,9 +14,8 @@ from tiny_server import Served, greedy, served
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError
 from fintune.example import Message
-from fintune.release import remote
-from fintune.release.fixture import read_fixture
-from fintune.release.remote import check_server
+from fintune.release.golden import read_golden_prompts
+from fintune.release.server_check import check_server
 from fintune.release.verify import verify
 
 
@@ -70,7 +69,7 @@ def other(served: Served, prefix: Any, **changes: Any) -> Iterator[str]:
 
 
 def verdict(served: Served, url: str) -> str:
-    fixture = read_fixture(served.folder)
+    fixture = read_golden_prompts(served.folder)
     assert fixture is not None
     return check_server(fixture, served.loaded.chat.tokenizer, url, ["adapter"])[0].detail
 
@@ -91,28 +90,18 @@ def test_equal_by_counts_and_answers(server: Served) -> None:
         )
 
 
-def test_other_prefixes_are_named(server: Served) -> None:
+def test_other_prefixes_are_different(server: Served) -> None:
     chat = server.loaded.chat
     bos = chat.tokenizer.bos_token_id
 
     def second_bos(messages: list[Message]) -> list[int]:
         return [bos, *chat.prompt_ids(messages)]
 
-    def no_dates(messages: list[Message]) -> list[int]:
-        text = remote._no_dates(chat.render(messages, prompt=True))
-        return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def strange(messages: list[Message]) -> list[int]:
-        return [*chat.prompt_ids(messages), 5, 5, 5]
-
-    cases = (
-        (second_bos, "different: .*fits a second BOS\n"),
-        (no_dates, "different: .*fits no date lines\n"),
-        (strange, r"different: prompt tokens \[3, 3, 3, 3, 3\].*no known prefix fits"),
-    )
-    for prefix, message in cases:
-        with other(server, prefix) as url, pytest.raises(GateRefused, match=message):
-            verify(server.folder, base=server.base, server=url)
+    with other(server, second_bos) as url:
+        report = verify(server.folder, base=server.base, server=url)
+    message = r"different: prompt tokens \[1, 1, 1, 1, 1\] against the golden prompts"
+    with pytest.raises(GateRefused, match=message):
+        report.settle()
 
 
 def test_another_date_of_the_same_length_is_different(server: Served) -> None:

@@ -1,0 +1,106 @@
+"""Golden prompts (`prompt_fixture.json`): conversations with exact prompt, ids, labels and answers.
+
+They travel with the adapter, so that any server can be held against what was trained: the same
+base gets different prompts from different servers (a second BOS, a missing date block, another
+template), and the adapter then answers a question it was never taught.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fintune.example import Message
+from fintune.files import read_json
+from fintune.generation import Completion, Request, generate
+from fintune.model import LoadedRelease
+from fintune.untrusted.checks import FIXTURE, Check
+
+ANSWER_TOKENS = 24
+"""Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
+ATOL = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+"""Largest difference of a log-probability (nats) that the rounding of a precision explains."""
+MEAN_SHARE = 0.2
+"""Share of `ATOL` that the mean difference may reach. Rounding is large at a few tokens; other
+weights are off at all of them, also where a release names a coarse precision as its own."""
+
+CONVERSATIONS: dict[str, list[Message]] = {
+    name: [Message(**turn) for turn in turns]
+    for name, turns in read_json(Path(__file__).with_name("golden_prompts.json")).items()
+}
+"""`control` spells control tokens in a user's text: here they are plain characters, while a server
+that tokenises the rendered prompt reads them as control tokens. It is compared, and reported."""
+
+
+def make_golden_prompts(loaded: LoadedRelease) -> dict[str, Any]:
+    """The golden prompts of a template, tokenizer and adapter, with greedy answers."""
+    chat = loaded.chat
+    requests = [
+        Request(name, chat.prompt_ids(messages), ANSWER_TOKENS)
+        for name, messages in CONVERSATIONS.items()
+    ]
+    settings: dict[str, Any] = {"stop_token_ids": loaded.stop_token_ids, "batch_size": 1}
+    parts = generate(loaded.model, chat.tokenizer, requests, **settings)
+    answers = {answer.id: answer for part in parts for answer in part}
+    return {
+        "template_sha256": chat.template_sha256,
+        "date_string": chat.date_string,
+        "end_token_ids": loaded.stop_token_ids,
+        "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": loaded.dtype},
+        "conversations": [
+            {"name": name, **chat.recorded(messages), "answer": _recorded(loaded, answers[name])}
+            for name, messages in CONVERSATIONS.items()
+        ],
+    }
+
+
+def read_golden_prompts(folder: Path) -> dict[str, Any] | None:
+    """A release's golden prompts, or None where it has none."""
+    return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
+
+
+def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Iterator[Check]:
+    """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
+
+    One forward pass a conversation over prompt and recorded answer, compared position by position
+    within `ATOL` of the coarser precision. Likelihoods are compared too: weights that overflow give
+    equal logits everywhere, and then any token is a most likely one.
+    """
+    atol = max(ATOL[dtype], ATOL[golden["decoding"]["dtype"]])
+    found = []
+    for row in golden["conversations"]:
+        answer = row["answer"]
+        logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
+        gaps = (best - logprobs).maximum((logprobs - torch.tensor(answer["logprobs"])).abs())
+        # NaN compares false with everything, so ask whether all are within, not whether any is out.
+        if not bool((gaps <= atol).all()):
+            at = int((~(gaps <= atol)).nonzero()[0])
+            yield Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
+            return
+        found.append(gaps)
+    every = torch.cat(found)
+    mean, largest = float(every.mean()), float(every.max())
+    problem = f"log-probabilities differ by {mean:.1e} in the mean (limit {MEAN_SHARE * atol:.1e})"
+    good = f"{len(every)} greedy tokens reproduced (largest gap {largest:.1e}, mean {mean:.1e})"
+    yield Check.of("answers", problem if mean > MEAN_SHARE * atol else "", good)
+
+
+def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer token, and that of the most likely token there; [answer]."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
+
+
+def _recorded(loaded: LoadedRelease, answer: Completion) -> dict[str, Any]:
+    prompt = loaded.chat.prompt_ids(CONVERSATIONS[answer.id])
+    logprobs, _ = _likelihood(loaded.model, prompt, answer.token_ids)
+    return {
+        "ids": answer.token_ids,
+        "logprobs": [round(value, 4) for value in logprobs.tolist()],
+        "text": loaded.chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True),
+    }
