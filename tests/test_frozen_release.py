@@ -528,8 +528,11 @@ def test_push_says_what_it_would_upload(chain: tiny.Chain) -> None:
 @pytest.mark.parametrize("form", ["merged", "gguf", "ollama", "vllm", "push"])
 def test_no_form_is_made_of_a_broken_release(release: Path, tmp_path: Path, form: str) -> None:
     (release / "README.md").write_text("other")
-    words = {"vllm": [], "push": ["--repository", "a/b"]}.get(form, ["--out", tmp_path / "made"])
-    said = export(form, release, *words)
+    base = ["--base", tiny.base()]
+    words = {"vllm": [], "push": [*base, "--repository", "a/b"]}
+    said = tiny.fintune(
+        "export", form, release, *words.get(form, [*base, "--out", tmp_path / "made"])
+    )
     assert (said.code, "changed: README.md" in said.err) == (3, True), said.err
     assert {path.name for path in tmp_path.iterdir()} - {".made.lock"} == {"release"}
     assert said.out == ""
