@@ -401,7 +401,10 @@ FIXTURE_CASES: dict[str, Change] = {
     "no stop tokens": fixture(lambda tree: tree.update(end_token_ids=[])),
     "a date of objects": fixture(lambda tree: tree.update(date_string={"a": 1})),
     "an unknown precision": fixture(lambda tree: tree["decoding"].update(dtype="fp4")),
-    "a looser precision": fixture(lambda tree: tree["decoding"].update(dtype="bf16")),
+    "a looser precision for other weights": both(
+        fixture(lambda tree: tree["decoding"].update(dtype="bf16")),
+        tensors(lambda old: old.update({name: value * 1.1 for name, value in old.items()})),
+    ),
     "a list": write(FIXTURE, "[]"),
     "roles of its own": rows(lambda row: row["messages"].append({"role": "root", "content": "x"})),
 }
