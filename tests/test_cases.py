@@ -35,13 +35,12 @@ from safetensors import safe_open
 CASES = tiny.SHARED / "cases"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/MUST"))
 NOT_YET = {
-    "server": "c01 c03 c04 c06 c08 c10 c11 s01 s02 s04 s06 s07",
+    "server": "c01 c03 c04 c06 c10 c11 s01 s02 s04 s06 s07",
     "verify": "c13",
     "prepare": "d01 d03 d05 d06 d08 d09 d11 d12 d14 d15 d17 d18 d20 d22 d24 d25 d26 d27 d29 d31"
     " d32 d33",
     "tasks": "e01 e02 e04 e06 e07 e09 e10 e12 e13 e35",
     "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
-    "export": "r06 r08",
     "training": "t01 t02 t04 t06 t08 t10",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""
@@ -441,7 +440,7 @@ def restated(case: Outcome) -> tiny.Said:
     if case.code != 3 or not says(case.said, r"changed: adapter_config\.json"):
         raise RuntimeError(f"a changed file was not noticed: {case.text}")
     tiny.rewrite_stated(case.folder / "rel")
-    return tiny.fintune("export", "vllm", case.folder / "rel", "--base", tiny.base())
+    return tiny.fintune("export", "vllm", case.folder / "rel")
 
 
 def r06(case: Outcome) -> bool:
@@ -565,7 +564,7 @@ def answered(asked: dict[str, Any]) -> dict[str, Any]:
     words = asked["words"]
     with contextlib.chdir(asked["cwd"]), mock.patch.dict(os.environ, asked["env"]):
         if asked["name"] == "fintune":
-            if words[0] in ("export", "verify", "serve"):
+            if words[0] in ("export", "verify", "serve") and words[1] != "vllm":
                 words = [*words, "--base", str(tiny.base())]
             return tiny.fintune(*words)._asdict()
         verb, *arguments = words[1:]

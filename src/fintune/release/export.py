@@ -111,15 +111,18 @@ def vllm(folder: Folder) -> str:
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-    if config["r"] > VLLM_RANKS[-1]:
-        refused.append(f"rank {config['r']} (at most {VLLM_RANKS[-1]})")
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if rank > VLLM_RANKS[-1]:
+        refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
+    if config.get("bias", "none") != "none":
+        refused.append(f"bias {config['bias']!r}")
     if refused:
         raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
     golden, path = read_golden_prompts(folder), folder.resolve()
     words = ["vllm", "serve", config["base_model_name_or_path"]]
     if config.get("revision") and len(config["revision"]) == 40:  # a commit of the hub
         words += ["--revision", config["revision"]]
-    words += ["--enable-lora", "--max-lora-rank", str(vllm_rank(config["r"]))]
+    words += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
     words += ["--lora-modules", f"{folder.name}={path}"]
     words += ["--chat-template", str(path / checks.TEMPLATE), "--generation-config", "vllm"]
     if golden:
