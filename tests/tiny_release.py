@@ -146,7 +146,8 @@ def rewrite_sums(folder: Path) -> None:
                     tree["provenance"][key] = tree["files"][name]
         path.write_text(json.dumps(tree))
         card = folder / "README.md"
-        card.write_text(card.read_text().replace(before, files.sha256_file(path)))
+        if card.is_file():  # an attack may have put a FIFO there
+            card.write_text(card.read_text().replace(before, files.sha256_file(path)))
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
     lines = [f"{files.sha256_file(folder / name)}  {name}\n" for name in names]
     files.write_text(folder / "SHA256SUMS", "".join(lines))
