@@ -112,6 +112,7 @@ def _import_architecture(folder: Path) -> None:
 
 
 def _try_base(folder: Path, weights: bool) -> None:
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     architecture = read_architecture(folder)
     if weights:
         _empty_model(architecture)
@@ -121,7 +122,6 @@ def _try_base(folder: Path, weights: bool) -> None:
 
 def _try_tokenizer(tokenizer: Any) -> None:
     """Encode texts that make patterns explode; render turns, with and without a system text."""
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     for text in _PROBES:
         tokenizer(text)
     if tokenizer.chat_template:
@@ -141,6 +141,7 @@ def _release_rows(folder: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _release_checks(folder: Path, base: Path) -> Iterator[Check]:
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     try:
         tokenizer = read_tokenizer(folder)
         _try_tokenizer(tokenizer)
