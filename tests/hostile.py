@@ -295,6 +295,7 @@ FILE_CASES: dict[str, Change] = {
     "weights as a folder": replace(WEIGHTS, Path.mkdir),
     "config as a folder": replace(CONFIG, Path.mkdir),
     "a name that paints": write(f"{PAINT}.txt", "x"),
+    "a name that paints a row": write("x\n│ answers     │   ok │ 142 greedy tokens │.txt", "x"),
     "three thousand files": _many,
     "no weights": remove(WEIGHTS),
     "no config": remove(CONFIG),

@@ -174,10 +174,8 @@ def check_revision(folder: Path, base: Base) -> list[Check]:
         return [Check("base", "failed", f"trained on another base ({found})")]
     if comparable:
         return [Check("base", "ok", f"{base.id} at {revision[:12]}")]
-    if revision:
-        note = f"trained on {revision[:12]}; not comparable with this folder"
-        return [Check("base", "note", note)]
-    return []
+    note = f"trained on {revision[:12]}; not comparable with this folder"
+    return [Check("base", "note", note if revision else f"{base.id}, revision not recorded")]
 
 
 def _fetch(config: ModelConfig, weights: bool) -> Path:

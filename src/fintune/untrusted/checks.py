@@ -94,9 +94,12 @@ def check_paths(folder: Path, private: list[str]) -> Check:
     """
     hits = []
     for path in sorted(folder.iterdir()):
+        binary = path.name in {ADAPTER, "tokenizer.json"}
+        if binary and not private:
+            continue
         with open_file(folder, path.name) as file:
             data = file.read()
-        text = "" if path.name in {ADAPTER, "tokenizer.json"} else data.decode("utf-8", "replace")
+        text = "" if binary else data.decode("utf-8", "replace")
         found = next((name for name in private if name.encode() in data), None)
         match = _PATH.search(text)
         if found or match:
@@ -194,23 +197,14 @@ def _check_configs(folder: Path, role: Role) -> Iterator[Check]:
             for key in _hooks(tree):
                 found = ignored if role == "base" and key == "auto_map" else hooks
                 found.append(f"{name}: {key}")
-        if name == ADAPTER_CONFIG:
-            yield from _check_adapter_config(tree, role)
+        base = tree.get("base_model_name_or_path")
+        if name == ADAPTER_CONFIG and role == "release" and not _HUB_ID.fullmatch(str(base)):
+            problems.append(f"{name}: base_model_name_or_path is {base!r}: no public model id")
     yield Check.of("config", some(problems), f"{len(read)} JSON files")
     asked = f"asks to import code ({some(hooks)})" if hooks else ""
     yield Check.of("code hooks", asked, "no configuration names code")
     if ignored:
         yield Check("code hooks", "note", f"names code that is never imported ({some(ignored)})")
-
-
-def _check_adapter_config(config: dict[str, Any], role: Role) -> Iterator[Check]:
-    base = config.get("base_model_name_or_path")
-    if role != "release":
-        return
-    if not isinstance(base, str) or not _HUB_ID.fullmatch(base):
-        yield Check("base", "failed", f"base_model_name_or_path is {base!r}: no public model id")
-    elif not config.get("revision"):
-        yield Check("base", "note", f"{base}, revision not recorded")
 
 
 def _check_template(folder: Path) -> Check:

@@ -1,4 +1,4 @@
-"""Work on a stranger's folder in a forked child with limits on time and memory.
+"""Work on an untrusted folder in a forked child with limits on time and memory.
 
 The child is forked after the imports, so that they are paid once. It writes no file, reads no
 terminal, and its death is a refusal with the reason.
@@ -38,16 +38,16 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
         GateRefused: the child raised, died or passed a limit.
         FintuneError: what `work` raised of the error tree, as the same class.
     """
-    ours, theirs = os.pipe()
+    read_end, write_end = os.pipe()
     memory = psutil.Process().memory_info().rss + MEMORY
     child = os.fork()
     if child == 0:
-        os.close(ours)
-        _serve(work, theirs)
-    os.close(theirs)
+        os.close(read_end)
+        _work_and_exit(work, write_end)
+    os.close(write_end)
     status, data, passed = None, b"", ""
     try:
-        with os.fdopen(ours, "rb", buffering=0) as pipe:
+        with os.fdopen(read_end, "rb", buffering=0) as pipe:
             data, passed = _receive(pipe, child, memory)
         if passed:
             os.kill(child, signal.SIGKILL)
@@ -89,8 +89,8 @@ def _receive(pipe: Any, child: int, memory: int) -> tuple[bytes, str]:
             return b"", f"its answer is longer than {_ANSWER / 2**20:.0f} MB"
 
 
-def _serve(work: Callable[[], Any], pipe: int) -> NoReturn:
-    """The child: confine, work, answer, end."""
+def _work_and_exit(work: Callable[[], Any], pipe: int) -> NoReturn:
+    """The child: set its limits, work, write the result to the pipe, and exit."""
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
@@ -130,8 +130,10 @@ def _serve(work: Callable[[], Any], pipe: int) -> NoReturn:
 
 def _death(status: int | None) -> str:
     number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
-    if number in (signal.SIGXCPU, signal.SIGKILL):
+    if number == signal.SIGXCPU:
         return f"it takes more than {CPU_S} s of processor time"
+    if number == signal.SIGKILL:
+        return "the process that read it was killed, as one that takes too much memory is"
     if number == signal.SIGALRM:
         return f"it takes longer than {CLOCK_S} s"
     if number == signal.SIGXFSZ:

@@ -10,11 +10,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
+from fintune.console import one_line
 from fintune.errors import GateRefused
 from fintune.files import read_toml
 
@@ -64,7 +65,8 @@ class Report:
     def run(self, stage: Callable[[], Iterable[Check]]) -> None:
         """Add a stage's checks, unless an earlier stage failed."""
         if not self.failed:
-            self.checks += stage()
+            # Names of files stand in details: a line break in one would paint a row of its own.
+            self.checks += [replace(check, detail=one_line(check.detail)) for check in stage()]
 
     def settle(self) -> None:
         """Raise GateRefused naming each failed check, if there is one."""

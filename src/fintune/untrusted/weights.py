@@ -134,7 +134,10 @@ def _bits(file: BufferedReader, tensor: Tensor) -> tuple[bool, bool]:
     finite, any_set, left = True, False, tensor.end - tensor.begin
     file.seek(tensor.begin)
     while left:
-        bits = np.frombuffer(file.read(min(left, 2**24)), dtype=mask.dtype)
+        data = file.read(min(left, 2**24))
+        if len(data) % size or not data:
+            raise Unreadable(f"{ADAPTER} was cut while it was read")
+        bits = np.frombuffer(data, dtype=mask.dtype)
         left -= bits.nbytes
         finite = finite and not bool(((bits & mask) == mask).any())
         any_set = any_set or bool((bits << np.array(1, mask.dtype)).any())
