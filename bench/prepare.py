@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,13 +40,13 @@ sys.path.insert(0, str(ROOT / "src"))
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
-from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
-from fintune.data.filters import not_english  # noqa: E402
-from fintune.data.personal import mask  # noqa: E402
+from fintune.data.benchmarks import Question, read_benchmarks  # noqa: E402
+from fintune.data.decontaminate import contaminated  # noqa: E402
+from fintune.data.filters import Texts, not_english  # noqa: E402
+from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
+from fintune.data.pii import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
-from fintune.data.rows import to_messages  # noqa: E402
 from fintune.data.sources import named  # noqa: E402
-from fintune.data.text import asked, hash64, normal, passage  # noqa: E402
 from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
@@ -78,10 +79,10 @@ def vary(row: dict[str, Any], number: int, rng: random.Random) -> dict[str, Any]
 
 
 def llama(folder: Path) -> Path:
-    """A base folder of the Llama 3 tokenizer: links to its files, and a small config.json."""
+    """A base folder of the Llama 3 tokenizer and a small config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (SHARED / "tokenizers" / "llama3").glob("*.json"):
-        (folder / path.name).symlink_to(path)
+        shutil.copy(path, folder / path.name)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
 
@@ -98,7 +99,8 @@ def language(_: Path) -> dict[str, Any]:
     rows, facts = sample()
     settings = DataConfig()
     start = time.perf_counter()
-    out = [not_english(*text_of(row), settings) is not None for row in rows]
+    texts = [Texts([user], [answer], 0) for user, answer in map(text_of, rows)]
+    out = [not_english(each, settings) is not None for each in texts]
     rate = len(rows) / (time.perf_counter() - start)
     foreign = [fact["lang"] != "en" for fact in facts]
     found: dict[str, Any] = {
@@ -430,9 +432,13 @@ def machine() -> dict[str, Any]:
 
 def conversations() -> list[tuple[Message, ...]]:
     """Every row of the sample as system, user, assistant; turns inside a text stay inside."""
-    lines = (SHARED / "data" / "finance_instruct_sample.jsonl").read_bytes().split(b"\n")
-    rows = [to_messages(json.loads(line), None, inline_turns=False) for line in lines if line]
-    return [tuple(Message(m.role, m.content.strip()) for m in row) for row in rows]
+    found = []
+    for row in sample()[0]:
+        turns = zip(("user", "assistant"), text_of(row), strict=True)
+        lead = (row.get("system") or "").strip()
+        head = [Message("system", lead)] if lead else []
+        found.append((*head, *(Message(role, text.strip()) for role, text in turns)))
+    return found
 
 
 def fingerprint(ids: list[int], labels: list[int]) -> int:

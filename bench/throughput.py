@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -186,7 +187,7 @@ def plans(lengths: Ints) -> dict[str, Any]:
     order = np.array(list(LengthGroupedSampler(MICRO, lengths=lengths.tolist())))
     micro = np.split(order, range(MICRO, len(order), MICRO))
     grouped = [micro[at : at + ACCUMULATION] for at in range(0, len(micro), ACCUMULATION)]
-    every = [batches.facts(lengths, plan, padded=False).neighbour_correlation for plan in ours]
+    every = [neighbour_correlation(lengths, plan) for plan in ours]
     return {
         "ours": _facts(lengths, ours[0], False),
         "neighbour_correlation_of_seeds": {
@@ -198,8 +199,15 @@ def plans(lengths: Ints) -> dict[str, Any]:
 
 
 def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
-    facts = batches.facts(lengths, plan, padded=padded)
-    return {name: round(getattr(facts, name), 4) for name in facts.__slots__}
+    found = asdict(batches.facts(lengths, plan, padded=padded))
+    found["neighbour_correlation"] = neighbour_correlation(lengths, plan)
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def neighbour_correlation(lengths: Ints, plan: batches.EpochPlan) -> float:
+    """Pearson correlation of the mean lengths of successive steps, the short last one apart."""
+    means = [lengths[np.concatenate(step)].mean() for step in plan.steps[:-1]]
+    return float(np.corrcoef(means[:-1], means[1:])[0, 1])
 
 
 def check(folder: Path, names: list[str]) -> dict[str, Any]:

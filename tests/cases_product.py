@@ -244,7 +244,8 @@ def hub_configurations() -> None:
 
     shutil.rmtree("out", ignore_errors=True)
     with mock.patch.object(datasets, "load_dataset", load):
-        said = fintune("prepare", "someone/finance-bench", *settings(revision="0" * 40))
+        source = [{"path": "someone/finance-bench", "revision": "0" * 40}]
+        said = fintune("prepare", "", *settings(sources=source))
     print(*said)
 
 

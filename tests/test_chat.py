@@ -9,7 +9,7 @@ import pytest
 
 from fintune import nano
 from fintune.chat import ChatFormat
-from fintune.data.rows import Rejected, to_messages
+from fintune.data.schema import Rejected, to_messages
 from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Message
 from fintune.model import Base, load_tokenizer
@@ -140,7 +140,7 @@ def test_labels_of_every_real_row_decode_to_its_answers() -> None:
     rows = []
     for line in sample.read_bytes().split(b"\n")[:2500]:
         try:
-            rows.append(to_messages(json.loads(line), None, inline_turns=True))
+            rows.append(to_messages(json.loads(line), None))
         except Rejected:
             continue
     assert any(len(row) > 3 for row in rows)

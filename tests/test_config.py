@@ -48,7 +48,7 @@ def test_overrides_are_typed() -> None:
         ("name.sub=1", "is a value, not a section"),
         ("name=../up", "pattern"),
         (
-            "data.columns={usr: question}",
+            "data.sources=[{path: x, columns: {usr: question}}]",
             "columns.usr: String should match pattern '^(system|",
         ),
     ],
@@ -100,8 +100,8 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         ("1e-4", "train.learning_rate", 1e-4),
         ("2E+1", "train.weight_decay", 20.0),
         (".5", "train.weight_decay", 0.5),
-        ("true", "data.inline_turns", True),
-        ("False", "data.inline_turns", False),
+        ("true", "data.filter_english_only", True),
+        ("False", "data.filter_english_only", False),
         ("null", "train.max_tokens", None),
         ("~", "model.path", None),
         ("'null'", "model.revision", "null"),
@@ -184,7 +184,7 @@ def test_a_hostile_document_is_refused_at_once(tmp_path: Path, text: str, says: 
     assert len(str(caught.value)) < 500
     if "\n" not in text:
         with pytest.raises(ConfigError, match=says):
-            load_config("nano", [f"data.columns={text}"])
+            load_config("nano", [f"data.sources={text}"])
 
 
 SECRET = "sk-proj-AbCdEf0123456789xyz"

@@ -22,21 +22,24 @@ from fintune import nano, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig, load_config
 from fintune.data import prepare as prepare_module
-from fintune.data import raw as raw_module
+from fintune.data import readers as readers_module
 from fintune.data import scan as scan_module
-from fintune.data.decontaminate import Question, contaminated, read_benchmarks
-from fintune.data.filters import refuse
+from fintune.data.benchmarks import Question, read_benchmarks
+from fintune.data.decontaminate import contaminated
+from fintune.data.dedup import near_duplicates
+from fintune.data.filters import first_rejection
 from fintune.data.inspect import find, inspect, why_dropped
-from fintune.data.lengths import adaptive_max_length, fit, tokenise
-from fintune.data.personal import mask
+from fintune.data.ledger import Ledger
+from fintune.data.ngrams import hash64, passage
+from fintune.data.pii import mask
 from fintune.data.prepare import prepare
-from fintune.data.related import near_duplicates, split
 from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
-from fintune.data.text import hash64, passage
+from fintune.data.split import split
+from fintune.data.tokenize import adaptive_max_length, fit, tokenize
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE_INDEX, Example, Message
-from fintune.files import read_json, sha256_file, sha256_json
+from fintune.files import read_json, sha256_file
 from fintune.model import Base, load_tokenizer
 
 TERMS = ["revenue", "net income", "free cash flow", "gross margin", "working capital", "equity"]
@@ -65,7 +68,7 @@ def write(path: Path, found: list[Any]) -> Path:
     return path
 
 
-def config(out: Path, source: Path, **data: Any) -> Config:
+def config(out: Path, source: Path | str, **data: Any) -> Config:
     return Config.model_validate({"out": str(out), "data": {"source": str(source), **data}})
 
 
@@ -203,7 +206,8 @@ def test_file_order_and_workers_change_no_byte(
     paths = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
     written = []
     for number, (sources, workers) in enumerate(((paths, 1), (paths[::-1], 4))):
-        tree = {"out": tmp_path / str(number), "data": {"sources": sources, "workers": workers}}
+        monkeypatch.setattr(scan_module, "workers", lambda workers=workers: workers)
+        tree = {"out": tmp_path / str(number), "data": {"sources": sources}}
         settings = Config.model_validate(tree)
         prepare(settings)
         written.append({p.name: sha256_file(p) for p in settings.data_dir.iterdir()})
@@ -231,15 +235,16 @@ def test_workers_change_nothing_where_few_rows_keep_their_text(
     """Small caps, small blocks and many duplicates: the limit falls while batches are under way."""
     monkeypatch.setattr(scan_module, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(scan_module, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(readers_module, "BLOCK_BYTES", 1 << 12)
     draw = random.Random(3)
     found = rows(900)
     path = write(tmp_path / "rows.jsonl", [draw.choice(found) for _ in range(1_500)])
     outcomes = []
     for workers in (1, 2, 4):
-        data = DataConfig(source=str(path), workers=workers)
+        monkeypatch.setattr(scan_module, "workers", lambda workers=workers: workers)
+        data = DataConfig(source=str(path))
         scanned = scan_module.scan(find_sources(data), data, 0, 40)
-        dropped = sorted((row.line, row.reason, row.detail) for row in scanned.dropped)
+        dropped = sorted((row.line, row.reason, row.detail) for row in scanned.ledger.rows)
         outcomes.append(([row.line for row in scanned.candidates], dropped))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
@@ -332,34 +337,37 @@ def test_adding_rows_moves_none_across() -> None:
             if r["assistant"]
         ]
         places = split(examples, 0.3)
-        return {e.messages[0].content: p.side for e, p in zip(examples, places, strict=True)}
+        return {e.messages[0].content: p.part for e, p in zip(examples, places, strict=True)}
 
     before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
     assert len(set(before.values())) == 3
     assert all((after[text] == "train") == (side == "train") for text, side in before.items())
 
 
-def test_a_shortened_row_stays_with_its_context_and_where_it_was(tmp_path: Path) -> None:
+def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Path) -> None:
     draw = random.Random(0)
     found = []
-    for number in range(60):
-        terms = " ".join(f"{draw.choice(TERMS)} of unit {draw.randrange(10**6)}" for _ in range(60))
-        for question in ("What stands first?", "Of all that is listed there, which one is last?"):
-            reply = f"In list {number} it is what the reader finds there, by {question}"
-            found.append({"user": f"Read.\n{terms}\n{question}", "assistant": reply})
+    for number in range(120):
+        terms = " ".join(f"{draw.choice(TERMS)} of unit {draw.randrange(10**6)}" for _ in range(20))
+        reply = f"In list {number} it is, as the reader finds it there, {terms}"
+        found.append({"user": f"What stands in list {number}, as it is read?", "assistant": reply})
     source = write(tmp_path / "rows.jsonl", found)
-    placed = []
-    for cap in (256, 320, 4096):
-        more = {"max_length_cap": cap, "max_over_length_share": 1, "validation_share": 0.4}
-        settings = config(tmp_path / str(cap), source, over_length="shorten", **more)
-        assert (prepare(settings)["shortened"]["rows"] > 100) == (cap < 4096)
+    placed, cut = [], []
+    for cap in (128, 4096):
+        more = {"max_length_cap": cap, "validation_share": 0.4, "over_length": "truncate"}
+        settings = config(tmp_path / str(cap), source, **more)
+        manifest = prepare(settings)
+        cut.append(manifest["truncated"])
         placed.append(sides(settings.data_dir))
-    assert placed[0] == placed[1] == placed[2] and len(placed[0]) == 120
-    names = [sha256_json(row)[:16] for row in found]
-    assert all(
-        placed[0][one] == placed[0][other]
-        for one, other in zip(names[::2], names[1::2], strict=True)
-    )
+    assert placed[0] == placed[1] and len(placed[0]) == 120
+    assert cut[0]["rows"] == 120 and cut[1]["rows"] <= 2
+    rows_ = pq.read_table(tmp_path / "128" / "data" / "train.parquet").to_pylist()
+    assert {row["length"] for row in rows_} == {128}
+    full = tmp_path / "4096" / "data" / "train.parquet"
+    whole = {row["example_id"]: row for row in pq.read_table(full).to_pylist()}
+    for row in rows_:
+        for name in ("input_ids", "labels"):
+            assert row[name] == whole[row["example_id"]][name][:128]
 
 
 def test_related_rows_of_another_passage_never_decide() -> None:
@@ -370,21 +378,20 @@ def test_related_rows_of_another_passage_never_decide() -> None:
     places = split(examples, 0.5)
     of_group: dict[str, set[str]] = {}
     for place in places:
-        of_group.setdefault(place.group, set()).add(place.side)
+        of_group.setdefault(place.group, set()).add(place.part)
     assert len(of_group) == 60 and any(len(sides) > 1 for sides in of_group.values())
-    assert {"train", "select", "decide"} == {place.side for place in places}
+    assert {"train", "select", "decide"} == {place.part for place in places}
     assert all(sides == {"decide"} for sides in of_group.values() if "decide" in sides)
 
 
-def test_one_text_with_two_labels_is_dropped_whatever_its_instruction(tmp_path: Path) -> None:
-    text = "Alder Bank sells its stake in Birch Foods after a weak third quarter of the year"
+def test_one_prompt_with_two_labels_is_dropped(tmp_path: Path) -> None:
     ask = "Is the tone of this headline positive, negative or neutral?\n"
-    other = "Choose positive, negative or neutral for the news that follows, please.\nText: "
+    text = ask + "Alder Bank sells its stake in Birch Foods after a weak third quarter of the year"
     found = [
-        {"user": ask + text, "assistant": "Negative"},
-        {"user": other + text + ".", "assistant": "neutral."},
-        {"user": f"Is it about a purchase? Answer yes or no.\n{text}", "assistant": "no"},
-        {"user": f"Is it about a sale? Answer yes or no, please.\n{text}", "assistant": "yes"},
+        {"user": text, "assistant": "Negative"},
+        {"user": text.replace(" ", "  "), "assistant": "neutral"},
+        {"system": "Of the buyer.", "user": text, "assistant": "positive"},
+        {"user": f"{text}?", "assistant": "positive"},
     ]
     settings = config(tmp_path / "out", write(tmp_path / "rows.jsonl", [*rows(300), *found]))
     prepare(settings)
@@ -417,9 +424,13 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     found = [{"q": row["user"], "a": row["assistant"]} for row in rows(300)]
     source = write(tmp_path / "rows.jsonl", [*found, {"s": "Be brief.", **found[0]}])
     columns = {"user": "q", "assistant": "a", "system": "sytem"}
+
+    def mapped(columns: dict[str, str]) -> Config:
+        return config(tmp_path / "out", "", sources=[{"path": str(source), "columns": columns}])
+
     with pytest.raises(DataError, match="column sytem\n.*: a, q, s"):
-        prepare(config(tmp_path / "out", source, columns=columns))
-    prepare(config(tmp_path / "out", source, columns={**columns, "system": "s"}))
+        prepare(mapped(columns))
+    prepare(mapped({**columns, "system": "s"}))
 
 
 def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
@@ -659,46 +670,45 @@ def test_financial_identifiers_are_not_personal(text: str) -> None:
     ],
 )
 def test_filters_name_their_reason(user: str, answer: str, reason: str | None) -> None:
-    found = refuse((Message("user", user), Message("assistant", answer)), DataConfig())
+    found = first_rejection((Message("user", user), Message("assistant", answer)), DataConfig())
     assert (found[0] if found else None) == reason
 
 
 def test_adaptive_length_is_the_smallest_multiple_that_keeps_the_share() -> None:
     lengths = [*range(1, 101)]
-    assert adaptive_max_length(lengths, 0.6, 2048) == 64
-    assert adaptive_max_length(lengths, 0.65, 2048) == 128
-    assert adaptive_max_length(lengths, 1.0, 64) == 64
-    assert adaptive_max_length([], 0.9, 512) == 512
+    assert adaptive_max_length([*[60] * 99, 500], 2048, "drop") == 64
+    assert adaptive_max_length([*[60] * 98, 65, 500], 2048, "truncate") == 128
+    assert adaptive_max_length([*[60] * 99, 500], 2048, "fail") == 512
+    assert adaptive_max_length(lengths, 64, "fail") == 64
+    assert adaptive_max_length([], 512, "drop") == 512
 
 
 def test_the_report_shows_what_other_lengths_cost(prepared: tuple[Config, dict[str, Any]]) -> None:
     lengths = np.array([100] * 97 + [200, 300, 700])
-    table = length_costs(lengths, 256, shorten=False)
+    table = length_costs(lengths, 256, truncate=False)
     assert [row[0] for row in table] == ["128", "192", "256 (chosen)", "320", "384", "512"]
     assert table[0][1:] == [3, "3.00%", 1200, "11.01%"]
     assert table[2][1:] == [2, "2.00%", 1000, "9.17%"]
-    assert length_costs(lengths, 256, shorten=True)[2][1:] == [2, "2.00%", 488, "4.48%"]
-    assert length_costs(lengths[:0], 256, shorten=True) == []
+    assert length_costs(lengths, 256, truncate=True)[2][1:] == [2, "2.00%", 488, "4.48%"]
+    assert length_costs(lengths[:0], 256, truncate=True) == []
     page = (prepared[0].data_dir / "report.html").read_text(encoding="utf-8")
     assert f"{prepared[1]['max_length']:,} (chosen)" in page
 
 
 def test_policies_for_long_rows() -> None:
     chat = ChatFormat(load_tokenizer(Base(nano.NANO_ID, "", nano.base_dir())), "26 Jul 2024")
+    ledger = Ledger(redact=True)
     long = "Read this. " + "The revenue of the company rose again. " * 30 + "What rose?"
-    examples = [example(long, "The revenue rose."), *[example("What is it?", "It is so.")] * 20]
-    found, _ = tokenise(examples, chat, 0)
-    kept, dropped = fit(found, 128, DataConfig(over_length="drop"), chat)
-    assert len(kept) == 20 and dropped[0].reason == "too_long"
-    kept, dropped = fit(found, 128, DataConfig(over_length="shorten"), chat)
-    assert not dropped and kept[0].length <= 128 and kept[0].shortened > 0
-    assert kept[0].example.messages[-1] == examples[0].messages[-1]
-    assert kept[0].example.messages[0].content.endswith("What rose?")
-    short, _ = tokenise([example("W?", "The revenue rose.")], chat, 0)
-    shorten = DataConfig(over_length="shorten", max_over_length_share=1)
-    kept, (row,) = fit(short, short[0].length - 1, shorten, chat)
-    assert not kept and row.reason == "too_long", "a question of two characters has no middle"
+    answer = "The revenue rose. " * 30
+    examples = [example(long, "The revenue rose."), example("What rose?", answer)]
+    examples += [example("What is it?", "It is so.")] * 20
+    found = tokenize(examples, chat, 0, ledger)
+    assert len(fit(found, 128, "drop", ledger)) == 20
+    assert [row.reason for row in ledger.rows] == ["too_long", "too_long"]
+    kept = fit(found, 128, "truncate", ledger)
+    assert len(kept) == 21 and ledger.counts() == {"too_long": 3}, "no token to train is left"
+    assert kept[0].length == 128 == found[1].length - kept[0].truncated
+    with pytest.raises(DataError, match="2 of 22 rows .* longer than 128"):
+        fit(found, 128, "fail", ledger)
     with pytest.raises(DataError, match="longer than 128"):
-        fit(found, 128, DataConfig(over_length="fail"), chat)
-    with pytest.raises(DataError, match="longer than 128"):
-        fit(found, 128, DataConfig(max_over_length_share=0.01), chat)
+        fit(found[:10], 128, "drop", ledger)

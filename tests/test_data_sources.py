@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from fintune.config import DataConfig, SourceConfig
-from fintune.data import scan as scan_module
-from fintune.data.raw import Bad, parse_block
-from fintune.data.rows import Rejected, repair, to_messages
+from fintune.data import ledger as ledger_module
+from fintune.data.clean import repair
+from fintune.data.readers import Unreadable
 from fintune.data.scan import scan
+from fintune.data.schema import Rejected, to_messages
 from fintune.data.sources import find_sources, locate
 from fintune.errors import ConfigError, DataError, FintuneError
 
@@ -30,7 +31,7 @@ ROWS = [
 def read(path: Path) -> list[tuple[int, Any]]:
     """All rows of one source with their lines."""
     found = locate(SourceConfig(path=str(path)))
-    return [row for source in found for batch in source.batches() for row in parse_block(batch)]
+    return [row for source in found for row in source.rows()]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -103,7 +104,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_known_columns_become_turns(row: dict[str, Any], columns: dict[str, str] | None) -> None:
-    found = to_messages(row, columns, inline_turns=True)
+    found = to_messages(row, columns)
     assert [(m.role, m.content) for m in found] == [("user", "q"), ("assistant", "a")]
 
 
@@ -114,7 +115,7 @@ def test_the_context_stands_before_its_question() -> None:
         ("question", "answer"),
     ):
         row = {"system": "s", ask: "q", "context": "c", reply: "a", "category": "closed_qa"}
-        found = to_messages(row, None, inline_turns=True)
+        found = to_messages(row, None)
         assert [m.content for m in found] == ["s", "c\n\nq", "a"]
 
 
@@ -124,29 +125,27 @@ def test_the_context_stands_before_its_question() -> None:
 def test_a_number_is_read_as_its_text(number: Any, text: str) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": number}]
     for row in ({"question": "q", "answer": number}, {"messages": turns}):
-        assert to_messages(row, None, inline_turns=True)[-1].content == text
+        assert to_messages(row, None)[-1].content == text
 
 
 def test_a_row_of_nulls_keeps_its_format() -> None:
     for empty in (None, "", math.nan):
-        found = to_messages({"id": 3, "user": empty, "assistant": empty}, None, inline_turns=True)
+        found = to_messages({"id": 3, "user": empty, "assistant": empty}, None)
         assert [m.content for m in found] == ["", ""]  # no_user to the filters
-    assert to_messages({"messages": [], "id": 3}, None, inline_turns=True) == ()
+    assert to_messages({"messages": [], "id": 3}, None) == ()
 
 
 def test_a_system_text_told_twice_is_one() -> None:
     turns = [{"role": "system", "content": "s "}, {"role": "user", "content": "q"}]
-    found = to_messages({"system": "s", "messages": turns}, None, inline_turns=True)
+    found = to_messages({"system": "s", "messages": turns}, None)
     assert [m.content for m in found] == ["s", "q", ""]
 
 
 def test_turns_inside_a_text_become_turns() -> None:
     user = "| a table |\nUser: first?\nAssistant: one\nUser: second?"
-    found = to_messages({"user": user, "assistant": "two"}, None, inline_turns=True)
+    found = to_messages({"user": user, "assistant": "two"}, None)
     assert [m.role for m in found] == ["user", "assistant", "user", "assistant"]
     assert found[0].content == "| a table |\n\nfirst?" and found[2].content == "second?"
-    whole = to_messages({"user": user, "assistant": "two"}, None, inline_turns=False)
-    assert [m.content for m in whole] == [user, "two"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_turns_inside_a_text_become_turns() -> None:
 )
 def test_rows_that_fit_nothing_are_rejected_with_a_reason(row: Any, reason: str) -> None:
     with pytest.raises(Rejected) as out:
-        to_messages(row, None, inline_turns=True)
+        to_messages(row, None)
     assert out.value.reason == reason
 
 
@@ -215,7 +214,7 @@ def test_repairs(broken: str, whole: str, kind: str) -> None:
 def test_a_text_of_marks_takes_no_longer_than_another(unit: str) -> None:
     text = "\\u00e9 &amp; " + unit * (100_000 // len(unit))
     start = time.perf_counter()
-    to_messages({"user": repair(text, Counter()), "assistant": "a"}, None, inline_turns=True)
+    to_messages({"user": repair(text, Counter()), "assistant": "a"}, None)
     assert time.perf_counter() - start < 5  # squared, 100 kB would take half a minute
 
 
@@ -328,20 +327,22 @@ def test_ten_thousand_malformed_rows_are_all_accounted_for(tmp_path: Path) -> No
     )
     (tmp_path / "cut.json").write_bytes(json.dumps(ROWS).encode()[:-20])
     (tmp_path / "cut.parquet").write_bytes(write(tmp_path, "rows.parquet").read_bytes()[:-9])
-    settings = DataConfig(source=str(tmp_path), workers=1, language_identifier="none")
+    settings = DataConfig(source=str(tmp_path), language_identifier="none")
     found = scan(find_sources(settings), settings, 0, 20_000)
     assert found.read["rows.jsonl"] == sum(bool(line.strip()) for line in lines)
-    total = len(found.candidates) + len(found.dropped)
+    total = len(found.candidates) + len(found.ledger.rows)
     assert total == found.read.total()
-    assert all(row.line >= 1 and row.reason for row in found.dropped)
+    assert all(row.line >= 1 and row.reason for row in found.ledger.rows)
     by_source: dict[str, list[int]] = {}
-    for row in (*found.dropped, *found.candidates):
+    for row in (*found.ledger.rows, *found.candidates):
         by_source.setdefault(row.source, []).append(row.line)
     assert sorted(by_source["rows.jsonl"]) == [n for n, line in enumerate(lines, 1) if line.strip()]
-    reasons = {row.source: row.reason for row in found.dropped}
+    reasons = {row.source: row.reason for row in found.ledger.rows}
     assert reasons["cut.parquet"] == "truncated_file"
-    assert any(r.source == "cut.jsonl.gz" and r.reason == "truncated_file" for r in found.dropped)
-    assert any(r.source == "cut.json" and r.reason == "truncated_file" for r in found.dropped)
+    assert any(
+        r.source == "cut.jsonl.gz" and r.reason == "truncated_file" for r in found.ledger.rows
+    )
+    assert any(r.source == "cut.json" and r.reason == "truncated_file" for r in found.ledger.rows)
 
 
 VALUES = [
@@ -356,7 +357,7 @@ def test_no_value_of_a_row_that_is_out_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind escapes of JSON and repr, blanks that are none, in names of columns, beside marks."""
-    monkeypatch.setattr(scan_module, "SAMPLES", 1_000)
+    monkeypatch.setattr(ledger_module, "SAMPLES", 1_000)
     rows: list[Any] = []
     for text in (*VALUES, *(json.dumps({"a": json.dumps([text])}) for text in VALUES)):
         turn = {"role": f"{'long role ' * 3}{text}", "content": text}
@@ -370,25 +371,25 @@ def test_no_value_of_a_row_that_is_out_is_shown(
     with (tmp_path / "cells.csv").open("w", encoding="latin-1", newline="") as file:
         cells = [[text.replace("\u200b", ""), *more] for text in VALUES for more in ([], ["\xa0"])]
         csv.writer(file).writerows([["a", "b"], *cells])
-    settings = DataConfig(source=str(tmp_path), workers=1)
+    settings = DataConfig(source=str(tmp_path))
     found = scan(find_sources(settings), settings, 0, 100)
-    assert len(found.dropped) == len(lines) + len(cells) and not found.candidates
-    shown = [text for samples in found.samples.values() for text in samples]
-    shown += [row.detail for row in found.dropped]
-    assert len(shown) == 2 * len(found.dropped)
+    assert len(found.ledger.rows) == len(lines) + len(cells) and not found.candidates
+    shown = [text for samples in found.ledger.samples.values() for text in samples]
+    shown += [row.detail for row in found.ledger.rows]
+    assert len(shown) == 2 * len(found.ledger.rows)
     assert [text for text in shown if any(value in text for value in OF_VALUES)] == []
-    off = DataConfig(source=str(tmp_path), workers=1, personal_data="off")
-    assert "4111" in str(scan(find_sources(off), off, 0, 100).samples)
+    off = DataConfig(source=str(tmp_path), personal_data="off")
+    assert "4111" in str(scan(find_sources(off), off, 0, 100).ledger.samples)
 
 
 def test_what_is_no_number_costs_its_own_row_of_an_array(tmp_path: Path) -> None:
     rows = [dict(ROWS[0]) for _ in range(20)]
     rows[7]["score"] = float("nan")  # as pandas' missing values are written
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    settings = DataConfig(source=str(tmp_path), workers=1, language_identifier="none")
+    settings = DataConfig(source=str(tmp_path), language_identifier="none")
     found = scan(find_sources(settings), settings, 0, 100)
     assert found.read.total() == 20
-    (bad,) = [row for row in found.dropped if row.reason != "duplicate"]
+    (bad,) = [row for row in found.ledger.rows if row.reason != "duplicate"]
     assert (bad.line, bad.reason) == (8, "not_json")
 
 
@@ -397,5 +398,5 @@ def test_a_bad_line_names_its_reason(tmp_path: Path) -> None:
     path.write_bytes(b'{"user": "a"}\n\nnot json\n\xff\n')
     rows = dict(read(path))
     assert rows[1] == {"user": "a"}
-    assert isinstance(rows[3], Bad) and rows[3].reason == "not_json"
-    assert isinstance(rows[4], Bad) and rows[4].reason == "not_utf8"
+    assert isinstance(rows[3], Unreadable) and rows[3].reason == "not_json"
+    assert isinstance(rows[4], Unreadable) and rows[4].reason == "not_utf8"

@@ -1,4 +1,4 @@
-"""Every row of a source comes out once, as itself or as a `Bad`, whatever stands around it."""
+"""Every row of a source comes out once, as itself or as an `Unreadable`."""
 
 import csv
 import gzip
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_data_sources import read
 
 from fintune.config import SourceConfig
-from fintune.data.raw import Bad
+from fintune.data.readers import Unreadable
 from fintune.data.sources import locate
 from fintune.errors import DataError
 
@@ -26,19 +26,23 @@ GOOD = [
 ]
 NESTED = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "value": "]"}]})
 ODD = ["[]", "[[1], {}]", "{}", "null", "12", "-1.5e9", '"text, {"', "true", '[{"user": 1}, 2]']
-BROKEN = [
+UNREADABLE = [
     '{"user": NaN, "assistant": "x"}',
+    '{"user": "caf\udce9", "assistant": [{"deep": "\udcff"}]}',
+]
+"""Elements that cost themselves, as their end is known."""
+BROKEN = [
     '{"user": "a", "assistant": nope}',
     '{"user": "a", "assistant": "b",}',
     "{'user': 'a'}",
     '{"user": "he said "no" to it", "assistant": "x"}',
     '{"user": "tab\tin", "assistant": "\\d"}',
     '{"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "value": None}]}',
-    '{"user": "caf\udce9", "assistant": [{"deep": "\udcff"}]}',
     '{"user": "no end}',
     "nonsense",
-]  # fmt: skip
-ELEMENTS = st.lists(st.sampled_from([*GOOD, NESTED, *ODD, *BROKEN]), max_size=12)
+]
+"""Elements that end the reading of an array; in JSON Lines they cost themselves too."""
+ELEMENTS = st.lists(st.sampled_from([*GOOD, NESTED, *ODD, *UNREADABLE, *BROKEN]), max_size=12)
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
@@ -59,8 +63,10 @@ def written(form: str, elements: list[str]) -> str:
     return '\ufeff{\n "data": [\n  ' + ",\n  ".join(elements) + "\n ]\n}"
 
 
-def expected(elements: list[str]) -> list[Any]:
-    return [None if element in BROKEN else json.loads(element) for element in elements]
+def expected(form: str, elements: list[str]) -> list[Any]:
+    found = [None if each in UNREADABLE + BROKEN else json.loads(each) for each in elements]
+    broken = [each in BROKEN for each in elements]
+    return found[: broken.index(True) + 1] if any(broken) and form != "lines.jsonl" else found
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -72,12 +78,15 @@ def expected(elements: list[str]) -> list[Any]:
 def test_every_element_is_counted_once(
     tmp_path: Path, form: str, packing: str, elements: list[str]
 ) -> None:
+    if form in ("line.json", "document.json"):
+        elements = [GOOD[0], *elements]  # a list of objects is what makes a document
     path = tmp_path / f"{form}{packing}"
     raw = written(form, elements).encode("utf-8", "surrogateescape")
     path.write_bytes(PACKERS[packing](raw or b"\n"))
     found = read(path)
-    assert [None if isinstance(row, Bad) else row for _, row in found] == expected(elements)
-    assert [line for line, _ in found] == list(range(1, len(elements) + 1))
+    rows = expected(form, elements)
+    assert [None if isinstance(row, Unreadable) else row for _, row in found] == rows
+    assert [line for line, _ in found] == list(range(1, len(rows) + 1))
 
 
 CELLS = [["q", "a"], ['q, "x"\ny', "a"], ["caf\udce9", "a"], ["a\x00", "b"], ["1", "2", "3"], ["1"]]
@@ -95,13 +104,13 @@ def test_every_row_of_cells_is_counted_once(
     (tmp_path / f"rows.csv{packing}").write_bytes(PACKERS[packing](raw))
     found = [row for _, row in read(tmp_path / f"rows.csv{packing}")]
     good = [len(row) == 2 and row[0] != "caf\udce9" for row in rows]
-    assert [None if isinstance(row, Bad) else [*row.values()] for row in found] == [
+    assert [None if isinstance(row, Unreadable) else [*row.values()] for row in found] == [
         row if whole else None for row, whole in zip(rows, good, strict=True)
     ]
 
 
 def reasons(path: Path) -> list[Any]:
-    return [row.reason if isinstance(row, Bad) else row for _, row in read(path)]
+    return [row.reason if isinstance(row, Unreadable) else row for _, row in read(path)]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
@@ -145,7 +154,7 @@ def test_a_packed_file_without_data_is_one_message(
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('[{"a": 1}]\n[{"a": 2}]', [{"a": 1}, {"a": 2}]),
+        ('[{"a": 1}]\n[{"a": 2}]', [{"a": 1}, [{"a": 2}]]),
         ('[{"a": 1}] and more', [{"a": 1}, "truncated_file"]),
         ('[{"a": 1}, {"a": 2}', [{"a": 1}, {"a": 2}, "truncated_file"]),
         ('[{"a": 1}{"a": 2}]', [{"a": 1}, {"a": 2}]),
@@ -153,14 +162,11 @@ def test_a_packed_file_without_data_is_one_message(
         ('{"user": ' + "[" * 5000 + '\n{"a": 1}\n{"a": 2}', ["not_json", {"a": 1}, {"a": 2}]),
         ('{"data": [{"a": 1}, {"a": NaN}]}', [{"a": 1}, "not_json"]),
         ('{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}\n', [{"data": [{"a": n}]} for n in (1, 2)]),
-        ('{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n', [{"a": 1}, {"a": 2}]),
+        ('{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n', [{"a": 1}, "truncated_file"]),
+        ('{"train": [{"a": 1}],\n"test": [{"a": 2}]}', [{"a": 1}, "truncated_file"]),
         ('{"messages": [{"a": 1}]}', [{"messages": [{"a": 1}]}]),
         ('{\n"user": "q",\n"tags": ["x"]\n}', [{"user": "q", "tags": ["x"]}]),
-        (
-            '[\n{"a": "x",\n{"a": 1},\n{"a": "y,\n{"a": 2}\n]',
-            ["not_json", {"a": 1}, "not_json", {"a": 2}],
-        ),
-        ('[{"a": "x, {"a": 1}]', ["not_json", {"a": 1}]),
+        ('[{"a": 0},\n{"a": "x",\n{"a": 1}\n]', [{"a": 0}, "truncated_file"]),
     ],
 )  # fmt: skip
 def test_odd_json_files(tmp_path: Path, text: str, found: list[Any]) -> None:
@@ -196,7 +202,7 @@ def test_a_cell_that_is_no_utf8_costs_its_own_row(tmp_path: Path) -> None:
         ("\n\nuser\nq\n", [{"user": "q"}]),
         ("user;b\n1,5;\"q;\n\"\nr\n", [{"user": "1,5", "b": "q;\n"}, "wrong_cells"]),
         ("\nuser\tb\nq;r\ts,t\n", [{"user": "q;r", "b": "s,t"}]),
-        ("user,b\nq,a\nr,\"open\ns,t\n", [{"user": "q", "b": "a"}, "truncated_file"]),
+        ("user,b\nq,a\nr,\"open\ns,t\n", [{"user": "q", "b": "a"}, "wrong_cells"]),
         ("user\n\"" + "x\n" * 2_500_000 + "q", ["wrong_cells"]),
     ],
 )  # fmt: skip

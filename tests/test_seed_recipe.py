@@ -69,16 +69,22 @@ def test_two_steps_of_the_recipe(config: Config) -> None:
 
 
 def test_labels_on_real_rows(config: Config) -> None:
-    """Prompt masked, answer and end of turn trained, by decoding; BOS once."""
-    prepare(config)
+    """Prompt masked, answer and end of turn trained, by decoding; the end cut off at max_length."""
+    manifest = prepare(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    for row in pq.read_table(config.data_dir / "train.parquet").to_pylist():
-        trained = [label for label in row["labels"] if label != -100]
-        answers = [m["content"].strip() for m in row["messages"] if m["role"] == "assistant"]
-        assert tokenizer.decode(trained) == "".join(f"{answer}<|eot_id|>" for answer in answers)
-        assert row["input_ids"].count(128_000) == 1
-        assert row["input_ids"][0] == 128_000
-        assert all(
-            label in (-100, token)
-            for label, token in zip(row["labels"], row["input_ids"], strict=True)
-        )
+    cut = 0
+    for name in ("train", "validation"):
+        for row in pq.read_table(config.data_dir / f"{name}.parquet").to_pylist():
+            trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+            answers = [m["content"].strip() for m in row["messages"] if m["role"] == "assistant"]
+            expected = "".join(f"{answer}<|eot_id|>" for answer in answers)
+            if trained != expected:
+                assert row["length"] == manifest["max_length"] and expected.startswith(trained)
+                cut += 1
+            assert row["input_ids"].count(128_000) == 1
+            assert row["input_ids"][0] == 128_000
+            assert all(
+                label in (-100, token)
+                for label, token in zip(row["labels"], row["input_ids"], strict=True)
+            )
+    assert 0 < cut <= manifest["truncated"]["rows"]

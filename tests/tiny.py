@@ -44,7 +44,6 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "source": ("data.source", "rows.jsonl"),
     "sources": ("data.sources", []),
     "data_out": ("data.out", "data"),
-    "revision": ("data.revision", "main"),
     "min_tokens": ("data.min_tokens", 5),
     "max_length": ("data.max_length_cap", 256),
     "max_train_rows": ("data.max_train_rows", 64),

@@ -45,14 +45,12 @@ class PlanFacts:
         largest_micro_batch: tokens of the largest micro-batch as it is laid out in memory.
         padding: share of those tokens that are padding, 0 when padding-free.
         step_token_cv: standard deviation over mean of useful tokens a step, whole steps only.
-        neighbour_correlation: Pearson correlation of the mean lengths of successive steps.
     """
 
     steps: int
     largest_micro_batch: int
     padding: float
     step_token_cv: float
-    neighbour_correlation: float
 
 
 def plan_epoch(
@@ -159,54 +157,28 @@ def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
 
 
 def choose_boundaries(lengths: Ints, buckets: int, granularity: int = 16) -> tuple[int, ...]:
-    """Bucket boundaries with the least padding, by dynamic programming.
-
-    Cost of a bucket is (its ceiling x its examples) - its tokens, so the sum is the padding of
-    batches padded to their bucket's ceiling. Lengths are rounded up to `granularity` tokens,
-    which bounds the table to max_length / granularity rows.
+    """Bucket boundaries at quantiles of the lengths, rounded up to `granularity` tokens.
 
     Returns:
         At most `buckets` increasing lengths; the last is the longest example, rounded up.
     """
-    ceilings = -(-np.asarray(lengths, dtype=np.int64) // granularity) * granularity
-    values, counts = np.unique(ceilings, return_counts=True)
-    total = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i, j]: padding-relevant area of one bucket over values i..j-1, ceiling values[j-1].
-    area = values[None, :] * (total[None, 1:] - total[:-1, None])
-    index = np.arange(len(values))
-    area = np.where(index[None, :] >= index[:, None], area, np.inf)
-    best = area[0]
-    cuts: list[Ints] = []
-    for _ in range(min(buckets, len(values)) - 1):
-        options = np.concatenate([[np.inf], best[:-1]])[:, None] + area
-        first = np.argmin(options, axis=0)
-        cuts.append(first)
-        best = options[first, index]
-    ends = [len(values) - 1]
-    for first in reversed(cuts):
-        if first[ends[-1]] == 0:
-            break
-        ends.append(int(first[ends[-1]]) - 1)
-    return tuple(int(values[end]) for end in reversed(ends))
+    quantiles = np.quantile(lengths, np.arange(1, buckets + 1) / buckets, method="higher")
+    return tuple(np.unique(-(-quantiles.astype(np.int64) // granularity) * granularity).tolist())
 
 
 def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
     """Measure a plan. `padded`: every micro-batch is padded to its longest example."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    micro = [batch for step in plan.steps for batch in step]
-    useful = np.array([lengths[batch].sum() for batch in micro])
-    laid = np.array([lengths[batch].max() * len(batch) for batch in micro]) if padded else useful
-    sizes = [np.concatenate(step) for step in plan.steps]
-    whole = [step for step in sizes if len(step) == max(len(size) for size in sizes)]
-    step_tokens = np.array([lengths[step].sum() for step in whole], dtype=np.float64)
-    means = np.array([lengths[step].mean() for step in whole])
-    spread = len(whole) > 2 and means[:-1].std() > 0 and means[1:].std() > 0
+    micro = [lengths[batch] for step in plan.steps for batch in step]
+    useful = sum(int(batch.sum()) for batch in micro)
+    laid = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
+    steps = [lengths[np.concatenate(step)] for step in plan.steps]
+    most = max(len(step) for step in steps)
+    tokens = np.array([step.sum() for step in steps if len(step) == most])
     return PlanFacts(
-        steps=len(plan.steps),
-        largest_micro_batch=int(laid.max()),
-        padding=float(1 - useful.sum() / laid.sum()),
-        step_token_cv=float(step_tokens.std() / step_tokens.mean()),
-        neighbour_correlation=float(np.corrcoef(means[:-1], means[1:])[0, 1]) if spread else 0.0,
+        steps=len(steps),
+        largest_micro_batch=max(laid),
+        padding=1 - useful / sum(laid),
+        step_token_cv=float(tokens.std() / tokens.mean()),
     )
 
 

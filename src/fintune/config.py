@@ -120,18 +120,13 @@ class SourceConfig(BenchmarkConfig):
 class DataConfig(Section):
     """Rows: where from, which stay, how they are split."""
 
-    source: str = Field("", description="file, folder, glob or hub id")
-    revision: str | None = Field(None, description="commit of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    columns: Columns = None
+    source: str = Field("", description="file, folder, glob or hub id; short for one of `sources`")
     sources: tuple[SourceConfig, ...] = Field(
-        (), description="several sources, instead of or besides `source`"
+        (),
+        description="sources, instead of or besides `source`: each a path alone, or with revision,"
+        " split (of a hub id: train), columns, max_rows, weight and licence",
     )
     out: Path | None = Field(None, description="folder of the prepared data; absent: OUT/data")
-    workers: int = Field(0, ge=0, description="processes that read; 0: one a core")
-    inline_turns: bool = Field(
-        True, description="turn `User:` / `Assistant:` lines inside a user text into real turns"
-    )
     max_train_rows: int = Field(40_000, ge=1, description="cap of training rows")
     max_validation_rows: int = Field(
         4_000, ge=2, description="cap of validation rows, both parts together"
@@ -149,20 +144,11 @@ class DataConfig(Section):
     language_identifier: Literal["fasttext", "none"] = Field(
         "fasttext", description="also identify the language; none: by characters alone"
     )
-    filter_boilerplate: bool = Field(
-        True, description="drop refusals, empty phrases and unfilled {{placeholders}}"
-    )
     max_length_cap: int = Field(
         2048, ge=64, description="most tokens of a conversation; the adaptive length stays below"
     )
-    max_length_keep: float = Field(
-        0.99, gt=0, le=1, description="share of rows that the adaptive length must keep"
-    )
-    over_length: Literal["drop", "shorten", "fail"] = Field(
-        "drop", description="rows over max_length: drop, shorten their context, or stop"
-    )
-    max_over_length_share: float = Field(
-        0.1, ge=0, le=1, description="stop when more than this share of rows is over max_length"
+    over_length: Literal["drop", "truncate", "fail"] = Field(
+        "drop", description="rows over the adaptive length: drop, cut their end off, or stop"
     )
     near_duplicates: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of near duplicates; 1: exact ones only"

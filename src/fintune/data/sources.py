@@ -2,14 +2,15 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
-from fintune.data.formats import FORMATS, ROWS_A_BATCH, file_batches, format_of
-from fintune.data.raw import PACKINGS, Batch
+from fintune.data.readers import FORMATS, PACKINGS, ROWS_A_BATCH, Batch, file_batches, format_of
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 
@@ -51,6 +52,11 @@ class Source:
             return _hub_batches(self.config, self.identity)
         return file_batches(self.path)
 
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """All rows with their lines, parsed; see `batches`."""
+        for batch in self.batches():
+            yield from batch.parsed()
+
 
 def find_sources(config: DataConfig) -> list[Source]:
     """Every file and hub id of the config, ordered by name.
@@ -59,33 +65,22 @@ def find_sources(config: DataConfig) -> list[Source]:
         ConfigError: no source is configured.
         DataError: a missing path, a folder or glob without data, a Git LFS pointer, no hub.
     """
-    wanted = list(config.sources)
-    if config.source:
-        wanted.insert(
-            0,
-            SourceConfig(
-                path=config.source,
-                revision=config.revision,
-                split=config.split,
-                columns=config.columns,
-            ),
-        )
-    if not wanted:
+    wanted = [SourceConfig(path=config.source)] if config.source else []
+    if not wanted and not config.sources:
         raise ConfigError("data.source is empty", fix="name a file, a folder, a glob or a hub id")
-    return named(wanted)
+    return named([*wanted, *config.sources])
 
 
 def named(wanted: list[SourceConfig]) -> list[Source]:
     """Every file and hub id of these, ordered by name; of equal names later ones get a number."""
     found = [source for item in wanted for source in locate(item)]
     found.sort(key=lambda source: (source.name, source.identity))
-    seen: dict[str, int] = {}
-    sources = []
-    for source in found:
-        seen[source.name] = count = seen.get(source.name, 0) + 1
-        name = source.name if count == 1 else f"{source.name}#{count}"
-        sources.append(Source(name, source.identity, source.config, source.path))
-    return sources
+    seen: Counter[str] = Counter()
+    for at, source in enumerate(found):
+        seen[source.name] += 1
+        if (count := seen[source.name]) > 1:
+            found[at] = replace(source, name=f"{source.name}#{count}")
+    return found
 
 
 def locate(item: SourceConfig) -> list[Source]:
@@ -95,23 +90,20 @@ def locate(item: SourceConfig) -> list[Source]:
     if path.is_file():
         return [_local(path, path.name, item)]
     if path.is_dir():
-        files = _below(path)
-        if not files:
-            raise DataError(
-                f"{path} holds no data file", fix=f"it needs one of {', '.join(FORMATS)}"
-            )
-        return [_local(file, file.relative_to(path).as_posix(), item) for file in files]
-    if any(sign in item.path for sign in "*?["):
+        files, root, problem = _below(path), path, f"{path} holds no data file"
+    elif glob.has_magic(item.path):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         whole = [file for folder in found if format_of(folder) for file in _below(folder)]
         files = sorted({*whole, *(file for file in found if not file.is_dir())})
-        if not files:
-            raise DataError(f"no file matches {item.path}", fix="check the pattern")
-        fixed = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-        return [_local(file, file.relative_to(fixed).as_posix(), item) for file in files]
-    if _HUB_ID.fullmatch(item.path) and format_of(path) is None:
+        root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+        problem = f"no file matches {item.path}"
+    elif _HUB_ID.fullmatch(item.path) and format_of(path) is None:
         return [Source(item.path, _hub_commit(item), item, None)]
-    raise DataError(f"no file or folder at {item.path}", fix="check data.source")
+    else:
+        raise DataError(f"no file or folder at {item.path}", fix="check data.source")
+    if not files:
+        raise DataError(problem, fix=f"data files end in one of {', '.join(FORMATS)}")
+    return [_local(file, file.relative_to(root).as_posix(), item) for file in files]
 
 
 def _below(folder: Path) -> list[Path]:
@@ -157,11 +149,8 @@ def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
     except Exception as error:
         raise _hub_error(item, error) from None
     for start in range(0, len(rows), ROWS_A_BATCH):
-        chunk = rows[start : start + ROWS_A_BATCH]
-        names = list(chunk)
-        columns = zip(*(chunk[name] for name in names), strict=True)
-        numbered = enumerate((dict(zip(names, cells, strict=True)) for cells in columns), start + 1)
-        yield Batch(start + 1, rows=list(numbered))
+        chunk = rows.select(range(start, min(start + ROWS_A_BATCH, len(rows)))).to_list()
+        yield Batch(start + 1, rows=list(enumerate(chunk, start + 1)))
 
 
 def _hub_error(item: SourceConfig, error: Exception) -> DataError:
@@ -169,32 +158,26 @@ def _hub_error(item: SourceConfig, error: Exception) -> DataError:
     import datasets
     import huggingface_hub.errors as hub
 
-    cause: BaseException | None = error
-    kinds: set[type] = set()
-    while cause is not None:
-        kinds.add(type(cause))
-        cause = cause.__cause__ or cause.__context__
-    page = f"https://huggingface.co/datasets/{item.path}"
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
 
-    def is_a(*wanted: type) -> bool:
-        return any(issubclass(kind, wanted) for kind in kinds)
+    def is_a(*kinds: type) -> bool:
+        return any(isinstance(each, kinds) for each in chain)
 
+    name, page = item.path, f"https://huggingface.co/datasets/{item.path}"
     if is_a(hub.GatedRepoError):
-        return DataError(
-            f"{item.path} is gated: its licence must be accepted first",
-            fix=f"accept it at {page} and set HF_TOKEN to a read token",
-        )
-    if is_a(hub.RevisionNotFoundError):
-        return DataError(f"{item.path} has no revision {item.revision}", fix=f"see {page}")
-    if is_a(hub.RepositoryNotFoundError, hub.HFValidationError):
-        return DataError(
-            f"the hub knows no data set {item.path}, and there is no such local path",
-            fix=f"check data.source; a private or gated one ({page}) needs HF_TOKEN",
-        )
-    if isinstance(error, ValueError) and not is_a(datasets.exceptions.DatasetsError, OSError):
-        return DataError(f"{item.path}: {str(error)[:200]}", fix="check data.split")
-    return DataError(
-        f"{item.path} is not on this machine and the hub cannot be reached"
-        f" ({type(error).__name__})",
-        fix="check the network, or set data.source to a local copy",
-    )
+        what = f"{name} is gated: its licence must be accepted first"
+        fix = f"accept it at {page} and set HF_TOKEN to a read token"
+    elif is_a(hub.RevisionNotFoundError):
+        what, fix = f"{name} has no revision {item.revision}", f"see {page}"
+    elif is_a(hub.RepositoryNotFoundError, hub.HFValidationError):
+        what = f"the hub knows no data set {name}, and there is no such local path"
+        fix = f"check data.source; a private or gated one ({page}) needs HF_TOKEN"
+    elif isinstance(error, ValueError) and not is_a(datasets.exceptions.DatasetsError, OSError):
+        what, fix = f"{name}: {str(error)[:200]}", "check the source's split"
+    else:
+        reason = type(error).__name__
+        what = f"{name} is not on this machine and the hub cannot be reached ({reason})"
+        fix = "check the network, or set data.source to a local copy"
+    return DataError(what, fix=fix)

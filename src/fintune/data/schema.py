@@ -1,0 +1,142 @@
+"""From a raw row to messages: known formats, named columns, turns written into one text.
+
+Problems of one row are raised as `Rejected` with the reason that goes into the ledger.
+"""
+
+import math
+import re
+from itertools import product
+from typing import Any
+
+from fintune.example import Message
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("user",), "assistant"),
+    (("instruction", "input"), "output"),
+    (("prompt",), "completion"),
+    (("context", "question"), "answer"),
+    (("context", "instruction", "input"), "response"),
+    (("prompt",), "response"),
+    (("context", "question"), "response"),
+)
+"""Flat formats: columns that make up the question, answer column."""
+
+TURNS = ("messages", "conversations")
+COLUMNS = sorted({*TURNS, *(name for question, answer in FORMATS for name in (*question, answer))})
+_TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
+
+
+class Rejected(Exception):
+    """A row that is out before any filter, with reason and detail for the ledger."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+
+def to_messages(row: Any, columns: dict[str, str] | None) -> tuple[Message, ...]:
+    """The conversation of a raw row; a blank system text is no turn, a repeated one is one.
+
+    Args:
+        columns: our column -> the row's column; absent: the known formats are tried.
+
+    Raises:
+        Rejected: no object, no known format, a wrong type, turns out of order.
+    """
+    if not isinstance(row, dict):
+        raise Rejected("not_an_object", type(row).__name__)
+    if columns is not None:
+        row = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    # Files of several formats put together hold every column, those of the others without a value:
+    # the first format that has both wins, else the first that has any, else one only named.
+    filled = {name for name, value in row.items() if not _is_empty(value)}
+    for name in TURNS:
+        if name in filled:
+            return _turns(row[name], _column(row, "system"))
+    rules = ((all, filled), (any, filled), (any, set(row)))
+    for (enough, present), (questions, answer) in product(rules, FORMATS):
+        if enough((present & {*questions} - {"context"}, answer in present)):
+            texts = [text for name in questions if (text := _column(row, name)).strip()]
+            lead = _column(row, "system").strip()
+            head = [Message("system", lead)] if lead else []
+            reply = Message("assistant", _column(row, answer).strip())
+            return (*head, *_split_turns("\n\n".join(texts)), reply)
+    if row.keys() & {*TURNS}:
+        return ()  # no_user to the filters, as where a flat format holds nothing
+    raise Rejected("unknown_columns", ", ".join(map(str, row)))
+
+
+def _is_empty(value: Any) -> bool:
+    """Null, also as the NaN of a column of numbers; the blank cell of a CSV; a list of no turns."""
+    blank = isinstance(value, str) and not value.strip()
+    return blank or value is None or value == [] or value != value
+
+
+def _column(row: dict[str, Any], name: str) -> str:
+    """The text of a column; a number's is 42 for 42.0, as a column of numbers with gaps has it."""
+    value = row.get(name)
+    if _is_empty(value):
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
+        return str(value).removesuffix(".0")
+    if not isinstance(value, str):
+        raise Rejected("not_text", f"{name} is {type(value).__name__}")
+    return value
+
+
+def _turns(value: Any, system: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise Rejected("not_text", f"messages is {type(value).__name__}")
+    messages = [Message("system", system.strip())] if system.strip() else []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise Rejected("not_text", f"a turn is {type(turn).__name__}")
+        name = str(turn.get("role") or turn.get("from"))
+        role = ROLES.get(name.lower())
+        if role is None:
+            raise Rejected("unknown_role", name)
+        text = (_column(turn, "content") or _column(turn, "value")).strip()
+        message = Message(role, text)  # type: ignore[arg-type]
+        if role != "system" or (text and message not in messages[:1]):
+            messages.append(message)
+    roles = [message.role for message in messages]
+    if roles[:1] == ["system"]:
+        roles.pop(0)
+    if roles[:1] == ["system"]:
+        raise Rejected("two_system_texts")
+    if not _alternate(roles):
+        raise Rejected("turns_out_of_order", " ".join(roles)[:200])
+    if roles[-1:] == ["user"]:
+        messages.append(Message("assistant", ""))
+    return tuple(messages)
+
+
+def _alternate(roles: list[Any]) -> bool:
+    return all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles))
+
+
+def _split_turns(user: str) -> list[Message]:
+    """Cut `context, User: .., Assistant: .., User: ..` into turns; context opens the first.
+
+    A text whose labels do not alternate from User to User is left as one turn.
+    """
+    whole = [Message("user", user.strip())]
+    if "\nAssistant:" not in user:
+        return whole
+    context, *parts = _TURN.split(user)
+    roles = [role.lower() for role in parts[::2]]
+    texts = [text.strip() for text in parts[1::2]]
+    if roles[-1] == "assistant" and not texts[-1]:
+        roles, texts = roles[:-1], texts[:-1]
+    if not _alternate(roles) or len(roles) % 2 == 0 or not all(texts):
+        return whole
+    texts[0] = f"{context.strip()}\n\n{texts[0]}".strip()
+    return [Message(r, t) for r, t in zip(roles, texts, strict=True)]  # type: ignore[arg-type]
