@@ -23,8 +23,8 @@ from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ModelError, NoSpace, OutputError
 from fintune.files import free_bytes, read_json, remembered_sha256, sha256_bytes
 from fintune.untrusted import Check, Report, checks, open_folder
+from fintune.untrusted.checks import CONFIG, PROVENANCE
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
-from fintune.untrusted.provenance import CONFIG, PROVENANCE
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
