@@ -38,7 +38,6 @@ MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
 
 ROW_GROUP = 8192
-FILES = ("train.parquet", "validation.parquet", "ledger.parquet", "manifest.json", "report.html")
 HELD_OUT = ("select", "decide")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROWS = pa.schema(
@@ -109,7 +108,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             questions = read_benchmarks(benchmarks, redact=config.data.personal_data != "off")
             selected = _select(config, sources, chat, questions)
             manifest = _write(staging, selected, sources, questions, inputs)
-            seal.seal(staging, inputs, needed=FILES)
+            seal.seal(staging, inputs)
     rows = manifest["rows"]
     say(
         f"{folder}: {rows['read']} rows read = {rows['train']} train + {rows['validation']}"
