@@ -3,12 +3,11 @@
 from rich.table import Table
 
 from fintune import console
-from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
-from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
+from fintune.model import find_base, load_release
 from fintune.nano import DEMO_QUESTIONS
 
 TOKENS = 48
@@ -42,22 +41,24 @@ def show(config: Config) -> None:
 
 def _answers(config: Config) -> tuple[list[str], list[str]]:
     """Of the base and of the adapter, in the order of the questions."""
-    base = find_base(config.model)
-    tokenizer = load_tokenizer(base)
-    chat = ChatFormat(tokenizer, config.chat.date_string)
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
-    model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
-    prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
-    ends = end_token_ids(base, tokenizer)
+    loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
 
     def answer() -> list[str]:
-        requests = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
+        requests = [
+            Request(question, loaded.chat.prompt_ids([Message("user", question)]), TOKENS)
+            for question in DEMO_QUESTIONS
+        ]
         batches = generate(
-            model, tokenizer, requests, stop_token_ids=ends, batch_size=len(requests)
+            loaded.model,
+            loaded.chat.tokenizer,
+            requests,
+            stop_token_ids=loaded.stop_token_ids,
+            batch_size=len(requests),
         )
         texts = {answer.id: answer.text for batch in batches for answer in batch}
-        return [texts[request.id] for request in requests]
+        return [texts[question] for question in DEMO_QUESTIONS]
 
-    with model.disable_adapter():
+    with loaded.model.disable_adapter():
         plain = answer()
     return plain, answer()

@@ -181,7 +181,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
     """An append-only JSON Lines file of whoever holds its folder's lock (`seal.lock`).
 
-    A line that a kill left torn is cut off.
+    A line that a kill or a full disk left torn is cut off when it is opened again.
 
     Args:
         sync: `append` returns only when its rows are on disk (fsync); `close` always syncs.
@@ -190,7 +190,7 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
     def __init__(self, path: Path, *, sync: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._sync = path, sync
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("ab")
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -198,17 +198,11 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
         return list(read_jsonl(self.path))
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows, one line each; on a full disk none. Raises ValueError on NaN."""
-        data = "".join(map(_line, rows)).encode("utf-8", "backslashreplace")
-        end = self.path.stat().st_size
-        try:
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            if self._sync:
-                os.fsync(self._file)
-        except OSError:
-            self._file.truncate(end)
-            raise
+        """Write rows, one line each. Raises ValueError on NaN."""
+        self._file.write("".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
+        self._file.flush()
+        if self._sync:
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Sync, and let another writer in."""
@@ -298,9 +292,9 @@ def space_for(folder: Path, needed: int) -> Iterator[None]:
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
-        if not full and not any(word in str(error) for word in _FULL_WORDS):
-            raise
-        raise _no_space(f"no space left on the volume of {folder}") from error
+        if full or any(word in str(error) for word in _FULL_WORDS):
+            raise _no_space(f"no space left on the volume of {folder}") from error
+        raise
 
 
 def _no_space(what: str) -> NoSpace:
