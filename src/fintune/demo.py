@@ -1,7 +1,5 @@
 """What `fintune demo` shows after its run: three questions, base and adapter side by side."""
 
-from rich.table import Table
-
 from fintune import console
 from fintune.config import Config
 from fintune.example import Message
@@ -29,12 +27,8 @@ def show(config: Config) -> None:
     )
     gain = f"{difference['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}"
     console.result(f"gain {gain}")
-    grid = Table(show_lines=True, header_style="dim")
-    for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
-        grid.add_column(title, max_width=width, overflow="fold")
-    for cells in zip(DEMO_QUESTIONS, *_answers(config), strict=True):
-        grid.add_row(*map(console.safe_markup, cells))
-    console.out.print(grid)
+    for question, base, adapter in zip(DEMO_QUESTIONS, *_answers(config), strict=True):
+        console.result(f"\n{question}\n  base     {base}\n  adapter  {adapter}")
     console.result(f"report   {config.eval_dir / 'report.html'}")
     console.result(f"release  {config.release_dir}")
 
@@ -43,21 +37,16 @@ def _answers(config: Config) -> tuple[list[str], list[str]]:
     """Of the base and of the adapter, in the order of the questions."""
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
+    chat = loaded.chat
+    prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
 
     def answer() -> list[str]:
-        requests = [
-            Request(question, loaded.chat.prompt_ids([Message("user", question)]), TOKENS)
-            for question in DEMO_QUESTIONS
-        ]
+        requests = [Request(str(at), ids, TOKENS) for at, ids in enumerate(prompts)]
         batches = generate(
-            loaded.model,
-            loaded.chat.tokenizer,
-            requests,
-            stop_token_ids=loaded.stop_token_ids,
-            batch_size=len(requests),
+            loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=3
         )
         texts = {answer.id: answer.text for batch in batches for answer in batch}
-        return [texts[question] for question in DEMO_QUESTIONS]
+        return [texts[request.id] for request in requests]
 
     with loaded.model.disable_adapter():
         plain = answer()

@@ -103,7 +103,7 @@ def _hardware() -> Iterator[Finding]:
         yield Finding("GPU", "note", said, "install torch's CUDA build, or a newer driver")
     elif not cards:
         yield Finding("GPU", "note", "none", "small bases train on the CPU")
-    memory = _memory()
+    memory = psutil.virtual_memory().total
     yield _either("memory", memory >= DEMO_GB * 1e9, _gb(memory), f"the demo needs {DEMO_GB} GB")
     for name, path in (("disk, here", Path()), ("disk, hub cache", Path(HF_HUB_CACHE))):
         free, advice = free_bytes(path), "little for an 8B base of 16 GB; HF_HOME moves the cache"
@@ -132,14 +132,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _memory() -> int:
-    """Bytes that this process may use: the machine's memory, or its control group's limit."""
-    machine: int = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(machine, int(text)) if text.isdigit() else machine
 
 
 def _gb(size: float) -> str:

@@ -181,16 +181,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
     """An append-only JSON Lines file of whoever holds its folder's lock (`seal.lock`).
 
-    A line that a kill or a full disk left torn is cut off when it is opened again.
-
-    Args:
-        sync: `append` returns only when its rows are on disk (fsync); `close` always syncs.
+    A line that a kill or a full disk left torn is cut off when it is opened again. A row is with
+    the kernel when `append` returns, on disk when `close` does.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._sync = path, sync
-        self._file = path.open("ab")
+        self.path, self._file = path, path.open("ab")
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -201,8 +198,6 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
         """Write rows, one line each. Raises ValueError on NaN."""
         self._file.write("".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
         self._file.flush()
-        if self._sync:
-            os.fsync(self._file)
 
     def close(self) -> None:
         """Sync, and let another writer in."""

@@ -183,8 +183,6 @@ def release_base(folder: Path, base: Path | None) -> Base:
     # No revision for a local folder: it is named by its weights, so that another base shows.
     local = base is not None or name == nano.NANO_ID
     revision = None if local else config.get("revision")
-    if revision and WEIGHTS.fullmatch(revision):  # releases of 0.2 have it; the hub knows none
-        revision = None
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 

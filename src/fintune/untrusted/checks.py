@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from safetensors import safe_open
 
@@ -31,7 +31,6 @@ RESULTS = "test_results.json"
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
 TRAINING_ARGS = "training_args.bin"
-T = TypeVar("T")
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
 _SMALL = 2**20
 """Bytes of a text file that has no bound of its own in limits.toml."""
@@ -95,7 +94,7 @@ def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
     return Check(name, "note" if isinstance(answer, Note) else "ok", answer)
 
 
-def ask_all(questions: Iterable[tuple[str, Callable[[T], str]]], about: T) -> list[Check]:
+def ask_all(questions: Iterable[tuple[str, Callable[..., str]]], about: Any) -> list[Check]:
     """The answers up to the first that refuses."""
     answers: list[Check] = []
     for name, question in questions:

@@ -35,9 +35,7 @@ class AdapterConfig(_Open):
     revision: Text | None = None
     r: Rank
     lora_alpha: Alpha
-    bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: Text | Names | None = None
-    modules_to_save: Names | None = None
     rank_pattern: Annotated[dict[Text, Rank], Field(max_length=2000)] = {}
     alpha_pattern: Annotated[dict[Text, Alpha], Field(max_length=2000)] = {}
     layer_replication: None = None
