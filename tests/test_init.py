@@ -1,5 +1,7 @@
 """`fintune init`: every key with its meaning, loading to what was asked, never over a file."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,13 @@ from fintune.errors import ConfigError, OutputError
 from fintune.init import init
 
 NOTHING = {"preset": None, "name": None, "source": None, "base": None}
+
+
+class Terminal(io.StringIO):
+    """A standard input that a person types into."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -58,3 +67,18 @@ def test_options_are_answers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name"):
         init(tmp_path / "bad.yaml", **answers | {"name": "no spaces"})
     assert not (tmp_path / "bad.yaml").exists()
+
+
+def test_questions_are_asked_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "asked.yaml"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(ConfigError, match="no terminal to ask on"):
+        init(out, **NOTHING)
+    monkeypatch.setattr(sys, "stdin", Terminal("\nmine\nrows/*.jsonl\n\n"))
+    init(out, **NOTHING)
+    config = load_config(out)
+    assert (config.name, config.data.source) == ("mine", "rows/*.jsonl")
+    assert config.model.id == "fintune/nano"
+    assert f"preset to start from ({', '.join(presets())})" in capsys.readouterr().err

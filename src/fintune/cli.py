@@ -414,7 +414,7 @@ def init(
     base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a commented config to edit. Never over a file."""
+    """Write a commented config to edit; asks where no option is given. Never over a file."""
     from fintune.init import init as write
 
     _folder(out.parent)

@@ -42,9 +42,8 @@ def _answers(config: Config) -> tuple[list[str], list[str]]:
 
     def answer() -> list[str]:
         requests = [Request(str(at), ids, TOKENS) for at, ids in enumerate(prompts)]
-        batches = generate(
-            loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=3
-        )
+        ends = {"stop_token_ids": loaded.stop_token_ids}
+        batches = generate(loaded.model, chat.tokenizer, requests, batch_size=len(requests), **ends)
         texts = {answer.id: answer.text for batch in batches for answer in batch}
         return [texts[request.id] for request in requests]
 

@@ -1,15 +1,18 @@
 """A config to edit, every key with its default and its meaning: `fintune init`."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 from pydantic import BaseModel
 
 from fintune import console
-from fintune.config import Config, dump_yaml, load_config, preset_dir
-from fintune.errors import OutputError
+from fintune.config import Config, dump_yaml, load_config, preset_dir, presets
+from fintune.errors import ConfigError, OutputError
 from fintune.files import write_text
 
 COMMENT_COLUMN = 44
@@ -25,21 +28,33 @@ def init(
     out: Path, *, preset: str | None, name: str | None, source: str | None, base: str | None,
     force: bool = False,
 ) -> None:  # fmt: skip
-    """Write a commented config.
+    """Write a commented config; questions are asked on a terminal where no answer was given.
 
     Args:
-        preset: the shipped config to start from; absent: nano.
+        preset: the shipped config to start from.
         name: name of the run, and of its folder under runs/.
         source: file, folder, glob or hub id of the rows.
         base: hub id of the base, or a folder that holds one.
         force: overwrite `out`.
 
     Raises:
-        ConfigError: an answer the config refuses.
+        ConfigError: an answer the config refuses, or no answers and nobody to ask.
         OutputError: `out` exists.
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
+    if preset is name is source is base is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                "init asks a few questions, and there is no terminal to ask on",
+                fix="answer with options: fintune init --preset nano --source rows.jsonl",
+            )
+        ask = partial(typer.prompt, err=True, type=str)
+        preset = ask(f"preset to start from ({', '.join(presets())})", "nano")
+        known = load_config(preset)
+        name = ask("name of the run", known.name)
+        source = ask("rows: a file, folder, glob or hub id", known.data.source)
+        base = ask("base: a hub id, or a folder", known.model.id)
     preset = preset or "nano"
     config = load_config(preset, _overrides(name, source, base))
     spelled = yaml.safe_load((preset_dir() / f"{preset}.yaml").read_text(encoding="utf-8"))
