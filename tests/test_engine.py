@@ -352,7 +352,7 @@ def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: P
     losses = []
     for name in ("none", quantization):
         base = load_base(Base("test/tiny", "", tiny_base), name, "bf16", attention=attention.NAME)
-        peft = attach(base, config.LoraConfig(r=4, dropout=0.0), seed=0)
+        peft = attach(base, config.LoraConfig(r=4, lora_dropout=0.0), seed=0)
         left = lora.fuse(peft)
         total, count = sum_loss(peft, padding_free_batch(rows()))
         (total / count).backward()

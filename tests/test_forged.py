@@ -164,7 +164,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, prepared: Path, tiny_base: P
         "model.path": tiny_base,
         "model.id": "test/tiny",
         "train.max_steps": 2,
-        "train.eval_rows": 6,
+        "train.max_eval_samples": 6,
         "train.precision": "fp32",
         "eval.max_new_tokens": 2,
     }

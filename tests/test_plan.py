@@ -57,14 +57,12 @@ def test_parameters_of_any_architecture_are_the_published_ones(kind: str, tmp_pa
 
 def test_the_published_recipe(tmp_path: Path) -> None:
     """Exact: 167,772,160 trained; 3,125 steps, 63 evaluations; 30 % spent on them."""
-    changes = [f"out={tmp_path}", "data.max_validation_rows=8000", "train.eval_rows=4000"]
+    changes = [f"out={tmp_path}", "data.max_validation_rows=8000", "train.max_eval_samples=4000"]
     found = plan(load_config("llama-3.1-8b-finance", changes))
     assert found["adapter"]["trainable_parameters"] == 167_772_160
     assert (found["batches"]["steps"], found["rows"]["evaluations"]) == (3125, 63)
     assert any(re.match(r"(29|3\d)% of the run is evaluation", note) for note in found["notes"])
-    peaks = {
-        (s["quantization"], s["activation_checkpointing"]): s["peak"] for s in found["settings"]
-    }
+    peaks = {(s["quantization"], s["gradient_checkpointing"]): s["peak"] for s in found["settings"]}
     assert peaks["4bit", "on"] < peaks["8bit", "on"] < peaks["none", "on"] < peaks["none", "off"]
     assert found["settings"][0]["memory"]["weights"] == 2 * 8_030_261_248
     assert {gpu["gpu"]: gpu["fits"] for gpu in found["gpus"]}["H200"]
@@ -80,8 +78,8 @@ def test_the_preset_for_24_gb_fits_24_gb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b-finance-24gb", "llama-3.1-8b-finance-8gpu"])
 def test_presets_keep_the_published_update(name: str) -> None:
     train = load_config(name).train
-    assert train.micro_batch_size * train.accumulation == 64
-    assert (train.lora.r, train.lora.alpha, train.lora.dropout) == (64, 128, 0.1)
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 64
+    assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (64, 128, 0.1)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -130,7 +130,7 @@ def micro_batches_under(
     if padded_tokens([longest]) > max_tokens:
         raise ConfigError(
             f"train.max_tokens: an example of {longest} tokens exceeds {max_tokens}",
-            fix="raise it, or lower data.max_length_cap and prepare",
+            fix="raise it, or lower data.max_length and prepare",
         )
     while any(
         padded_tokens(lengths[batch].tolist()) > max_tokens

@@ -342,8 +342,8 @@ def peft_config(config: LoraConfig) -> PeftLoraConfig:
     """peft's own configuration object for ours."""
     return PeftLoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
         bias=config.bias,
         target_modules=sorted(config.target_modules),
         task_type="CAUSAL_LM",

@@ -106,7 +106,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:
             check_columns([*sources, *benchmarks])
-            questions = read_benchmarks(benchmarks, redact=config.data.personal_data != "off")
+            questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
             manifest = _write(staging, selected, sources, questions, inputs)
             seal.seal(staging, inputs, needed=FILES)
@@ -175,11 +175,11 @@ def _select(
         scanned = scan(sources, data, config.seed, wanted)
         ledger = scanned.ledger
         say(f"{len(scanned.candidates)} of {scanned.read.total()} rows go on")
-        examples, masked = _mask(scanned.candidates, data.personal_data, ledger)
+        examples, masked = _mask(scanned.candidates, data.pii, ledger)
         examples, hits = _decontaminate(examples, questions, ledger)
         rows = tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
-        max_length = adaptive_max_length(lengths, data.max_length_cap, data.over_length)
+        max_length = adaptive_max_length(lengths, data.max_length, data.over_length)
         rows = fit(rows, max_length, data.over_length, ledger)
         rows = _drop_near_duplicates(rows, data.near_duplicates, ledger)
         parts, full = _fill(rows, sources, scanned, data)
@@ -309,7 +309,7 @@ def _write(
     _write_rows(folder / "validation.parquet", {part: selected.parts[part] for part in HELD_OUT})
     selected.ledger.write(folder / "ledger.parquet")
     write_json(folder / "manifest.json", manifest)
-    if selected.masked and inputs["settings"]["personal_data"] == "mask":
+    if selected.masked and inputs["settings"]["pii"] == "mask":
         write_json(folder / "personal.json", {"rows": selected.masked})
     if questions:
         asked_in = Counter(question.benchmark for question in questions)

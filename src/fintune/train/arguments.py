@@ -25,15 +25,16 @@ def arguments_dict(
         accumulation: micro-batches of one update, where the plan needs more than configured.
     """
     train: TrainConfig = config.train
+    bucketed = train.train_sampling_strategy == "bucketed"
     return {
-        "num_train_epochs": train.epochs,
+        "num_train_epochs": train.num_train_epochs,
         "max_steps": train.max_steps,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation or train.accumulation,
-        "train_sampling_strategy": "group_by_length" if train.plan == "bucketed" else "random",
-        "optim": train.optimizer,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation or train.gradient_accumulation_steps,
+        "train_sampling_strategy": "group_by_length" if bucketed else "random",
+        "optim": train.optim,
         "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.schedule,
+        "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": train.warmup_ratio,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
@@ -52,7 +53,7 @@ def arguments_dict(
         "metric_for_best_model": "loss",
         "greater_is_better": False,
         "logging_strategy": "steps",
-        "logging_steps": train.log_steps,
+        "logging_steps": train.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "report_to": list(train.report_to) or "none",

@@ -26,7 +26,7 @@ PACKAGES = ("fintune", "torch", "transformers", "peft")
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
 SHAPE_KEYS = tuple(
-    f"config.train.{key}:" for key in ("optimizer", "lora.r", "lora.bias", "lora.target_modules")
+    f"config.train.{key}:" for key in ("optim", "lora.r", "lora.bias", "lora.target_modules")
 )
 """What gives saved weights and optimizer states their shape: no change of it can be accepted."""
 
@@ -150,8 +150,8 @@ class RunState:
             raise ModelError(
                 f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
                 why="a micro-batch cannot be smaller",
-                fix="set train.activation_checkpointing=on or model.quantization=4bit, or lower"
-                " data.max_length_cap",
+                fix="set train.gradient_checkpointing=on or model.quantization=4bit, or lower"
+                " data.max_length",
             )
         cap = max(largest // 2, longest)
         self._record.pop("gradient_checkpointing", None)
