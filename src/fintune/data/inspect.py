@@ -72,7 +72,7 @@ def inspect(
     if table.num_rows == 0:
         raise DataError(
             f"no such row in {config.data_dir / FILES[part]}",
-            fix="it may have been dropped: fintune inspect --dropped, or be in the other part",
+            fix="it may have been dropped: fintune dropped, or be in the other part",
         )
     tokenizer = load_tokenizer(find_base(config.model, weights=False))
     return [_shown(found, part, tokenizer) for found in table.slice(0, count).to_pylist()]
