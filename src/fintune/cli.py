@@ -145,7 +145,7 @@ def prepare(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Raw rows -> train and validation rows, with a ledger of every dropped row."""
+    """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
     manifest = stage(_load(config, overrides), fresh=fresh)
@@ -259,7 +259,7 @@ def inspect(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
-    part: Annotated[str | None, typer.Option(help="train (if absent) or validation.")] = None,
+    part: Annotated[str | None, typer.Option(help="train (if absent), validation or test.")] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Rows to show; absent: 1, with --dropped 20.")
     ] = None,
