@@ -39,7 +39,6 @@ MARGIN = 1.15
 
 ROW_GROUP = 8192
 PARTS = ("train", "validation", "test")
-FILES = (*(f"{part}.parquet" for part in PARTS), "ledger.parquet", "manifest.json", "report.html")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROWS = pa.schema(
     {
@@ -109,7 +108,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
             manifest = _write(staging, selected, sources, questions, inputs)
-            seal.seal(staging, inputs, needed=FILES)
+            seal.seal(staging, inputs)
     rows = manifest["rows"]
     say(
         f"{folder}: {rows['read']} rows read = {rows['train']} train + {rows['validation']}"
