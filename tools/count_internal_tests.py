@@ -62,9 +62,9 @@ def main(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     found = {path.name: count(path) for path in sorted(folder.glob("test_*.py"))}
     for name, (tests, internal) in found.items():
-        print(f"{name:<34} {tests:>4} {internal:>4}")
+        sys.stdout.write(f"{name:<34} {tests:>4} {internal:>4}\n")
     tests, internal = (sum(pair) for pair in zip(*found.values(), strict=True))
-    print(f"{'total':<34} {tests:>4} {internal:>4}  {internal / tests:.0%}")
+    sys.stdout.write(f"{'total':<34} {tests:>4} {internal:>4}  {internal / tests:.0%}\n")
 
 
 if __name__ == "__main__":
