@@ -102,7 +102,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         (".5", "train.weight_decay", 0.5),
         ("true", "data.filter_english_only", True),
         ("False", "data.filter_english_only", False),
-        ("null", "train.max_tokens", None),
+        ("null", "train.bucket_boundaries", None),
         ("~", "model.path", None),
         ("'null'", "model.revision", "null"),
         ("010", "name", "010"),

@@ -151,7 +151,7 @@ def _recipe(config: Config) -> dict[str, Any]:
     warmup = f"warm-up {train.warmup_ratio:g}"
     return {
         "rank, alpha": f"{lora.r}, {lora.lora_alpha:g}",
-        "dropout, bias": f"{lora.lora_dropout:g}, {lora.bias}",
+        "dropout, bias": f"{lora.lora_dropout:g}, none",
         "target modules": ", ".join(lora.target_modules),
         "epochs": train.num_train_epochs if train.max_steps < 0 else f"{train.max_steps} steps",
         "batch": f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps}",
