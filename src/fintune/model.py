@@ -281,9 +281,6 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
-    for parameter in peft.parameters():  # biases are the base's own, in its precision
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
     return peft
 
 
@@ -291,9 +288,9 @@ def peft_config(config: LoraConfig) -> PeftLoraConfig:
     """peft's own configuration object for ours."""
     return PeftLoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        bias=config.bias,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
         target_modules=sorted(config.target_modules),
         task_type="CAUSAL_LM",
     )

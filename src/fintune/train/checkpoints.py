@@ -25,6 +25,8 @@ from fintune.files import (
 )
 
 MANIFEST = "manifest.json"
+KEEP = 2
+"""Newest checkpoints kept; the best adapter is kept besides."""
 _NAME = re.compile(r"checkpoint-\d+")
 _REMOVED = ".old-"
 
