@@ -122,7 +122,7 @@ def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
         found = judge_answers(with_judge)
         asked = sum(server.asked.values())
         assert found["judge"]["calls"] == asked > 100
-        assert found["judge"]["canaries"]["failed"] == []
+        assert found["judge"]["control_items"]["failed"] == []
         assert found["accuracy"] == before["accuracy"], "the judge changes no arithmetic"
         kept = contents(config.eval_dir)
         evaluate(with_judge)
@@ -218,7 +218,7 @@ def judge_says(low, high, n=60, unscored=0.0, failed=()):
     difference = {"value": 0, "ci95": [low, high], "n": n, "mde80": 0.1}
     return {
         "win_rate": {"difference": difference},
-        "canaries": {"failed": list(failed)},
+        "control_items": {"failed": list(failed)},
         "unscored": {"value": unscored},
     }
 
