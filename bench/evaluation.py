@@ -105,8 +105,8 @@ def power(runs: int = 1000) -> dict[str, Any]:
         seen = [
             stats.paired(rng.choice([1, 0, -1], size=ITEMS, p=shares), seed=42) for _ in range(runs)
         ]
-        better = sum(one.low > 0 for one in seen) / runs
-        worse = sum(one.high < 0 for one in seen) / runs
+        better = sum(one["ci95"][0] > 0 for one in seen) / runs
+        worse = sum(one["ci95"][1] < 0 for one in seen) / runs
         found[f"planted_{gain:.0%}"] = {"better": better, "worse": worse}
     return found
 
@@ -117,8 +117,7 @@ def items(count: int) -> list[Pair]:
     for at in range(count):
         asked = (Message("user", f"What is {at} plus one?"),)
         item = Item(f"i{at}", "sum", "number", f"i{at}", asked, str(at + 1))
-        texts = {"base": "I do not know.", "adapter": str(at + 1)}
-        found.append(Pair(item, {name: {"text": text} for name, text in texts.items()}, {}))
+        found.append(Pair(item, {"base": "I do not know.", "adapter": str(at + 1)}, {}))
     return found
 
 

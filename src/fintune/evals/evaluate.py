@@ -25,7 +25,7 @@ from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
-from fintune.console import meter, say, table
+from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import calls, judge, regression
 from fintune.evals.items import VARIANTS, HeldOutItems, Item, Pair, load_pairs
@@ -60,17 +60,17 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        if seal.state(folder, inputs, command=COMMAND) is not seal.State.FINISHED:
+        finished = seal.state(folder, inputs, command=COMMAND) is seal.State.FINISHED
+        if not finished:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
             _finish(folder, inputs, judge.unjudged_rows(_judged_set(folder)))
-        elif calls.finished(folder).keys() >= {
-            call.key for call in _judge_calls(config, _judged_set(folder))
-        }:
+        planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
+        if {call.key for call in planned} - calls.finished(folder).keys():
+            _judge(config, folder, inputs, judge_host)
+        elif finished:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / RESULTS)
-        if config.eval.judge.model is not None:
-            _judge(config, folder, inputs, judge_host)
     return _show(config)
 
 
@@ -92,7 +92,7 @@ def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
 def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str) -> None:
     """Make the results again with the judge's verdicts; until all are in, those before stay."""
     pairs, settings = _judged_set(folder), config.eval.judge
-    planned = _judge_calls(config, pairs)
+    planned = judge.plan(pairs, settings, config.seed)
     done = calls.ask(folder, planned, settings, judge_host)
     _finish(folder, inputs, judge.judged_rows(pairs, planned, done, settings))
 
@@ -106,15 +106,9 @@ def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) ->
 
 def _show(config: Config) -> dict[str, Any]:
     found = read_json(config.eval_dir / RESULTS)
-    accuracy = found["accuracy"]
-    table(
-        f"evaluation of {config.run_dir}",
-        ["", "base", "adapter"],
-        [
-            ["held-out loss", *(f"{found['loss'][variant]:.3f}" for variant in VARIANTS)],
-            ["accuracy", *(f"{accuracy[variant] or 0:.1%}" for variant in VARIANTS)],
-        ],
-    )
+    accuracy, loss = found["accuracy"], found["loss"]
+    for name in VARIANTS:
+        say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
     for sentence in words(found):
         say(sentence)
     return found
@@ -124,12 +118,6 @@ def _judged_set(folder: Path) -> list[Pair]:
     """The items of the judged set with both answers."""
     chosen = set(read_json(folder / "run.json")["judged"])
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
-
-
-def _judge_calls(config: Config, pairs: list[Pair]) -> list[judge.Call]:
-    """The calls over the judged set; none without a judge."""
-    settings = config.eval.judge
-    return judge.plan(pairs, settings, config.seed) if settings.model else []
 
 
 def _inputs(config: Config) -> dict[str, Any]:
@@ -233,7 +221,6 @@ def _choose(
         "seed": config.seed,
         "judged": [item.id for item in by_hash(pool, "judged:")[: config.eval.judged_items]],
         "contaminated": [item.id for item in fitting if reader.saw(item)],
-        "too_long": len(items) - len(fitting),
     }
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fintune import numbers
-from fintune.errors import OutputError
 from fintune.evals.grading import LABEL_WORDS, Graded, Kind, grade, listed_choices, plain
 from fintune.example import Message
 from fintune.files import read_jsonl, sha256_bytes
@@ -56,9 +55,8 @@ class Item:
     @staticmethod
     def from_json(row: dict[str, Any]) -> "Item":
         """The item of a line of predictions.jsonl, where `asdict` wrote it."""
-        known = {name: row[name] for name in Item.__slots__ if name in row}
         messages = tuple(Message(**message) for message in row["messages"])
-        return Item(**{**known, "messages": messages, "choices": tuple(row["choices"])})
+        return Item(**{**row, "messages": messages, "choices": tuple(row["choices"])})
 
     def grade(self, answer: str) -> Graded | None:
         """Grade an answer to this question; None where only a judge can."""
@@ -138,38 +136,24 @@ def _prompt_hash(messages: Iterable[Message]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One item with both completions (rows of predictions.jsonl) and their grades, by variant."""
+    """One item with the texts of both answers and their grades, by variant."""
 
     item: Item
-    answers: dict[str, dict[str, Any]]
+    texts: dict[str, str]
     graded: dict[str, Graded | None]
 
-    def text(self, variant: str) -> str:
-        """The completion of a variant."""
-        return str(self.answers[variant]["text"])
-
     def holds(self, variant: str, test: Callable[[Graded], bool]) -> bool:
-        """Whether a completion is graded and its grade passes a test."""
+        """Whether an answer is graded and its grade passes a test."""
         graded = self.graded[variant]
         return graded is not None and test(graded)
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """Items with both completions, graded now; raises OutputError where one is missing."""
-    items: dict[str, Item] = {}
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    """Items with both answers, graded now."""
+    pairs: dict[str, Pair] = {}
     for row in read_jsonl(folder / "predictions.jsonl"):
-        item = items.setdefault(row["item"]["id"], Item.from_json(row["item"]))
-        answers.setdefault(item.id, {})[row["model"]] = row
-    missing = [key for key, found in answers.items() if set(found) != set(VARIANTS)]
-    if missing:
-        raise OutputError(
-            f"{folder / 'predictions.jsonl'}: {len(missing)} items lack an answer of one model",
-            fix="run the evaluation again; it continues",
-        )
-    return [
-        Pair(
-            item, answers[key], {name: item.grade(answers[key][name]["text"]) for name in VARIANTS}
-        )
-        for key, item in items.items()
-    ]
+        key = row["item"]["id"]
+        pair = pairs.get(key) or pairs.setdefault(key, Pair(Item.from_json(row["item"]), {}, {}))
+        pair.texts[row["model"]] = row["text"]
+        pair.graded[row["model"]] = pair.item.grade(row["text"])
+    return [*pairs.values()]

@@ -25,17 +25,9 @@ from fintune.numbers import compare
 
 NAME = "eval_50_gpt_judged_raw.jsonl"
 """A line a judge call, or a line an item of the judged set without a judge."""
-RUBRIC = resources.files("fintune.evals").joinpath("rubric.md").read_text(encoding="utf-8")
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "rationale": {"type": "string"},
-        "winner": {"type": "string", "enum": ["A", "B", "tie"]},
-    },
-    "required": ["id", "rationale", "winner"],
-    "additionalProperties": False,
-}
+_FILES = resources.files("fintune.evals")
+RUBRIC = _FILES.joinpath("rubric.md").read_text("utf-8")
+SCHEMA: dict[str, Any] = json.loads(_FILES.joinpath("verdict_schema.json").read_text("utf-8"))
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 """What an outcome of a pair counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
@@ -43,6 +35,8 @@ MOST_OBJECTS = 1000
 _ANGLES = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
 _SPOILT: dict[str, str] = PHRASES["spoilt"]
 """Answers that must lose: nothing, phrases that fit any question, and an attack."""
+NUMERIC = ("digit", "scale")
+"""References that must lose with another digit or scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +58,14 @@ class Call:
 
 
 def plan(pairs: Sequence[Pair], config: JudgeConfig, seed: int) -> list[Call]:
-    """Every call over the judged set: each item in both orders, then the control items."""
+    """Every call over the judged set: each item in both orders, then the control items.
+
+    None without a judge.
+    """
+    if config.model is None:
+        return []
     calls = [
-        _call(pair.item, order, {name: pair.text(name) for name in VARIANTS}, config)
+        _call(pair.item, order, pair.texts, config)
         for pair in pairs
         for order in (VARIANTS, VARIANTS[::-1])
     ]
@@ -108,8 +107,8 @@ def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Cal
     """Calls whose verdict is known: spoilt references must lose, two equal answers must tie."""
     order = sorted(items, key=lambda item: sha256_bytes(f"control {seed} {item.id}".encode()))
     calls: list[Call] = []
-    for at, kind in enumerate((*_SPOILT, *_NUMERIC, "same")):
-        usable = [item for item in order if kind not in _NUMERIC or _changes(kind, item)]
+    for at, kind in enumerate((*_SPOILT, *NUMERIC, "same")):
+        usable = [item for item in order if kind not in NUMERIC or _changes(kind, item)]
         if usable:
             item = usable[at % len(usable)]
             answers = {"good": item.reference, "bad": _spoil(kind, item.reference)}
@@ -119,28 +118,17 @@ def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Cal
     return calls
 
 
+def _spoil(kind: str, text: str) -> str:
+    """A reference made wrong; as it is for kind `same`."""
+    if kind == "digit":
+        return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
+    return f"{text} thousand" if kind == "scale" else _SPOILT.get(kind, text)
+
+
 def _changes(kind: str, item: Item) -> bool:
-    """Whether spoiling really changes the number of a reference; it may be "three", or 0."""
+    """Whether spoiling changes the number of a reference; "three" has no digit."""
     spoilt = _spoil(kind, item.reference)
     return item.kind == "number" and not compare(item.reference, spoilt).lenient
-
-
-def _spoil(kind: str, text: str) -> str:
-    return _NUMERIC[kind](text) if kind in _NUMERIC else _SPOILT.get(kind, text)
-
-
-def _other_digit(text: str) -> str:
-    return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
-
-
-def _other_scale(text: str) -> str:
-    def thousandfold(found: re.Match[str]) -> str:
-        return f"{float(found[0].replace(',', '')) * 1000:,.6g}"
-
-    return re.sub(r"[0-9][0-9,]*(?:\.[0-9]+)?", thousandfold, text, count=1)
-
-
-_NUMERIC = {"digit": _other_digit, "scale": _other_scale}
 
 
 def read_verdict(call: Call, reply: str) -> dict[str, Any] | None:
@@ -203,7 +191,7 @@ def _facts(pair: Pair) -> dict[str, Any]:
         "task": pair.item.task,
         "question": pair.item.question,
         "reference": pair.item.reference,
-        "answers": {name: pair.text(name) for name in VARIANTS},
+        "answers": pair.texts,
         "deterministic": {
             name: asdict(graded) if graded else None for name, graded in pair.graded.items()
         },
@@ -292,7 +280,7 @@ def _pairwise(
     return {
         "win_rate": {
             "value": round(sum(scores) / len(scores), 6) if scores else None,
-            "difference": difference.as_json(),
+            "difference": difference,
             "won": scores.count(1.0),
             "tied": scores.count(0.5),
             "lost": scores.count(0.0),

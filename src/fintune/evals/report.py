@@ -87,21 +87,9 @@ def write_results(folder: Path) -> dict[str, Any]:
         "eval_report",
         found=found,
         sentences=words(found),
-        differences=_differences(found),
         names=PHRASES["names"],
         outcomes=PHRASES["outcomes"],
         groups=groups,
         verdicts=verdicts,
     )
     return {"format": FORMAT, **found}
-
-
-def _differences(found: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
-    """Rows of the interval chart: name, difference, whether it decides."""
-    measures = {key: measure["difference"] for key, measure in found["measures"].items()}
-    name, names = "accuracy", PHRASES["names"]
-    if found["primary"]["measure"] == "win_rate":
-        name = names["judge_win_rate"]
-        measures.pop("judge_win_rate", None)
-    others = [(names[key], difference, False) for key, difference in measures.items()]
-    return [(f"{name} (decides)", found["primary"], True), *others]

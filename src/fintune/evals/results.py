@@ -5,7 +5,6 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 `test_results.json`. One measure, named before the run, decides; everything else is reported.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
     adjusted = stats.holm({name: measure["p"] for name, measure in measures.items()})
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
-    verdict = _verdict(run, checked, pairs, loss, accuracy, judged, general)
+    verdict = _verdict(run, checked, loss, accuracy, judged, general)
     return {
         **verdict,
         "loss": loss,
@@ -72,22 +71,15 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and perplexity, overall and by source and length, from the sums of heldout.jsonl."""
-
-    def perplexity(loss: float) -> float:
-        # Capped where a float ends, so that the file stays JSON.
-        return round(math.exp(min(loss, 700.0)), 4)
+    """Loss (nats a label token), overall and by source and length, from the sums of the cells."""
 
     def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         tokens = sum(cell["tokens"] for cell in chosen)
-        base, adapter = (
-            sum(cell[variant] for cell in chosen) / max(tokens, 1) for variant in VARIANTS
-        )
+        base, adapter = (sum(cell[name] for cell in chosen) / max(tokens, 1) for name in VARIANTS)
         return {
             "base": round(base, 6),
             "adapter": round(adapter, 6),
             "change": round(adapter / base - 1, 6) if base else 0.0,
-            "perplexity": {"base": perplexity(base), "adapter": perplexity(adapter)},
             "rows": sum(cell["rows"] for cell in chosen),
             "tokens": tokens,
         }
@@ -115,7 +107,7 @@ def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> di
     groups = [pair.item.group for pair in pairs]
     return {
         **{name: stats.rate(sum(flags[name]), len(pairs)) for name in VARIANTS},
-        "difference": stats.paired(change, groups, seed=seed).as_json(),
+        "difference": stats.paired(change, groups, seed=seed),
         "p": round(stats.mcnemar_midp(gained, lost), 6),
         "gained": gained,
         "lost": lost,
@@ -179,7 +171,6 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 def _verdict(
     run: dict[str, Any],
     checked: list[Pair],
-    pairs: list[Pair],
     loss: dict[str, Any],
     accuracy: dict[str, Any],
     judged: dict[str, Any] | None,
@@ -205,9 +196,6 @@ def _verdict(
         invalid.append(f"{judged['unscored']['value']:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
-    if any(pair.answers["base"]["prompt_sha256"] != pair.answers["adapter"]["prompt_sha256"]
-           for pair in pairs):  # fmt: skip
-        invalid.append("base and adapter answered different prompts")
     guards = {
         "held_out_loss": loss["adapter"] <= loss["base"],
         **({"general_regression": general["pass"]} if general else {}),

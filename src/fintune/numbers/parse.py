@@ -20,26 +20,32 @@ from fintune.files import read_toml
 Role = Literal["", "range", "year", "label"]
 Cue = Literal["", "down", "up", "aside"]
 
-UNITS = ("percentage_point", "basis_point", "percent", "multiple")
-FACTORS: dict[str, Decimal] = {
-    "percent": Decimal("0.01"),
-    "percentage_point": Decimal("0.01"),
-    "basis_point": Decimal("0.0001"),
-}
-
 
 def _by_word(table: dict[str, str]) -> dict[str, str]:
     """Each word of a table of numbers.toml -> its key."""
     return {word: key for key, words in table.items() for word in words.split()}
 
 
+def _any_of(words: Iterable[str]) -> str:
+    """An alternation, longest first, so that "seventeen" is not read as "seven"."""
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
 _TEXTS = read_toml(__file__, "numbers.toml")
+FACTORS = {unit: Decimal(factor) for unit, factor in _TEXTS["factors"].items()}
+UNITS = (*FACTORS, "multiple")
 SCALES = {word: Decimal(10) ** int(power) for word, power in _by_word(_TEXTS["powers"]).items()}
 _CURRENCIES = _by_word(_TEXTS["currencies"])
 _ONES, _TENS = _TEXTS["counting"]["ones"].split(), _TEXTS["counting"]["tens"].split()
 _WORDS = {word: n for n, word in enumerate(_ONES)}
 _WORDS |= {word: 10 * n for n, word in enumerate(_TENS, start=2)}
-WORDS: dict[str, str] = _TEXTS["words"]
+WORDS: dict[str, str] = {
+    **_TEXTS["words"],
+    "tens": _any_of(_TENS),
+    "ones": _any_of(_ONES[1:10]),
+    "counts": _any_of(_WORDS),
+    "scales": _any_of(word for word in SCALES if len(word) > 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,37 +92,23 @@ CHARACTERS = str.maketrans(
     | dict.fromkeys("\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))), "\u00a0")
     | dict(zip("０１２３４５６７８９．％＄￥（）：’", "0123456789.%$¥():'", strict=True))
 )
-_MARKUP = re.compile(
-    r"""
-    \\[dt]?frac\{(?P<over>[^{}]{1,80})\}\{(?P<under>[^{}]{1,80})\}   # \frac{a}{b}
-    | \\(?P<sign>times|cdot|div|approx)\b
-    | \\(?:text|math)(?:bf|rm|it)?\{ | \\(?:left|right)\b            # \text{ million}
-    | \\(?=[%$&\#]) | \\[,;:!]                                       # \% and thin spaces
-    | \$\$?(?=\S)(?P<math>[^$\n]{1,200}?)(?<=\S)\$\$?(?![0-9A-Za-z]) # $12.5$, not $5 to $10
-    | (?<![0-9)])\*\* | \*\*(?![0-9(]) | `                           # markdown, not a power
-    """,
-    re.VERBOSE,
-)
 _SIGNS = {"times": "×", "cdot": "×", "div": "÷", "approx": "≈"}
 
 
 def _clean(text: str) -> str:
     """The text without mark-up and with plain dashes and digits, each character in its place."""
+    markup = _GRAMMAR["markup"]
 
     def plain(match: re.Match[str]) -> str:
         new = _SIGNS.get(match["sign"] or "", "")
         if match["over"]:
-            new = f"{_MARKUP.sub(plain, match['over'])} ⁄{_MARKUP.sub(plain, match['under'])} "
+            over, under = (markup.sub(plain, match[part]) for part in ("over", "under"))
+            new = f"{over} ⁄{under} "
         elif match["math"]:
-            new = _MARKUP.sub(plain, match["math"]) + " " * (match.end() - match.end("math"))
+            new = markup.sub(plain, match["math"]) + " " * (match.end() - match.end("math"))
         return new.rjust(len(match[0]))
 
-    return _MARKUP.sub(plain, text.translate(CHARACTERS))
-
-
-def _any_of(words: Iterable[str]) -> str:
-    """An alternation, longest first, so that "seventeen" is not read as "seven"."""
-    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+    return markup.sub(plain, text.translate(CHARACTERS))
 
 
 def ends_with(pattern: re.Pattern[str], text: str, at: int, width: int) -> re.Match[str] | None:
@@ -124,72 +116,16 @@ def ends_with(pattern: re.Pattern[str], text: str, at: int, width: int) -> re.Ma
     return pattern.search(text, max(0, at - width), at)
 
 
-def patterns(table: str) -> dict[str, re.Pattern[str]]:
+def patterns(table: str, flags: int = re.VERBOSE | re.IGNORECASE) -> dict[str, re.Pattern[str]]:
     """The patterns of a table of numbers.toml by name; `@word@` stands for an entry of `words`."""
-    words = {**WORDS, "scales": _any_of(w for w in SCALES if len(w) > 1 and SCALES[w] > 999)}
     return {
-        name: re.compile(re.sub(r"@(\w+)@", lambda at: words[at[1]], text), re.I | re.VERBOSE)
+        name: re.compile(re.sub(r"@(\w+)@", lambda at: WORDS[at[1]], text), flags)
         for name, text in _TEXTS[table].items()
     }
 
 
-DOWN, _UP, HEDGES = WORDS["down"], WORDS["up"], WORDS["hedges"]
-_MONTH = rf"(?:(?i:{WORDS['months']})|May)\b\.?"
-_TOKEN = re.compile(
-    rf"""
-    (?P<skip> \b(?=[A-Za-z]){_MONTH}[ ](?:[0-3]?[0-9](?:st|nd|rd|th)?\b(?![.,]?[0-9%]))?
-          (?:[ ]?,?[ ]?(?:19|20)[0-9]{{2}}\b)?
-      | \b[0-3]?[0-9](?:st|nd|rd|th)?[ ](?:of[ ])?{_MONTH}(?:,?[ ](?:19|20)[0-9]{{2}}\b)?
-      | \b(?:19|20)[0-9]{{2}}-[01][0-9]-[0-3][0-9]\b
-      | \b[0-3]?[0-9](?P<dash>[/.-])[0-3]?[0-9](?P=dash)(?:19|20)?[0-9]{{2}}\b )
-    | (?P<cue> \b(?=[cdf-jlnorstuCDF-JLNORSTU])(?<![(])(?i:
-        (?P<down>(?P<down_noun>{DOWN}|cash[ ]used|negative[ ]growth)|{WORDS["down_verbs"]})
-        | (?P<up>(?P<up_noun>{_UP})|{WORDS["up_verbs"]}) )\b )
-    | (?<![0-9])(?:
-      (?P<eu> [0-9]{{1,3}}(?:[. \u00a0][0-9]{{3}}){{1,7}},[0-9]{{1,2}}(?![0-9,])       # 1.234,56
-        | [0-9]{{1,3}}(?:(?:[. ][0-9]{{3}}){{2,7}}|(?:\u00a0[0-9]{{3}}){{1,7}})(?![0-9.,])
-        | (?<![0-9],)[0-9]{{1,12}},[0-9]{{1,2}}(?![0-9]|,[0-9]) )                      # 12,5
-      | (?P<us> [0-9]{{1,3}}(?:(?:[,']|\{{,\}})[0-9]{{3}}){{1,8}}(?:\.[0-9]{{1,30}})?(?![0-9]) )
-      | [0-9]{{1,4}}(?:\.[0-9]{{1,4}}){{2,6}}(?![0-9])                                  # 7.1.2
-      | (?P<plain> [0-9]{{1,30}}(?:\.[0-9]{{1,30}})?[eE][-+]?[0-9]{{1,2}}(?![0-9A-Za-z])
-        | [0-9]{{1,30}}(?![0-9])(?:\.[0-9]{{1,30}})? | \.[0-9]{{1,30}} )
-    )
-    | \b(?=[zotfsenZOTFSEN])
-      (?P<words> (?i:(?:{_any_of(_TENS)})[ -](?:{_any_of(_ONES[1:10])})|{_any_of(_WORDS)})\b )
-    """,
-    re.VERBOSE,
-)
-_PREFIX = re.compile(
-    rf"""
-    (?P<sign>[-+])?[ \u00a0]?
-    (?:(?P<currency>
-      (?<![A-Za-z])(?:U\.?S\.?[ ]?\$|[A-Z]{{1,3}}\$|[Rr]s\.?|{WORDS["codes"]}) | [$€£¥₹]
-    )[ \u00a0]?(?P<inner>\([ ]?-?|-)?)?                                  # $(3.4)  $-3.4
-    \Z
-    """,
-    re.VERBOSE,
-)
-_SUFFIX = re.compile(
-    rf"""
-    (?: [ \u00a0-]{{0,8}}(?P<scale>(?i:{_any_of(w for w in SCALES if len(w) > 1)})(?![A-Za-z]))
-      | (?: (?<=[0-9])(?P<letter>[kKmMbBtT]) | [ ](?P<capital>[KMBT]) )(?![\w&'$€£-]) )?
-    (?: [ \u00a0-]{{0,8}}(?:
-        (?P<percentage_point>
-          (?i:(?:percentage|percent|per[ ]cent)[ -]points?|%[ -]?(?:points?|pts?)\b|ppts?|pps?)
-          (?![A-Za-z]))
-      | (?P<basis_point>(?i:basis[ -]points?|bps?)\b)
-      | (?P<percent>%|(?i:per[ ]?cent|pct)(?![A-Za-z]))
-      | (?P<multiple>(?:[xX×]|(?i:times|fold)\b)(?![A-Za-z0-9])(?![ ]*[0-9$(]))
-      | (?P<duration>(?i:year|quarter|month|week|day|hour))s?(?![A-Za-z]) ))?
-    (?: [ \u00a0-]?(?P<currency>
-        (?i:U\.?S\.?[ ]dollars?|dollars?|euros?|pounds?(?:[ ]sterling)?|yen|yuan|rupees?|francs?
-          |pence|cents?|{WORDS["codes"]})(?![A-Za-z])
-      | [€£¥₹] | (?<=[0-9])p(?![A-Za-z]) )(?![ ]?[0-9]))?
-    """,
-    re.VERBOSE,
-)
-_AROUND = patterns("around")
-"""What stands before, after or between amounts; see numbers.toml."""
+_GRAMMAR, _AROUND = patterns("grammar", re.VERBOSE), patterns("around")
+"""The parts of an amount, and what stands before, after or between amounts; see numbers.toml."""
 
 
 def read_amounts(text: str) -> list[Amount]:
@@ -207,20 +143,23 @@ def scan(text: str) -> tuple[str, list[Amount]]:
     """The cleaned text and its numbers; offsets are those of the text given."""
     text, found = _clean(text), list[Amount]()
     cue: re.Match[str] | None = None
-    for match in _TOKEN.finditer(text):
+    end = 0
+    for match in _GRAMMAR["token"].finditer(text):
         if match.lastgroup == "cue":
             cue = match
-        elif match.lastgroup not in ("skip", None) and not (
-            found and match.start() < found[-1].end
-        ):
+        elif match.lastgroup not in ("skip", None) and match.start() >= end:
             found.append(_amount(text, match, cue))
+            end = found[-1].end
     _join_ranges(text, found)
     return text, found
 
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
     mantissa = _mantissa(match)
-    before, after = ends_with(_PREFIX, text, match.start(), 10), _SUFFIX.match(text, match.end())
+    before, after = (
+        ends_with(_GRAMMAR["prefix"], text, match.start(), 10),
+        _GRAMMAR["suffix"].match(text, match.end()),
+    )
     assert before and after  # both patterns also match nothing
     mark = re.sub("[ .]", "", before["currency"] or after["currency"] or "").lower()
     word = after["scale"] or after["letter"] or after["capital"] or ""
@@ -232,7 +171,7 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
         unit, end = "plain", match.end()
     sign, begin = _sign(text, before, match.start())
     decimals = max(0, -int(mantissa.as_tuple().exponent))
-    rich = bool(word or mark or "." in match[0] or sign < 0 or unit != "plain")
+    rich = bool(word or mark or decimals or sign < 0 or unit != "plain")
     role = _role(text, match, begin, end, rich)
     cue: Cue = ""
     inner = "(" in text[begin : match.start()]  # $(3.4)
@@ -282,10 +221,9 @@ def _sign(text: str, before: re.Match[str], start: int) -> tuple[int, int]:
     previous = text[at - 1 : at] if at else ""
     if previous.isalnum() or previous in tuple(")%]'}"):
         return 1, begin
-    if text[at + 1] in " \u00a0":  # "= - 5" is minus five; "a - 5" and a bullet are not
-        back = text[max(0, at - 4) : at].rstrip()
-        if not back or back[-1] not in "=:(|":
-            return 1, begin
+    back = text[max(0, at - 4) : at].rstrip()[-1:]
+    if text[at + 1] in " \u00a0" and back not in ("=", ":", "(", "|"):
+        return 1, begin  # "= - 5" is minus five; "a - 5" and a bullet are not
     return (-1 if before["sign"] == "-" else 1), at
 
 
@@ -293,11 +231,8 @@ def _role(text: str, match: re.Match[str], begin: int, end: int, rich: bool) -> 
     """Why a number is no amount, or an empty string; `rich` ones carry a mark of an amount."""
     digits = match[0]
     if match.lastgroup == "words":
-        return (
-            "label"
-            if _AROUND["glue"].match(text, end) or (digits.lower() == "one" and not rich)
-            else ""
-        )
+        one = digits.lower() == "one" and not rich
+        return "label" if one or _AROUND["glue"].match(text, end) else ""
     glued = begin == match.start() and ends_with(_AROUND["glued"], text, begin, 2)
     fiscal = ends_with(_AROUND["fiscal"], text, begin, 8)
     if glued:
