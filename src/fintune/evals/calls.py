@@ -6,7 +6,6 @@ that breaks) after `Retry-After` or a growing, jittered wait. A call that stays 
 is asked again by the next run of the same command.
 """
 
-import ipaddress
 import json
 import os
 import threading
@@ -96,31 +95,28 @@ def _make_calls(
 
     The first error stops those that wait; those under way end and are logged.
     """
-    lock, stopped, reserved = threading.Lock(), threading.Event(), 0.0
-
-    def reserve(usd: float) -> None:
-        nonlocal reserved
-        spent = sum(row["usage"]["usd"] for row in done.values())
-        if config.max_usd is not None and spent + reserved + usd > config.max_usd:
-            limit = f"the next call may pass the limit of ${config.max_usd}"
-            raise GateRefused(
-                f"judge: ${spent:.4f} spent, and {limit}",
-                fix="the same command with a higher limit continues; no call is made twice",
-            )
-        reserved += usd
+    lock, stopped = threading.Lock(), threading.Event()
+    spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
 
     def make(call: Call) -> None:
-        usd = most_usd(call, config)
+        nonlocal spent
+        most = most_usd(call, config)
         try:
             with lock:
                 if stopped.is_set():
                     return
-                reserve(usd)
+                if config.max_usd is not None and spent + most > config.max_usd:
+                    raise GateRefused(
+                        f"judge: the next call may pass the limit of ${config.max_usd}",
+                        why=f"${spent:.4f} are spent or may be by calls under way",
+                        fix="the same command with a higher limit continues; no call is made twice",
+                    )
+                spent += most
             row = _ask(client, call, config)
             with lock:
                 log.append({"row": "done", **row})
                 done[call.key] = row
-                reserve(-usd)
+                spent += row["usage"]["usd"] - most
                 progress.advance()
         except BaseException:
             stopped.set()
@@ -248,8 +244,4 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
 
 
 def _is_loopback(config: JudgeConfig) -> bool:
-    host = urlsplit(config.base_url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1")

@@ -122,7 +122,11 @@ def _spoil(kind: str, text: str) -> str:
     """A reference made wrong; as it is for kind `same`."""
     if kind == "digit":
         return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
-    return f"{text} thousand" if kind == "scale" else _SPOILT.get(kind, text)
+    if kind == "scale":
+        number = re.search(r"[0-9][0-9,]*(?:\.[0-9]+)?", text)
+        more = f"{float(number[0].replace(',', '')) * 1000:,.6g}" if number else ""
+        return text.replace(number[0], more, 1) if number else text
+    return _SPOILT.get(kind, text)
 
 
 def _changes(kind: str, item: Item) -> bool:

@@ -182,10 +182,7 @@ class _Asked:
     def of(cls, question: str, context: str) -> "_Asked":
         text, around = (part.translate(parse.CHARACTERS) for part in (question, context))
         scales, lent = (
-            [
-                SCALES.get(match["scale"].lower(), _THOUSAND)
-                for match in _QUESTION["scale"].finditer(part)
-            ]
+            [SCALES.get(word.lower(), _THOUSAND) for word in _QUESTION["scale"].findall(part)]
             for part in (text, around)
         )
         unit, neutral = _QUESTION["unit"].search(text), _QUESTION["either"].sub(" ", text)
@@ -362,17 +359,13 @@ def ungrounded(answer: str, *known: str) -> list[Amount]:
     )
 
     def grounded(amount: Amount) -> bool:
-        half = Decimal(5).scaleb(-amount.decimals - 1)
-        sizes = ((amount.mantissa, half), (abs(amount.value), amount.half_unit))
+        if amount.mantissa in _CONSTANTS and amount.bare and not amount.currency:
+            return True
+        printed = replace(amount, scale=Decimal(1), unit="plain")
+        spans = [(float(abs(one.value)), float(one.half_unit)) for one in (printed, amount)]
         return any(
-            bool((np.abs(made - float(size)) <= float(width) + 1e-9 * float(size)).any())
-            for size, width in sizes
+            size and (np.abs(made - size) <= half + 1e-9 * size).any() for size, half in spans
         )
 
-    return [
-        amount
-        for amount in parse.read_amounts(answer)
-        if amount.role in ("", "range")
-        and not (amount.mantissa in _CONSTANTS and amount.bare and not amount.currency)
-        and not (amount.value and grounded(amount))
-    ]
+    amounts = parse.read_amounts(answer)
+    return [one for one in amounts if one.role in ("", "range") and not grounded(one)]
