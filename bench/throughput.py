@@ -85,9 +85,8 @@ SEEDS = 100
 """Plans whose neighbour correlation is averaged: of one epoch of 187 steps it is hardly known."""
 VARIANTS = {
     "stratified": {},
-    "random": {"train.plan": "random"},
-    "bucketed": {"train.plan": "bucketed"},
-    "independent masks": {"train.lora.shared_dropout": "false"},
+    "random": {"train.train_sampling_strategy": "random"},
+    "bucketed": {"train.train_sampling_strategy": "bucketed"},
 }
 """Settings whose final loss is compared with `stratified`."""
 MANY = 500_000
@@ -172,8 +171,8 @@ def make(
     tokenizer.save_pretrained(folder / "model")
     chosen = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
     pq.write_table(chosen, folder / "data" / "train.parquet")
-    held = chosen.slice(0, 4).append_column("part", pa.array(["select"] * 4))
-    pq.write_table(held, folder / "data" / "validation.parquet")
+    for part in ("validation", "test"):
+        pq.write_table(chosen.slice(0, 4), folder / "data" / f"{part}.parquet")
     return chosen
 
 
@@ -322,7 +321,7 @@ def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, 
         "train.max_steps": steps,
         "train.eval_steps": steps,
         "train.save_steps": steps,
-        "train.lora.dropout": 0.1,
+        "train.lora.lora_dropout": 0.1,
         **changes,
     }
     config = load_config("nano", [f"{key}={value}" for key, value in values.items()])

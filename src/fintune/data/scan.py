@@ -144,7 +144,7 @@ def scan_batch(
 
 
 def _ledger(config: DataConfig) -> Ledger:
-    return Ledger(redact=config.personal_data != "off")
+    return Ledger(redact=config.pii != "off")
 
 
 def _row_sha256(raw: Any) -> str:

@@ -13,6 +13,7 @@ from fintune.config import DataConfig, SourceConfig
 from fintune.data.readers import FORMATS, PACKINGS, ROWS_A_BATCH, Batch, file_batches, format_of
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
+from fintune.hub import hub_error
 
 HEADS: dict[tuple[bytes, ...], tuple[str, str]] = {
     (b"version https://git-lfs",): ("a Git LFS pointer, not the data", "run: git lfs pull"),
@@ -138,7 +139,7 @@ def _hub_commit(item: SourceConfig) -> str:
     try:
         return str(huggingface_hub.dataset_info(item.path, revision=item.revision).sha)
     except Exception as error:
-        raise _hub_error(item, error) from None
+        raise hub_error(error, item.path, setting="data.source", revision=item.revision) from None
 
 
 def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
@@ -147,37 +148,7 @@ def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
     try:
         rows = datasets.load_dataset(item.path, revision=commit, split=item.split)
     except Exception as error:
-        raise _hub_error(item, error) from None
+        raise hub_error(error, item.path, setting="data.source", revision=commit) from None
     for start in range(0, len(rows), ROWS_A_BATCH):
         chunk = rows.select(range(start, min(start + ROWS_A_BATCH, len(rows)))).to_list()
         yield Batch(start + 1, rows=list(enumerate(chunk, start + 1)))
-
-
-def _hub_error(item: SourceConfig, error: Exception) -> DataError:
-    """The hub's many errors as one message. Only the cause's name is shown: no tokens, no URLs."""
-    import datasets
-    import huggingface_hub.errors as hub
-
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-
-    def is_a(*kinds: type) -> bool:
-        return any(isinstance(each, kinds) for each in chain)
-
-    name, page = item.path, f"https://huggingface.co/datasets/{item.path}"
-    if is_a(hub.GatedRepoError):
-        what = f"{name} is gated: its licence must be accepted first"
-        fix = f"accept it at {page} and set HF_TOKEN to a read token"
-    elif is_a(hub.RevisionNotFoundError):
-        what, fix = f"{name} has no revision {item.revision}", f"see {page}"
-    elif is_a(hub.RepositoryNotFoundError, hub.HFValidationError):
-        what = f"the hub knows no data set {name}, and there is no such local path"
-        fix = f"check data.source; a private or gated one ({page}) needs HF_TOKEN"
-    elif isinstance(error, ValueError) and not is_a(datasets.exceptions.DatasetsError, OSError):
-        what, fix = f"{name}: {str(error)[:200]}", "check the source's split"
-    else:
-        reason = type(error).__name__
-        what = f"{name} is not on this machine and the hub cannot be reached ({reason})"
-        fix = "check the network, or set data.source to a local copy"
-    return DataError(what, fix=fix)

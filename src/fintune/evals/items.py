@@ -65,7 +65,7 @@ class Item:
 
 
 class HeldOutItems:
-    """Which held-out rows can be checked by arithmetic or by their label, learnt from the rows
+    """Which test rows can be checked by arithmetic or by their label, learnt from the rows
     of the training set: an answer is a number, or a label that many rows share or a prompt lists.
 
     Args:
@@ -99,7 +99,7 @@ class HeldOutItems:
         return item.group in self._groups or _prompt_hash(item.messages) in self._prompts
 
     def item(self, row: dict[str, Any]) -> Item:
-        """The item of a row of validation.parquet; kind `text` where only a judge can check it."""
+        """The item of a row of test.parquet; kind `text` where only a judge can check it."""
         *prompt, last = (Message(**message) for message in row["messages"])
         reference, label = last.content.strip(), plain(last.content)
         key = _label_set(prompt[-1].content)

@@ -136,7 +136,7 @@ def _data(manifest: dict[str, Any]) -> dict[str, Any]:
     """Rows of the sources, and of what became of them."""
     counts = manifest.get("rows") or {}
     dropped = sorted((counts.get("dropped") or {}).items(), key=lambda item: (-item[1], item[0]))
-    rows = [(key, counts[key]) for key in ("read", "train", "validation") if key in counts]
+    rows = [(key, counts[key]) for key in ("read", "train", "validation", "test") if key in counts]
     rows += [(f"dropped: {reason}", count) for reason, count in dropped]
     sources = [
         [name, row.get("identity", ""), row.get("licence") or "not stated"]
@@ -150,16 +150,17 @@ def _recipe(config: Config) -> dict[str, Any]:
     train, lora = config.train, config.train.lora
     warmup = f"warm-up {train.warmup_ratio:g}"
     return {
-        "rank, alpha": f"{lora.r}, {lora.alpha:g}",
-        "dropout, bias": f"{lora.dropout:g}, {lora.bias}",
+        "rank, alpha": f"{lora.r}, {lora.lora_alpha:g}",
+        "dropout, bias": f"{lora.lora_dropout:g}, none",
         "target modules": ", ".join(lora.target_modules),
-        "epochs": train.epochs if train.max_steps < 0 else f"{train.max_steps} steps",
-        "batch": f"{train.micro_batch_size} × {train.accumulation}, {train.plan}",
-        "optimizer": train.optimizer,
-        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {warmup}",
+        "epochs": train.num_train_epochs if train.max_steps < 0 else f"{train.max_steps} steps",
+        "batch": f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps}",
+        "sampling": train.train_sampling_strategy,
+        "optimizer": train.optim,
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}, {warmup}",
         "weight decay": f"{train.weight_decay:g}",
         "gradient clipping": f"{train.max_grad_norm:g}",
-        "longest example": f"adaptive, at most {config.data.max_length_cap} tokens",
+        "longest example": f"adaptive, at most {config.data.max_length} tokens",
         "seed": config.seed,
     }
 
