@@ -19,6 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 SPINE = (
     "__init__",
     "errors",
+    "hub",
     "console",
     "files",
     "stop",
