@@ -52,6 +52,10 @@ class Unreadable:
     detail: str
     raw: bytes = b""
 
+    def __str__(self) -> str:
+        # A comma may stand between two values.
+        return self.raw.decode("utf-8", "replace").replace(",", ", ") or self.detail
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
