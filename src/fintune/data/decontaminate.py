@@ -20,8 +20,13 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.data.benchmarks import Question
-from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, sequences, words
+from fintune.config import DataConfig, SourceConfig
+from fintune.console import warn
+from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, passage, sequences, words
+from fintune.data.pii import mask
+from fintune.data.schema import Rejected, to_messages
+from fintune.data.sources import Source, named
+from fintune.errors import DataError
 from fintune.example import Example
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
@@ -52,6 +57,16 @@ ROWS_A_PRODUCT = 2000
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """One benchmark question: where it is from, its text and answer."""
+
+    benchmark: str
+    line: int
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """The nearest question of a contaminated row, and how near by which measure."""
 
@@ -64,18 +79,56 @@ Found = Iterator[tuple[Integers, Integers, Any]]
 """Hits in chunks: indices of rows, indices of questions, scores, equally long."""
 
 
-def contaminated(
-    examples: list[Example], passages: Hashes, questions: list[Question]
-) -> dict[int, Hit]:
-    """Index of every contaminated row with its nearest question, of the first measure that hit.
+def find_benchmarks(config: DataConfig) -> list[Source]:
+    """Every file and hub id of `data.benchmarks`; errors as of `find_sources`."""
+    return named([SourceConfig(**item.model_dump()) for item in config.benchmarks])
+
+
+def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Question]:
+    """Questions of the benchmarks.
 
     Args:
-        passages: one number a row, equal where rows share their longest passage.
+        redact: mask personal data, as in the rows that they are compared with.
+
+    Raises:
+        DataError: a benchmark without one readable question.
     """
+    questions: list[Question] = []
+    for source in sources:
+        found = [_question(source, line, raw, redact) for line, raw in source.rows()]
+        readable = [question for question in found if question]
+        if not readable:
+            raise DataError(
+                f"benchmark {source.name} holds no readable question",
+                fix="its rows need a column prompt, question, user or messages, or name theirs:"
+                " data.benchmarks: [{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]",
+            )
+        if unread := len(found) - len(readable):
+            warn(f"benchmark {source.name}: {unread} rows hold no readable question: not compared")
+        questions += readable
+    return questions
+
+
+def _question(source: Source, line: int, raw: Any, redact: bool) -> Question | None:
+    if isinstance(raw, dict):  # a yes or no is an answer here
+        raw = {name: str(cell) if isinstance(cell, bool) else cell for name, cell in raw.items()}
+    try:
+        messages = to_messages(raw, source.config.columns)
+    except Rejected:
+        return None
+    text = asked(Example(source.name, line, "", messages))
+    if not text.strip():
+        return None
+    texts = (text, messages[-1].content or str(raw.get("answer", "")))
+    return Question(source.name, line, *(mask(each)[0] if redact else each for each in texts))
+
+
+def contaminated(examples: list[Example], questions: list[Question]) -> dict[int, Hit]:
+    """Index of every contaminated row with its nearest question, of the first measure that hit."""
     hits: dict[int, Hit] = {}
     if not examples or not questions:
         return hits
-    texts = _texts(examples, passages, questions)
+    texts = _texts(examples, questions)
     for measure, found in (
         (f"{LONG}-grams", _sequences(texts, LONG, texts.long, COVERED)),
         (f"{SHORT}-grams", _sequences(texts, SHORT, ~texts.long, COVERED_SHORT)),
@@ -104,9 +157,10 @@ class _Texts:
     long_answers: Any
 
 
-def _texts(examples: list[Example], passages: Hashes, questions: list[Question]) -> _Texts:
+def _texts(examples: list[Example], questions: list[Question]) -> _Texts:
     rows = [words(asked(example)) for example in examples]
     hashed = [words(question.text) for question in questions]
+    passages = _hashes([passage(example) for example in examples])
     template = _templates(rows, passages, hashed)
     places = [_own_places(each, template) for each in hashed]
     answers = [question.answer for question in questions]
@@ -115,14 +169,14 @@ def _texts(examples: list[Example], passages: Hashes, questions: list[Question])
         questions=hashed,
         places=places,
         long=np.array([len(own) >= LONG_WORDS for own in places]),
-        row_answers=_answer_ids([example.messages[-1].content for example in examples]),
-        answers=_answer_ids(answers),
+        row_answers=_hashes([normal(example.messages[-1].content) for example in examples]),
+        answers=_hashes(list(map(normal, answers))),
         long_answers=np.array([len(answer.split()) >= ANSWER_WORDS for answer in answers]),
     )
 
 
-def _answer_ids(answers: list[str]) -> Hashes:
-    return np.array([hash64(normal(answer)) for answer in answers], np.uint64)
+def _hashes(texts: list[str]) -> Hashes:
+    return np.array(list(map(hash64, texts)), np.uint64)
 
 
 def _templates(rows: list[Hashes], passages: Hashes, questions: list[Hashes]) -> Hashes:

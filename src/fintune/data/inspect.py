@@ -5,6 +5,7 @@ DataError for a source or a reason that no row has.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow.compute as pc
@@ -24,28 +25,22 @@ FILES = {part: f"{part}.parquet" for part in ("train", "validation", "test")}
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One row of prepared data, decoded."""
+    """One prepared row, decoded."""
 
-    example_id: str
-    source: str
-    line: int
+    row: dict[str, Any]
     part: str
-    group: str
-    length: int
-    trained: int
     pieces: list[tuple[str, bool]]
     """Consecutive text of the conversation, and whether its tokens are trained."""
 
     def text(self) -> Text:
         """The row for a terminal: what is trained in green, what is only read dimmed."""
-        head = (
-            f"{self.example_id}  {self.source}:{self.line}  {self.part}  group {self.group}  "
-            f"{self.length} tokens, {self.trained} trained\n"
-        )
-        line = Text(printable(head), style="bold")
-        for piece, trained in self.pieces:
-            line.append(printable(piece), style="green" if trained else "dim")
-        return line
+        row, trained = self.row, sum(label != IGNORE_INDEX for label in self.row["labels"])
+        place = f"{row['example_id']}  {row['source']}:{row['line']}  {self.part}"
+        head = f"{place}  group {row['group']}  {row['length']} tokens, {trained} trained\n"
+        text = Text(printable(head), style="bold")
+        for piece, is_trained in self.pieces:
+            text.append(printable(piece), style="green" if is_trained else "dim")
+        return text
 
 
 def inspect(
@@ -67,15 +62,13 @@ def inspect(
         DataError: no such row in `part`.
     """
     table = _matching(config, FILES[part], source=source)
-    if row is not None:
-        table = table.filter(pc.starts_with(table["example_id"], row))
+    table = table.filter(pc.starts_with(table["example_id"], row or "")).slice(0, count)
     if table.num_rows == 0:
         raise DataError(
             f"no such row in {config.data_dir / FILES[part]}",
             fix="it may have been dropped: inspect --dropped; or be in another part: --part",
         )
-    tokenizer = load_tokenizer(find_base(config.model, weights=False))
-    return [_shown(found, part, tokenizer) for found in table.slice(0, count).to_pylist()]
+    return _shown(config, [(found, part) for found in table.to_pylist()])
 
 
 def why_dropped(
@@ -103,8 +96,7 @@ def find(
     if not kept and not dropped:
         fix = "lines count from 1; a row of several lines goes by its first"
         raise DataError(f"no row at {source or 'any source'}:{line}", fix=fix)
-    tokenizer = load_tokenizer(find_base(config.model, weights=False)) if kept else None
-    return [_shown(row, part, tokenizer) for row, part in kept], dropped
+    return _shown(config, kept), dropped
 
 
 def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
@@ -123,21 +115,12 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
     return table
 
 
-def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:
-    pieces: list[tuple[list[int], bool]] = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        trained = label != IGNORE_INDEX
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    decoded = [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
-    return Shown(
-        example_id=row["example_id"],
-        source=row["source"],
-        line=row["line"],
-        part=part,
-        group=row["group"],
-        length=row["length"],
-        trained=sum(label != IGNORE_INDEX for label in row["labels"]),
-        pieces=decoded,
-    )
+def _shown(config: Config, rows: list[tuple[dict[str, Any], str]]) -> list[Shown]:
+    tokenizer: Any = load_tokenizer(find_base(config.model, weights=False)) if rows else None
+    shown = []
+    for row, part in rows:
+        tokens = zip(row["input_ids"], row["labels"], strict=True)
+        runs = groupby(tokens, lambda token: token[1] != IGNORE_INDEX)
+        pieces = [(str(tokenizer.decode([i for i, _ in run])), trained) for trained, run in runs]
+        shown.append(Shown(row, part, pieces))
+    return shown
