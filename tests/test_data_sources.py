@@ -52,8 +52,6 @@ def write(folder: Path, name: str) -> Path:
             stream.write(lines)
     elif name == "array.json":
         path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    elif name == "wrapped.json":
-        path.write_text(json.dumps({"data": ROWS}, indent=1), encoding="utf-8")
     else:
         path.write_bytes(lines)
     return path
@@ -61,7 +59,7 @@ def write(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "lines.json", "array.json", "wrapped.json",
+    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "lines.json", "array.json",
      "rows.csv", "rows.parquet"],
 )  # fmt: skip
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:

@@ -56,11 +56,7 @@ def written(form: str, elements: list[str]) -> str:
         return "\n".join(elements)
     if form == "array.json":
         return "[" + ", ".join(elements) + "]"
-    if form == "lined.json":
-        return "[\n  " + ",\n  ".join(elements) + "\n]\n"
-    if form == "line.json":
-        return '{"version": 1, "data": [' + ",".join(elements) + '], "split": "train"}'
-    return '\ufeff{\n "data": [\n  ' + ",\n  ".join(elements) + "\n ]\n}"
+    return "[\n  " + ",\n  ".join(elements) + "\n]\n"
 
 
 def expected(form: str, elements: list[str]) -> list[Any]:
@@ -72,14 +68,10 @@ def expected(form: str, elements: list[str]) -> list[Any]:
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(elements=ELEMENTS)
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize(
-    "form", ["lines.jsonl", "array.json", "lined.json", "line.json", "document.json"]
-)
+@pytest.mark.parametrize("form", ["lines.jsonl", "array.json", "lined.json"])
 def test_every_element_is_counted_once(
     tmp_path: Path, form: str, packing: str, elements: list[str]
 ) -> None:
-    if form in ("line.json", "document.json"):
-        elements = [GOOD[0], *elements]  # a list of objects is what makes a document
     path = tmp_path / f"{form}{packing}"
     raw = written(form, elements).encode("utf-8", "surrogateescape")
     path.write_bytes(PACKERS[packing](raw or b"\n"))
@@ -159,12 +151,8 @@ def test_a_packed_file_without_data_is_one_message(
         ('[{"a": 1}{"a": 2}]', [{"a": 1}, {"a": 2}]),
         ('[[{"a": 1}], []]', [[{"a": 1}], []]),
         ('{"user": ' + "[" * 5000 + '\n{"a": 1}\n{"a": 2}', ["not_json", {"a": 1}, {"a": 2}]),
-        ('{"data": [{"a": 1}, {"a": NaN}]}', [{"a": 1}, "not_json"]),
         ('{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}\n', [{"data": [{"a": n}]} for n in (1, 2)]),
-        ('{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n', [{"a": 1}, "truncated_file"]),
-        ('{"train": [{"a": 1}],\n"test": [{"a": 2}]}', [{"a": 1}, "truncated_file"]),
         ('{"messages": [{"a": 1}]}', [{"messages": [{"a": 1}]}]),
-        ('{\n"user": "q",\n"tags": ["x"]\n}', ["not_json"] * 4),
         ('[{"a": 0},\n{"a": "x",\n{"a": 1}\n]', [{"a": 0}, "truncated_file"]),
     ],
 )  # fmt: skip

@@ -272,6 +272,7 @@ def inspect(
 ) -> None:
     """A row as the model sees it, trained tokens in green; or why a row was dropped."""
     from fintune.data import inspect as shown
+    from fintune.data.report import PARTS
 
     loaded = _load(config, overrides)
     given = {"--row": row, "--part": part, "--count": count, "--reason": reason}
@@ -280,18 +281,19 @@ def inspect(
     for name in given:
         if given[name] is not None and name not in used:
             raise ConfigError(f"{name} means nothing {way}", fix="see: fintune inspect --help")
-    if part not in (None, *shown.FILES):
-        raise ConfigError(f"--part {part}", fix=f"one of {', '.join(shown.FILES)}")
-    kept: list[shown.Shown] = []
+    if part not in (None, *PARTS):
+        raise ConfigError(f"--part {part}", fix=f"one of {', '.join(PARTS)}")
+    kept: list[Any] = []
     out: list[dict[str, Any]] = []
     if dropped:
         out = shown.why_dropped(loaded, source=source, reason=reason, line=line)
     elif line is not None:
         kept, out = shown.find(loaded, line, source)
     else:
-        kept = shown.inspect(loaded, row=row, part=part or "train", count=count or 1, source=source)
+        choice = (row or "", part or "train", count or 1, source)
+        kept = shown.inspect(loaded, *choice)
     for found in kept:
-        console.out.print(found.text())
+        console.out.print(found)
     if out or dropped:
         columns = ["source", "line", "reason", "detail"]
         cells = ([entry[column] for column in columns] for entry in out[: count or 20])

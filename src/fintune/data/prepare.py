@@ -21,7 +21,7 @@ from fintune.data.decontaminate import Question, contaminated, find_benchmarks, 
 from fintune.data.ledger import Ledger
 from fintune.data.ngrams import asked
 from fintune.data.pii import mask_messages
-from fintune.data.report import Parts, Selected, make_manifest, write_report
+from fintune.data.report import PARTS, Parts, Selected, make_manifest, write_report
 from fintune.data.scan import Scanned, scan
 from fintune.data.sources import Source, find_sources
 from fintune.data.split import near_duplicates, split
@@ -35,7 +35,6 @@ MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
 
 ROW_GROUP = 8192
-PARTS = ("train", "validation", "test")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROWS = pa.schema(
     {

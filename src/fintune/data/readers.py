@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintune.data.schema import COLUMNS
 from fintune.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -37,11 +36,6 @@ BOM = b"\xef\xbb\xbf"
 _LONE = re.compile("[\udc80-\udcff]")
 """What bytes that are no UTF-8 become under `surrogateescape`."""
 _SKIPPED = re.compile(r"[\s,]*")
-_KEY = rf'"(?!(?:{"|".join(COLUMNS)})")[^"]*"\s*:\s*'
-_SCALAR = r'(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,\s*'
-_ROWS = re.compile(rf"\s*(?:\[|{{\s*(?:{_KEY}{_SCALAR})*{_KEY}\[(?=\s*{{))")
-"""The opening of an array of rows, or of an object whose first list holds them behind scalars. An
-object with a column of a row is that row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +89,7 @@ def file_batches(path: Path) -> Iterator[Batch]:
         raise DataError(f"{path}: {error}", fix="check that it is what its name says") from None
     if kind == ".csv":
         return grouped(_csv_rows(path, head.partition(b"\n")[0]))
-    if kind == ".json" and not _is_lines(head):
-        return grouped(_elements(path))
-    return _blocks(path)
+    return grouped(_array(path)) if kind == ".json" and head[:1] == b"[" else _blocks(path)
 
 
 def parse(raw: bytes) -> Any:
@@ -134,35 +126,27 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 def _blocks(path: Path) -> Iterator[Batch]:
     """A file cut at line ends; where it breaks off, the unfinished line is an `Unreadable`."""
-    line, read, kept, size, broken = 1, 0, [b""], 0, ""
+    line, read, kept, broken = 1, 0, bytearray(), ""
     try:
         for data in _pieces(path):
-            kept.append(data if read else data.removeprefix(BOM))
-            read, size = read + len(data), size + len(data)
-            if size >= BLOCK_BYTES and b"\n" in data:
-                block, _, rest = b"".join(kept).rpartition(b"\n")
-                yield Batch(line, block + b"\n")
-                line, kept, size = line + block.count(b"\n") + 1, [rest], len(rest)
+            kept += data if read else data.removeprefix(BOM)
+            read += len(data)
+            if len(kept) >= BLOCK_BYTES and b"\n" in data:
+                block, _, kept = kept.rpartition(b"\n")
+                yield Batch(line, bytes(block + b"\n"))
+                line += block.count(b"\n") + 1
     except BROKEN as error:
         broken = f"breaks off behind byte {read}: {error}"[:200]
-    rest = b"".join(kept)
-    if broken:
-        block, end, rest = rest.rpartition(b"\n")
-        at = line + block.count(b"\n") + len(end)
-        yield Batch(line, block + end, [(at, Unreadable("truncated_file", broken, rest))])
-    elif rest:
-        yield Batch(line, rest)
+    if not broken:
+        yield Batch(line, bytes(kept))
+        return
+    block, end, rest = kept.rpartition(b"\n")
+    cut = Unreadable("truncated_file", broken, bytes(rest))
+    yield Batch(line, bytes(block), [(line + block.count(b"\n") + len(end), cut)])
 
 
-def _is_lines(head: bytes) -> bool:
-    """Whether a `.json` that starts so is JSON Lines: a row a line, or nothing that holds rows."""
-    first, _, rest = head.partition(b"\n")
-    whole = isinstance(parse(first), dict) and rest.strip()
-    return bool(whole) or not _ROWS.match(head.decode("utf-8", "replace"))
-
-
-def _elements(path: Path) -> Iterator[tuple[int, Any]]:
-    """Elements of an array, or of a document's first list, from 1.
+def _array(path: Path) -> Iterator[tuple[int, Any]]:
+    """Elements of an array, from 1.
 
     One with NaN or with bytes that are no UTF-8 costs itself; what is no JSON ends the reading.
     """
@@ -174,28 +158,26 @@ def _elements(path: Path) -> Iterator[tuple[int, Any]]:
     text = b"".join(pieces).removeprefix(BOM).decode("utf-8", "surrogateescape")
     constants: list[str] = []
     decoder = json.JSONDecoder(parse_constant=constants.append)
-    number, at = 0, _ROWS.match(text).end()  # type: ignore[union-attr]
+    number, at = 0, text.index("[") + 1
     while not text.startswith("]", at := _SKIPPED.match(text, at).end()):  # type: ignore[union-attr]
-        number += 1
         constants.clear()
         try:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield number, _broken_off(text, at, broken or str(error))
-            return
+            broken = broken or str(error)
+            break
+        number, raw = number + 1, _bytes(text[at:end])
         if constants:
-            row = Unreadable("not_json", f"{constants[0]} is not JSON", _bytes(text[at:end]))
+            row = Unreadable("not_json", f"{constants[0]} is not JSON", raw)
         elif _LONE.search(text, at, end):
-            row = Unreadable("not_utf8", "", _bytes(text[at:end]))
+            row = Unreadable("not_utf8", "", raw)
         yield number, row
         at = end
-    if broken or re.search(r"[\[{]", text[at:]):
-        yield number + 1, _broken_off(text, at, broken or "only a file's first list is read")
-
-
-def _broken_off(text: str, at: int, problem: str) -> Unreadable:
-    detail = f"breaks off behind byte {len(_bytes(text[:at]))}: {problem}"
-    return Unreadable("truncated_file", detail[:200], _bytes(text[at : at + 1000]))
+    if broken or text[at + 1 :].strip():
+        detail = (
+            f"breaks off behind byte {len(_bytes(text[:at]))}: {broken or 'more than an array'}"
+        )
+        yield number + 1, Unreadable("truncated_file", detail[:200], _bytes(text[at : at + 1000]))
 
 
 def _bytes(text: str) -> bytes:
@@ -260,7 +242,6 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
 def _parquet_row(row: pa.RecordBatch) -> Any:
     try:
         return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return Unreadable("not_utf8", f"byte {error.start}", error.object)
     except (ValueError, OverflowError) as error:
-        return Unreadable("not_text", str(error)[:200])
+        reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_text"
+        return Unreadable(reason, str(error)[:200])

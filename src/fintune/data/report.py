@@ -14,6 +14,7 @@ from fintune.data.tokenize import Tokenized
 from fintune.files import sha256_json
 from fintune.page import save_page
 
+PARTS = ("train", "validation", "test")
 Parts = dict[str, list[tuple[str, Tokenized]]]
 """train, validation and test -> rows with the key of their group of related rows."""
 
