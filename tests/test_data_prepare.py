@@ -289,7 +289,7 @@ def test_adding_rows_moves_none_across() -> None:
             if r["assistant"]
         ]
         places = split(examples, 0.15, 0.15)
-        return {e.messages[0].content: p.part for e, p in zip(examples, places, strict=True)}
+        return {e.messages[0].content: part for e, (_, part) in zip(examples, places, strict=True)}
 
     before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
     assert len(set(before.values())) == 3
@@ -329,10 +329,10 @@ def test_related_rows_of_another_passage_are_no_test_rows() -> None:
         examples += [example(f"Read.\n{table}\n{str(n) * 2000}{at}", "x") for n in range(3)]
     places = split(examples, 0.25, 0.25)
     of_group: dict[str, set[str]] = {}
-    for place in places:
-        of_group.setdefault(place.group, set()).add(place.part)
+    for group, part in places:
+        of_group.setdefault(group, set()).add(part)
     assert len(of_group) == 60 and any(len(sides) > 1 for sides in of_group.values())
-    assert set(PARTS) == {place.part for place in places}
+    assert set(PARTS) == {part for _, part in places}
     assert all(sides == {"test"} for sides in of_group.values() if "test" in sides)
 
 

@@ -155,7 +155,7 @@ def test_turns_inside_a_text_become_turns() -> None:
         ({"messages": "x"}, "not_text"),
         ({"user": "q", "assistant": True}, "not_text"),
         ({"user": math.inf, "assistant": "a"}, "not_text"),
-        ({"system": "s", "messages": [{"role": "system", "content": "t"}]}, "two_system_texts"),
+        ({"messages": [{"role": "system", "content": x} for x in "st"]}, "turns_out_of_order"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "turns_out_of_order"),
     ],

@@ -20,13 +20,7 @@ SHOWN = 20_000
 
 SAMPLE = 500
 SCHEMA = pa.schema(
-    {
-        "source": pa.string(),
-        "line": pa.int64(),
-        "row_sha256": pa.string(),
-        "reason": pa.string(),
-        "detail": pa.string(),
-    }
+    [(name, pa.int64() if name == "line" else pa.string()) for name in Dropped.__slots__]
 )
 _ESCAPED = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 

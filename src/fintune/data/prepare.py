@@ -198,15 +198,16 @@ def _fill(
     parts: Parts = {part: [] for part in PARTS}
     configs = {source.name: source.config for source in sources}
     taken: Counter[int] = Counter()
-    for row, place in zip(rows, split([row.example for row in rows], *shares), strict=True):
+    placed = split([row.example for row in rows], *shares)
+    for row, (group, part) in zip(rows, placed, strict=True):
         own = configs[row.example.source]
         if taken[id(own)] >= (own.max_rows or math.inf):
             ledger.drop(row.example, "over_cap", "source")
-        elif len(parts[place.part]) >= caps[place.part]:
-            ledger.drop(row.example, "over_cap", place.part)
+        elif len(parts[part]) >= caps[part]:
+            ledger.drop(row.example, "over_cap", part)
         else:
             taken[id(own)] += 1
-            parts[place.part].append((place.group, row))
+            parts[part].append((group, row))
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 
 

@@ -12,7 +12,6 @@ out choose the checkpoint (validation), and only groups wholly held out for it d
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,22 +39,17 @@ RELATED_SHARE = 0.75
 """Share of the smaller passage's sequences that makes two passages related."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Where a row goes: the key of its group of related rows, and train, validation or test."""
-
-    group: str
-    part: str
-
-
 def part_of(passage_hash: int, validation: float, test: float) -> str:
     """`validation`, `test` or `train`, by the shares of all passages that the first two get."""
     at = hash64("split", str(passage_hash)) / 2**64
     return "validation" if at < validation else "test" if at < validation + test else "train"
 
 
-def split(examples: list[Example], validation: float, test: float) -> list[Placed]:
-    """Group related rows and place each; a test row of a group with others goes to validation."""
+def split(examples: list[Example], validation: float, test: float) -> list[tuple[str, str]]:
+    """The key of every row's group of related rows, and its part.
+
+    A test row of a group that has rows in other parts goes to validation.
+    """
     if not examples:
         return []
     hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
@@ -69,7 +63,7 @@ def split(examples: list[Example], validation: float, test: float) -> list[Place
     for at in own:
         mixed = parts[at] == "test" and len(of_group[groups[at]]) > 1
         part = "validation" if mixed else parts[at]
-        placed.append(Placed(f"{passages[groups[at]]:016x}", part))
+        placed.append((f"{passages[groups[at]]:016x}", part))
     return placed
 
 
