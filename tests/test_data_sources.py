@@ -378,15 +378,13 @@ def test_no_value_of_a_row_that_is_out_is_shown(
     assert "4111" in str(scan(find_sources(off), off, 0, 100).ledger.samples)
 
 
-def test_what_is_no_number_costs_its_own_row_of_an_array(tmp_path: Path) -> None:
-    rows = [dict(ROWS[0]) for _ in range(20)]
-    rows[7]["score"] = float("nan")  # as pandas' missing values are written
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+def test_a_number_that_is_none_is_no_reason_to_drop_a_row(tmp_path: Path) -> None:
+    row = {"user": "q", "assistant": "a", "score": math.nan}  # as json.dumps writes it
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     settings = DataConfig(source=str(tmp_path), language_identifier="none")
     found = scan(find_sources(settings), settings, 0, 100)
-    assert found.read.total() == 20
-    (bad,) = [row for row in found.ledger.rows if row.reason != "duplicate"]
-    assert (bad.line, bad.reason) == (8, "not_json")
+    assert (len(found.candidates), found.ledger.counts()) == (1, {"duplicate": 1})
 
 
 def test_a_bad_line_names_its_reason(tmp_path: Path) -> None:

@@ -93,17 +93,13 @@ def file_batches(path: Path) -> Iterator[Batch]:
 
 
 def parse(raw: bytes) -> Any:
-    """One JSON value, or what is wrong with it."""
+    """One JSON value, or what is wrong with it; NaN is read as the number, as pandas writes it."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(raw)
     except UnicodeDecodeError as error:
         return Unreadable("not_utf8", f"byte {error.start}", raw)
     except (ValueError, RecursionError) as error:
         return Unreadable("not_json", str(error)[:200], raw)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
@@ -148,35 +144,27 @@ def _blocks(path: Path) -> Iterator[Batch]:
 def _array(path: Path) -> Iterator[tuple[int, Any]]:
     """Elements of an array, from 1.
 
-    One with NaN or with bytes that are no UTF-8 costs itself; what is no JSON ends the reading.
+    One with bytes that are no UTF-8 costs itself; what is no JSON ends the reading.
     """
-    pieces, broken = list[bytes](), ""
+    pieces, broken = bytearray(), ""
     try:
-        pieces.extend(_pieces(path))
+        for data in _pieces(path):
+            pieces += data
     except BROKEN as error:
         broken = str(error)
-    text = b"".join(pieces).removeprefix(BOM).decode("utf-8", "surrogateescape")
-    constants: list[str] = []
-    decoder = json.JSONDecoder(parse_constant=constants.append)
+    text = pieces.removeprefix(BOM).decode("utf-8", "surrogateescape")
+    decoder = json.JSONDecoder()
     number, at = 0, text.index("[") + 1
     while not text.startswith("]", at := _SKIPPED.match(text, at).end()):  # type: ignore[union-attr]
-        constants.clear()
         try:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             broken = broken or str(error)
             break
-        number, raw = number + 1, _bytes(text[at:end])
-        if constants:
-            row = Unreadable("not_json", f"{constants[0]} is not JSON", raw)
-        elif _LONE.search(text, at, end):
-            row = Unreadable("not_utf8", "", raw)
-        yield number, row
-        at = end
+        number, raw, at = number + 1, text[at:end], end
+        yield number, Unreadable("not_utf8", "", _bytes(raw)) if _LONE.search(raw) else row
     if broken or text[at + 1 :].strip():
-        detail = (
-            f"breaks off behind byte {len(_bytes(text[:at]))}: {broken or 'more than an array'}"
-        )
+        detail = f"breaks off behind byte {len(_bytes(text[:at]))}: {broken or 'a second value'}"
         yield number + 1, Unreadable("truncated_file", detail[:200], _bytes(text[at : at + 1000]))
 
 
@@ -210,10 +198,8 @@ def _csv_rows(path: Path, header_line: bytes) -> Iterator[tuple[int, Any]]:
             yield line, Unreadable("wrong_cells", str(error)[:200])
             continue
         raw = ",".join(cells)
-        if not raw.strip():
-            continue
-        if not header:
-            header = cells
+        if not header or not raw.strip():
+            header = header or (cells if raw.strip(", ") else [])
         elif len(cells) != len(header):
             detail = f"{len(cells)} cells, {len(header)} columns"
             yield line, Unreadable("wrong_cells", detail, _bytes(raw))

@@ -150,7 +150,7 @@ def _row_sha256(raw: Any) -> str:
         return sha256_bytes(raw.raw)
     try:
         return sha256_json(raw)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):  # NaN, a date, bytes
         return sha256_bytes(repr(raw).encode("utf-8", "backslashreplace"))
 
 
