@@ -326,9 +326,10 @@ def best(bench: Bench) -> Row:
 
 def long(bench: Bench) -> Row:
     """Resident memory and open files of one process, read after each save."""
-    changes = ("train.max_steps=20000", "train.epochs=200", "train.save_steps=50",
-               "train.eval_steps=500", "train.log_steps=50", "train.micro_batch_size=1",
-               "train.accumulation=1", "train.learning_rate=1e-4")  # fmt: skip
+    changes = ("train.max_steps=20000", "train.num_train_epochs=200", "train.save_steps=50",
+               "train.eval_steps=500", "train.logging_steps=50",
+               "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1",
+               "train.learning_rate=1e-4")  # fmt: skip
     config, samples = bench.new(*changes), bench.folder / "samples.jsonl"
 
     def sampled() -> None:

@@ -85,9 +85,8 @@ SEEDS = 100
 """Plans whose neighbour correlation is averaged: of one epoch of 187 steps it is hardly known."""
 VARIANTS = {
     "stratified": {},
-    "random": {"train.plan": "random"},
-    "bucketed": {"train.plan": "bucketed"},
-    "independent masks": {"train.lora.shared_dropout": "false"},
+    "random": {"train.train_sampling_strategy": "random"},
+    "bucketed": {"train.train_sampling_strategy": "bucketed"},
 }
 """Settings whose final loss is compared with `stratified`."""
 MANY = 500_000
@@ -322,7 +321,7 @@ def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, 
         "train.max_steps": steps,
         "train.eval_steps": steps,
         "train.save_steps": steps,
-        "train.lora.dropout": 0.1,
+        "train.lora.lora_dropout": 0.1,
         **changes,
     }
     config = load_config("nano", [f"{key}={value}" for key, value in values.items()])

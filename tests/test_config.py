@@ -37,14 +37,14 @@ def test_overrides_are_typed() -> None:
     ("override", "expected"),
     [
         ("train.learning_rat=1", "did you mean train.learning_rate?"),
-        ("train.group_by_length=true", "train.plan=bucketed"),
-        ("lora_r=8", "train.lora.r"),
-        ("train.epochs=many", "valid integer"),
-        ("train.epochs=0", "greater than or equal to 1"),
+        ("train.epochs=1", "train.num_train_epochs now"),
+        ("train.lora.alpha=8", "train.lora.lora_alpha now"),
+        ("train.num_train_epochs=many", "valid integer"),
+        ("train.num_train_epochs=0", "greater than or equal to 1"),
         ("train.max_steps=0", "-1 trains all epochs"),
         ("train.learning_rate=.nan", "finite"),
         ("train.bucket_boundaries=[20, 10]", "must increase"),
-        ("train.epochs", "key=value"),
+        ("train.num_train_epochs", "key=value"),
         ("name.sub=1", "is a value, not a section"),
         ("name=../up", "pattern"),
         (
@@ -70,7 +70,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatc
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config("nano", ["train.epochs=0", "data.min_tokens=-1", "nonsense=1"])
+        load_config("nano", ["train.num_train_epochs=0", "data.min_tokens=-1", "nonsense=1"])
     assert all(word in str(caught.value) for word in ("epochs", "min_tokens", "nonsense"))
 
 
@@ -94,15 +94,15 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
 @pytest.mark.parametrize(
     ("spelled", "key", "value"),
     [
-        ("010", "train.epochs", 10),
-        ("0o10", "train.epochs", 8),
-        ("0x10", "train.epochs", 16),
+        ("010", "train.num_train_epochs", 10),
+        ("0o10", "train.num_train_epochs", 8),
+        ("0x10", "train.num_train_epochs", 16),
         ("1e-4", "train.learning_rate", 1e-4),
         ("2E+1", "train.weight_decay", 20.0),
         (".5", "train.weight_decay", 0.5),
         ("true", "data.filter_english_only", True),
         ("False", "data.filter_english_only", False),
-        ("null", "train.max_tokens", None),
+        ("null", "train.bucket_boundaries", None),
         ("~", "model.path", None),
         ("'null'", "model.revision", "null"),
         ("010", "name", "010"),
@@ -113,8 +113,8 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         ("1:30", "data.source", "1:30"),
         ("1_000", "data.source", "1_000"),
         ("2024-07-26", "chat.date_string", "2024-07-26"),
-        ("on", "train.activation_checkpointing", "on"),
-        ("off", "data.personal_data", "off"),
+        ("on", "train.gradient_checkpointing", "on"),
+        ("off", "data.pii", "off"),
         ("no", "name", "no"),
         ("{a: 010, b: yes}", "eval.tasks", {"a": "010", "b": "yes"}),
         ("[010, 0o17]", "train.bucket_boundaries", (10, 15)),
@@ -169,7 +169,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
         ("# " + "x" * 2**21, "longer than"),
         ("name: !!python/object/apply:os.system [ls]\n", "tag"),
         ('name: "\\U00110000"\n', "not readable YAML"),
-        ("[a]: 1\n", "a key that is no word"),
+        ("[a]: 1\n", "unhashable key"),
         ("a: 1\n---\nb: 2\n", "not readable YAML"),
         ("<<: {epochs: 1}\n", "<<: unknown key"),
     ],
@@ -201,10 +201,10 @@ SECRET = "sk-proj-AbCdEf0123456789xyz"
         f"eval.judge={{api_key: {SECRET}}}",
         "eval.judge=[{api_key: sesame1}]",
         f"eval={SECRET}",
-        f"train.epochs={SECRET}",
+        f"train.num_train_epochs={SECRET}",
         f"{SECRET}=1",
         f"{SECRET}",
-        f"train.epochs=[{SECRET}",
+        f"train.num_train_epochs=[{SECRET}",
         "eval.judge.base_url=https://me:sesame1@host/v1",
         "eval.judge.base_url={https://me:sesame1@host: 1}",
     ],
@@ -224,8 +224,8 @@ def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
 
 
 def test_what_is_no_secret_is_shown() -> None:
-    with pytest.raises(ConfigError, match=r"train\.epochs: .* \(given: 'many'\)"):
-        load_config("nano", ["train.epochs=many"])
+    with pytest.raises(ConfigError, match=r"train\.num_train_epochs: .* \(given: 'many'\)"):
+        load_config("nano", ["train.num_train_epochs=many"])
     with pytest.raises(ConfigError, match=r"data\.min_tokens: .* \(given: -1\)"):
         load_config("nano", ["data.min_tokens=-1"])
 
@@ -243,11 +243,11 @@ def test_the_config_is_frozen_and_a_moved_run_is_the_same_run() -> None:
         config.seed = 1  # type: ignore[misc]
     moved = load_config("nano", ["out=/elsewhere", "train.out=/elsewhere/run"])
     assert moved.sections("train", "data") == config.sections("train", "data")
-    other = load_config("nano", ["train.epochs=9"])
+    other = load_config("nano", ["train.num_train_epochs=9"])
     assert other.sections("train") != config.sections("train")
 
 
 def test_defaults_are_the_published_recipe() -> None:
     train = Config().train
-    assert (train.lora.r, train.lora.alpha, train.lora.dropout) == (64, 128, 0.1)
+    assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (64, 128, 0.1)
     assert (train.learning_rate, train.warmup_ratio, train.weight_decay) == (1e-4, 0.05, 0.01)

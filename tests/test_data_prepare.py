@@ -251,7 +251,7 @@ def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Pa
     tested = {"user": asked, "assistant": "The fee for a payment abroad was taken twice in March."}
     source = write(tmp_path / "rows.jsonl", [*rows(300), refused, kept, tested])
     benchmark = write(tmp_path / "bench.jsonl", [{"question": asked, "answer": "abroad"}])
-    settings = config(tmp_path / "out", source, personal_data="mask", benchmarks=[str(benchmark)])
+    settings = config(tmp_path / "out", source, pii="mask", benchmarks=[str(benchmark)])
     prepare(settings)
     (hit,) = read_json(settings.data_dir / "contamination.json")["contaminated"]
     assert hit["row_text"] == hit["benchmark_text"] == asked.replace(number, "[CARD]")
@@ -306,7 +306,7 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
     source = write(tmp_path / "rows.jsonl", found)
     placed, cut = [], []
     for cap in (128, 4096):
-        more = {"max_length_cap": cap, "validation_share": 0.2, "test_share": 0.2}
+        more = {"max_length": cap, "validation_share": 0.2, "test_share": 0.2}
         settings = config(tmp_path / str(cap), source, over_length="truncate", **more)
         manifest = prepare(settings)
         cut.append(manifest["truncated"])

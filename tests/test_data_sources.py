@@ -374,7 +374,7 @@ def test_no_value_of_a_row_that_is_out_is_shown(
     shown += [row.detail for row in found.ledger.rows]
     assert len(shown) == 2 * len(found.ledger.rows)
     assert [text for text in shown if any(value in text for value in OF_VALUES)] == []
-    off = DataConfig(source=str(tmp_path), personal_data="off")
+    off = DataConfig(source=str(tmp_path), pii="off")
     assert "4111" in str(scan(find_sources(off), off, 0, 100).ledger.samples)
 
 

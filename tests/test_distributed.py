@@ -51,17 +51,17 @@ def settings(root: Path, prepared: Path, base: Path, **changes: Any) -> list[str
         "data.out": prepared,
         "model.path": base,
         "model.id": "test/tiny",
-        "train.micro_batch_size": 3,
-        "train.accumulation": 4,
-        "train.epochs": 1,
+        "train.per_device_train_batch_size": 3,
+        "train.gradient_accumulation_steps": 4,
+        "train.num_train_epochs": 1,
         "train.max_steps": STEPS,
         "train.eval_steps": 3,
         "train.save_steps": 3,
-        "train.log_steps": 1,
-        "train.eval_rows": 20,
+        "train.logging_steps": 1,
+        "train.max_eval_samples": 20,
         "train.learning_rate": 1e-2,
         "train.precision": "fp32",
-        "train.lora.dropout": 0.0,
+        "train.lora.lora_dropout": 0.0,
     }
     return [f"{key}={value}" for key, value in {**values, **changes}.items()]
 
@@ -210,7 +210,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         model = load_base(
             Base("test/tiny", "x", tiny_base), "none", "fp32", attention=attention.NAME
         )
-        peft = attach(model, LoraConfig(r=4, alpha=8, dropout=0), seed=1)
+        peft = attach(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0), seed=1)
         generator = torch.Generator().manual_seed(3)
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

@@ -84,7 +84,7 @@ EDITS = {
     ),
     "= the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 9'), ("release",)),
     "the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 92'), ("eval",)),
-    "= the ledger": Edit("data/ledger.parquet", flip(0.5), ("inspect --dropped",)),
+    "= the ledger": Edit("data/ledger.parquet", flip(0.5), ("dropped",)),
     "= the training config": Edit("run/config.yaml", swap("seed: 42", "seed: 43"), ("release",)),
     "the training config": Edit("run/config.yaml", swap("seed: 42", "seed: 421"), ("eval",)),
     "= the run's seal": Edit(
@@ -164,7 +164,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, prepared: Path, tiny_base: P
         "model.path": tiny_base,
         "model.id": "test/tiny",
         "train.max_steps": 2,
-        "train.eval_rows": 6,
+        "train.max_eval_samples": 6,
         "train.precision": "fp32",
         "eval.max_new_tokens": 2,
     }
@@ -307,7 +307,7 @@ def test_what_nobody_changed_is_read(chain: Path, tiny_base: Path) -> None:
         ["eval"],
         ["eval", "--rescore"],
         ["plan"],
-        ["inspect", "--dropped"],
+        ["dropped"],
         ["release", "--accept", "a test"],
         ["verify", str(chain / "release"), "--base", str(tiny_base)],
     ):

@@ -215,11 +215,11 @@ def test_inspect_shows_a_row_with_its_line_and_its_trained_tokens(chain: tiny.Ch
 
 
 def test_inspect_tells_why_rows_were_dropped(chain: tiny.Chain) -> None:
-    said = tiny.done("inspect", "--dropped", "--reason", "not_english", *chain.words())
+    said = tiny.done("dropped", "--reason", "not_english", *chain.words())
     assert "dropped rows: 2" in said.out
     lines = [line for line, reason in tiny.planted().items() if reason == "not_english"]
     assert all(f" {line} " in said.out for line in lines)
-    other = tiny.fintune("inspect", "--dropped", "--reason", "bored", *chain.words())
+    other = tiny.fintune("dropped", "--reason", "bored", *chain.words())
     assert (other.code, "not_english" in other.err) == (1, True)
 
 

@@ -41,11 +41,11 @@ def run(root: Path) -> list[dict[str, float]]:
         "data.source": root / "rows.jsonl",
         "train.precision": "fp32",
         "train.max_steps": 12,
-        "train.micro_batch_size": 4,
-        "train.accumulation": 2,
+        "train.per_device_train_batch_size": 4,
+        "train.gradient_accumulation_steps": 2,
         "train.eval_steps": 6,
-        "train.log_steps": 1,
-        "train.lora.dropout": 0.1,
+        "train.logging_steps": 1,
+        "train.lora.lora_dropout": 0.1,
     }
     settings = load_config("nano", [f"{key}={value}" for key, value in changes.items()])
     prepare(settings)

@@ -58,7 +58,7 @@ def test_options_are_answers(tmp_path: Path) -> None:
     config = load_config(out)
     assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #c.jsonl")
     assert (config.model.id, config.model.path) == ("local/base", base)
-    assert config.data.personal_data == "mask", "only the preset's own rows may pass unmasked"
+    assert config.data.pii == "mask", "only the preset's own rows may pass unmasked"
     with pytest.raises(OutputError, match="--force"):
         init(out, **NOTHING | {"preset": "nano"})
     assert load_config(out) == config

@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Config:
         "model.path": base,
         "data.source": root / "rows.jsonl",
         "train.max_steps": 2,
-        "train.eval_rows": 8,
+        "train.max_eval_samples": 8,
         "train.eval_steps": 1,
         "train.save_steps": 2,
     }

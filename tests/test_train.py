@@ -45,17 +45,17 @@ def settings(root: Path, prepared: Path, base: Path) -> list[str]:
         "data.out": prepared,
         "model.path": base,
         "model.id": "test/tiny",
-        "train.micro_batch_size": 2,
-        "train.accumulation": 2,
-        "train.epochs": 1,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 2,
+        "train.num_train_epochs": 1,
         "train.max_steps": STEPS,
         "train.eval_steps": 2,
         "train.save_steps": 2,
-        "train.log_steps": 1,
-        "train.eval_rows": 6,
+        "train.logging_steps": 1,
+        "train.max_eval_samples": 6,
         "train.learning_rate": 1e-2,
         "train.precision": "fp32",
-        "train.lora.dropout": 0.1,
+        "train.lora.lora_dropout": 0.1,
     }
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -131,10 +131,10 @@ def test_an_update_is_the_same_however_it_is_dealt(
         changed = config.train.model_copy(
             update={
                 "out": tmp_path / str(micro),
-                "micro_batch_size": micro,
-                "accumulation": accumulation,
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": accumulation,
                 "max_steps": 1,
-                "lora": config.train.lora.model_copy(update={"dropout": 0.0}),
+                "lora": config.train.lora.model_copy(update={"lora_dropout": 0.0}),
             }
         )
         run = built(config.model_copy(update={"train": changed}))

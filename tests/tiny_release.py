@@ -102,7 +102,7 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
             "out": root,
             "model": {"id": "fintune/tiny", "path": base},
             "data": {"source": str(root / "rows.jsonl")},
-            "train": {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}},
+            "train": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}},
             "release": release,
         }
     )

@@ -95,17 +95,17 @@ def settings(root: Path, prepared: Path, base: Path, *changes: str) -> Config:
         "data.out": prepared,
         "model.path": base,
         "model.id": "test/tiny",
-        "train.micro_batch_size": 2,
-        "train.accumulation": 2,
-        "train.epochs": 1,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 2,
+        "train.num_train_epochs": 1,
         "train.max_steps": STEPS,
         "train.eval_steps": SAVE,
         "train.save_steps": SAVE,
-        "train.log_steps": 1,
-        "train.eval_rows": 6,
+        "train.logging_steps": 1,
+        "train.max_eval_samples": 6,
         "train.learning_rate": 1e-2,
         "train.precision": "fp32",
-        "train.lora.dropout": 0.1,
+        "train.lora.lora_dropout": 0.1,
     }
     return load_config("nano", [*(f"{key}={value}" for key, value in values.items()), *changes])
 
@@ -366,11 +366,17 @@ def drifts(root: Path, prepared: Path, base: Path) -> dict[str, tuple[Callable[.
 
     return {
         "rank": (override("train.lora.r=3"), "config.train.lora.r"),
-        "alpha": (override("train.lora.alpha=99"), "config.train.lora.alpha"),
-        "dropout": (override("train.lora.dropout=0.2"), "config.train.lora.dropout"),
+        "alpha": (override("train.lora.lora_alpha=99"), "config.train.lora.lora_alpha"),
+        "dropout": (override("train.lora.lora_dropout=0.2"), "config.train.lora.lora_dropout"),
         "learning rate": (override("train.learning_rate=1e-3"), "config.train.learning_rate"),
-        "accumulation": (override("train.accumulation=1"), "config.train.accumulation"),
-        "batch": (override("train.micro_batch_size=1"), "config.train.micro_batch_size"),
+        "accumulation": (
+            override("train.gradient_accumulation_steps=1"),
+            "config.train.gradient_accumulation_steps",
+        ),
+        "batch": (
+            override("train.per_device_train_batch_size=1"),
+            "config.train.per_device_train_batch_size",
+        ),
         "seed": (override("seed=7"), "config.seed"),
         "rows removed": (rows(lambda table: table.slice(1)), "data.train.parquet"),
         "rows reordered": (

@@ -25,12 +25,28 @@ from pydantic import (
 )
 
 from fintune.errors import ConfigError
-from fintune.files import read_toml
 from fintune.yaml12 import MOST_CHARACTERS, problem_of, read_yaml, resolved
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-FORMER_NAMES = read_toml(__file__, "former_names.toml")
+_RENAMED = {
+    "data.max_length_cap": "data.max_length",
+    "data.max_validation_rows": "data.max_held_out_rows",
+    "data.personal_data": "data.pii",
+    "train.lora.alpha": "train.lora.lora_alpha",
+    "train.lora.dropout": "train.lora.lora_dropout",
+    "train.epochs": "train.num_train_epochs",
+    "train.micro_batch_size": "train.per_device_train_batch_size",
+    "train.accumulation": "train.gradient_accumulation_steps",
+    "train.plan": "train.train_sampling_strategy",
+    "train.optimizer": "train.optim",
+    "train.schedule": "train.lr_scheduler_type",
+    "train.log_steps": "train.logging_steps",
+    "train.eval_rows": "train.max_eval_samples",
+    "train.activation_checkpointing": "train.gradient_checkpointing",
+    "eval.batch_size": "eval.per_device_eval_batch_size",
+}
+"""Keys of version 0.2.0 that have another name now."""
 SECRETS = re.compile(
     r"""(?ix)(?<![a-z])(?:sk|pk|rk|hf|gh[opsu]|xox[abp]|glpat|AIza|AKIA|ASIA)[-_]?[A-Za-z0-9_-]{12,}
     | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)? | bearer\s+[\w.~+/=-]{8,}
@@ -147,7 +163,7 @@ class DataConfig(Section):
     language_identifier: Literal["fasttext", "none"] = Field(
         "fasttext", description="also identify the language; none: by characters alone"
     )
-    max_length_cap: int = Field(
+    max_length: int = Field(
         2048, ge=64, description="most tokens of a conversation; the adaptive length stays below"
     )
     over_length: Literal["drop", "truncate", "fail"] = Field(
@@ -161,7 +177,7 @@ class DataConfig(Section):
         description="benchmarks whose questions must not be trained: files, folders or hub ids, "
         "each alone or with revision, split (of a hub id: test) and columns",
     )
-    personal_data: Literal["off", "mask", "drop"] = Field(
+    pii: Literal["off", "mask", "drop"] = Field(
         "mask", description="cards, accounts, e-mail, phones: leave, mask, or drop the row"
     )
 
@@ -170,12 +186,8 @@ class LoraConfig(Section):
     """The adapter's shape; names and meaning as in peft."""
 
     r: int = Field(64, ge=1, description="rank of the update")
-    alpha: float = Field(128, gt=0, description="scale is alpha / r")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
-    shared_dropout: bool = Field(
-        True, description="one dropout mask for projections that read the same input"
-    )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases trained beside")
+    lora_alpha: float = Field(128, gt=0, description="scale is lora_alpha / r")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: tuple[str, ...] = Field(
         SEVEN_PROJECTIONS, min_length=1, description="projections that get an adapter"
     )
@@ -186,43 +198,45 @@ class TrainConfig(Section):
 
     out: Path | None = Field(None, description="folder of the run; absent: OUT/run")
     lora: LoraConfig = Field(LoraConfig(), description="the adapter")
-    epochs: int = Field(5, ge=1, description="passes over the training rows")
-    max_steps: int = Field(-1, ge=-1, description="stop after this many updates; -1: all epochs")
-    micro_batch_size: int = Field(16, ge=1, description="examples of one forward pass")
-    accumulation: int = Field(
-        4, ge=1, description="forward passes of one update, of all processes together"
+    num_train_epochs: int = Field(5, ge=1, description="passes over the training rows")
+    max_steps: int = Field(
+        -1, ge=-1, description="stop after this many optimizer steps; -1: all epochs"
     )
-    max_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a forward pass; a step is dealt into more of them"
+    per_device_train_batch_size: int = Field(16, ge=1, description="examples of one forward pass")
+    gradient_accumulation_steps: int = Field(
+        4,
+        ge=1,
+        description="micro-batches of one optimizer step, of all processes together: "
+        "the step is the same for any number of processes",
     )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="several processes: each holds the base (ddp, auto) or a part of it (fsdp)",
     )
-    plan: Literal["stratified", "bucketed", "random"] = Field(
+    train_sampling_strategy: Literal["stratified", "bucketed", "random"] = Field(
         "stratified", description="how examples become batches"
     )
     bucket_boundaries: tuple[int, ...] | None = Field(
-        None, description="lengths that end a bucket (plan=bucketed); absent: chosen"
+        None, description="lengths that end a bucket, for `bucketed`; absent: 8 quantiles"
     )
-    buckets: int = Field(8, ge=1, description="buckets to choose where no boundaries are given")
-    optimizer: str = Field("adamw_torch", description="transformers' name of the optimiser")
+    optim: str = Field("adamw_torch", description="transformers' name of the optimiser")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
-    schedule: str = Field("cosine", description="transformers' name of the schedule")
+    lr_scheduler_type: str = Field("cosine", description="transformers' name of the schedule")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
-    eval_steps: int = Field(50, ge=1, description="updates between evaluations")
-    save_steps: int = Field(100, ge=1, description="updates between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept besides the best")
-    eval_rows: int = Field(
+    eval_steps: int = Field(50, ge=1, description="optimizer steps between evaluations")
+    save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    max_eval_samples: int = Field(
         1_000, ge=1, description="most validation rows of an evaluation while training, by hash"
     )
-    log_steps: int = Field(10, ge=1, description="updates between lines of metrics.jsonl")
+    logging_steps: int = Field(
+        10, ge=1, description="optimizer steps between lines of metrics.jsonl"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 where the device has it (and it is faster), else fp16/fp32"
     )
-    activation_checkpointing: Literal["auto", "on", "off"] = Field(
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="recompute activations in the backward pass to save memory"
     )
     report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as trackio")
@@ -295,7 +309,7 @@ class EvalConfig(Section):
         50, ge=1, description="items of the judged set, by hash: 50 to smoke-test, 200 to decide"
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
-    batch_size: int = Field(32, ge=1, description="prompts answered at once")
+    per_device_eval_batch_size: int = Field(32, ge=1, description="prompts answered at once")
     judge: JudgeConfig = Field(JudgeConfig(), description="the judge")
 
 
@@ -499,9 +513,9 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] != "extra_forbidden":
         said = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {said}{_given(key, problem['input'])}" if key else said
+    if key in _RENAMED:
+        return f"{key}: this key is {_RENAMED[key]} now"
     last = key.rsplit(".", 1)[-1]
-    if last in FORMER_NAMES:
-        return f"{key}: unknown key; here it is {FORMER_NAMES[last]}"
     known = list(dotted_keys())
     near = difflib.get_close_matches(key, known, n=1) or [
         name for name in known if name.rsplit(".", 1)[-1] == last

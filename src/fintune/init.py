@@ -89,7 +89,7 @@ def _overrides(name: str | None, source: str | None, base: str | None) -> list[s
     chosen = {} if name is None else {"name": name, "out": f"runs/{name}"}
     if source is not None:
         # A preset may pass its own rows unmasked; what it knows of them is not true of others.
-        chosen |= {"data.source": source, "data.personal_data": "mask"}
+        chosen |= {"data.source": source, "data.pii": "mask"}
     if base is not None:
         folder = Path(base).expanduser()
         local = {"model.id": f"local/{folder.resolve().name}", "model.path": base}

@@ -96,10 +96,10 @@ def plan(
     if cheapest:
         chosen = " ".join(f"-s {key}={value}" for key, value in cheapest["set"].items())
         facts["notes"].append(f"cheapest: {cheapest['gpu']}, {cheapest['usd']:.2f} USD, {chosen}")
-    most = config.train.micro_batch_size
+    most = config.train.per_device_train_batch_size
     return {
         **facts,
-        "settings": [each for each in settings if each["micro_batch_size"] == most],
+        "settings": [each for each in settings if each["per_device_train_batch_size"] == most],
         "memory_band": MEMORY_BAND,
         "gpus": gpus,
         "cheapest": cheapest and cheapest["gpu"],
@@ -118,7 +118,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     else:
         name = "bf16" if name == "auto" else name
         notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.activation_checkpointing == "on"
+    checkpointing = config.train.gradient_checkpointing == "on"
     keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
     arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
     adapter = {
@@ -149,12 +149,12 @@ def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str
     train, mean, notes = config.train, float(found.train.mean()), list[str]()
     if found.assumed:
         notes.append(f"lengths are assumed, {mean:.0f} tokens on average: prepare for the data's")
-    epoch = _epoch(config, found, train.micro_batch_size)
+    epoch = _epoch(config, found, train.per_device_train_batch_size)
     facts = asdict(batches.facts(found.train, epoch, padded=False))
-    steps = facts["steps"] * train.epochs
+    steps = facts["steps"] * train.num_train_epochs
     facts["steps"] = steps if train.max_steps < 0 else min(steps, train.max_steps)
-    per_step = train.micro_batch_size * train.accumulation
-    trained = min(facts["steps"] * per_step, len(found.train) * train.epochs)
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    trained = min(facts["steps"] * per_step, len(found.train) * train.num_train_epochs)
     rows = {
         "rows": len(found.train),
         "mean_tokens": round(mean, 1),
@@ -177,10 +177,11 @@ def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str
         flops["evaluation_flops"] = evaluated * (block + head)
         share = flops["evaluation_flops"] / (flops["training_flops"] + flops["evaluation_flops"])
         if share > EVALUATION_WARNING:
-            fix = "raise train.eval_steps or lower train.eval_rows"
+            fix = "raise train.eval_steps or lower train.max_eval_samples"
             notes.append(f"{share:.0%} of the run is evaluation: {fix}")
     boundaries = list(train.bucket_boundaries or ())
-    facts |= {"estimated": found.assumed, "plan": train.plan, "boundaries": boundaries}
+    facts |= {"estimated": found.assumed, "boundaries": boundaries}
+    facts["train_sampling_strategy"] = train.train_sampling_strategy
     facts["examples_per_step"] = per_step
     parts = {"base": base, "adapter": adapter, "rows": rows, "batches": facts}
     return {**parts, "flops": flops, "notes": notes}
@@ -191,15 +192,15 @@ def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = N
     if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
         read_data(config.data_dir)
         train = read_train(config.data_dir).lengths
-        validation = read_validation(config.data_dir, config.train.eval_rows).lengths
+        validation = read_validation(config.data_dir, config.train.max_eval_samples).lengths
         labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
         counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
         return Lengths(train, validation, counted / max(int(train.sum()), 1), assumed=False)
     mean, draw = mean_tokens or MEAN_TOKENS, np.random.default_rng(config.seed)
-    evaluated = min(config.train.eval_rows, config.data.max_held_out_rows // 2)
+    evaluated = min(config.train.max_eval_samples, config.data.max_held_out_rows // 2)
     train, validation = (
         draw.lognormal(math.log(mean) - SIGMA**2 / 2, SIGMA, count)
-        .clip(16, config.data.max_length_cap)
+        .clip(16, config.data.max_length)
         .astype(np.int64)
         for count in (rows or config.data.max_train_rows, evaluated)
     )
@@ -234,7 +235,7 @@ def count(config: Config, *, quantized: bool = False) -> ModelSize:
         model.to(torch.bfloat16)  # as autocast computes
         pointwise.fuse(model)
         if not quantized:
-            lora.fuse(model, shared_dropout=config.train.lora.shared_dropout)
+            lora.fuse(model)
         return memory.model_size(model, probes, torch.bfloat16.itemsize)
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise ModelError(
@@ -257,18 +258,16 @@ def _batch(tokens: int) -> dict[str, Any]:
 def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
     """The first epoch with micro-batches of about `rows`; the rows of a step stay the same."""
     train = config.train
-    accumulation = train.accumulation * train.micro_batch_size // rows
-    epoch = epoch_plan(config, found.train, 0, rows, accumulation)
-    if train.max_tokens is None:
-        return epoch
-    parts = batches.micro_batches_under(train.max_tokens, found.train, [epoch], accumulation)
-    return batches.rebalance(found.train, epoch, parts)
+    accumulation = train.gradient_accumulation_steps * train.per_device_train_batch_size // rows
+    return epoch_plan(config, found.train, 0, rows, accumulation)
 
 
 def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:
     """What may be chosen to make a run fit, the fastest first, and its memory."""
     train, settings = config.train, []
-    half = [train.micro_batch_size >> times for times in range(train.micro_batch_size.bit_length())]
+    batch_size = train.per_device_train_batch_size
+    examples = batch_size * train.gradient_accumulation_steps
+    half = [batch_size >> times for times in range(batch_size.bit_length())]
     largest = {
         rows: batches.facts(found.train, _epoch(config, found, rows), padded=False) for rows in half
     }
@@ -276,15 +275,15 @@ def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> li
     for (kind, size), checkpointing, (rows, facts) in choices:
         tokens, on = facts.largest_micro_batch, checkpointing == "on"
         labels = round(tokens * found.label_share)
-        parts = step_memory(size, train.optimizer, tokens, labels, kind, checkpointing=on)
+        parts = step_memory(size, train.optim, tokens, labels, kind, checkpointing=on)
         parts["process"] = CONTEXT_BYTES
-        asked = (config.model.quantization, train.activation_checkpointing)
+        asked = (config.model.quantization, train.gradient_checkpointing)
         settings.append(
             {
                 "quantization": kind,
-                "activation_checkpointing": checkpointing,
-                "micro_batch_size": rows,
-                "accumulation": train.accumulation * train.micro_batch_size // rows,
+                "gradient_checkpointing": checkpointing,
+                "per_device_train_batch_size": rows,
+                "gradient_accumulation_steps": examples // rows,
                 "configured": asked in ((kind, checkpointing), (kind, "auto")),
                 "memory": parts,
                 "peak": memory.peak(parts),
@@ -306,16 +305,16 @@ def _on_gpu(
     if best is None:
         return facts
     total = flops["training_flops"] + flops["evaluation_flops"]
-    if best["activation_checkpointing"] == "on":
+    if best["gradient_checkpointing"] == "on":
         total += flops["recomputation_flops"]
     most, usual, least = (total / (gpu["tflops"] * 3.6e15 * share) for share in PEAK_SHARE)
     usd = rates.get(gpu["name"])
     return facts | {
         "set": {
             "model.quantization": best["quantization"],
-            "train.activation_checkpointing": best["activation_checkpointing"],
-            "train.micro_batch_size": best["micro_batch_size"],
-            "train.accumulation": best["accumulation"],
+            "train.gradient_checkpointing": best["gradient_checkpointing"],
+            "train.per_device_train_batch_size": best["per_device_train_batch_size"],
+            "train.gradient_accumulation_steps": best["gradient_accumulation_steps"],
         },
         "peak": best["peak"],
         "hours": usual,
@@ -368,7 +367,7 @@ def _shown(value: Any) -> str:
 def _setting_row(setting: dict[str, Any]) -> list[str]:
     mark = "* " if setting["configured"] else "  "
     sizes = [*(setting["memory"][name] for name in HELD), setting["peak"]]
-    chosen = [mark + setting["quantization"], setting["activation_checkpointing"]]
+    chosen = [mark + setting["quantization"], setting["gradient_checkpointing"]]
     return chosen + [f"{size / 1e9:.1f}" for size in sizes]
 
 

@@ -39,7 +39,7 @@ def inspect(
     if table.num_rows == 0:
         raise DataError(
             f"no such row in {part}.parquet of {config.data_dir}",
-            fix="it may have been dropped: inspect --dropped; or be in another part: --part",
+            fix="it may have been dropped: fintune dropped, or be in another part: --part",
         )
     return _texts(config, {part: table})
 

@@ -44,7 +44,7 @@ _PHONE = re.compile(
 
 
 def _luhn(digits: str) -> bool:
-    return bool(optional("stdnum.luhn", "data.personal_data", "off").is_valid(digits))
+    return bool(optional("stdnum.luhn", "data.pii", "off").is_valid(digits))
 
 
 def _valid_card(text: str) -> bool:
@@ -59,7 +59,7 @@ def _valid_phone(text: str) -> bool:
 
 def _iban() -> re.Pattern[str]:
     """An account number has its country's length: what follows it may look like more of it."""
-    registry = optional("stdnum.numdb", "data.personal_data", "off").get("iban")
+    registry = optional("stdnum.numdb", "data.pii", "off").get("iban")
     forms = []
     for code in map("".join, product(ascii_uppercase, repeat=2)):
         structure = registry.info(code)[0][1].get("bban", "")  # such as 4!a14!n
@@ -70,7 +70,7 @@ def _iban() -> re.Pattern[str]:
 
 @cache
 def _kinds() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]:
-    key = ("data.personal_data", "off")
+    key = ("data.pii", "off")
     iban, ssn = optional("stdnum.iban", *key), optional("stdnum.us.ssn", *key)
     return (
         ("email", _EMAIL, bool),

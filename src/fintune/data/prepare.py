@@ -78,7 +78,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:
-            questions = read_benchmarks(benchmarks, redact=config.data.personal_data != "off")
+            questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
             manifest = make_manifest(selected, sources, inputs)
             _write(staging, selected, questions, manifest)
@@ -125,11 +125,11 @@ def _select(
         scanned = scan(sources, data, config.seed, wanted)
         ledger = scanned.ledger
         say(f"{len(scanned.candidates)} of {scanned.read.total()} rows go on")
-        examples, masked = _mask(scanned.candidates, data.personal_data, ledger)
+        examples, masked = _mask(scanned.candidates, data.pii, ledger)
         examples, hits = _decontaminate(examples, questions, ledger)
         rows = tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
-        max_length = adaptive_max_length(lengths, data.max_length_cap, data.over_length)
+        max_length = adaptive_max_length(lengths, data.max_length, data.over_length)
         rows = fit(rows, max_length, data.over_length, ledger)
         rows = _drop_near_duplicates(rows, data.near_duplicates, ledger)
         parts, full = _fill(rows, sources, data, ledger)
@@ -248,7 +248,7 @@ def _write(
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
     selected.scanned.ledger.write(folder / "ledger.parquet")
     write_json(folder / "manifest.json", manifest)
-    if selected.masked and manifest["inputs"]["settings"]["personal_data"] == "mask":
+    if selected.masked and manifest["inputs"]["settings"]["pii"] == "mask":
         write_json(folder / "personal.json", {"rows": selected.masked})
     if questions:
         counts = dict(Counter(question.benchmark for question in questions))

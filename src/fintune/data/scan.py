@@ -96,7 +96,7 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
     Exact duplicates go here (the first in hash order stays), and every row of a prompt that
     carries two different labels.
     """
-    found = Scanned(Ledger(redact=config.personal_data != "off"))
+    found = Scanned(Ledger(redact=config.pii != "off"))
     top = TopK(wanted)
     for batch in _batches(sources, config, seed, top):
         found.ledger.extend(batch.ledger)
@@ -121,7 +121,7 @@ def scan_batch(
     Args:
         threshold: rows whose priority is above it come back without their text.
     """
-    found = Scanned(Ledger(redact=config.personal_data != "off"))
+    found = Scanned(Ledger(redact=config.pii != "off"))
     for line, raw in batch.parsed():
         found.read[source.name] += 1
         sha256 = _row_sha256(raw)

@@ -86,7 +86,7 @@ def fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) -> 
         raise DataError(
             f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens;"
             f" the longest, {worst.example.place}, has {worst.length}",
-            fix="raise data.max_length_cap, or set data.over_length=truncate",
+            fix="raise data.max_length, or set data.over_length=truncate",
         )
     kept: list[Tokenized] = []
     for row in rows:

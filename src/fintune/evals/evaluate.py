@@ -306,7 +306,7 @@ def _generate(
                     tokenizer,
                     requests,
                     stop_token_ids=ends,
-                    batch_size=config.eval.batch_size,
+                    batch_size=config.eval.per_device_eval_batch_size,
                 ):
                     made = [
                         {

@@ -37,7 +37,9 @@ def scores(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dic
     if unknown:
         raise ConfigError(f"eval.regression: lm-eval knows no task {', '.join(unknown)}")
     model = HFLM(
-        pretrained=peft_model.get_base_model(), tokenizer=tokenizer, batch_size=config.batch_size
+        pretrained=peft_model.get_base_model(),
+        tokenizer=tokenizer,
+        batch_size=config.per_device_eval_batch_size,
     )
     ran = simple_evaluate(
         model=model,

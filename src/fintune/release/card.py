@@ -150,16 +150,17 @@ def _recipe(config: Config) -> dict[str, Any]:
     train, lora = config.train, config.train.lora
     warmup = f"warm-up {train.warmup_ratio:g}"
     return {
-        "rank, alpha": f"{lora.r}, {lora.alpha:g}",
-        "dropout, bias": f"{lora.dropout:g}, {lora.bias}",
+        "rank, alpha": f"{lora.r}, {lora.lora_alpha:g}",
+        "dropout, bias": f"{lora.lora_dropout:g}, none",
         "target modules": ", ".join(lora.target_modules),
-        "epochs": train.epochs if train.max_steps < 0 else f"{train.max_steps} steps",
-        "batch": f"{train.micro_batch_size} × {train.accumulation}, {train.plan}",
-        "optimizer": train.optimizer,
-        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {warmup}",
+        "epochs": train.num_train_epochs if train.max_steps < 0 else f"{train.max_steps} steps",
+        "batch": f"{train.per_device_train_batch_size} × {train.gradient_accumulation_steps}",
+        "sampling": train.train_sampling_strategy,
+        "optimizer": train.optim,
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}, {warmup}",
         "weight decay": f"{train.weight_decay:g}",
         "gradient clipping": f"{train.max_grad_norm:g}",
-        "longest example": f"adaptive, at most {config.data.max_length_cap} tokens",
+        "longest example": f"adaptive, at most {config.data.max_length} tokens",
         "seed": config.seed,
     }
 

@@ -10,8 +10,8 @@ from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused
 from fintune.model import Base, find_base
-from fintune.untrusted import checks
-from fintune.untrusted.provenance import JUDGED, RESULTS
+from fintune.untrusted import checks, static
+from fintune.untrusted.checks import JUDGED, RESULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def gate(inputs: Inputs, accept: str | None) -> None:
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     best = inputs.config.run_dir / "best"
     reasons = _unaccountable(inputs)
-    reasons += [check.detail for check in checks.check_weights(best) if check.status == "failed"]
+    reasons += [check.detail for check in static.check_weights(best) if check.status == "failed"]
     verdict = inputs.results.get("verdict")
     if verdict != "better" and accept is None:
         reasons.insert(0, f"the verdict is {verdict!r}, not 'better'")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from fintune.config import Config, TrainConfig
 from fintune.console import say
+from fintune.train.checkpoints import KEEP
 
 
 def arguments_dict(
@@ -25,15 +26,16 @@ def arguments_dict(
         accumulation: micro-batches of one update, where the plan needs more than configured.
     """
     train: TrainConfig = config.train
+    bucketed = train.train_sampling_strategy == "bucketed"
     return {
-        "num_train_epochs": train.epochs,
+        "num_train_epochs": train.num_train_epochs,
         "max_steps": train.max_steps,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation or train.accumulation,
-        "train_sampling_strategy": "group_by_length" if train.plan == "bucketed" else "random",
-        "optim": train.optimizer,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation or train.gradient_accumulation_steps,
+        "train_sampling_strategy": "group_by_length" if bucketed else "random",
+        "optim": train.optim,
         "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.schedule,
+        "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": train.warmup_ratio,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
@@ -45,14 +47,14 @@ def arguments_dict(
         "eval_steps": train.eval_steps,
         "save_strategy": "steps",
         "save_steps": train.save_steps,
-        "save_total_limit": train.keep_checkpoints,
+        "save_total_limit": KEEP,
         # transformers refuses this with a save that is no multiple of the evaluation; the best
         # evaluated weights are kept by BestAdapter in any case, and loaded at the end.
         "load_best_model_at_end": train.save_steps % train.eval_steps == 0,
         "metric_for_best_model": "loss",
         "greater_is_better": False,
         "logging_strategy": "steps",
-        "logging_steps": train.log_steps,
+        "logging_steps": train.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "report_to": list(train.report_to) or "none",

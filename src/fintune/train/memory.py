@@ -52,12 +52,12 @@ def in_use(device: torch.device) -> int:
 def recompute(
     train: TrainConfig, model: Any, collator: Collator, precision: str, largest: int
 ) -> tuple[bool, str]:
-    """Resolve `train.activation_checkpointing` and say why.
+    """Resolve `train.gradient_checkpointing` and say why.
 
     Args:
         largest: tokens of the largest micro-batch of the whole plan.
     """
-    choice = train.activation_checkpointing
+    choice = train.gradient_checkpointing
     if choice != "auto":
         on = choice == "on"
         return on, f"gradient checkpointing is {choice}, as set"
@@ -67,7 +67,7 @@ def recompute(
     )
     with _same_masks(model), autocast(model, precision):
         size = model_size(model, batches, DTYPES[precision].itemsize)
-    parts = step_memory(size, train.optimizer, largest, largest, checkpointing=False)
+    parts = step_memory(size, train.optim, largest, largest, checkpointing=False)
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = free_memory(model.device)
     on = needed > HEADROOM * free

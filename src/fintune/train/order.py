@@ -28,9 +28,8 @@ def epoch_plan(
         accumulation=accumulation,
         seed=config.seed,
         epoch=epoch,
-        plan=config.train.plan,
+        plan=config.train.train_sampling_strategy,
         boundaries=config.train.bucket_boundaries,
-        buckets=config.train.buckets,
         world_size=world_size,
     )
 

@@ -1,8 +1,8 @@
 """Several processes of one run: a step shared between them, one of them writing.
 
-An update is the same whatever their number: its `train.accumulation` micro-batches are dealt to the
-ranks, its loss is divided by the label tokens of all. So one process and eight train the same
-adapter, and a checkpoint of eight is continued by one.
+An optimizer step is the same for any world size: its `train.gradient_accumulation_steps`
+micro-batches are divided among the ranks, its loss by the label tokens of all. So one process and
+eight train the same adapter, and a checkpoint of eight is continued by one.
 
 ddp     every process holds the whole base; DDP averages the adapter's gradients.
 fsdp    FSDP2 keeps a part of the frozen base on each process and puts a layer together while it is
@@ -93,11 +93,11 @@ def share(accumulation: int, processes: int) -> int:
     each, left = divmod(accumulation, processes)
     if left:
         raise ConfigError(
-            f"train.accumulation={accumulation} micro-batches an update do not divide among"
-            f" {processes} processes",
-            why="every process takes as many, so that the update is that of one process",
-            fix="change train.accumulation and train.micro_batch_size; their product is the"
-            " examples of an update",
+            f"train.gradient_accumulation_steps={accumulation}: the micro-batches of an optimizer"
+            f" step do not divide among {processes} processes",
+            why="every process takes as many, so that the step is that of one process",
+            fix="change train.gradient_accumulation_steps and train.per_device_train_batch_size;"
+            " their product is the examples of an optimizer step",
         )
     return each
 

@@ -79,7 +79,7 @@ def _train_alone(
     rows = read_train(config.data_dir)
     if len(rows) == 0:
         raise DataError("no training row", fix="see the ledger: fintune inspect")
-    heading(f"train: {len(rows):,} rows, {config.train.epochs} epochs, base {base.id}")
+    heading(f"train: {len(rows):,} rows, {config.train.num_train_epochs} epochs, base {base.id}")
     trainer = _build(config, rows, tokenizer, base, stop, state)
     _train(trainer, config, state)
     processes.from_rank0(lambda: _finish(trainer, rows, state))
@@ -107,15 +107,16 @@ def _order(
 ) -> tuple[Order, int]:
     """The batch plan under a cap on tokens, and the micro-batches of one update and process."""
     train = config.train
-    each = processes.share(train.accumulation, world_size)
+    each = processes.share(train.gradient_accumulation_steps, world_size)
 
     def plan(epoch: int) -> batches.EpochPlan:
-        return epoch_plan(config, rows.lengths, epoch, train.micro_batch_size, each, world_size)
+        batch_size = train.per_device_train_batch_size
+        return epoch_plan(config, rows.lengths, epoch, batch_size, each, world_size)
 
     if cap is None:
         return Order(rows, plan), each
-    plans = [plan(epoch) for epoch in range(train.epochs)]
-    least = train.accumulation
+    plans = [plan(epoch) for epoch in range(train.num_train_epochs)]
+    least = train.gradient_accumulation_steps
     parts = batches.micro_batches_under(cap, rows.lengths, plans, least, world_size, laid)
     return Order(rows, plan, world_size, parts if parts > least else None), parts // world_size
 
@@ -142,9 +143,9 @@ def _build(
         pad_to_multiple_of=CPU_PAD_MULTIPLE if on.type == "cpu" else 1,
     )
     world = processes.world_size()
-    cap = state.max_tokens(config.train.max_tokens)
+    cap = state.max_tokens()
     order, accumulation = _order(config, rows, world, cap, collator.padded_tokens)
-    largest = _largest(order, rows, collator, config.train.epochs)
+    largest = _largest(order, rows, collator, config.train.num_train_epochs)
     tokens = collator.padded_tokens(rows.lengths[largest].tolist())
 
     longest = collator.padded_tokens([int(rows.lengths.max())])
@@ -163,7 +164,7 @@ def _build(
         train_dataset=rows,
         eval_dataset=rows,
         order=order,
-        validation=read_validation(config.data_dir, config.train.eval_rows),
+        validation=read_validation(config.data_dir, config.train.max_eval_samples),
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,
@@ -171,9 +172,10 @@ def _build(
         collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
-    if on.type == "cpu" and config.train.optimizer.startswith("paged"):
-        say(f"{config.train.optimizer}: nothing is paged on a CPU, the arithmetic is the same")
-    say(f"{on.type}, {name}; {order.steps_per_epoch} steps an epoch, plan {config.train.plan}")
+    if on.type == "cpu" and config.train.optim.startswith("paged"):
+        say(f"{config.train.optim}: nothing is paged on a CPU, the arithmetic is the same")
+    sampling = config.train.train_sampling_strategy
+    say(f"{on.type}, {name}; {order.steps_per_epoch} steps an epoch, {sampling} batches")
     return trainer
 
 
@@ -187,7 +189,7 @@ def _recomputed(
     largest: batches.Ints,
 ) -> bool:
     """Whether gradient checkpointing is on: as set, or as estimated and then tried."""
-    choice = config.train.activation_checkpointing
+    choice = config.train.gradient_checkpointing
 
     def estimate() -> tuple[bool, str]:
         if config.train.strategy == "fsdp" and choice == "auto":
@@ -226,7 +228,7 @@ def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str |
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
     pointwise.fuse(peft)
-    left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
+    left = lora.fuse(peft)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
     if sharded:
@@ -253,7 +255,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         state.check_data_order(trainer.order, checkpoint)
         evaluated = not read_json(checkpoint / RESUME)["pending_evaluation"]
         say(f"continuing from {checkpoint}")
-    kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
+    kept = checkpoints.KEEP + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
     processes.from_rank0(lambda: require_free_space(run, needed))
     metrics = (
@@ -263,7 +265,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     )
     total = config.train.max_steps
     if total < 0:
-        total = trainer.order.steps_per_epoch * config.train.epochs
+        total = trainer.order.steps_per_epoch * config.train.num_train_epochs
     longest = trainer.data_collator.padded_tokens([int(trainer.train_dataset.lengths.max())])
     try:
         with (

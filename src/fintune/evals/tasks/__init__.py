@@ -24,6 +24,7 @@ from fintune.evals.grading import UNREFERENCED, Kind, listed_choices
 from fintune.evals.items import Item
 from fintune.example import Message
 from fintune.files import sha256_file
+from fintune.hub import hub_error
 
 Row = dict[str, Any]
 
@@ -129,8 +130,8 @@ def _read(source: str, task: Task) -> Iterator[Row]:
 
     try:
         rows = datasets.load_dataset(source, split=task.split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"eval.tasks: {source} does not load: {str(error)[:200]}") from None
+    except Exception as error:
+        raise hub_error(error, source, setting=f"eval.tasks.{task.name}") from None
     for row in rows:
         yield {**row, **{ours: row.get(theirs) for ours, theirs in task.columns.items()}}
 
