@@ -125,7 +125,7 @@ def _select(
         scanned = scan(sources, data, config.seed, wanted)
         ledger = scanned.ledger
         say(f"{len(scanned.candidates)} of {scanned.read.total()} rows go on")
-        examples, masked = _mask(scanned.candidates, data.pii, ledger)
+        examples, kinds = _mask(scanned.candidates, data.pii, ledger)
         examples, hits = _decontaminate(examples, questions, ledger)
         rows = tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
@@ -135,29 +135,27 @@ def _select(
         parts, full = _fill(rows, sources, data, ledger)
         if full or scanned.complete:
             _check_left(scanned, parts)
-            return Selected(scanned, masked, hits, lengths, max_length, parts)
+            return Selected(scanned, kinds, hits, lengths, max_length, parts)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
 
 def _mask(
     examples: list[Example], policy: str, ledger: Ledger
-) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Rows without personal data (all under `off`), and where which kinds were found."""
+) -> tuple[list[Example], Counter[str]]:
+    """Rows without personal data (all under `off`), and in how many which kinds were found."""
+    kept, counts = list[Example](), Counter[str]()
     if policy == "off":
-        return examples, []
-    kept, found = list[Example](), list[dict[str, Any]]()
+        return examples, counts
     for example in examples:
         messages, kinds = mask_messages(example.messages)
         clean = replace(example, messages=messages)
-        if kinds:
-            place = {"source": example.source, "line": example.line}
-            found.append({**place, "kinds": sorted(kinds)})
+        counts.update(kinds)
         if kinds and policy == "drop":
             ledger.drop(clean, "personal_data", " ".join(sorted(kinds)))
         else:
             kept.append(clean)
-    return kept, found
+    return kept, counts
 
 
 def _decontaminate(
@@ -248,8 +246,6 @@ def _write(
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
     selected.scanned.ledger.write(folder / "ledger.parquet")
     write_json(folder / "manifest.json", manifest)
-    if selected.masked and manifest["inputs"]["settings"]["pii"] == "mask":
-        write_json(folder / "personal.json", {"rows": selected.masked})
     if questions:
         counts = dict(Counter(question.benchmark for question in questions))
         facts = {"benchmarks": counts, "contaminated": selected.contaminated}

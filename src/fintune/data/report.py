@@ -24,8 +24,8 @@ class Selected:
     """All rows of one preparation: kept in a part, or dropped in the ledger."""
 
     scanned: Scanned
-    masked: list[dict[str, Any]]
-    """Source, line and kinds of the rows with personal data."""
+    pii: Counter[str]
+    """Rows in which each kind of personal data was found."""
     contaminated: list[dict[str, Any]]
     lengths: list[int]
     """Tokens of every row before the maximum length applied."""
@@ -49,7 +49,6 @@ def make_manifest(
     if read.total() != sum(sizes.values()) + dropped.total():
         raise AssertionError(f"{read} rows read, {sizes} kept, {dropped}")
     cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
-    kinds = Counter(kind for found in selected.masked for kind in found["kinds"])
     hits = Counter(str(hit["benchmark"]) for hit in selected.contaminated)
     return {
         "rows": {"read": read.total(), **sizes, "dropped": dict(sorted(dropped.items()))},
@@ -69,7 +68,7 @@ def make_manifest(
             **{part: _distribution([r.length for _, r in rows]) for part, rows in parts.items()},
         },
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
-        "personal_data": dict(sorted(kinds.items())),
+        "personal_data": dict(sorted(selected.pii.items())),
         "contamination": dict(sorted(hits.items())),
         "repairs": dict(sorted(scanned.repairs.items())),
         "inputs": inputs,
