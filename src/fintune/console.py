@@ -41,11 +41,6 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
-def one_line(text: str) -> str:
-    """Text of others where a line break would be read as a line of ours, such as a table's cell."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
 def safe_markup(text: str) -> str:
     """Text of others inside rich markup: shown as it is, no control character, no tag."""
     return escape(printable(text))

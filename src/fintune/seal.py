@@ -142,9 +142,8 @@ def lock(folder: Path) -> Iterator[str]:
     check_place(folder)
     path = folder.with_name(f".{folder.name}.lock")
     STOP.guard()
-    with reaching(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with reaching(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         # "r+" opens what can be sought alone: no FIFO, socket or terminal.
         opened = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
@@ -260,7 +259,6 @@ def move_aside(folder: Path) -> Path | None:
     """
     if empty(folder):
         return None
-    check_place(folder)
     check_ours(folder)
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
-from fintune.console import one_line
+from fintune.console import printable
 from fintune.errors import FintuneError, GateRefused
 from fintune.files import read_toml
 
@@ -68,9 +68,10 @@ class Report:
 
     def run(self, stage: Callable[[], Iterable[Check]]) -> None:
         """Add a stage's checks, unless an earlier stage failed."""
-        if not self.failed:
+        for check in [] if self.failed else stage():
             # Names of files stand in details: a line break in one would paint a row of its own.
-            self.checks += [replace(check, detail=one_line(check.detail)) for check in stage()]
+            line = printable(check.detail).replace("\n", "\\n").replace("\t", "\\t")
+            self.checks.append(replace(check, detail=line))
 
     def settle(self) -> None:
         """Raise GateRefused naming each failed check, if there is one."""

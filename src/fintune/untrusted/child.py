@@ -53,13 +53,13 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
     answer, reason = dict[str, Any](), ""
     try:
         sender.close()
-        while not receiver.poll(_POLL_S):
+        while not receiver.poll(_POLL_S) and child.is_alive():
             with suppress(psutil.Error):
                 if psutil.Process(child.pid).memory_info().rss > memory:
                     reason = f"it takes more than {MEMORY / 2**30:.0f} GB of memory"
                     child.kill()
         with suppress(EOFError, OSError, ValueError):
-            answer = json.loads(receiver.recv_bytes(_ANSWER))
+            answer = json.loads(receiver.recv_bytes(_ANSWER)) if receiver.poll() else {}
     finally:  # also where a signal of ours came in between
         receiver.close()
         child.kill()
