@@ -209,14 +209,13 @@ def _labels(path: Path | None) -> dict[str, str]:
         return {}
     try:
         labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
+        if set(labels.values()) <= SCORE.keys():
+            return labels
     except (OSError, ValueError, KeyError, TypeError):
-        labels = {"": ""}
-    if set(labels.values()) <= SCORE.keys():
-        return labels
-    raise DataError(
-        f"--labels {path}: is no file of human verdicts",
-        fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie',
-    )
+        pass
+    what = f"--labels {path}: no file of human verdicts"
+    fix = 'lines such as {"id": "...", "verdict": "adapter"}; or base, or tie'
+    raise DataError(what, fix=fix)
 
 
 def summary(
