@@ -130,7 +130,7 @@ def test_killed_at_every_boundary_of_a_small_save(tmp_path: Path) -> None:
         outcome = harmed(lambda folder=folder: saves(folder), at_boundary(folder, number, die))
         if outcome.code == 0:
             break
-        left = [path for path in checkpoints.checkpoints(folder) if not checkpoints.damage(path)]
+        left = [path for path in checkpoints.checkpoints(folder) if not checkpoints.corrupt(path)]
         assert left or number <= 40, f"boundary {number}: no usable checkpoint"
         assert len(left) == len(checkpoints.checkpoints(folder)), "what has the name is whole"
         saves(folder)
@@ -543,7 +543,7 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
         with pytest.raises(NoSpace), space_for(volume, 0):
             checkpoints.save(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
-        assert checkpoints.damage(volume / "checkpoint-5") is None
+        assert checkpoints.corrupt(volume / "checkpoint-5") is None
         ballast.unlink()
     checkpoints.save(volume, 10, write)
 
@@ -560,7 +560,9 @@ def test_a_full_disk_ends_the_run_at_once(
         if left == 250_000:
             files.free_bytes = lambda folder: 2**60
 
-    outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 3, full))
+    outcome = harmed(
+        lambda: train(config), at_call(trainer.LoraTrainer, "_save_checkpoint", 3, full)
+    )
     assert outcome.code == 74, outcome.text
     assert "the same command continues" in outcome.text
     assert usable(config) == ["checkpoint-5", "checkpoint-10"]
@@ -589,7 +591,6 @@ def test_the_best_adapter_is_looked_at_once_more(new: Callable[..., Config]) -> 
         best = config.run_dir / "best" / trainer.ADAPTER
         data = bytearray(best.read_bytes())
         data[-1] ^= 1
-        best.unlink()  # its bytes are shared with the checkpoints
         best.write_bytes(data)
 
     outcome = harmed(lambda: train(config), at_call(stage, "check_best", 1, swap))

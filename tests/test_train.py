@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,11 +17,9 @@ from fintune.config import Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.plan import dry_run
-from fintune.stop import StopRequest
 from fintune.train import checkpoints, memory, trainer
-from fintune.train.arguments import training_arguments
-from fintune.train.rows import read_train
-from fintune.train.run import _build, train
+from fintune.train.rows import Order, read_train
+from fintune.train.run import build, train
 from fintune.train.run_state import RunState
 
 STEPS = 8
@@ -95,14 +92,8 @@ def built(config: Config) -> Any:
     """The trainer of a config, as `train` builds it."""
     base = find_base(config.model)
     config.run_dir.mkdir(parents=True)
-    return _build(
-        config,
-        read_train(config.data_dir),
-        load_tokenizer(base),
-        base,
-        StopRequest(),
-        RunState(config.run_dir, {}),
-    )
+    rows, state = read_train(config.data_dir), RunState(config.run_dir, {})
+    return build(config, base, load_tokenizer(base), rows, state)
 
 
 def test_updates_move_the_adapter_and_not_a_bit_of_the_base(config: Config) -> None:
@@ -150,7 +141,11 @@ def test_one_process_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """transformers would wrap the model in DataParallel, which cuts a flat batch's boundaries."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
-    assert training_arguments(tmp_path, {}, cpu=False).n_gpu == 1
+    config = load_config("nano", [f"out={tmp_path}"])
+    found = trainer.training_arguments(
+        config, precision="fp32", checkpointing=False, accumulation=1, cpu=False
+    )
+    assert found.n_gpu == 1
 
 
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
@@ -167,12 +162,12 @@ def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            assert path.name in (checkpoints.damage(found[1]) or "")
+            assert path.name in (checkpoints.corrupt(found[1]) or "")
             assert checkpoints.newest(found[1].parent) == found[0]
             path.write_bytes(whole)
-    assert checkpoints.damage(found[1]) is None
+    assert checkpoints.corrupt(found[1]) is None
     shutil.copytree(found[0], tmp_path / "checkpoint-9")
-    assert "step 6" in (checkpoints.damage(tmp_path / "checkpoint-9") or "")
+    assert "'step': 6" in (checkpoints.corrupt(tmp_path / "checkpoint-9") or "")
 
 
 def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> None:
@@ -277,16 +272,16 @@ def test_recomputing_is_decided_by_measured_memory(
     config = load_config("nano")
     base = Base("test/tiny", "x", tiny_base)
     peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
-    rows, collator = read_train(prepared), Collator(padding_free=True, pad_token_id=0)
+    order = Order(config, read_train(prepared), Collator(padding_free=True, pad_token_id=0))
     for free, expected in ((10**12, False), (10**6, True)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        on, why = memory.recompute(config.train, peft, collator, "fp32", 5_000)
+        on, why = memory.estimate(config.train, peft, order, "fp32")
         assert on is expected
-        assert "5,000 tokens" in why
+        assert f"{order.most_tokens:,} tokens" in why
     before = {name: value.clone() for name, value in peft.named_parameters()}
     state = torch.random.get_rng_state()
-    for recomputed in (False, True):
-        memory.try_largest(peft, rows, collator, "fp32", np.arange(4), recomputed=recomputed)
+    for on in (False, True):
+        memory.try_largest(peft, order, "fp32", checkpointing=on)
     assert torch.equal(torch.random.get_rng_state(), state), "a trial leaves no trace"
     assert all(torch.equal(value, before[name]) for name, value in peft.named_parameters())
     assert all(parameter.grad is None for parameter in peft.parameters())

@@ -140,7 +140,7 @@ def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
 def usable(config: Config) -> list[str]:
     """Checkpoints that verify."""
     found = checkpoints.checkpoints(config.run_dir / "checkpoints")
-    return [path.name for path in found if checkpoints.damage(path) is None]
+    return [path.name for path in found if checkpoints.corrupt(path) is None]
 
 
 def send(number: int, mark: Path | None = None) -> None:

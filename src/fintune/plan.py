@@ -26,9 +26,8 @@ from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
 from fintune.train import lora
-from fintune.train.arguments import arguments_dict, effective, training_arguments
-from fintune.train.order import epoch_plan
 from fintune.train.rows import read_select, read_train
+from fintune.train.trainer import effective, training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -118,9 +117,13 @@ def dry_run(config: Config) -> dict[str, Any]:
     else:
         name = "bf16" if name == "auto" else name
         notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.gradient_checkpointing == "on"
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
-    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
+    arguments = training_arguments(
+        config,
+        precision=name,
+        checkpointing=config.train.gradient_checkpointing == "on",
+        accumulation=config.train.gradient_accumulation_steps,
+        cpu=on.type == "cpu",
+    )
     adapter = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in peft_config(config.train.lora).to_dict().items()
@@ -133,7 +136,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         notes.append(f"nothing is said about the base: {error.what}")
     facts = describe(config, lengths(config), size)
     return {
-        "training_arguments": {**arguments, "use_cpu": False},
+        "training_arguments": {**effective(arguments), "use_cpu": False},
         "lora_config": adapter,
         **facts,
         "notes": notes + facts["notes"],
@@ -259,7 +262,15 @@ def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
     """The first epoch with micro-batches of about `rows`; the rows of a step stay the same."""
     train = config.train
     accumulation = train.gradient_accumulation_steps * train.per_device_train_batch_size // rows
-    return epoch_plan(config, found.train, 0, rows, accumulation)
+    return batches.plan_epoch(
+        found.train,
+        micro_batch_size=rows,
+        accumulation=accumulation,
+        seed=config.seed,
+        epoch=0,
+        plan=train.train_sampling_strategy,
+        boundaries=train.bucket_boundaries,
+    )
 
 
 def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:

@@ -1,30 +1,21 @@
-"""Atomic checkpoints with a manifest.
+"""Atomic checkpoints, sealed like every other folder (`seal.py`: size and sha256 of each file).
 
-A checkpoint is written beside its place, every file synced, listed in a manifest of sizes and
-sha256, renamed, the parent synced. transformers writes in place: of 60 random kill -9, 29 left a
-newest checkpoint that its own resume crashed on, with an intact one beside it. Resume here takes
-the newest whose manifest verifies, and says which it skipped and why.
+A checkpoint is written beside its place, every file synced, sealed, renamed, the parent synced.
+transformers writes in place: of 60 random kill -9, 29 left a newest checkpoint that its own resume
+crashed on, with an intact one beside it. A run continues from the newest one whose seal verifies,
+and says which it skipped and why.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from fintune import seal
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import (
-    file_fact,
-    files_below,
-    json_text,
-    sha256_json,
-    staged_folder,
-    write_json,
-)
+from fintune.files import staged_folder
 
-MANIFEST = "manifest.json"
 KEEP = 2
 """Newest checkpoints kept; the best adapter is kept besides."""
 _NAME = re.compile(r"checkpoint-\d+")
@@ -38,42 +29,25 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """
     final = folder / f"checkpoint-{step}"
     if final.exists():
-        if damage(final) is None:
+        if corrupt(final) is None:
             return final
         shutil.rmtree(final)
     with staged_folder(final) as staging:
         write(staging)
-        found = files_below(staging, without=MANIFEST)
-        files = {name: file_fact(path) for name, path in found.items()}
-        write_json(staging / MANIFEST, _manifest(step, files))
+        seal.seal(staging, {"step": step})
     return final
 
 
-def _manifest(step: int, files: dict[str, Any]) -> dict[str, Any]:
-    facts = {"step": step, "files": files}
-    return facts | {"sha256": sha256_json(facts)}
-
-
-def damage(checkpoint: Path) -> str | None:
+def corrupt(checkpoint: Path) -> str | None:
     """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
     try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        step, files = manifest["step"], manifest["files"]
-        if text != json_text(_manifest(step, files)):
-            return f"{MANIFEST} was changed"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
-    if checkpoint.name != f"checkpoint-{step}":
-        return f"{MANIFEST} is of step {step}"
-    found = files_below(checkpoint, without=MANIFEST)
-    for name, saved in files.items():
-        if name not in found:
-            return f"{name} is missing"
-        if (now := file_fact(found[name])) != saved:
-            return f"{name} has {now['bytes']} bytes of sha256 {now['sha256'][:8]}, not {saved}"
-    extra = sorted(found.keys() - files)
-    return f"{extra[0]} was not part of it" if extra else None
+        inputs = seal.read_checked(checkpoint / seal.DONE)["inputs"]
+        if inputs != {"step": step_of(checkpoint)}:
+            return f"{seal.DONE} is of {inputs}"
+        seal.read_seal(checkpoint, stage="checkpoint", make="fintune train")
+    except OutputError as error:
+        return error.what.removeprefix(f"checkpoint: {checkpoint}: ")
+    return None
 
 
 def newest(
@@ -89,7 +63,7 @@ def newest(
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = damage(checkpoint) or incompatible(checkpoint)
+        reason = corrupt(checkpoint) or incompatible(checkpoint)
         if reason is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
@@ -109,16 +83,12 @@ def rotate(folder: Path, keep: int, step: int) -> None:
     best adapter is in each checkpoint and in `best/`, out of reach of this.
     """
     found = checkpoints(folder)
-    sound = [path for path in found if step_of(path) <= step]
-    _sweep(folder)
-    for checkpoint in {*found} - {*sound[-max(keep, 1) :]}:
+    kept = [path for path in found if step_of(path) <= step][-keep:]
+    for checkpoint in {*found} - {*kept}:
         # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
-        checkpoint.rename(checkpoint.with_name(f"{_REMOVED}{checkpoint.name}"))
-    _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Delete removed checkpoints, and the staging folders of killed saves."""
+        removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
     for leftover in (*folder.glob(f"{_REMOVED}*"), *folder.glob(".staging-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -131,5 +101,5 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Updates that a checkpoint folder holds, by its name."""
+    """Optimizer steps that a checkpoint folder holds, by its name."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -5,7 +5,6 @@ A loss spike is a step whose loss exceeds the median of the last WINDOW steps by
 
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +43,14 @@ def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
     """
+
+    def kept(row: dict[str, Any]) -> bool:
+        again = not evaluated and "eval_loss" in row
+        return bool(row["step"] <= resumed_at - again)
+
     with JsonlLog(path) as log:
         rows = log.rows()
-    kept = [
-        row
-        for row in rows
-        if row["step"] < resumed_at
-        or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
-    ]
-    write_jsonl(path, kept)
+    write_jsonl(path, filter(kept, rows))
     return JsonlLog(path, sync=False)
 
 
@@ -83,21 +81,12 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's steps and logs into lines of metrics and progress.
 
     Args:
-        losses: of the steps, as the Trainer's own clipping adds them.
-        tokens: non-padding and padded tokens of an optimizer step, by its number from 0.
-        example_ids: example ids of an optimizer step, by its number from 0.
+        trainer: whose `losses` its own clipping adds, and whose `order` the steps have.
     """
 
-    def __init__(
-        self,
-        metrics: JsonlLog,
-        progress: Meter,
-        losses: Losses,
-        tokens: Callable[[int], tuple[int, int]],
-        example_ids: Callable[[int], list[str]],
-    ) -> None:
-        self._metrics, self._progress, self._losses = metrics, progress, losses
-        self._tokens, self._example_ids = tokens, example_ids
+    def __init__(self, metrics: JsonlLog, progress: Meter, trainer: Any) -> None:
+        self._metrics, self._progress = metrics, progress
+        self._losses, self._order = trainer.losses, trainer.order
         # Since the last logged step: tokens, padded tokens, seconds.
         self._totals = np.zeros(3)
         self._start, self._warned = 0.0, -WINDOW
@@ -109,19 +98,20 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step's tokens and seconds; write down a loss spike."""
         seconds = time.monotonic() - self._start
-        self._totals += (*self._tokens(state.global_step - 1), seconds)
+        micro_batches = self._order.step(state.global_step - 1)
+        self._totals += (*self._order.tokens(micro_batches), seconds)
         self._progress.advance()
         if self._losses.limit is not None:
             self._spike(state, self._losses.last[-1], self._losses.limit)
 
     def _spike(self, state: Any, loss: float, limit: float) -> None:
         step = state.global_step
-        ids = self._example_ids(step - 1)
+        ids = self._order.example_ids(step - 1)
         row = {"step": step, "epoch": round(state.epoch, 4)}
         self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit, "rows": ids})
         if step - self._warned >= WINDOW:
             warn(
-                f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} updates allow"
+                f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
                 f" {limit:.3f}; rows: {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
             )
             self._warned = step
@@ -161,23 +151,16 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = list(read_jsonl(metrics))
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "eval_loss" in row]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-        x, y = [row["step"] for row in steps], [row[key] for row in steps]
-        axis.plot(x, y, color="#4269d0", linewidth=1.4, label="train")
+        for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            label = "held out" if name == "eval_loss" else "train"
+            axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
-    if evaluations:
-        x, y = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
-        axes[0, 0].plot(x, y, color="#ff725c", marker="o", markersize=3, label="held out")
-        best = min(evaluations, key=lambda row: row["eval_loss"])
-        axes[0, 0].axvline(best["step"], color="#ff725c", alpha=0.4, linestyle=":", label="best")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False)
     # No software name in the file, so that equal metrics give equal bytes.
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -5,7 +5,7 @@ record.json   precision, gradient checkpointing and token caps, of one fingerpri
               measurements of the machine, which a second start must not repeat.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +18,12 @@ from fintune.console import say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
 from fintune.files import read_json, sha256_file, sha256_json, write_json, write_text
 from fintune.model import Base
-from fintune.train import checkpoints, memory, processes
-from fintune.train.order import Order
+from fintune.train import checkpoints, distributed, memory
+from fintune.train.rows import Order
 
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 """Packages whose versions are part of the fingerprint."""
+RECORD = "record.json"
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
 SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
@@ -65,19 +66,22 @@ class RunState:
     Attributes:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
-        finished: whether there is nothing left to do.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
+        finished: whether there is nothing left to do.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: dict[str, Any], *, finished: bool = False
+        self,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        accepted: Iterable[dict[str, Any]] = (),
+        record: dict[str, Any] | None = None,
+        *,
+        finished: bool = False,
     ) -> None:
         self.folder, self.fingerprint, self.finished = folder, fingerprint, finished
-        self.sha256 = sha256_json(fingerprint)
-        begun = folder / seal.INPUTS
-        self.accepted = seal.read_checked(begun).get("accepted", []) if begun.is_file() else []
-        path = folder / "record.json"
-        self._record = read_json(path) if path.is_file() else {}
+        self.sha256, self.accepted = sha256_json(fingerprint), [*accepted]
+        self._record = record or {}
         if self._record.get("fingerprint_sha256") != self.sha256:
             # A changed fingerprint resolves anew; how much memory there is stays known.
             caps = self._record.get("token_caps", [])
@@ -87,7 +91,7 @@ class RunState:
     def open(
         cls, config: Config, fingerprint: dict[str, Any], *, fresh: bool, force_resume: str | None
     ) -> "RunState":
-        """Begin or continue a run; every rank calls it.
+        """Begin or continue a run. Collective.
 
         Args:
             fresh: move the folder aside first.
@@ -98,10 +102,26 @@ class RunState:
             ConfigError: the reason is empty.
         """
         folder = config.run_dir
-        opened = processes.from_rank0(lambda: _open(config, fingerprint, fresh, force_resume))
-        run = cls(folder, fingerprint, finished=opened is seal.State.FINISHED)
-        processes.wait()  # every rank has read record.json before rank 0 writes it
-        return run
+
+        def begin() -> tuple[bool, list[dict[str, Any]], dict[str, Any]]:
+            if fresh and (aside := seal.move_aside(folder)):
+                say(f"moved the old run to {aside}")
+            if force_resume is not None:
+                _accept(folder, fingerprint, force_resume)
+            also = ', or go on and have it recorded: --force-resume "why"'
+            state = seal.state(folder, fingerprint, command="fintune train", also=also)
+            if state is not seal.State.FINISHED:
+                seal.start(folder, fingerprint)
+                write_text(folder / "config.yaml", dump_yaml(config))
+            record = folder / RECORD
+            return (
+                state is seal.State.FINISHED,
+                seal.read_checked(folder / seal.INPUTS).get("accepted", []),
+                read_json(record) if record.is_file() else {},
+            )
+
+        finished, accepted, record = distributed.from_rank0(begin)
+        return cls(folder, fingerprint, accepted, record, finished=finished)
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
         """What this run resolved before, or resolves now."""
@@ -110,8 +130,8 @@ class RunState:
     def record(self, name: str, value: Any) -> Any:
         """Resolve anew; rank 0 writes it down."""
         self._record[name] = value
-        if processes.is_rank0():
-            self._write()
+        if distributed.is_rank0():
+            write_json(self.folder / RECORD, self._record)
         return value
 
     @property
@@ -125,13 +145,11 @@ class RunState:
         return min((cap["max_tokens"] for cap in self.token_caps), default=None)
 
     @contextmanager
-    def capping_tokens(self, step: Callable[[], int], largest: int, longest: int) -> Iterator[None]:
+    def capping_tokens(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
         """Turn an out-of-memory error into half the tokens a micro-batch for the next start.
 
         Args:
             step: optimizer steps made so far.
-            largest: tokens of the largest micro-batch of this start.
-            longest: tokens of the longest example, which no cap can divide.
 
         Raises:
             Stopped: out of memory; the same command continues with a lower cap.
@@ -143,19 +161,20 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        if largest <= longest:
+        was, longest = order.most_tokens, order.longest
+        if was <= longest:
             raise ModelError(
                 f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
                 why="a micro-batch cannot be smaller",
                 fix="set train.gradient_checkpointing=on or model.quantization=4bit, or lower"
                 " data.max_length",
             )
-        cap = max(largest // 2, longest)
+        cap = max(was // 2, longest)
         self._record.pop("gradient_checkpointing", None)
-        self.token_caps.append({"step": step(), "was": largest, "max_tokens": cap})
-        self._write()  # by the rank that met it; the others only wait
+        self.token_caps.append({"step": step(), "was": was, "max_tokens": cap})
+        write_json(self.folder / RECORD, self._record)  # by the rank that met it; the others wait
         raise Stopped(
-            f"step {step() + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
+            f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens; saved"
             " is what the last checkpoint holds",
             fix=f"the same command continues, with at most {cap:,} tokens a micro-batch (the same"
             " examples a step)",
@@ -165,7 +184,7 @@ class RunState:
         """Why a checkpoint is not of this run, or None."""
         ours = {self.sha256, *(change["was"] for change in self.accepted)}
         saved = read_json(checkpoint / RESUME)["fingerprint_sha256"]
-        return None if saved in ours else "it is of a run with other inputs"
+        return None if saved in ours else "it is of a run with another fingerprint"
 
     def check_data_order(self, order: Order, checkpoint: Path) -> None:
         """Let the order of rows go on from a checkpoint of this run.
@@ -174,10 +193,10 @@ class RunState:
             OutputError: the rows consumed until there are not those of this order.
         """
         resume, step = read_json(checkpoint / RESUME), checkpoints.step_of(checkpoint)
-        if resume["processes"] != processes.world_size():
+        if resume["processes"] != distributed.world_size():
             warn(
                 f"{checkpoint} is of {resume['processes']} processes, this is a run of"
-                f" {processes.world_size()}: rows and order are the same, dropout masks are not"
+                f" {distributed.world_size()}: rows and order are the same, dropout masks are not"
             )
         if resume["fingerprint_sha256"] != self.sha256:
             order.continue_from(step, resume["consumed_sha256"])
@@ -188,25 +207,6 @@ class RunState:
                 f"{checkpoint} was made with another order of rows",
                 fix="start again: fintune train --fresh",
             )
-
-    def _write(self) -> None:
-        write_json(self.folder / "record.json", self._record)
-
-
-def _open(
-    config: Config, fingerprint: dict[str, Any], fresh: bool, force_resume: str | None
-) -> seal.State:
-    folder = config.run_dir
-    if fresh and (aside := seal.move_aside(folder)):
-        say(f"moved the old run to {aside}")
-    if force_resume is not None:
-        _accept(folder, fingerprint, force_resume)
-    also = ', or go on and have it recorded: --force-resume "why"'
-    state = seal.state(folder, fingerprint, command="fintune train", also=also)
-    if state is not seal.State.FINISHED:
-        seal.start(folder, fingerprint)
-        write_text(folder / "config.yaml", dump_yaml(config))
-    return state
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
