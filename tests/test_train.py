@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from fintune import attention
 from fintune.collate import Collator
-from fintune.config import Config, load_config
+from fintune.config import SEVEN_PROJECTIONS, Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.plan import dry_run
@@ -258,9 +258,7 @@ def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
         0.1,
         "none",
     )
-    assert lora["target_modules"] == sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    assert lora["target_modules"] == [*SEVEN_PROJECTIONS]
     assert plan["batches"]["estimated"] is True
     assert plan["batches"]["steps"] == 3125
     assert plan["batches"]["boundaries"][-1] == 2048

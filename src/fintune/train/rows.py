@@ -72,6 +72,23 @@ def read_select(data_dir: Path, most: int) -> Rows:
     return Rows(table.sort_by("example_id").slice(0, most))
 
 
+def configured_epoch(
+    config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1
+) -> EpochPlan:
+    """An epoch's batches as a config has them."""
+    train = config.train
+    return plan_epoch(
+        lengths,
+        micro_batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps // world_size,
+        seed=config.seed,
+        epoch=epoch,
+        plan=train.train_sampling_strategy,
+        boundaries=train.bucket_boundaries,
+        world_size=world_size,
+    )
+
+
 class Order:
     """The batch plan of a whole run; an epoch is planned when it is asked for.
 
@@ -110,17 +127,7 @@ class Order:
         self.since = self._consumed = (0, "")
 
     def _plan(self, epoch: int) -> EpochPlan:
-        train = self._config.train
-        return plan_epoch(
-            self.rows.lengths,
-            micro_batch_size=train.per_device_train_batch_size,
-            accumulation=train.gradient_accumulation_steps // self._world_size,
-            seed=self._config.seed,
-            epoch=epoch,
-            plan=train.train_sampling_strategy,
-            boundaries=train.bucket_boundaries,
-            world_size=self._world_size,
-        )
+        return configured_epoch(self._config, self.rows.lengths, epoch, self._world_size)
 
     def _epoch(self, number: int) -> EpochPlan:
         plan = self._plan(number)
