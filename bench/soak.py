@@ -45,7 +45,7 @@ from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
-from fintune.train import checkpoints, trainer  # noqa: E402
+from fintune.train import run_state, trainer  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
@@ -154,11 +154,11 @@ def damage(bench: Bench) -> Row:
             if harm is not None:
                 path.write_bytes(harm)
             cases += 1
-            found = checkpoints.corrupt(newest) or ""
+            found = run_state.corrupt(newest) or ""
             # A whole manifest of the same step of another run is sound in itself: a file that
             # differs from it is named.
             named += path.name in found or (path.name == seal.DONE and bool(found))
-            used = checkpoints.newest(folder)
+            used = run_state.newest_checkpoint(folder)
             fell_back += used is not None and used.name == f"checkpoint-{STEPS - SAVE}"
             path.unlink(missing_ok=True)
             path.write_bytes(whole)

@@ -36,7 +36,7 @@ from fintune.files import read_json, read_jsonl
 from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import checkpoints, distributed, lora, trainer
+from fintune.train import distributed, lora, run_state, trainer
 from fintune.train.rows import read_train
 from fintune.train.run import train
 
@@ -170,8 +170,8 @@ def test_several_processes_train_the_adapter_of_one(
     folder = run(world, settings(tmp_path, prepared, tiny_base, **{"train.strategy": strategy}))
     assert_same_run(folder, alone)
     assert read_json(folder / "environment.json")["processes"] == world
-    saved = checkpoints.checkpoints(folder / "checkpoints")
-    assert [checkpoints.corrupt(path) for path in saved] == [None] * len(saved)
+    saved = run_state.checkpoints(folder / "checkpoints")
+    assert [run_state.corrupt(path) for path in saved] == [None] * len(saved)
     assert len(list(saved[-1].glob("rng_state_*.pth"))) == world
 
 
@@ -194,7 +194,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
 
     log = tmp_path / "log.txt"
     assert together(2, log, work) == [75, 75], log.read_text()[-3000:]
-    saved = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    saved = run_state.checkpoints(config.run_dir / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-2"]
     assert not (config.run_dir / "done.json").exists()
     assert_same_run(run(4, values), alone)
@@ -279,8 +279,6 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
 @pytest.mark.parametrize(
     ("variables", "changes", "named"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "ACCELERATE_USE_FSDP asks"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "ACCELERATE_USE_DEEPSPEED asks"),
         ({}, {"train.strategy": "fsdp"}, "only process"),
         ({}, {"train.strategy": "ddp"}, "only process"),
         ({"WORLD_SIZE": "2"}, {"train.strategy": "fsdp", "model.quantization": "4bit"}, "4bit"),

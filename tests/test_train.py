@@ -17,7 +17,7 @@ from fintune.config import SEVEN_PROJECTIONS, Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.plan import dry_run
-from fintune.train import checkpoints, memory, trainer
+from fintune.train import memory, run_state, trainer
 from fintune.train.rows import Order, read_train
 from fintune.train.run import build, train
 from fintune.train.run_state import RunState
@@ -143,14 +143,14 @@ def test_one_process_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
     config = load_config("nano", [f"out={tmp_path}"])
     found = trainer.training_arguments(
-        config, precision="fp32", checkpointing=False, accumulation=1, cpu=False
+        config, precision="fp32", checkpointing=False, accumulation=1
     )
     assert found.n_gpu == 1
 
 
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
     train(config)
-    found = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    found = run_state.checkpoints(config.run_dir / "checkpoints")
     assert [path.name for path in found] == ["checkpoint-6", "checkpoint-8"]
     files = list(found[1].iterdir())
     assert len(files) >= 9
@@ -162,12 +162,12 @@ def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            assert path.name in (checkpoints.corrupt(found[1]) or "")
-            assert checkpoints.newest(found[1].parent) == found[0]
+            assert path.name in (run_state.corrupt(found[1]) or "")
+            assert run_state.newest_checkpoint(found[1].parent) == found[0]
             path.write_bytes(whole)
-    assert checkpoints.corrupt(found[1]) is None
+    assert run_state.corrupt(found[1]) is None
     shutil.copytree(found[0], tmp_path / "checkpoint-9")
-    assert "'step': 6" in (checkpoints.corrupt(tmp_path / "checkpoint-9") or "")
+    assert "'step': 6" in (run_state.corrupt(tmp_path / "checkpoint-9") or "")
 
 
 def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> N
         (staging / "weights").write_text("ba")
         raise OSError(28, "No space left on device")
 
-    checkpoints.save(tmp_path, 5, write)
+    run_state.save_checkpoint(tmp_path, 5, write)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.save(tmp_path, 10, fail)
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
-    checkpoints.save(tmp_path, 10, write)
-    checkpoints.rotate(tmp_path, keep=1, step=10)
-    assert checkpoints.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
+        run_state.save_checkpoint(tmp_path, 10, fail)
+    assert run_state.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    run_state.save_checkpoint(tmp_path, 10, write)
+    run_state.rotate(tmp_path, keep=1, step=10)
+    assert run_state.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
 
 
 @pytest.mark.parametrize("best_at", [2, 4, 6, 8])

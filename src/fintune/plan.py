@@ -123,7 +123,6 @@ def dry_run(config: Config) -> dict[str, Any]:
         precision=name,
         checkpointing=config.train.gradient_checkpointing == "on",
         accumulation=config.train.gradient_accumulation_steps,
-        cpu=on.type == "cpu",
     )
     return {
         "training_arguments": {**effective(arguments), "use_cpu": False},

@@ -9,8 +9,8 @@ fsdp    FSDP2 keeps a shard of the frozen base on each process and gathers a lay
         needed. The adapter (2 % of an 8B base at rank 64) stays whole everywhere under DDP, so
         checkpoints are the same files as with ddp, written by rank 0.
 
-accelerate ignores its own FSDP setting on a CPU without a word, and shards the adapter where it
-does not; DeepSpeed writes its checkpoints itself. `start` refuses both by name.
+accelerate's own FSDP would shard the adapter, and DeepSpeed writes its checkpoints itself: `start`
+refuses a launch of several processes that accelerate runs as one of them.
 
 A function that says "collective" communicates: every rank has to call it, or the others wait.
 """
@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fintune import console
@@ -35,8 +34,6 @@ from fintune.model import device
 from fintune.stop import STOP
 
 T = TypeVar("T")
-_ENGINES = tuple(f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
-"""What `accelerate launch` sets for the engines that a run cannot use."""
 
 
 def world_size() -> int:
@@ -55,13 +52,6 @@ def start(strategy: str, quantization: str) -> None:
     Raises:
         ConfigError: a strategy was asked for that this run would not have.
     """
-    for variable in _ENGINES:
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"{variable} asks for an engine that a run here does not use",
-                why="it would be ignored without a word, or write checkpoints that do not resume",
-                fix="launch without it; train.strategy: fsdp shards the base",
-            )
     if strategy != "auto" and world_size() == 1:
         raise ConfigError(
             f"train.strategy={strategy}, and this is the only process",
@@ -80,7 +70,7 @@ def start(strategy: str, quantization: str) -> None:
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
                 f"{world_size()} processes were launched and accelerate runs them as {kind}",
-                why="each would train alone and all would write the same folder",
+                why="they would train apart, or write checkpoints that do not resume",
                 fix="unset the ACCELERATE_* variables, or: fintune train in one process",
             )
         console.err.quiet = not is_rank0()
@@ -146,7 +136,7 @@ def shard(model: Any) -> None:
     """Keep only this process's shard of the frozen base (FSDP2), layer by layer; the adapter whole.
 
     Raises:
-        ModelError: a base without a list of layers, or a parameter that stayed whole.
+        ModelError: a base without a list of layers.
     """
     base = model.get_base_model()
     layers = getattr(getattr(base, "model", None), "layers", None)
@@ -159,9 +149,6 @@ def shard(model: Any) -> None:
         fully_shard(module, reshard_after_forward=True, ignored_params=trained)
     for parameter in trained:
         parameter.data = parameter.data.to(device())
-    frozen = {name: p for name, p in model.named_parameters() if p not in trained}
-    whole = [name for name, parameter in frozen.items() if not isinstance(parameter, DTensor)]
-    if whole:
-        raise ModelError(f"FSDP2 left {len(whole)} weights whole, such as {whole[0]}")
+    frozen = [name for name, parameter in model.named_parameters() if parameter not in trained]
     # DDP then sees the adapter alone; the name is private, the only way there is.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -20,6 +20,7 @@ from fintune.loss import sum_loss
 from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
 from fintune.model import DTYPES
 from fintune.train import lora
+from fintune.train.distributed import any_rank
 from fintune.train.rows import Order
 
 HEADROOM = 0.7
@@ -42,7 +43,7 @@ def in_use(device: torch.device) -> int:
 
 
 def estimate(train: TrainConfig, model: Any, order: Order, precision: str) -> tuple[bool, str]:
-    """Resolve `train.gradient_checkpointing` and say why."""
+    """Resolve `train.gradient_checkpointing` and say why. Collective."""
     choice = train.gradient_checkpointing
     if choice != "auto":
         return choice == "on", f"gradient checkpointing is {choice}, as set"
@@ -58,7 +59,7 @@ def estimate(train: TrainConfig, model: Any, order: Order, precision: str) -> tu
     parts = step_memory(size, train.optim, largest, largest, checkpointing=False)
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = free_memory(model.device)
-    on = needed > HEADROOM * free
+    on = any_rank(needed > HEADROOM * free)
     return on, (
         f"gradient checkpointing is {'on' if on else 'off'}: {needed / 1e9:.2f} GB for a step"
         f" with the largest micro-batch ({largest:,} tokens), {free / 1e9:.1f} GB free"

@@ -36,7 +36,7 @@ PANELS = {
 }
 
 
-def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
+def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> JsonlLog:
     """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
@@ -97,22 +97,22 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step's tokens and seconds; write down a loss spike."""
-        seconds = time.monotonic() - self._start
-        micro_batches = self._order.step(state.global_step - 1)
-        self._totals += (*self._order.tokens(micro_batches), seconds)
+        step, seconds = state.global_step, time.monotonic() - self._start
+        self._totals += (*self._order.tokens(self._order.step(step - 1)), seconds)
         self._progress.advance()
-        if self._losses.limit is not None:
-            self._spike(state, self._losses.last[-1], self._losses.limit)
-
-    def _spike(self, state: Any, loss: float, limit: float) -> None:
-        step = state.global_step
-        ids = self._order.example_ids(step - 1)
-        row = {"step": step, "epoch": round(state.epoch, 4)}
-        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit, "rows": ids})
+        loss, limit = self._losses.last[-1], self._losses.limit
+        if limit is None:
+            return
+        row = {
+            "step": step,
+            "epoch": round(state.epoch, 4),
+            "rows": self._order.example_ids(step - 1),
+        }
+        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit})
         if step - self._warned >= WINDOW:
             warn(
                 f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
-                f" {limit:.3f}; rows: {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
+                f" {limit:.3f}; its rows are in metrics.jsonl"
             )
             self._warned = step
 
@@ -136,12 +136,9 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
                 "memory_bytes": in_use(kwargs["model"].device),
             }
             self._metrics.append(row)
-            note = (
-                f"loss {row['loss']:.3f}  lr {row['learning_rate']:.1e}"
-                f"  {row['useful_tokens_per_second']:,.0f} tokens/s"
-                f"  padding {row['padding']:.1%}  {row['memory_bytes'] / 1e9:.1f} GB"
-            )
-            self._progress.advance(0, note=note)
+            rate = f"{row['useful_tokens_per_second']:,.0f} tokens/s"
+            memory = f"{row['memory_bytes'] / 1e9:.1f} GB"
+            self._progress.advance(0, note=f"loss {row['loss']:.3f}  {rate}  {memory}")
             self._totals[:] = 0
             trim_heap()
 

@@ -20,10 +20,10 @@ from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
 from fintune.stop import STOP
-from fintune.train import checkpoints, distributed, lora, memory
+from fintune.train import distributed, lora, memory, run_state
 from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.train.rows import Order, Rows, read_select, read_train
-from fintune.train.run_state import PACKAGES, RESUME, RunState, run_fingerprint
+from fintune.train.run_state import KEEP, PACKAGES, RunState, run_fingerprint
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
 from fintune.untrusted.weights import check_weights
 
@@ -90,11 +90,7 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
     with state.capping_tokens(order):
         checkpointing = _checkpointing(config, state, model, order, name)
     arguments = training_arguments(
-        config,
-        precision=name,
-        checkpointing=checkpointing,
-        accumulation=order.accumulation,
-        cpu=on_cpu,
+        config, precision=name, checkpointing=checkpointing, accumulation=order.accumulation
     )
     if distributed.is_rank0():
         files.write_json(state.folder / "training_arguments.json", effective(arguments))
@@ -135,15 +131,13 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
 def _checkpointing(config: Config, state: RunState, model: Any, order: Order, name: str) -> bool:
     """Whether gradient checkpointing is on: as set, or as estimated and then tried. Collective."""
 
-    def estimate() -> tuple[bool, str]:
-        on, why = memory.estimate(config.train, model, order, name)
-        return distributed.any_rank(on), why
-
     def attempt(on: bool) -> None:
         memory.try_largest(model, order, name, checkpointing=on)
 
     on: bool
-    on, why = state.resolve("gradient_checkpointing", estimate)
+    on, why = state.resolve(
+        "gradient_checkpointing", lambda: memory.estimate(config.train, model, order, name)
+    )
     say(why)
     if on or config.train.gradient_checkpointing != "auto":
         attempt(on)
@@ -157,27 +151,18 @@ def _checkpointing(config: Config, state: RunState, model: Any, order: Order, na
 
 def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     """Train from the newest whole checkpoint of this run to the end. Collective."""
-    run, folder = state.folder, state.folder / "checkpoints"
-    checkpoint = distributed.from_rank0(lambda: checkpoints.newest(folder, state.incompatible))
-    done, evaluated = 0, True
-    if checkpoint:
-        done = checkpoints.step_of(checkpoint)
-        state.check_data_order(trainer.order, checkpoint)
-        evaluated = not files.read_json(checkpoint / RESUME)["pending_evaluation"]
-        say(f"continuing from {checkpoint}")
-    new = max(checkpoints.KEEP + 1 - len(checkpoints.checkpoints(folder)), 1)
+    run, order = state.folder, trainer.order
+    checkpoint, done, evaluated = state.continue_order(order)
+    new = max(KEEP + 1 - len(run_state.checkpoints(run / "checkpoints")), 1)
     distributed.from_rank0(lambda: files.require_free_space(run, new * trainer.checkpoint_bytes()))
     total = config.train.max_steps
     if total < 0:
-        total = trainer.order.steps_per_epoch * config.train.num_train_epochs
-    log = (
-        open_metrics(run / "metrics.jsonl", resumed_at=done, evaluated=evaluated)
-        if distributed.is_rank0()
-        else None
-    )
+        total = order.steps_per_epoch * config.train.num_train_epochs
+    path = run / "metrics.jsonl"
+    log = open_metrics(path, done, evaluated) if distributed.is_rank0() else None
     with (
         log or nullcontext(),
-        state.capping_tokens(trainer.order, lambda: trainer.state.global_step),
+        state.capping_tokens(order, lambda: trainer.state.global_step),
         meter("train", total) as bar,
         STOP.at_steps(),
     ):
@@ -193,28 +178,17 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
 
 
 def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
-    """Check the best adapter, write the last files and `done.json`."""
-    check_best(trainer.best)
+    """Write the last files and `done.json`. Raises OutputError: the adapter does nothing."""
+    for check in check_weights(trainer.best):
+        if check.status == "failed":
+            raise OutputError(
+                f"{trainer.best}: {check.detail}",
+                fix="train more steps (the first train.warmup_ratio of them warm up), or change"
+                " train.learning_rate; then: fintune train --fresh",
+            )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)
-
-
-def check_best(best: Path) -> None:
-    """Check that the adapter is the one of the best evaluation, finite and trained.
-
-    Raises:
-        OutputError: it is another one, not finite, or does nothing.
-    """
-    if files.sha256_file(best / ADAPTER) != files.read_json(best / BEST)["sha256"]:
-        raise OutputError(
-            f"{best / ADAPTER} is not the file that the evaluation kept",
-            fix="continue with the same command; where it comes again: fintune train --fresh",
-        )
-    for check in check_weights(best):
-        if check.status == "failed":
-            fix = "change train.learning_rate, or train longer; then: fintune train --fresh"
-            raise OutputError(f"{best}: {check.detail}", fix=fix)
 
 
 def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str, Any]:

@@ -6,7 +6,7 @@ get_train_dataloader   the batch plan decides which rows share an optimizer step
 compute_loss           padding-free, label tokens only, divided by the whole step's tokens
 _clip_grad_norm        stops before an optimizer step that is not finite
 evaluate               exact token-weighted loss over the `select` rows; keeps the best adapter
-_save_checkpoint       whole or not at all (checkpoints.py)
+_save_checkpoint       whole or not at all (run_state.py)
 """
 
 import math
@@ -29,10 +29,11 @@ from fintune.config import Config
 from fintune.console import say
 from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
-from fintune.train import checkpoints, distributed
+from fintune.model import device
+from fintune.train import distributed
 from fintune.train.metrics import Losses
 from fintune.train.rows import Order, RankBatches, Rows
-from fintune.train.run_state import RESUME, RunState
+from fintune.train.run_state import KEEP, RESUME, RunState, rotate, save_checkpoint, step_of
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
@@ -40,11 +41,16 @@ BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
 SKIPS = 40
 """Steps in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
-_PRIVATE = {"output_dir", "hub_token", "push_to_hub", "hub_model_id", "run_name", "local_rank"}
+_SAME_NAME = {
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "learning_rate"),
+    *("lr_scheduler_type", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
+    "logging_steps",
+}
+"""Keys of our config that are transformers' own."""
 
 
 def training_arguments(
-    config: Config, *, precision: str, checkpointing: bool, accumulation: int, cpu: bool
+    config: Config, *, precision: str, checkpointing: bool, accumulation: int
 ) -> TrainingArguments:
     """The TrainingArguments of a run, for one device a process.
 
@@ -60,31 +66,21 @@ def training_arguments(
     bucketed = train.train_sampling_strategy == "bucketed"
     arguments = TrainingArguments(
         output_dir=str(config.run_dir / "checkpoints"),
-        use_cpu=cpu,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        per_device_train_batch_size=train.per_device_train_batch_size,
+        use_cpu=device().type == "cpu",
+        **train.model_dump(include=_SAME_NAME),
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="group_by_length" if bucketed else "random",
-        optim=train.optim,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_ratio,  # transformers 5: below 1 it is a share
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         activation_checkpointing=checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
-        eval_steps=train.eval_steps,
-        save_steps=train.save_steps,
-        save_total_limit=checkpoints.KEEP,
+        save_total_limit=KEEP,
         # transformers refuses this with a save that is no multiple of the evaluation; the best
         # evaluated weights are kept in any case.
         load_best_model_at_end=train.save_steps % train.eval_steps == 0,
         metric_for_best_model="loss",
-        logging_steps=train.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=list(train.report_to) or "none",
@@ -100,11 +96,11 @@ def training_arguments(
 
 
 def effective(arguments: TrainingArguments) -> dict[str, Any]:
-    """What transformers made of them, without folders, devices and tokens; JSON-safe."""
+    """What transformers made of them, as JSON; tokens are masked."""
     return {
         key: value
         for key, value in arguments.to_dict().items()
-        if key not in _PRIVATE and isinstance(value, str | int | float | bool | list | dict | None)
+        if isinstance(value, str | int | float | bool | list | dict | None)
     }
 
 
@@ -253,7 +249,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         if (checkpoint / BEST).exists():
             # `best/` may be of optimizer steps that are undone now.
             distributed.from_rank0(lambda: self._fill_best(lambda to: _copy_best(checkpoint, to)))
-        if checkpoints.step_of(checkpoint) < total:
+        if step_of(checkpoint) < total:
             self.boundaries.resume = resume
             self.train(resume_from_checkpoint=str(checkpoint))
             return
@@ -304,15 +300,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._fill_best(fill)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save whole (checkpoints.py). Collective."""
+        """Save whole (run_state.py). Collective."""
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.store_flos()  # gathers, so every rank has to
         generators = distributed.gather_files(self._save_rng_state)
 
         def save() -> None:
             with files.space_for(folder, self.checkpoint_bytes()):
-                checkpoints.save(folder, step, lambda staging: self._fill(staging, generators))
-            checkpoints.rotate(folder, checkpoints.KEEP, step)
+                save_checkpoint(folder, step, lambda staging: self._fill(staging, generators))
+            rotate(folder, KEEP, step)
 
         distributed.from_rank0(save)
 
