@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -198,7 +197,7 @@ def plans(lengths: Ints) -> dict[str, Any]:
 
 
 def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
-    found = asdict(batches.facts(lengths, plan, padded=padded))
+    found = batches.facts(lengths, plan, padded=padded)
     found["neighbour_correlation"] = neighbour_correlation(lengths, plan)
     return {name: round(value, 4) for name, value in found.items()}
 

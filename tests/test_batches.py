@@ -80,12 +80,12 @@ def test_stratified_steps_are_alike() -> None:
     plan = make(lengths.tolist(), micro_batch_size=16, accumulation=4)
     stratified = facts(lengths, plan, padded=False)
     random = facts(lengths, make(lengths.tolist(), micro_batch_size=16, plan="random"), padded=True)
-    assert stratified.padding == 0
-    assert stratified.step_token_cv <= 0.03
+    assert stratified["padding"] == 0
+    assert stratified["step_token_cv"] <= 0.03
     means = [lengths[np.concatenate(step)].mean() for step in plan.steps]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # 500 steps: noise is 0.045
-    assert random.padding > 0.5
-    assert random.largest_micro_batch > 5 * stratified.largest_micro_batch
+    assert random["padding"] > 0.5
+    assert random["largest_micro_batch"] > 5 * stratified["largest_micro_batch"]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -14,7 +14,7 @@ every w-th of them, after they were balanced.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,23 +34,6 @@ class EpochPlan:
     def rank(self, rank: int, world_size: int) -> list[list[Ints]]:
         """The micro-batches of one process: every `world_size`-th, which plan_epoch made equal."""
         return [step[rank::world_size] for step in self.steps]
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFacts:
-    """What a plan costs, for a person to compare plans by.
-
-    Attributes:
-        steps: optimizer steps of the epoch.
-        largest_micro_batch: padded tokens of the largest micro-batch.
-        padding: share of those tokens that are padding, 0 when padding-free.
-        step_token_cv: standard deviation over mean of non-padding tokens a step, whole steps only.
-    """
-
-    steps: int
-    largest_micro_batch: int
-    padding: float
-    step_token_cv: float
 
 
 def plan_epoch(
@@ -158,18 +141,27 @@ def choose_boundaries(lengths: Ints) -> tuple[int, ...]:
     return tuple(np.unique(-(-quantiles.astype(np.int64) // 16) * 16).tolist())
 
 
-def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
-    """Measure a plan. `padded`: every micro-batch is padded to its longest example."""
+def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> dict[str, Any]:
+    """What a plan costs, for a person to compare plans by.
+
+    Args:
+        padded: every micro-batch is padded to its longest example.
+
+    Returns:
+        `steps`: optimizer steps of the epoch; `largest_micro_batch`: its tokens, padding included;
+        `padding`: share of all tokens; `step_token_cv`: standard deviation over mean of the
+        non-padding tokens of a step, whole steps only.
+    """
     micro = [lengths[batch] for step in plan.steps for batch in step]
     taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
     steps = [np.concatenate(step) for step in plan.steps]
     tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
-    return PlanFacts(
-        steps=len(steps),
-        largest_micro_batch=max(taken),
-        padding=1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
-        step_token_cv=float(tokens.std() / tokens.mean()),
-    )
+    return {
+        "steps": len(steps),
+        "largest_micro_batch": max(taken),
+        "padding": 1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
+        "step_token_cv": float(tokens.std() / tokens.mean()),
+    }
 
 
 def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> list[Ints]:

@@ -7,7 +7,7 @@ is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
 import itertools
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
     """Facts of a run on any device."""
     train, mean = config.train, float(found.train.mean())
-    facts = asdict(batches.facts(found.train, configured_epoch(config, found.train), padded=False))
+    facts = batches.facts(found.train, configured_epoch(config, found.train), padded=False)
     steps = facts["steps"] * train.num_train_epochs
     facts["steps"] = steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps

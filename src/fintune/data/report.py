@@ -78,8 +78,8 @@ def _plans(lengths: Ints) -> list[list[object]]:
         epoch = plan_epoch(lengths, micro_batch_size=16, accumulation=4, seed=0, epoch=0, plan=plan)
         fact = facts(lengths, epoch, padded=padded)
         name = f"{plan}, {'padded' if padded else 'padding-free'}"
-        numbers = (fact.largest_micro_batch, round(fact.step_token_cv, 3))
-        rows.append([name, f"{fact.padding:.1%}", *numbers])
+        numbers = (fact["largest_micro_batch"], round(fact["step_token_cv"], 3))
+        rows.append([name, f"{fact['padding']:.1%}", *numbers])
     return rows
 
 

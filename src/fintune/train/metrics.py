@@ -32,7 +32,7 @@ PANELS = {
     "loss": "loss (nats/token)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
-    "useful_tokens_per_second": "useful tokens / s",
+    "useful_tokens_per_second": "non-padding tokens / s",
 }
 
 
@@ -122,7 +122,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         """Write a line; the Trainer's final summary, which is of no step, is left out."""
         if "eval_loss" in logs:
             self._metrics.append({"step": state.global_step, "epoch": state.epoch, **logs})
-            self._progress.advance(0, note=f"held-out loss {logs['eval_loss']:.3f}")
+            self._progress.advance(0, note=f"validation loss {logs['eval_loss']:.3f}")
         elif "loss" in logs:
             tokens, padded, seconds = self._totals.tolist()
             row = {
@@ -144,7 +144,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw train and held-out loss, learning rate, gradient norm and tokens/s over steps."""
+    """Draw train and validation loss, learning rate, gradient norm and tokens/s over steps."""
     from matplotlib import pyplot as plt
 
     rows = list(read_jsonl(metrics))
@@ -152,7 +152,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
         for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
             points = [(row["step"], row[name]) for row in rows if name in row]
-            label = "held out" if name == "eval_loss" else "train"
+            label = "validation" if name == "eval_loss" else "train"
             axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.25)

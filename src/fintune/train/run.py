@@ -73,7 +73,9 @@ def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     distributed.from_rank0(lambda: _finish(trainer, rows, state))
     memory.trim_heap()
     best = files.read_json(trainer.best / BEST)
-    say(f"train: best held-out loss {best['eval_loss']:.4f} at step {best['step']}, {trainer.best}")
+    say(
+        f"train: best validation loss {best['eval_loss']:.4f} at step {best['step']}, {trainer.best}"
+    )
 
 
 def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:

@@ -225,7 +225,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
-                f"step {self.state.global_step}: the held-out loss is {loss}",
+                f"step {self.state.global_step}: the validation loss is {loss}",
                 why=f"rows of its first such batches: {', '.join(bad[:8]) or 'not of this rank'}",
                 fix="lower train.learning_rate; the same command continues from the checkpoint",
             )
