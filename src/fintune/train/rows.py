@@ -6,7 +6,7 @@ consumed is over the sorted ids of each step.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ class Order:
     ) -> None:
         self.rows, self.collator = rows, collator
         self._config, self._world_size, self._parts = config, world_size, 0
+        self._plan = partial(configured_epoch, config, rows.lengths, world_size=world_size)
         configured = config.train.gradient_accumulation_steps
         self.accumulation = micro_batches_per_rank(configured, world_size)
         if cap is not None:
@@ -125,9 +126,6 @@ class Order:
         first = self.epoch(0).steps
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
         self.since = self._consumed = (0, "")
-
-    def _plan(self, epoch: int) -> EpochPlan:
-        return configured_epoch(self._config, self.rows.lengths, epoch, self._world_size)
 
     def _epoch(self, number: int) -> EpochPlan:
         plan = self._plan(number)

@@ -73,9 +73,8 @@ def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     distributed.from_rank0(lambda: _finish(trainer, rows, state))
     memory.trim_heap()
     best = files.read_json(trainer.best / BEST)
-    say(
-        f"train: best validation loss {best['eval_loss']:.4f} at step {best['step']}, {trainer.best}"
-    )
+    found = f"best validation loss {best['eval_loss']:.4f} at step {best['step']}"
+    say(f"train: {found}, {trainer.best}")
 
 
 def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:
@@ -185,8 +184,7 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
         if check.status == "failed":
             raise OutputError(
                 f"{trainer.best}: {check.detail}",
-                fix="train more steps (the first train.warmup_ratio of them warm up), or change"
-                " train.learning_rate; then: fintune train --fresh",
+                fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
             )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))

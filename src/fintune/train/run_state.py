@@ -13,8 +13,9 @@ verifies, and says which it skipped and why.
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     }
 
 
+@dataclass
 class RunState:
     """An open run.
 
@@ -79,25 +81,22 @@ class RunState:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
+        resolved: what `record.json` holds.
         finished: whether there is nothing left to do.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        fingerprint: dict[str, Any],
-        accepted: Iterable[dict[str, Any]] = (),
-        record: dict[str, Any] | None = None,
-        *,
-        finished: bool = False,
-    ) -> None:
-        self.folder, self.fingerprint, self.finished = folder, fingerprint, finished
-        self.sha256, self.accepted = files.sha256_json(fingerprint), [*accepted]
-        self._record = record or {}
-        if self._record.get("fingerprint_sha256") != self.sha256:
+    folder: Path
+    fingerprint: dict[str, Any]
+    accepted: list[dict[str, Any]] = field(default_factory=list)
+    resolved: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.sha256 = files.sha256_json(self.fingerprint)
+        if self.resolved.get("fingerprint_sha256") != self.sha256:
             # A changed fingerprint resolves anew; how much memory there is stays known.
-            caps = self._record.get("token_caps", [])
-            self._record = {"fingerprint_sha256": self.sha256, "token_caps": caps}
+            caps = self.resolved.get("token_caps", [])
+            self.resolved = {"fingerprint_sha256": self.sha256, "token_caps": caps}
 
     @classmethod
     def open(
@@ -115,7 +114,7 @@ class RunState:
         """
         folder = config.run_dir
 
-        def begin() -> tuple[bool, list[dict[str, Any]], dict[str, Any]]:
+        def begin() -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
             if fresh and (aside := seal.move_aside(folder)):
                 say(f"moved the old run to {aside}")
             if force_resume is not None:
@@ -126,30 +125,27 @@ class RunState:
                 seal.start(folder, fingerprint)
                 files.write_text(folder / "config.yaml", dump_yaml(config))
             record = folder / RECORD
-            return (
-                state is seal.State.FINISHED,
-                seal.read_checked(folder / seal.INPUTS).get("accepted", []),
-                files.read_json(record) if record.is_file() else {},
-            )
+            accepted = seal.read_checked(folder / seal.INPUTS).get("accepted", [])
+            resolved = files.read_json(record) if record.is_file() else {}
+            return accepted, resolved, state is seal.State.FINISHED
 
-        finished, accepted, record = distributed.from_rank0(begin)
-        return cls(folder, fingerprint, accepted, record, finished=finished)
+        return cls(folder, fingerprint, *distributed.from_rank0(begin))
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
         """What this run resolved before, or resolves now."""
-        return self._record[name] if name in self._record else self.record(name, decide())
+        return self.resolved[name] if name in self.resolved else self.record(name, decide())
 
     def record(self, name: str, value: Any) -> Any:
         """Resolve anew; rank 0 writes it down."""
-        self._record[name] = value
+        self.resolved[name] = value
         if distributed.is_rank0():
-            files.write_json(self.folder / RECORD, self._record)
+            files.write_json(self.folder / RECORD, self.resolved)
         return value
 
     @property
     def token_caps(self) -> list[dict[str, int]]:
         """One entry for each out-of-memory error: `step`, the tokens that `was` tried, the cap."""
-        caps: list[dict[str, int]] = self._record["token_caps"]
+        caps: list[dict[str, int]] = self.resolved["token_caps"]
         return caps
 
     def max_tokens(self) -> int | None:
@@ -182,10 +178,10 @@ class RunState:
                 " data.max_length",
             )
         cap = max(was // 2, longest)
-        self._record.pop("gradient_checkpointing", None)
+        self.resolved.pop("gradient_checkpointing", None)
         self.token_caps.append({"step": step(), "was": was, "max_tokens": cap})
         files.write_json(
-            self.folder / RECORD, self._record
+            self.folder / RECORD, self.resolved
         )  # by the rank that met it; the others wait
         raise Stopped(
             f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens; saved"

@@ -130,8 +130,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
         multiple = order.most_tokens if collator.pad_to_multiple_of > 1 else 1
         self._eval_collator = replace(collator, pad_to_multiple_of=multiple)
-        self.boundaries = _Boundaries(self)
-        self.add_callback(self.boundaries)
+        self._resume = dict[str, Any]()
+        self.add_callback(_Boundaries(self))
         if self.args.process_index:
             # Dropout masks of its own; the first keeps those of one process.
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -231,9 +231,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        self.control.should_evaluate = False
         if self.state.best_metric is None or loss < self.state.best_metric:
             self.state.best_metric = loss
             distributed.from_rank0(self._write_best)
@@ -250,23 +248,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             # `best/` may be of optimizer steps that are undone now.
             distributed.from_rank0(lambda: self._fill_best(lambda to: _copy_best(checkpoint, to)))
         if step_of(checkpoint) < total:
-            self.boundaries.resume = resume
+            self._resume = resume
             self.train(resume_from_checkpoint=str(checkpoint))
             return
         # transformers would make one step more where `max_steps` ends inside an epoch.
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
-        if resume["pending_evaluation"]:
-            self.evaluate()
-
-    def begin_from(self, resume: dict[str, Any]) -> None:
-        """Between loading a checkpoint and the first step: sums of the log, accepted changes, an
-        evaluation that a stop cut short."""
-        unlogged, self._total_loss_scalar, self._globalstep_last_logged = resume["logged"]
-        self._tr_loss.fill_(unlogged)
-        if resume["fingerprint_sha256"] != self.run.sha256:
-            self.state.compute_steps(self.args, self.state.max_steps)
-            _take_new_rates(self.optimizer, self.lr_scheduler, self.args.weight_decay)
         if resume["pending_evaluation"]:
             self.evaluate()
 
@@ -326,7 +313,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_metric is not None:
             files.copy_file(self.best / ADAPTER, staging / BEST_ADAPTER)
             files.copy_file(self.best / BEST, staging / BEST)
-        logged = [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged]
+        logged = (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged)
         facts = {
             "pending_evaluation": self._evaluating,
             "consumed_sha256": self.order.consumed_sha256(self.state.global_step),
@@ -349,11 +336,20 @@ class _Boundaries(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, trainer: LoraTrainer) -> None:
-        self._trainer, self.resume = trainer, dict[str, Any]()
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.resume:
-            self._trainer.begin_from(self.resume)
+        """The checkpoint is loaded: sums of the log, accepted changes, an evaluation cut short."""
+        trainer, resume = self._trainer, self._trainer._resume
+        if not resume:
+            return
+        unlogged, trainer._total_loss_scalar, trainer._globalstep_last_logged = resume["logged"]
+        trainer._tr_loss.fill_(unlogged)
+        if resume["fingerprint_sha256"] != trainer.run.sha256:
+            state.compute_steps(args, state.max_steps)
+            _take_new_rates(trainer.optimizer, trainer.lr_scheduler, args.weight_decay)
+        if resume["pending_evaluation"]:
+            trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if distributed.stop_asked():
@@ -363,9 +359,9 @@ class _Boundaries(TrainerCallback):  # type: ignore[misc]
 
 
 def _copy_best(checkpoint: Path, best: Path) -> None:
-    files.copy_file(checkpoint / BEST_ADAPTER, best / ADAPTER)
-    for name in (BEST, "adapter_config.json"):
-        files.copy_file(checkpoint / name, best / name)
+    names = {BEST_ADAPTER: ADAPTER, BEST: BEST, "adapter_config.json": "adapter_config.json"}
+    for source, target in names.items():
+        files.copy_file(checkpoint / source, best / target)
 
 
 def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
