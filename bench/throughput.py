@@ -170,8 +170,8 @@ def make(
     tokenizer.save_pretrained(folder / "model")
     chosen = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
     pq.write_table(chosen, folder / "data" / "train.parquet")
-    held = chosen.slice(0, 4).append_column("part", pa.array(["select"] * 4))
-    pq.write_table(held, folder / "data" / "validation.parquet")
+    for part in ("validation", "test"):
+        pq.write_table(chosen.slice(0, 4), folder / "data" / f"{part}.parquet")
     return chosen
 
 
@@ -197,8 +197,18 @@ def plans(lengths: Ints) -> dict[str, Any]:
 
 
 def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
-    found = batches.facts(lengths, plan, padded=padded)
-    found["neighbour_correlation"] = neighbour_correlation(lengths, plan)
+    """Steps; tokens of the largest micro-batch; share of padding; spread of tokens a step."""
+    micro = [lengths[batch] for step in plan.steps for batch in step]
+    taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
+    steps = [np.concatenate(step) for step in plan.steps]
+    tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
+    found = {
+        "steps": len(steps),
+        "largest_micro_batch": max(taken),
+        "padding": 1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
+        "step_token_cv": float(tokens.std() / tokens.mean()),
+        "neighbour_correlation": neighbour_correlation(lengths, plan),
+    }
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -116,7 +116,8 @@ def test_one_bad_row_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = json.loads(out)["rows"]
     assert code == 0
     assert rows["read"] == 123, "a blank line is no row"
-    assert rows["read"] == rows["train"] + rows["validation"] + sum(rows["dropped"].values())
+    kept = sum(rows[part] for part in ("train", "validation", "test"))
+    assert rows["read"] == kept + sum(rows["dropped"].values())
     assert rows["dropped"]["not_json"] == 1
     code, out, _ = run(
         capsys, "dropped", "-c", "nano", "--reason", "not_json",

@@ -169,7 +169,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
         ("# " + "x" * 2**21, "longer than"),
         ("name: !!python/object/apply:os.system [ls]\n", "tag"),
         ('name: "\\U00110000"\n', "not readable YAML"),
-        ("[a]: 1\n", "a key that is no word"),
+        ("[a]: 1\n", "unhashable key"),
         ("a: 1\n---\nb: 2\n", "not readable YAML"),
         ("<<: {epochs: 1}\n", "<<: unknown key"),
     ],

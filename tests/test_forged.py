@@ -75,12 +75,12 @@ RIGHT = swap('"text": "', '"text": "7')
 EDITS = {
     "= a bit of the training rows": Edit("data/train.parquet", flip(0.3), ("train", "eval")),
     "= another bit of them": Edit("data/train.parquet", flip(0.6), ("release", "plan")),
-    "= a bit of the held-out rows": Edit(
-        "data/validation.parquet", flip(0.3), ("eval", "train", "train --dry-run")
+    "= a bit of the test rows": Edit(
+        "data/test.parquet", flip(0.3), ("eval", "train", "train --dry-run")
     ),
-    "more held-out rows": Edit("data/validation.parquet", appended, ("release",)),
-    "= held-out rows, resealed": Edit(
-        "data/validation.parquet", flip(0.999), ("release",), 3, resealed=True
+    "more validation rows": Edit("data/validation.parquet", appended, ("release",)),
+    "= test rows, resealed": Edit(
+        "data/test.parquet", flip(0.999), ("release",), 3, resealed=True
     ),
     "= the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 9'), ("release",)),
     "the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 92'), ("eval",)),

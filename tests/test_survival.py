@@ -445,7 +445,6 @@ def test_a_volume_without_locks_is_told_of(
     with seal.lock(tmp_path / "run") as dead:
         assert dead == ""
     assert "has no locks" in capsys.readouterr().err
-    metrics.open_metrics(tmp_path / "metrics.jsonl").close()
 
 
 def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> None:

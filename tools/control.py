@@ -4,7 +4,7 @@
 
 Takes the finished demo, shuffles the training answers among rows of the same task (so the control
 sees the same answers, as often, to the wrong questions), trains and evaluates it the same way, and
-prints base, control, adapter and always-the-commonest-answer on the same `decide` questions, with
+prints base, control, adapter and always-the-commonest-answer on the same test questions, with
 paired 95 % intervals. Then checks that no training row holds the entity of such a question together
 with one of its numbers. About four minutes on two cores.
 """
@@ -87,7 +87,7 @@ def key(text: str | None) -> str:
 
 
 def entity_and_number_in_training(demo: Config) -> int:
-    """Count `decide` questions of which some training row holds an entity and a number together."""
+    """Count test questions of which some training row holds an entity and a number together."""
     train_rows = pq.read_table(demo.data_dir / "train.parquet", columns=["messages"]).to_pylist()
     numbers_of: dict[str, set[str]] = {}
     for row in train_rows:
@@ -134,12 +134,11 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
         gain = paired(
             [a - b for a, b in zip(scores["adapter"], own, strict=True)], groups, seed=demo.seed
         )
+        low, high = gain["ci95"]
         found[who] = {"accuracy": round(share, 4)}
         if who != "adapter":
-            found[who] |= {"adapter_gain_ci95": [round(gain.low, 4), round(gain.high, 4)]}
-        interval = (
-            "" if who == "adapter" else f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-        )
+            found[who] |= {"adapter_gain_ci95": [round(low, 4), round(high, 4)]}
+        interval = "" if who == "adapter" else f"{gain['value']:+.1%} ({low:+.1%} to {high:+.1%})"
         lines.append((who, f"{share:.1%}", interval))
     console.table(f"{len(adapter)} questions", ["", "right", "adapter's gain, 95 %"], lines)
     return found

@@ -14,7 +14,7 @@ every w-th of them, after they were balanced.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,29 +139,6 @@ def choose_boundaries(lengths: Ints) -> tuple[int, ...]:
     """
     quantiles = np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="higher")
     return tuple(np.unique(-(-quantiles.astype(np.int64) // 16) * 16).tolist())
-
-
-def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> dict[str, Any]:
-    """What a plan costs, for a person to compare plans by.
-
-    Args:
-        padded: every micro-batch is padded to its longest example.
-
-    Returns:
-        `steps`: optimizer steps of the epoch; `largest_micro_batch`: its tokens, padding included;
-        `padding`: share of all tokens; `step_token_cv`: standard deviation over mean of the
-        non-padding tokens of a step, whole steps only.
-    """
-    micro = [lengths[batch] for step in plan.steps for batch in step]
-    taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
-    steps = [np.concatenate(step) for step in plan.steps]
-    tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
-    return {
-        "steps": len(steps),
-        "largest_micro_batch": max(taken),
-        "padding": 1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
-        "step_token_cv": float(tokens.std() / tokens.mean()),
-    }
 
 
 def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> list[Ints]:

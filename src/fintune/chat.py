@@ -14,11 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, groupby
 from typing import Any
 
 from fintune.errors import ModelError
-from fintune.example import IGNORE_INDEX, Encoded, Message
+from fintune.example import IGNORE_INDEX, Encoded, Message, Role
 from fintune.files import sha256_bytes
 
 PROOFS = 16
@@ -76,9 +77,9 @@ class ChatFormat:
         self.template_sha256 = sha256_bytes(self.template.encode())
         longest_first = sorted(_control_tokens(tokenizer), key=len)[::-1]
         self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self._shapes: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
-        self._template_tokens: dict[tuple[str, ...], int] = {}
-        self._proofs: Counter[tuple[str, ...]] = Counter()
+        self._pieces = cache(self._cut)
+        self._template_tokens = cache(self._count_template)
+        self._proofs = Counter[tuple[Role, ...]]()
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Text of a conversation as the tokenizer's template writes it.
@@ -139,12 +140,11 @@ class ChatFormat:
 
     def text_tokens(self, messages: Sequence[Message], encoded: Encoded) -> int:
         """Tokens of the conversation's own texts: its length less what the template alone takes."""
-        shape = _shape(messages)
-        if shape not in self._template_tokens:
-            empty = [Message(message.role, "") for message in messages]
-            ids = self._tokenise(self._runs(empty, prompt=False))
-            self._template_tokens[shape] = sum(map(len, ids))
-        return len(encoded.input_ids) - self._template_tokens[shape]
+        return len(encoded.input_ids) - self._template_tokens(_shape(messages))
+
+    def _count_template(self, shape: tuple[Role, ...]) -> int:
+        empty = [Message(role, "") for role in shape]
+        return sum(map(len, self._tokenise(self._runs(empty, prompt=False))))
 
     def _runs(self, messages: Sequence[Message], *, prompt: bool) -> list[_Run]:
         runs = []
@@ -158,11 +158,9 @@ class ChatFormat:
             runs.append(_Run(tuple(parts), trained))
         return runs
 
-    def _pieces(self, shape: tuple[str, ...], prompt: bool) -> list[_Piece]:
-        """The template's text for a shape, cut at the messages' texts; made once a shape."""
-        if (shape, prompt) in self._shapes:
-            return self._shapes[shape, prompt]
-        slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]  # type: ignore[arg-type]
+    def _cut(self, shape: tuple[Role, ...], prompt: bool) -> list[_Piece]:
+        """The template's text for a shape, cut at the messages' texts."""
+        slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]
         first, *parts = _SLOT.split(self.render(slots, prompt=prompt))
         pieces = [_Piece(first, None, False)]
         placed = [int(number) for number in parts[::2]]
@@ -179,17 +177,16 @@ class ChatFormat:
                 )
             cut = end.end() if end else 0
             pieces += [_Piece(text[:cut], None, True), _Piece(text[cut:], None, False)]
-        pieces = [piece for piece in pieces if piece.text or piece.message is not None]
-        self._shapes[shape, prompt] = pieces
         whole = self.render(slots)
-        for index in (index for index, role in enumerate(shape) if role == "assistant"):
+        answers = [] if prompt else [i for i, role in enumerate(shape) if role == "assistant"]
+        for index in answers:
             start = self.render(slots[:index], prompt=True) + slots[index].content
             if not whole.startswith(start):
                 raise _refused(
                     f"writes a prompt that is no prefix of the conversation (turn {index})",
                     "training would show the model another prompt than serving",
                 )
-        return pieces
+        return [piece for piece in pieces if piece.text or piece.message is not None]
 
     def _tokenise(self, runs: list[_Run]) -> list[list[int]]:
         """Ids of every run. A text met twice (a label, a header) is tokenised once.
@@ -261,7 +258,7 @@ def _join(runs: list[_Run], ids: Iterator[list[int]]) -> Encoded:
     return encoded
 
 
-def _shape(messages: Sequence[Message]) -> tuple[str, ...]:
+def _shape(messages: Sequence[Message]) -> tuple[Role, ...]:
     return tuple(message.role for message in messages)
 
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -143,7 +143,7 @@ def prepare(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Raw rows -> train and validation rows, with a ledger of every dropped row."""
+    """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
     manifest = stage(_load(config, overrides), fresh=fresh)
@@ -259,7 +259,9 @@ def inspect(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
-    part: Annotated[str | None, typer.Option(help="train (if absent) or validation.")] = None,
+    part: Annotated[
+        Literal["train", "validation", "test"] | None, typer.Option(help="Absent: train.")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Rows to show; absent: 1.")] = None,
     source: SourceName = None,
     line: LineNumber = None,
@@ -275,10 +277,10 @@ def inspect(
             )
         kept, out = shown.find(loaded, line, source)
     else:
-        kept = shown.inspect(loaded, row=row, part=part or "train", count=count or 1, source=source)
+        kept = shown.inspect(loaded, row or "", part or "train", count or 1, source)
         out = []
     for found in kept:
-        console.out.print(found.text())
+        console.out.print(found)
     if out:
         _show_dropped(out)
 

@@ -17,7 +17,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fintune import attention, batches, console, memory
+from fintune import attention, console, memory
+from fintune.batches import Ints
 from fintune.config import Config
 from fintune.errors import ConfigError, ModelError
 from fintune.files import read_toml
@@ -26,7 +27,7 @@ from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
 from fintune.train import lora
-from fintune.train.rows import configured_epoch, read_select, read_train
+from fintune.train.rows import configured_epoch, read_train, read_validation
 from fintune.train.trainer import effective, training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
@@ -57,8 +58,8 @@ LABEL_SHARE = 0.5
 class Lengths:
     """Tokens of every training row and of every row of an evaluation; share of label tokens."""
 
-    train: batches.Ints
-    select: batches.Ints
+    train: Ints
+    validation: Ints
     label_share: float
     assumed: bool
 
@@ -134,9 +135,9 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
     """Facts of a run on any device."""
     train, mean = config.train, float(found.train.mean())
-    facts = batches.facts(found.train, configured_epoch(config, found.train), padded=False)
-    steps = facts["steps"] * train.num_train_epochs
-    facts["steps"] = steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
+    epoch = configured_epoch(config, found.train).steps
+    steps = len(epoch) * train.num_train_epochs
+    steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     tokens = round(mean * min(steps * per_step, len(found.train) * train.num_train_epochs))
     evaluations = -(-steps // train.eval_steps)  # the last step is evaluated too
@@ -144,7 +145,7 @@ def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]
     # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
     block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
     training = tokens * (2 * block + 2 * size.trainable + 2 * head)
-    evaluation = evaluations * int(found.select.sum()) * (block + head)
+    evaluation = evaluations * int(found.validation.sum()) * (block + head)
     notes = []
     if found.assumed:
         notes.append(f"lengths are assumed, {mean:.0f} tokens on average: prepare for the data's")
@@ -163,10 +164,11 @@ def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]
             "label_share": round(found.label_share, 3),
             "tokens": tokens,
             "evaluations": evaluations,
-            "rows_per_evaluation": len(found.select),
+            "rows_per_evaluation": len(found.validation),
         },
-        "batches": facts
-        | {
+        "batches": {
+            "steps": steps,
+            "largest_micro_batch": max(int(found.train[b].sum()) for step in epoch for b in step),
             "estimated": found.assumed,
             "boundaries": list(train.bucket_boundaries or ()),
             "train_sampling_strategy": train.train_sampling_strategy,
@@ -186,19 +188,19 @@ def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = N
     if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
         read_data(config.data_dir)
         train = read_train(config.data_dir).lengths
-        select = read_select(config.data_dir, config.train.max_eval_samples).lengths
+        validation = read_validation(config.data_dir, config.train.max_eval_samples).lengths
         labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
         counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
-        return Lengths(train, select, counted / max(int(train.sum()), 1), assumed=False)
+        return Lengths(train, validation, counted / max(int(train.sum()), 1), assumed=False)
     mean, draw = mean_tokens or MEAN_TOKENS, np.random.default_rng(config.seed)
-    evaluated = min(config.train.max_eval_samples, config.data.max_validation_rows // 2)
-    train, select = (
+    evaluated = min(config.train.max_eval_samples, config.data.max_held_out_rows // 2)
+    train, validation = (
         draw.lognormal(math.log(mean) - SIGMA**2 / 2, SIGMA, count)
         .clip(16, config.data.max_length)
         .astype(np.int64)
         for count in (rows or config.data.max_train_rows, evaluated)
     )
-    return Lengths(train, select, LABEL_SHARE, assumed=True)
+    return Lengths(train, validation, LABEL_SHARE, assumed=True)
 
 
 def count(config: Config, *, quantized: bool = False) -> ModelSize:

@@ -136,7 +136,7 @@ def _data(manifest: dict[str, Any]) -> dict[str, Any]:
     """Rows of the sources, and of what became of them."""
     counts = manifest.get("rows") or {}
     dropped = sorted((counts.get("dropped") or {}).items(), key=lambda item: (-item[1], item[0]))
-    rows = [(key, counts[key]) for key in ("read", "train", "validation") if key in counts]
+    rows = [(key, counts[key]) for key in ("read", "train", "validation", "test") if key in counts]
     rows += [(f"dropped: {reason}", count) for reason, count in dropped]
     sources = [
         [name, row.get("identity", ""), row.get("licence") or "not stated"]

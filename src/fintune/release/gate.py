@@ -10,8 +10,8 @@ from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused
 from fintune.model import Base, find_base
-from fintune.untrusted import checks
-from fintune.untrusted.provenance import JUDGED, RESULTS
+from fintune.untrusted import checks, static
+from fintune.untrusted.checks import JUDGED, RESULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def gate(inputs: Inputs, accept: str | None) -> None:
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     best = inputs.config.run_dir / "best"
     reasons = _unaccountable(inputs)
-    reasons += [check.detail for check in checks.check_weights(best) if check.status == "failed"]
+    reasons += [check.detail for check in static.check_weights(best) if check.status == "failed"]
     verdict = inputs.results.get("verdict")
     if verdict != "better" and accept is None:
         reasons.insert(0, f"the verdict is {verdict!r}, not 'better'")
@@ -101,25 +101,24 @@ def _unaccountable(inputs: Inputs) -> list[str]:
         ),
         (_at(evaluation, "inputs", "train"), train, "the evaluation knows other training rows"),
         (
-            _at(evaluation, "inputs", "validation"),
-            data["files"]["validation.parquet"]["sha256"],
-            "the evaluation decided by other rows than data/validation.parquet",
+            _at(evaluation, "inputs", "test"),
+            data["files"]["test.parquet"]["sha256"],
+            "the evaluation decided by other rows than data/test.parquet",
         ),
     ]
     reasons = [reason for claimed, found, reason in claims if claimed != found]
     if not reasons and (shared := _shared_groups(inputs.config.data_dir)):
-        reasons.append(f"{shared} groups of the decision set are also in the training rows")
+        reasons.append(f"{shared} groups of the test rows are also in the training rows")
     flagged = _at(inputs.results, "n", "contaminated")
     if flagged != 0:
-        reasons.append(f"contaminated rows in the decision set: {flagged}")
+        reasons.append(f"contaminated rows in the test set: {flagged}")
     return reasons
 
 
 def _shared_groups(data: Path) -> int:
     """Groups of related rows that are both trained on and decided by; 0 where split properly."""
     trained = set(pq.read_table(data / "train.parquet", columns=["group"])["group"].to_pylist())
-    rows = pq.read_table(data / "validation.parquet", columns=["group", "part"]).to_pylist()
-    return len(trained & {row["group"] for row in rows if row["part"] == "decide"})
+    return len(trained.intersection(pq.read_table(data / "test.parquet")["group"].to_pylist()))
 
 
 def _at(tree: Any, *keys: str) -> Any:

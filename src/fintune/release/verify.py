@@ -1,6 +1,6 @@
 """Any release folder, ours or not: does it hold what it says, and does it answer as trained?
 
-First what the bytes say (`untrusted.checks`), and nothing is loaded unless all of that passed.
+First what the bytes say (`untrusted.static`), and nothing is loaded unless all of that passed.
 Then, in a limited child, tokenizer, golden prompts, keys and shapes (`untrusted.probe`). Then the
 adapter is loaded as the seed's usage snippet loads it, and the recorded greedy answers are held
 against the weights.
@@ -20,7 +20,7 @@ from fintune.model import (
 )
 from fintune.release.golden import check_answers, read_golden_prompts
 from fintune.release.server_check import check_server
-from fintune.untrusted import checks
+from fintune.untrusted import checks, static
 from fintune.untrusted.checks import Check, Report
 from fintune.untrusted.probe import probe_release, read_tokenizer
 
@@ -48,8 +48,8 @@ def verify(
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
     report = Report(folder)
-    report.run(lambda: checks.static_checks(folder, "release", no_pickle=no_pickle))
-    report.run(lambda: [checks.check_paths(folder, [])])
+    report.run(lambda: static.static_checks(folder, "release", no_pickle=no_pickle))
+    report.run(lambda: [static.check_paths(folder, [])])
     if report.failed:
         return report
     found = release_base(folder, base)

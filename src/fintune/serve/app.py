@@ -34,7 +34,7 @@ from fintune.serve.schemas import (
     TokenizeRequest,
 )
 from fintune.serve.streaming import Answer
-from fintune.untrusted.provenance import JUDGED, RESULTS
+from fintune.untrusted.checks import JUDGED, RESULTS
 
 MODELS = ("base", "adapter")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")

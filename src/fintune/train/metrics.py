@@ -51,7 +51,7 @@ def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> Jso
     with JsonlLog(path) as log:
         rows = log.rows()
     write_jsonl(path, filter(kept, rows))
-    return JsonlLog(path, sync=False)
+    return JsonlLog(path)
 
 
 class Losses:

@@ -56,16 +56,15 @@ def read_train(data_dir: Path) -> Rows:
     return rows
 
 
-def read_select(data_dir: Path, most: int) -> Rows:
-    """The `select` rows that choose the checkpoint: at most `most`, the first by example id.
+def read_validation(data_dir: Path, most: int) -> Rows:
+    """The validation rows, which choose the checkpoint: at most `most`, the first by example id.
 
     Example ids are hashes, so the first ones are a random sample, and the same one each time.
     """
-    path = data_dir / "validation.parquet"
-    table = pq.read_table(path, columns=_COLUMNS, filters=[("part", "==", "select")])
+    table = pq.read_table(data_dir / "validation.parquet", columns=_COLUMNS)
     if table.num_rows == 0:
         raise DataError(
-            f"{path} has no `select` row",
+            f"{data_dir / 'validation.parquet'} has no row",
             why="without one, no evaluation can choose the best adapter",
             fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
         )

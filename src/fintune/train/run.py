@@ -22,10 +22,10 @@ from fintune.model import Base, attach, device, find_base, load_base, load_token
 from fintune.stop import STOP
 from fintune.train import distributed, lora, memory, run_state
 from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
-from fintune.train.rows import Order, Rows, read_select, read_train
+from fintune.train.rows import Order, Rows, read_train, read_validation
 from fintune.train.run_state import KEEP, PACKAGES, RunState, run_fingerprint
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
-from fintune.untrusted.weights import check_weights
+from fintune.untrusted.static import check_weights
 
 
 def train(config: Config, *, fresh: bool = False, force_resume: str | None = None) -> Path:
@@ -99,8 +99,8 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
         say(f"{config.train.optim}: nothing is paged on a CPU, the arithmetic is the same")
     sampling = config.train.train_sampling_strategy
     say(f"{device().type}, {name}; {order.steps_per_epoch} steps an epoch, {sampling} batches")
-    select = read_select(config.data_dir, config.train.max_eval_samples)
-    return LoraTrainer(model=model, args=arguments, order=order, select=select, run=state)
+    validation = read_validation(config.data_dir, config.train.max_eval_samples)
+    return LoraTrainer(model=model, args=arguments, order=order, validation=validation, run=state)
 
 
 def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]:
