@@ -47,10 +47,9 @@ from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.stop import StopRequest  # noqa: E402
 from fintune.train import memory  # noqa: E402
-from fintune.train.rows import Rows  # noqa: E402
-from fintune.train.run import _build, _order  # noqa: E402
+from fintune.train.rows import Order, Rows  # noqa: E402
+from fintune.train.run import build  # noqa: E402
 from fintune.train.run_state import RunState  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -108,9 +107,9 @@ def _ours(folder: Path, epochs: int) -> Any:
     rows = Rows(pq.read_table(folder / "data" / "train.parquet"))
     base = Base("bench/model", "", folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    run, stop = config.run_dir, StopRequest()
+    run = config.run_dir
     run.mkdir(parents=True, exist_ok=True)
-    return _build(config, rows, tokenizer, base, stop, RunState(run, {}))
+    return build(config, base, tokenizer, rows, RunState(run, {}))
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
@@ -270,9 +269,9 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     if ours_inside:
         pointwise.fuse(model)
     memory.retain_heap()
-    order, _ = _order(config_of(folder, 1), rows, 1, None)
     multiple = CPU_PAD_MULTIPLE if model.device.type == "cpu" else 1
     collator = Collator(padding_free=True, pad_token_id=0, pad_to_multiple_of=multiple)
+    order = Order(config_of(folder, 1), rows, collator)
     memory.trim_heap()
     base_bytes = _in_use()
     for number, _ in enumerate(_orders()):

@@ -39,13 +39,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "tools")]
 import victims  # noqa: E402
 from victims import SAVE, STEPS, harmed, print_of, usable  # noqa: E402
 
-from fintune import files  # noqa: E402
+from fintune import files, seal  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
-from fintune.train import checkpoints, trainer  # noqa: E402
+from fintune.train import run_state, trainer  # noqa: E402
 from fintune.train.run import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
@@ -154,11 +154,11 @@ def damage(bench: Bench) -> Row:
             if harm is not None:
                 path.write_bytes(harm)
             cases += 1
-            found = checkpoints.damage(newest) or ""
-            # A whole manifest of another run is sound in itself: the first file that differs from
-            # it is named.
-            named += path.name in found or (path.name == checkpoints.MANIFEST and bool(found))
-            used = checkpoints.newest(folder)
+            found = run_state.corrupt(newest) or ""
+            # A whole manifest of the same step of another run is sound in itself: a file that
+            # differs from it is named.
+            named += path.name in found or (path.name == seal.DONE and bool(found))
+            used = run_state.newest_checkpoint(folder)
             fell_back += used is not None and used.name == f"checkpoint-{STEPS - SAVE}"
             path.unlink(missing_ok=True)
             path.write_bytes(whole)
@@ -272,9 +272,7 @@ def disk(bench: Bench) -> Row:
     if not victims.can_mount():
         return {"skipped": "only root can mount a small volume to fill"}
     saved = bench.config.run_dir / "checkpoints" / f"checkpoint-{STEPS}"
-    # The best adapter in it is a second name of a file that is there already.
-    names = [path for path in saved.iterdir() if path.name != trainer.BEST_ADAPTER]
-    size = sum(path.stat().st_size for path in names)
+    size = sum(path.stat().st_size for path in saved.iterdir())
     rows = []
     for left in np.linspace(0, 0.9 * size, SIZES).astype(int).tolist():
         with victims.small_volume(bench.folder / "volume", 24 * 2**20) as volume:
@@ -284,7 +282,7 @@ def disk(bench: Bench) -> Row:
                 files.free_bytes = lambda folder: 2**60
                 victims.fill(volume, left)
 
-            harm = victims.at_call(trainer.LoraTrainer, "_save_whole", 3, full)
+            harm = victims.at_call(trainer.LoraTrainer, "_save_checkpoint", 3, full)
             row: Row = {"bytes_left": left, "exit": harmed(lambda c=config: train(c), harm).code}
             row |= {"intact": usable(config), "half_written": victims.half_written(config.run_dir)}
             (volume / "ballast").unlink()
@@ -387,7 +385,7 @@ def cost(bench: Bench) -> Row:
 
             setattr(owner, name, call)
 
-        watch(trainer.LoraTrainer, "_save_whole", "checkpoint")
+        watch(trainer.LoraTrainer, "_save_checkpoint", "checkpoint")
         watch(trainer.LoraTrainer, "_write_best", "best adapter")
         watch(files.JsonlLog, "append", "metrics lines")
         watch(trainer.Losses, "add", "spike rule")

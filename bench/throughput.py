@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -198,8 +197,18 @@ def plans(lengths: Ints) -> dict[str, Any]:
 
 
 def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
-    found = asdict(batches.facts(lengths, plan, padded=padded))
-    found["neighbour_correlation"] = neighbour_correlation(lengths, plan)
+    """Steps; tokens of the largest micro-batch; share of padding; spread of tokens a step."""
+    micro = [lengths[batch] for step in plan.steps for batch in step]
+    taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
+    steps = [np.concatenate(step) for step in plan.steps]
+    tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
+    found = {
+        "steps": len(steps),
+        "largest_micro_batch": max(taken),
+        "padding": 1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
+        "step_token_cv": float(tokens.std() / tokens.mean()),
+        "neighbour_correlation": neighbour_correlation(lengths, plan),
+    }
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -36,7 +36,7 @@ from fintune.files import read_json, read_jsonl
 from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import checkpoints, lora, processes, trainer
+from fintune.train import distributed, lora, run_state, trainer
 from fintune.train.rows import read_train
 from fintune.train.run import train
 
@@ -170,8 +170,8 @@ def test_several_processes_train_the_adapter_of_one(
     folder = run(world, settings(tmp_path, prepared, tiny_base, **{"train.strategy": strategy}))
     assert_same_run(folder, alone)
     assert read_json(folder / "environment.json")["processes"] == world
-    saved = checkpoints.checkpoints(folder / "checkpoints")
-    assert [checkpoints.damage(path) for path in saved] == [None] * len(saved)
+    saved = run_state.checkpoints(folder / "checkpoints")
+    assert [run_state.corrupt(path) for path in saved] == [None] * len(saved)
     assert len(list(saved[-1].glob("rng_state_*.pth"))) == world
 
 
@@ -182,19 +182,19 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
     config = load_config("nano", values)
 
     def work() -> None:
-        original = trainer._StopAtStep.on_step_end
+        original = trainer._Boundaries.on_step_end
 
         def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2 and args.process_index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             original(self, args, state, control, **kwargs)
 
-        trainer._StopAtStep.on_step_end = on_step_end  # type: ignore[method-assign]
+        trainer._Boundaries.on_step_end = on_step_end  # type: ignore[method-assign]
         train(config)
 
     log = tmp_path / "log.txt"
     assert together(2, log, work) == [75, 75], log.read_text()[-3000:]
-    saved = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    saved = run_state.checkpoints(config.run_dir / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-2"]
     assert not (config.run_dir / "done.json").exists()
     assert_same_run(run(4, values), alone)
@@ -226,7 +226,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         return padding_free_batch(rows)
 
     def as_ours(peft: Any) -> None:
-        processes.shard(peft)
+        distributed.shard(peft)
 
     def head_apart(peft: Any) -> None:
         base = peft.get_base_model()
@@ -243,7 +243,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         fully_shard(peft)
 
     def work() -> None:
-        processes.start("fsdp", "none")
+        distributed.start("fsdp", "none")
         whole = build()
         total, count = sum_loss(whole, batch(0, 1))
         (total / count).backward()
@@ -279,8 +279,6 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
 @pytest.mark.parametrize(
     ("variables", "changes", "named"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate's FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
         ({}, {"train.strategy": "fsdp"}, "only process"),
         ({}, {"train.strategy": "ddp"}, "only process"),
         ({"WORLD_SIZE": "2"}, {"train.strategy": "fsdp", "model.quantization": "4bit"}, "4bit"),
@@ -308,7 +306,7 @@ def test_processes_that_accelerate_would_run_apart_are_refused(tmp_path: Path) -
 
     def start() -> None:
         PartialState(cpu=True).distributed_type = DistributedType.NO
-        processes.start("ddp", "none")
+        distributed.start("ddp", "none")
 
     log = tmp_path / "log.txt"
     assert together(2, log, start) == [1, 1]
@@ -316,9 +314,9 @@ def test_processes_that_accelerate_would_run_apart_are_refused(tmp_path: Path) -
 
 
 def test_micro_batches_that_do_not_divide_are_refused() -> None:
-    assert processes.share(4, 2) == 2
+    assert distributed.micro_batches_per_rank(4, 2) == 2
     with pytest.raises(ConfigError, match="do not divide"):
-        processes.share(4, 3)
+        distributed.micro_batches_per_rank(4, 3)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -51,7 +51,7 @@ from fintune.data import prepare
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import read_json, read_jsonl, space_for, write_json
 from fintune.release.bundle import release
-from fintune.train import checkpoints, memory, metrics, run_state, trainer
+from fintune.train import memory, metrics, run_state, trainer
 from fintune.train import run as stage
 from fintune.train.run import train
 from fintune.untrusted.child import run_limited
@@ -121,8 +121,8 @@ def test_killed_at_every_boundary_of_a_small_save(tmp_path: Path) -> None:
 
     def saves(folder: Path) -> None:
         for step in (1, 2, 3, 4):
-            checkpoints.save(folder, step, write)
-            checkpoints.rotate(folder, 1, step)
+            run_state.save_checkpoint(folder, step, write)
+            run_state.rotate(folder, 1, step)
 
     for number in range(1, 400):
         folder = tmp_path / f"at-{number}"
@@ -130,9 +130,9 @@ def test_killed_at_every_boundary_of_a_small_save(tmp_path: Path) -> None:
         outcome = harmed(lambda folder=folder: saves(folder), at_boundary(folder, number, die))
         if outcome.code == 0:
             break
-        left = [path for path in checkpoints.checkpoints(folder) if not checkpoints.damage(path)]
+        left = [path for path in run_state.checkpoints(folder) if not run_state.corrupt(path)]
         assert left or number <= 40, f"boundary {number}: no usable checkpoint"
-        assert len(left) == len(checkpoints.checkpoints(folder)), "what has the name is whole"
+        assert len(left) == len(run_state.checkpoints(folder)), "what has the name is whole"
         saves(folder)
         assert [path.name for path in folder.iterdir()] == ["checkpoint-4"], "nothing is left over"
     assert number > 100
@@ -535,16 +535,16 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
         torch.save({"a": values}, staging / "third")
         write_json(staging / "fourth", {"a": values[:4_000].tolist()})
 
-    checkpoints.save(volume, 5, write)
+    run_state.save_checkpoint(volume, 5, write)
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
         with pytest.raises(NoSpace), space_for(volume, 0):
-            checkpoints.save(volume, 10, write)
+            run_state.save_checkpoint(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
-        assert checkpoints.damage(volume / "checkpoint-5") is None
+        assert run_state.corrupt(volume / "checkpoint-5") is None
         ballast.unlink()
-    checkpoints.save(volume, 10, write)
+    run_state.save_checkpoint(volume, 10, write)
 
 
 @pytest.mark.parametrize("left", [0, 60_000, 250_000])
@@ -559,7 +559,9 @@ def test_a_full_disk_ends_the_run_at_once(
         if left == 250_000:
             files.free_bytes = lambda folder: 2**60
 
-    outcome = harmed(lambda: train(config), at_call(trainer.LoraTrainer, "_save_whole", 3, full))
+    outcome = harmed(
+        lambda: train(config), at_call(trainer.LoraTrainer, "_save_checkpoint", 3, full)
+    )
     assert outcome.code == 74, outcome.text
     assert "the same command continues" in outcome.text
     assert usable(config) == ["checkpoint-5", "checkpoint-10"]
@@ -572,26 +574,9 @@ def test_a_full_disk_ends_the_run_at_once(
 def test_a_line_of_metrics_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    kept = metrics.open_metrics(path, resumed_at=9, evaluated=True)
+    kept = metrics.open_metrics(path, resumed_at=9)
     with pytest.raises(ValueError, match="JSON compliant"):
         kept.append({"step": 3, "loss": float("nan")})
     kept.append({"step": 3, "loss": 1.5})
     kept.close()
     assert [row["loss"] for row in read_jsonl(path)] == [2.0, 1.0, 1.5]
-
-
-def test_the_best_adapter_is_looked_at_once_more(new: Callable[..., Config]) -> None:
-    """Weights that are not those of the best evaluation never get a seal."""
-    config = new()
-
-    def swap() -> None:
-        best = config.run_dir / "best" / trainer.ADAPTER
-        data = bytearray(best.read_bytes())
-        data[-1] ^= 1
-        best.unlink()  # its bytes are shared with the checkpoints
-        best.write_bytes(data)
-
-    outcome = harmed(lambda: train(config), at_call(stage, "check_best", 1, swap))
-    assert (outcome.code, "not the file that the evaluation kept" in outcome.text) == (1, True)
-    assert not (config.run_dir / "done.json").exists()
-    assert harmed(lambda: train(config)).code == 0, "the checkpoint still has it"

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,15 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from fintune import attention
 from fintune.collate import Collator
-from fintune.config import Config, load_config
+from fintune.config import SEVEN_PROJECTIONS, Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.plan import dry_run
-from fintune.stop import StopRequest
-from fintune.train import checkpoints, memory, trainer
-from fintune.train.arguments import training_arguments
-from fintune.train.rows import read_train
-from fintune.train.run import _build, train
+from fintune.train import memory, run_state, trainer
+from fintune.train.rows import Order, read_train
+from fintune.train.run import build, train
 from fintune.train.run_state import RunState
 
 STEPS = 8
@@ -95,14 +92,8 @@ def built(config: Config) -> Any:
     """The trainer of a config, as `train` builds it."""
     base = find_base(config.model)
     config.run_dir.mkdir(parents=True)
-    return _build(
-        config,
-        read_train(config.data_dir),
-        load_tokenizer(base),
-        base,
-        StopRequest(),
-        RunState(config.run_dir, {}),
-    )
+    rows, state = read_train(config.data_dir), RunState(config.run_dir, {})
+    return build(config, base, load_tokenizer(base), rows, state)
 
 
 def test_updates_move_the_adapter_and_not_a_bit_of_the_base(config: Config) -> None:
@@ -150,12 +141,16 @@ def test_one_process_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """transformers would wrap the model in DataParallel, which cuts a flat batch's boundaries."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
-    assert training_arguments(tmp_path, {}, cpu=False).n_gpu == 1
+    config = load_config("nano", [f"out={tmp_path}"])
+    found = trainer.training_arguments(
+        config, precision="fp32", checkpointing=False, accumulation=1
+    )
+    assert found.n_gpu == 1
 
 
 def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
     train(config)
-    found = checkpoints.checkpoints(config.run_dir / "checkpoints")
+    found = run_state.checkpoints(config.run_dir / "checkpoints")
     assert [path.name for path in found] == ["checkpoint-6", "checkpoint-8"]
     files = list(found[1].iterdir())
     assert len(files) >= 9
@@ -167,12 +162,12 @@ def test_damage_is_found_and_named(config: Config, tmp_path: Path) -> None:
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            assert path.name in (checkpoints.damage(found[1]) or "")
-            assert checkpoints.newest(found[1].parent) == found[0]
+            assert path.name in (run_state.corrupt(found[1]) or "")
+            assert run_state.newest_checkpoint(found[1].parent) == found[0]
             path.write_bytes(whole)
-    assert checkpoints.damage(found[1]) is None
+    assert run_state.corrupt(found[1]) is None
     shutil.copytree(found[0], tmp_path / "checkpoint-9")
-    assert "step 6" in (checkpoints.damage(tmp_path / "checkpoint-9") or "")
+    assert "'step': 6" in (run_state.corrupt(tmp_path / "checkpoint-9") or "")
 
 
 def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> None:
@@ -183,13 +178,13 @@ def test_a_failing_save_never_costs_the_previous_checkpoint(tmp_path: Path) -> N
         (staging / "weights").write_text("ba")
         raise OSError(28, "No space left on device")
 
-    checkpoints.save(tmp_path, 5, write)
+    run_state.save_checkpoint(tmp_path, 5, write)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.save(tmp_path, 10, fail)
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-5"
-    checkpoints.save(tmp_path, 10, write)
-    checkpoints.rotate(tmp_path, keep=1, step=10)
-    assert checkpoints.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
+        run_state.save_checkpoint(tmp_path, 10, fail)
+    assert run_state.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    run_state.save_checkpoint(tmp_path, 10, write)
+    run_state.rotate(tmp_path, keep=1, step=10)
+    assert run_state.checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
 
 
 @pytest.mark.parametrize("best_at", [2, 4, 6, 8])
@@ -263,9 +258,7 @@ def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
         0.1,
         "none",
     )
-    assert lora["target_modules"] == sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    assert lora["target_modules"] == [*SEVEN_PROJECTIONS]
     assert plan["batches"]["estimated"] is True
     assert plan["batches"]["steps"] == 3125
     assert plan["batches"]["boundaries"][-1] == 2048
@@ -277,16 +270,16 @@ def test_recomputing_is_decided_by_measured_memory(
     config = load_config("nano")
     base = Base("test/tiny", "x", tiny_base)
     peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
-    rows, collator = read_train(prepared), Collator(padding_free=True, pad_token_id=0)
+    order = Order(config, read_train(prepared), Collator(padding_free=True, pad_token_id=0))
     for free, expected in ((10**12, False), (10**6, True)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        on, why = memory.recompute(config.train, peft, collator, "fp32", 5_000)
+        on, why = memory.estimate(config.train, peft, order, "fp32")
         assert on is expected
-        assert "5,000 tokens" in why
+        assert f"{order.most_tokens:,} tokens" in why
     before = {name: value.clone() for name, value in peft.named_parameters()}
     state = torch.random.get_rng_state()
-    for recomputed in (False, True):
-        memory.try_largest(peft, rows, collator, "fp32", np.arange(4), recomputed=recomputed)
+    for on in (False, True):
+        memory.try_largest(peft, order, "fp32", checkpointing=on)
     assert torch.equal(torch.random.get_rng_state(), state), "a trial leaves no trace"
     assert all(torch.equal(value, before[name]) for name, value in peft.named_parameters())
     assert all(parameter.grad is None for parameter in peft.parameters())

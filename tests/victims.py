@@ -32,7 +32,7 @@ from fintune.config import Config, load_config
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.train import checkpoints, run, trainer
+from fintune.train import run, run_state, trainer
 from fintune.train.run import train
 
 Harm = Callable[[], None]
@@ -139,8 +139,8 @@ def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
 
 def usable(config: Config) -> list[str]:
     """Checkpoints that verify."""
-    found = checkpoints.checkpoints(config.run_dir / "checkpoints")
-    return [path.name for path in found if checkpoints.damage(path) is None]
+    found = run_state.checkpoints(config.run_dir / "checkpoints")
+    return [path.name for path in found if run_state.corrupt(path) is None]
 
 
 def send(number: int, mark: Path | None = None) -> None:
@@ -244,8 +244,8 @@ def at_boundary(folder: Path, number: int, action: Callable[[int], None]) -> Har
 
 
 SAVERS: tuple[tuple[Any, str], ...] = (
-    (checkpoints, "save"),
-    (checkpoints, "rotate"),
+    (run_state, "save_checkpoint"),
+    (run_state, "rotate"),
     (trainer.LoraTrainer, "_write_best"),
 )
 

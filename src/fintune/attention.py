@@ -50,17 +50,10 @@ def attend(
         return output, None
     grouped = query.shape[1] != key.shape[1]
     if _has_varlen(query):
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        ends, most = cu_seq_lens_q, max_length_q or 0
         attended = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q or 0,
-            max_length_q or 0,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=grouped,
+            q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
         )
         assert isinstance(attended, torch.Tensor)
         return attended[None], None
@@ -117,9 +110,7 @@ def why_padded(model: Any) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         return f"its attention has a sliding window ({window} tokens)"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention caps its logits"
-    for name in ("attention_chunk_size", "attention_dropout"):
+    for name in ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout"):
         if getattr(config, name, None):
             return f"its attention knows {name.replace('_', ' ')}"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}

@@ -36,23 +36,6 @@ class EpochPlan:
         return [step[rank::world_size] for step in self.steps]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanFacts:
-    """What a plan costs, for a person to compare plans by.
-
-    Attributes:
-        steps: optimizer steps of the epoch.
-        largest_micro_batch: padded tokens of the largest micro-batch.
-        padding: share of those tokens that are padding, 0 when padding-free.
-        step_token_cv: standard deviation over mean of non-padding tokens a step, whole steps only.
-    """
-
-    steps: int
-    largest_micro_batch: int
-    padding: float
-    step_token_cv: float
-
-
 def plan_epoch(
     lengths: Ints,
     *,
@@ -156,20 +139,6 @@ def choose_boundaries(lengths: Ints) -> tuple[int, ...]:
     """
     quantiles = np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="higher")
     return tuple(np.unique(-(-quantiles.astype(np.int64) // 16) * 16).tolist())
-
-
-def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
-    """Measure a plan. `padded`: every micro-batch is padded to its longest example."""
-    micro = [lengths[batch] for step in plan.steps for batch in step]
-    taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
-    steps = [np.concatenate(step) for step in plan.steps]
-    tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
-    return PlanFacts(
-        steps=len(steps),
-        largest_micro_batch=max(taken),
-        padding=1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
-        step_token_cv=float(tokens.std() / tokens.mean()),
-    )
 
 
 def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> list[Ints]:

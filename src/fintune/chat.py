@@ -12,13 +12,14 @@ proved on its first rows against the tokenizer's own `apply_chat_template`.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
+from itertools import chain, groupby
 from typing import Any
 
 from fintune.errors import ModelError
-from fintune.example import IGNORE_INDEX, Encoded, Message
+from fintune.example import IGNORE_INDEX, Encoded, Message, Role
 from fintune.files import sha256_bytes
 
 PROOFS = 16
@@ -76,9 +77,9 @@ class ChatFormat:
         self.template_sha256 = sha256_bytes(self.template.encode())
         longest_first = sorted(_control_tokens(tokenizer), key=len)[::-1]
         self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self._shapes: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
-        self._template_tokens: dict[tuple[str, ...], int] = {}
-        self._proofs: Counter[tuple[str, ...]] = Counter()
+        self._pieces = cache(self._cut)
+        self._template_tokens = cache(self._count_template)
+        self._proofs = Counter[tuple[Role, ...]]()
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Text of a conversation as the tokenizer's template writes it.
@@ -108,15 +109,13 @@ class ChatFormat:
         """
         stripped = [[_strip(message) for message in rows] for rows in conversations]
         runs = [self._runs(rows, prompt=False) for rows in stripped]
-        ids = self._tokenise(list(chain.from_iterable(runs)))
-        encoded, at = [], 0
-        for rows, own in zip(stripped, runs, strict=True):
-            encoded.append(self._join(own, ids[at : at + len(own)]))
-            at += len(own)
+        ids = iter(self._tokenise(list(chain.from_iterable(runs))))
+        encoded = [_join(of_row, ids) for of_row in runs]
+        for rows, of_row, row in zip(stripped, runs, encoded, strict=True):
             shape = _shape(rows)
-            if self._proofs[shape] < PROOFS:
-                self._proofs[shape] += 1
-                self._prove(rows, own, encoded[-1])
+            self._proofs[shape] += 1
+            if self._proofs[shape] <= PROOFS:
+                self._prove(rows, of_row, row)
         self._check_decoded(runs, encoded)
         return encoded
 
@@ -141,69 +140,53 @@ class ChatFormat:
 
     def text_tokens(self, messages: Sequence[Message], encoded: Encoded) -> int:
         """Tokens of the conversation's own texts: its length less what the template alone takes."""
-        shape = _shape(messages)
-        if shape not in self._template_tokens:
-            empty = [Message(message.role, "") for message in messages]
-            runs = self._runs(empty, prompt=False)
-            self._template_tokens[shape] = sum(len(ids) for ids in self._tokenise(runs))
-        return len(encoded.input_ids) - self._template_tokens[shape]
+        return len(encoded.input_ids) - self._template_tokens(_shape(messages))
+
+    def _count_template(self, shape: tuple[Role, ...]) -> int:
+        empty = [Message(role, "") for role in shape]
+        return sum(map(len, self._tokenise(self._runs(empty, prompt=False))))
 
     def _runs(self, messages: Sequence[Message], *, prompt: bool) -> list[_Run]:
-        runs: list[_Run] = []
-        current: list[tuple[str, bool]] = []
-        trained = False
-        for piece in self._pieces(_shape(messages), prompt):
-            if piece.trained != trained:
-                runs.append(_Run(tuple(current), trained))
-                current, trained = [], piece.trained
-            if piece.message is None:
-                current.append((piece.text, False))
-            else:
-                text = messages[piece.message].content
-                current.append((text, bool(self._special.search(text))))
-        runs.append(_Run(tuple(current), trained))
-        return [run for run in runs if run.pieces]
+        runs = []
+        pieces = self._pieces(_shape(messages), prompt)
+        for trained, group in groupby(pieces, key=lambda piece: piece.trained):
+            parts = []
+            for piece in group:
+                written = piece.message is not None
+                text = messages[piece.message].content if piece.message is not None else piece.text
+                parts.append((text, written and bool(self._special.search(text))))
+            runs.append(_Run(tuple(parts), trained))
+        return runs
 
-    def _pieces(self, shape: tuple[str, ...], prompt: bool) -> list[_Piece]:
-        """The template's text for a shape, cut at the messages' texts; made once a shape."""
-        if (shape, prompt) in self._shapes:
-            return self._shapes[shape, prompt]
-        slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]  # type: ignore[arg-type]
-        parts = _SLOT.split(self.render(slots, prompt=prompt))
-        pieces = [_Piece(parts[0], None, False)]
-        for number, text in zip(parts[1::2], parts[2::2], strict=True):
-            index = int(number)
+    def _cut(self, shape: tuple[Role, ...], prompt: bool) -> list[_Piece]:
+        """The template's text for a shape, cut at the messages' texts."""
+        slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]
+        first, *parts = _SLOT.split(self.render(slots, prompt=prompt))
+        pieces = [_Piece(first, None, False)]
+        placed = [int(number) for number in parts[::2]]
+        if sorted(placed) != [*range(len(shape))]:
+            raise _refused(f"leaves out a turn of {' / '.join(shape)}", "it would not be trained")
+        for index, text in zip(placed, parts[1::2], strict=True):
             answer = shape[index] == "assistant"
             pieces.append(_Piece("", index, answer))
             end = self._special.match(text) if answer else None
             if answer and end is None:
-                raise ModelError(
-                    "the chat template writes no end-of-turn token right after an answer",
-                    why="a model trained without one never learns to stop",
-                    fix="use the template of an instruct base",
+                raise _refused(
+                    "writes no end-of-turn token right after an answer",
+                    "a model trained without one never learns to stop",
                 )
             cut = end.end() if end else 0
             pieces += [_Piece(text[:cut], None, True), _Piece(text[cut:], None, False)]
-        pieces = [piece for piece in pieces if piece.text or piece.message is not None]
-        placed = [piece.message for piece in pieces if piece.message is not None]
-        if sorted(placed) != [*range(len(shape))]:
-            raise ModelError(f"the chat template leaves out a turn of {' / '.join(shape)}")
-        self._shapes[shape, prompt] = pieces
-        if not prompt:
-            self._prove_prefixes(shape, slots)
-        return pieces
-
-    def _prove_prefixes(self, shape: tuple[str, ...], slots: list[Message]) -> None:
-        """Every answer's prompt, rendered for generation, must begin the rendered conversation."""
         whole = self.render(slots)
-        for index, role in enumerate(shape):
-            prompt = self.render(slots[:index], prompt=True) if role == "assistant" else ""
-            if not whole.startswith(prompt + (slots[index].content if prompt else "")):
-                raise ModelError(
-                    f"the chat template's prompt is no prefix of the conversation (turn {index})",
-                    why="training would show the model another prompt than serving",
-                    fix="use a template without content that depends on later turns",
+        answers = [] if prompt else [i for i, role in enumerate(shape) if role == "assistant"]
+        for index in answers:
+            start = self.render(slots[:index], prompt=True) + slots[index].content
+            if not whole.startswith(start):
+                raise _refused(
+                    f"writes a prompt that is no prefix of the conversation (turn {index})",
+                    "training would show the model another prompt than serving",
                 )
+        return [piece for piece in pieces if piece.text or piece.message is not None]
 
     def _tokenise(self, runs: list[_Run]) -> list[list[int]]:
         """Ids of every run. A text met twice (a label, a header) is tokenised once.
@@ -230,39 +213,27 @@ class ChatFormat:
             ids += found["input_ids"]
         return ids
 
-    @staticmethod
-    def _join(runs: list[_Run], ids: list[list[int]]) -> Encoded:
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for run, own in zip(runs, ids, strict=True):
-            input_ids += own
-            labels += own if run.trained else [IGNORE_INDEX] * len(own)
-        return Encoded(input_ids, labels)
-
     def _prove(self, rows: list[Message], runs: list[_Run], encoded: Encoded) -> None:
         """Compare with the tokenizer's own rendering, and with tokenising it whole."""
         text = self.render(rows)
         if text != "".join(run.text for run in runs):
-            raise ModelError(
-                "the chat template changes the texts it is given",
-                why="what is trained would not be what a server renders",
-                fix="use a template that copies each message as it is",
+            raise _refused(
+                "changes the texts it is given", "training would differ from what a server renders"
             )
         if any(run.raw for run in runs):
             return
         if self.tokenizer(text, add_special_tokens=False)["input_ids"] != encoded.input_ids:
-            raise ModelError(
-                "the tokenizer joins template and text into one token",
-                why="the prompt's ids would differ between training and serving",
-                fix="use a tokenizer with special tokens around each turn",
+            raise _refused(
+                "is joined with a text into one token by the tokenizer",
+                "the prompt's ids would differ between training and serving",
             )
 
     def _check_decoded(self, runs: list[list[_Run]], encoded: list[Encoded]) -> None:
         kept = [[label for label in row.labels if label != IGNORE_INDEX] for row in encoded]
         texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
         bos = self.tokenizer.bos_token_id
-        for own, text, row in zip(runs, texts, encoded, strict=True):
-            expected = "".join(run.text for run in own if run.trained)
+        for of_row, text, row in zip(runs, texts, encoded, strict=True):
+            expected = "".join(run.text for run in of_row if run.trained)
             if text != expected:
                 raise ModelError(
                     f"trained tokens decode to {text[:80]!r}, not to {expected[:80]!r}",
@@ -273,7 +244,21 @@ class ChatFormat:
                 raise ModelError("a conversation holds BOS twice, or not at its start")
 
 
-def _shape(messages: Sequence[Message]) -> tuple[str, ...]:
+def _refused(what: str, why: str) -> ModelError:
+    fix = "use an instruct base, whose template copies each message as it is"
+    return ModelError(f"the chat template {what}", why=why, fix=fix)
+
+
+def _join(runs: list[_Run], ids: Iterator[list[int]]) -> Encoded:
+    """Ids and labels of a conversation; takes the ids of its runs off the iterator."""
+    encoded = Encoded([], [])
+    for run, of_run in zip(runs, ids, strict=False):
+        encoded.input_ids.extend(of_run)
+        encoded.labels.extend(of_run if run.trained else [IGNORE_INDEX] * len(of_run))
+    return encoded
+
+
+def _shape(messages: Sequence[Message]) -> tuple[Role, ...]:
     return tuple(message.role for message in messages)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from fintune.example import IGNORE_INDEX
 
@@ -62,16 +63,13 @@ def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Bat
     Returns:
         `input_ids`, `attention_mask`, `labels`: int64, shape (sequences, longest).
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORE_INDEX)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length] = _long(row["input_ids"])
-        labels[index, :length] = _shift(row["labels"])
-        mask[index, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids = [_long(row["input_ids"]) for row in rows]
+    mask, labels = [torch.ones_like(row) for row in ids], [_shift(row["labels"]) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, True, pad_token_id),
+        "attention_mask": pad_sequence(mask, True),
+        "labels": pad_sequence(labels, True, IGNORE_INDEX),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,7 @@ with the loss while a chunk's logits exist (the output layer is frozen, so nothi
 as in Liger's fused linear cross-entropy (arXiv 2410.10989) and TRL's `loss_type="chunked_nll"`.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -110,8 +108,11 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     one_row = labels.shape[0] == 1
     # logits_to_keep selects the same positions of every row: of one row, those of label tokens.
     keep = {"logits_to_keep": counted[0].nonzero()[:, 0]} if one_row else {}
-    with _hidden_states_instead_of_logits(head):
+    head.forward = lambda input: input  # the output layer hands the hidden states through
+    try:
         hidden = model(**inputs, **keep, use_cache=False).logits
+    finally:
+        del head.forward
     hidden = hidden[0] if one_row else hidden[counted]
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
@@ -140,13 +141,3 @@ def causal_model(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextlib.contextmanager
-def _hidden_states_instead_of_logits(head: torch.nn.Linear) -> Iterator[None]:
-    """While the model runs, its output layer hands the hidden states through."""
-    head.forward = lambda input: input  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del head.forward

@@ -7,7 +7,7 @@ is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
 import itertools
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fintune import attention, batches, console, memory
+from fintune import attention, console, memory
+from fintune.batches import Ints
 from fintune.config import Config
 from fintune.errors import ConfigError, ModelError
 from fintune.files import read_toml
@@ -26,9 +27,8 @@ from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
 from fintune.train import lora
-from fintune.train.arguments import arguments_dict, effective, training_arguments
-from fintune.train.order import epoch_plan
-from fintune.train.rows import read_train, read_validation
+from fintune.train.rows import configured_epoch, read_train, read_validation
+from fintune.train.trainer import effective, training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -58,8 +58,8 @@ LABEL_SHARE = 0.5
 class Lengths:
     """Tokens of every training row and of every row of an evaluation; share of label tokens."""
 
-    train: batches.Ints
-    validation: batches.Ints
+    train: Ints
+    validation: Ints
     label_share: float
     assumed: bool
 
@@ -78,28 +78,25 @@ def plan(
         rates: price of an hour in USD, by the name of a GPU.
 
     Returns:
-        What `describe` says; `settings` (peak memory by quantization and checkpointing); `gpus`
-        (a setting that fits, hours, price); `cheapest`.
+        Facts of a run on any device (`base`, `adapter`, `rows`, `batches`, `flops`, `notes`);
+        `settings` (peak memory by quantization and checkpointing); `gpus` (a setting that fits,
+        hours, price); `cheapest`.
 
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
     """
     found, size = lengths(config, row_count, mean_tokens), count(config)
-    sizes = {"none": size}
-    if config.train.strategy != "fsdp":
-        sizes["8bit"] = sizes["4bit"] = count(config, quantized=True)
-    settings = _settings(config, found, sizes)
-    facts = describe(config, found, size)
+    facts = _describe(config, found, size)
+    settings = _settings(config, size, found.label_share, facts["batches"]["largest_micro_batch"])
     gpus = [_on_gpu(gpu, settings, facts["flops"], rates or {}) for gpu in DATA["gpu"]]
     priced = [gpu for gpu in gpus if gpu["usd"] is not None]
     cheapest = min(priced, key=lambda gpu: float(gpu["usd"]), default=None)
     if cheapest:
         chosen = " ".join(f"-s {key}={value}" for key, value in cheapest["set"].items())
         facts["notes"].append(f"cheapest: {cheapest['gpu']}, {cheapest['usd']:.2f} USD, {chosen}")
-    most = config.train.per_device_train_batch_size
     return {
         **facts,
-        "settings": [each for each in settings if each["per_device_train_batch_size"] == most],
+        "settings": settings,
         "memory_band": MEMORY_BAND,
         "gpus": gpus,
         "cheapest": cheapest and cheapest["gpu"],
@@ -110,81 +107,80 @@ def dry_run(config: Config) -> dict[str, Any]:
     """What `train` would do, without loading weights.
 
     Returns:
-        `training_arguments`, `lora_config`, and what `describe` says.
+        `training_arguments`, `lora_config`, and the facts of a run on any device (see `plan`).
+
+    Raises:
+        ModelError: as `plan`.
     """
-    notes, on, name = list[str](), device(), config.train.precision
+    facts = _describe(config, lengths(config), count(config))
+    on, name = device(), config.train.precision
     if on.type == "cuda":
         name = precision(name, on)
-    else:
-        name = "bf16" if name == "auto" else name
-        notes.append("no GPU here: settings are those for a GPU with bf16")
-    checkpointing = config.train.gradient_checkpointing == "on"
-    keywords = arguments_dict(config, precision=name, checkpointing=checkpointing)
-    arguments = effective(training_arguments(config.run_dir, keywords, cpu=on.type == "cpu"))
-    adapter = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in peft_config(config.train.lora).to_dict().items()
-        if isinstance(value, str | int | float | bool | list | set | None)
-    }
-    size = None
-    try:
-        size = count(config)
-    except ModelError as error:
-        notes.append(f"nothing is said about the base: {error.what}")
-    facts = describe(config, lengths(config), size)
+    elif name == "auto":
+        name = "bf16"
+        facts["notes"].append("no GPU here: settings are those for a GPU with bf16")
+    arguments = training_arguments(
+        config,
+        precision=name,
+        checkpointing=config.train.gradient_checkpointing == "on",
+        accumulation=config.train.gradient_accumulation_steps,
+    )
     return {
-        "training_arguments": {**arguments, "use_cpu": False},
-        "lora_config": adapter,
+        "training_arguments": {**effective(arguments), "use_cpu": False},
+        "lora_config": {**config.train.lora.model_dump(mode="json"), "bias": "none"},
         **facts,
-        "notes": notes + facts["notes"],
     }
 
 
-def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str, Any]:
-    """Facts of a run on any device.
-
-    Returns:
-        `base`, `adapter`, `flops` (empty without `size`), `rows`, `batches`, `notes`.
-    """
-    train, mean, notes = config.train, float(found.train.mean()), list[str]()
+def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
+    """Facts of a run on any device."""
+    train, mean = config.train, float(found.train.mean())
+    epoch = configured_epoch(config, found.train).steps
+    steps = len(epoch) * train.num_train_epochs
+    steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    tokens = round(mean * min(steps * per_step, len(found.train) * train.num_train_epochs))
+    evaluations = -(-steps // train.eval_steps)  # the last step is evaluated too
+    # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
+    # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
+    block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
+    training = tokens * (2 * block + 2 * size.trainable + 2 * head)
+    evaluation = evaluations * int(found.validation.sum()) * (block + head)
+    notes = []
     if found.assumed:
         notes.append(f"lengths are assumed, {mean:.0f} tokens on average: prepare for the data's")
-    epoch = _epoch(config, found, train.per_device_train_batch_size)
-    facts = asdict(batches.facts(found.train, epoch, padded=False))
-    steps = facts["steps"] * train.num_train_epochs
-    facts["steps"] = steps if train.max_steps < 0 else min(steps, train.max_steps)
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    trained = min(facts["steps"] * per_step, len(found.train) * train.num_train_epochs)
-    rows = {
-        "rows": len(found.train),
-        "mean_tokens": round(mean, 1),
-        "label_share": round(found.label_share, 3),
-        "tokens": round(mean * trained),
-        "evaluations": -(-facts["steps"] // train.eval_steps),  # the last step is evaluated too
-        "rows_per_evaluation": len(found.validation),
+    if (share := evaluation / (training + evaluation)) > EVALUATION_WARNING:
+        fix = "raise train.eval_steps or lower train.max_eval_samples"
+        notes.append(f"{share:.0%} of the run is evaluation: {fix}")
+    return {
+        "base": {"id": config.model.id, "parameters": size.parameters},
+        "adapter": {
+            "trainable_parameters": size.trainable,
+            "share_of_base": size.trainable / size.parameters,
+        },
+        "rows": {
+            "rows": len(found.train),
+            "mean_tokens": round(mean, 1),
+            "label_share": round(found.label_share, 3),
+            "tokens": tokens,
+            "evaluations": evaluations,
+            "rows_per_evaluation": len(found.validation),
+        },
+        "batches": {
+            "steps": steps,
+            "largest_micro_batch": max(int(found.train[b].sum()) for step in epoch for b in step),
+            "estimated": found.assumed,
+            "boundaries": list(train.bucket_boundaries or ()),
+            "train_sampling_strategy": train.train_sampling_strategy,
+            "examples_per_step": per_step,
+        },
+        "flops": {
+            "training_flops": training,
+            "recomputation_flops": float(tokens * block),
+            "evaluation_flops": evaluation,
+        },
+        "notes": notes,
     }
-    base, adapter, flops = dict[str, Any](), dict[str, Any](), dict[str, float]()
-    if size:
-        base = {"id": config.model.id, "parameters": size.parameters}
-        adapter = {"trainable_parameters": size.trainable}
-        adapter["share_of_base"] = size.trainable / size.parameters
-        # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
-        # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
-        block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
-        evaluated = rows["evaluations"] * int(found.validation.sum())
-        flops["training_flops"] = rows["tokens"] * (2 * block + 2 * size.trainable + 2 * head)
-        flops["recomputation_flops"] = float(rows["tokens"] * block)
-        flops["evaluation_flops"] = evaluated * (block + head)
-        share = flops["evaluation_flops"] / (flops["training_flops"] + flops["evaluation_flops"])
-        if share > EVALUATION_WARNING:
-            fix = "raise train.eval_steps or lower train.max_eval_samples"
-            notes.append(f"{share:.0%} of the run is evaluation: {fix}")
-    boundaries = list(train.bucket_boundaries or ())
-    facts |= {"estimated": found.assumed, "boundaries": boundaries}
-    facts["train_sampling_strategy"] = train.train_sampling_strategy
-    facts["examples_per_step"] = per_step
-    parts = {"base": base, "adapter": adapter, "rows": rows, "batches": facts}
-    return {**parts, "flops": flops, "notes": notes}
 
 
 def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = None) -> Lengths:
@@ -255,36 +251,27 @@ def _batch(tokens: int) -> dict[str, Any]:
     return {**whole, "cu_seq_lens_q": ends, "max_length_q": tokens}
 
 
-def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
-    """The first epoch with micro-batches of about `rows`; the rows of a step stay the same."""
-    train = config.train
-    accumulation = train.gradient_accumulation_steps * train.per_device_train_batch_size // rows
-    return epoch_plan(config, found.train, 0, rows, accumulation)
+def _settings(
+    config: Config, plain: ModelSize, label_share: float, tokens: int
+) -> list[dict[str, Any]]:
+    """What may be chosen to make a run fit, the fastest first, and its memory.
 
-
-def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:
-    """What may be chosen to make a run fit, the fastest first, and its memory."""
-    train, settings = config.train, []
-    batch_size = train.per_device_train_batch_size
-    examples = batch_size * train.gradient_accumulation_steps
-    half = [batch_size >> times for times in range(batch_size.bit_length())]
-    largest = {
-        rows: batches.facts(found.train, _epoch(config, found, rows), padded=False) for rows in half
-    }
-    choices = itertools.product(sizes.items(), ("off", "on"), largest.items())
-    for (kind, size), checkpointing, (rows, facts) in choices:
-        tokens, on = facts.largest_micro_batch, checkpointing == "on"
-        labels = round(tokens * found.label_share)
+    Args:
+        tokens: of the largest micro-batch.
+    """
+    train, settings, sizes = config.train, [], {"none": plain}
+    if train.strategy != "fsdp":
+        sizes["8bit"] = sizes["4bit"] = count(config, quantized=True)
+    configured = (config.model.quantization, train.gradient_checkpointing)
+    for (kind, size), choice in itertools.product(sizes.items(), ("off", "on")):
+        labels, on = round(tokens * label_share), choice == "on"
         parts = step_memory(size, train.optim, tokens, labels, kind, checkpointing=on)
         parts["process"] = CONTEXT_BYTES
-        asked = (config.model.quantization, train.gradient_checkpointing)
         settings.append(
             {
                 "quantization": kind,
-                "gradient_checkpointing": checkpointing,
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": examples // rows,
-                "configured": asked in ((kind, checkpointing), (kind, "auto")),
+                "gradient_checkpointing": choice,
+                "configured": configured in ((kind, choice), (kind, "auto")),
                 "memory": parts,
                 "peak": memory.peak(parts),
             }
@@ -299,28 +286,19 @@ def _on_gpu(
     rates: dict[str, float],
 ) -> dict[str, Any]:
     """The first setting that fits a GPU, with its hours."""
-    room = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
-    best = next((each for each in settings if each["peak"] <= room), None)
+    free = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
+    best = next((each for each in settings if each["peak"] <= free), None)
     facts = {"gpu": gpu["name"], "gib": gpu["gib"], "fits": best is not None, "usd": None}
     if best is None:
         return facts
+    checkpointing = best["gradient_checkpointing"]
     total = flops["training_flops"] + flops["evaluation_flops"]
-    if best["gradient_checkpointing"] == "on":
-        total += flops["recomputation_flops"]
+    total += flops["recomputation_flops"] * (checkpointing == "on")
     most, usual, least = (total / (gpu["tflops"] * 3.6e15 * share) for share in PEAK_SHARE)
-    usd = rates.get(gpu["name"])
-    return facts | {
-        "set": {
-            "model.quantization": best["quantization"],
-            "train.gradient_checkpointing": best["gradient_checkpointing"],
-            "train.per_device_train_batch_size": best["per_device_train_batch_size"],
-            "train.gradient_accumulation_steps": best["gradient_accumulation_steps"],
-        },
-        "peak": best["peak"],
-        "hours": usual,
-        "hours_range": [least, most],
-        "usd": None if usd is None else usd * usual,
-    }
+    chosen = {"model.quantization": best["quantization"]}
+    chosen["train.gradient_checkpointing"] = checkpointing
+    facts |= {"set": chosen, "peak": best["peak"], "hours": usual, "hours_range": [least, most]}
+    return facts | {"usd": rates[gpu["name"]] * usual if gpu["name"] in rates else None}
 
 
 def read_rates(given: list[str]) -> dict[str, float]:
@@ -350,7 +328,7 @@ def show(found: dict[str, Any]) -> None:
         title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
         columns = ["base", "checkpointing", *HELD, "peak"]
         console.table(title, columns, map(_setting_row, found["settings"]))
-        columns = ["GPU", "base", "checkpointing", "batches", "peak", "hours", "USD"]
+        columns = ["GPU", "base", "checkpointing", "peak", "hours", "USD"]
         console.table("one GPU, one process", columns, map(_gpu_row, found["gpus"]))
         share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[2]:.0%}"
         console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
@@ -373,9 +351,7 @@ def _setting_row(setting: dict[str, Any]) -> list[str]:
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:
     if not row["fits"]:
-        return [row["gpu"], "does not fit", "", "", "", "", ""]
-    kind, checkpointing, rows, accumulation = row["set"].values()
+        return [row["gpu"], "does not fit", "", "", "", ""]
     hours = "-".join(f"{hours:.2g}" for hours in row["hours_range"])
     price = "" if row["usd"] is None else f"{row['usd']:.2f}"
-    batch = f"{rows} x {accumulation}"
-    return [row["gpu"], kind, checkpointing, batch, f"{row['peak'] / 1e9:.1f} GB", hours, price]
+    return [row["gpu"], *row["set"].values(), f"{row['peak'] / 1e9:.1f} GB", hours, price]

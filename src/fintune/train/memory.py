@@ -1,4 +1,4 @@
-"""Does the largest micro-batch fit, with or without recomputing activations?
+"""Does the largest micro-batch fit, with or without gradient checkpointing?
 
 Estimated from short forward passes (fintune.memory), then tried: before step 0, not met at step
 1,000.
@@ -6,24 +6,22 @@ Estimated from short forward passes (fintune.memory), then tried: before step 0,
 
 import ctypes
 import gc
-import mmap
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import send_to_device
 
-from fintune.batches import Ints
-from fintune.collate import Collator
 from fintune.config import TrainConfig
 from fintune.loss import sum_loss
 from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
 from fintune.model import DTYPES
 from fintune.train import lora
-from fintune.train.rows import Rows
+from fintune.train.distributed import any_rank
+from fintune.train.rows import Order
 
 HEADROOM = 0.7
 """Share of the free memory that a step may take: glibc needs up to 1.5 times the live bytes, as
@@ -34,67 +32,56 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: of the device, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    table = Path("/proc/meminfo")
-    for line in table.read_text().splitlines() if table.exists() else ():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 2**63 - 1  # unknown (not Linux): only the trial of the largest micro-batch decides
+    return int(psutil.virtual_memory().available)
 
 
 def in_use(device: torch.device) -> int:
     """Bytes: the most that tensors took on a CUDA device so far, or what this process takes now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    table = Path("/proc/self/statm")
-    return int(table.read_text().split()[1]) * mmap.PAGESIZE if table.exists() else 0
+    return int(psutil.Process().memory_info().rss)
 
 
-def recompute(
-    train: TrainConfig, model: Any, collator: Collator, precision: str, largest: int
-) -> tuple[bool, str]:
-    """Resolve `train.gradient_checkpointing` and say why.
-
-    Args:
-        largest: tokens of the largest micro-batch of the whole plan.
-    """
+def estimate(train: TrainConfig, model: Any, order: Order, precision: str) -> tuple[bool, str]:
+    """Resolve `train.gradient_checkpointing` and say why. Collective."""
     choice = train.gradient_checkpointing
     if choice != "auto":
-        on = choice == "on"
-        return on, f"gradient checkpointing is {choice}, as set"
+        return choice == "on", f"gradient checkpointing is {choice}, as set"
+    if train.strategy == "fsdp":
+        return True, "gradient checkpointing is on: a sharded base is one that hardly fits"
     batches = (
-        send_to_device(collator([{"input_ids": ids, "labels": ids}]), model.device)
+        send_to_device(order.collator([{"input_ids": ids, "labels": ids}]), model.device)
         for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
     )
     with _same_masks(model), autocast(model, precision):
         size = model_size(model, batches, DTYPES[precision].itemsize)
+    largest = order.most_tokens
     parts = step_memory(size, train.optim, largest, largest, checkpointing=False)
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = free_memory(model.device)
-    on = needed > HEADROOM * free
+    on = any_rank(needed > HEADROOM * free)
     return on, (
         f"gradient checkpointing is {'on' if on else 'off'}: {needed / 1e9:.2f} GB for a step"
         f" with the largest micro-batch ({largest:,} tokens), {free / 1e9:.1f} GB free"
     )
 
 
-def try_largest(
-    model: Any, rows: Rows, collator: Collator, precision: str, batch: Ints, *, recomputed: bool
-) -> None:
-    """Forward and backward of the most expensive micro-batch, once, as the run will do it; the
-    gradients are thrown away. What the device raises when it does not fit is not caught."""
-    if recomputed:
+def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool) -> None:
+    """Forward and backward of the largest micro-batch, once, as the run will do it; the gradients
+    are thrown away. What the device raises when it does not fit is not caught."""
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     try:
         with _same_masks(model):
             with autocast(model, precision):
-                inputs = send_to_device(collator([rows[i] for i in batch]), model.device)
-                total, count = sum_loss(model.train(), inputs)
+                batch = order.collator([order.rows[index] for index in order.largest])
+                total, count = sum_loss(model.train(), send_to_device(batch, model.device))
             (total / max(count, 1)).backward()
     finally:
         lora.forget(model)
         model.zero_grad(set_to_none=True)
-        if recomputed:
+        if checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
 
@@ -144,7 +131,6 @@ def trim_heap() -> None:
     """Return free memory to the system: a run's allocations come in many sizes, and glibc keeps
     the holes between them (a sixth of the process after a few steps of the nano run)."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)
+    # glibc has it, musl does not.
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

@@ -5,7 +5,6 @@ A loss spike is a step whose loss exceeds the median of the last WINDOW steps by
 
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +32,25 @@ PANELS = {
     "loss": "loss (nats/token)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
-    "useful_tokens_per_second": "useful tokens / s",
+    "useful_tokens_per_second": "non-padding tokens / s",
 }
 
 
-def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
+def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> JsonlLog:
     """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
     """
+
+    def kept(row: dict[str, Any]) -> bool:
+        again = not evaluated and "eval_loss" in row
+        return bool(row["step"] <= resumed_at - again)
+
     with JsonlLog(path) as log:
         rows = log.rows()
-    kept = [
-        row
-        for row in rows
-        if row["step"] < resumed_at
-        or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
-    ]
-    write_jsonl(path, kept)
+    write_jsonl(path, filter(kept, rows))
     return JsonlLog(path)
 
 
@@ -83,21 +81,12 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's steps and logs into lines of metrics and progress.
 
     Args:
-        losses: of the steps, as the Trainer's own clipping adds them.
-        tokens: non-padding and padded tokens of an optimizer step, by its number from 0.
-        example_ids: example ids of an optimizer step, by its number from 0.
+        trainer: whose `losses` its own clipping adds, and whose `order` the steps have.
     """
 
-    def __init__(
-        self,
-        metrics: JsonlLog,
-        progress: Meter,
-        losses: Losses,
-        tokens: Callable[[int], tuple[int, int]],
-        example_ids: Callable[[int], list[str]],
-    ) -> None:
-        self._metrics, self._progress, self._losses = metrics, progress, losses
-        self._tokens, self._example_ids = tokens, example_ids
+    def __init__(self, metrics: JsonlLog, progress: Meter, trainer: Any) -> None:
+        self._metrics, self._progress = metrics, progress
+        self._losses, self._order = trainer.losses, trainer.order
         # Since the last logged step: tokens, padded tokens, seconds.
         self._totals = np.zeros(3)
         self._start, self._warned = 0.0, -WINDOW
@@ -108,21 +97,22 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step's tokens and seconds; write down a loss spike."""
-        seconds = time.monotonic() - self._start
-        self._totals += (*self._tokens(state.global_step - 1), seconds)
+        step, seconds = state.global_step, time.monotonic() - self._start
+        self._totals += (*self._order.tokens(self._order.step(step - 1)), seconds)
         self._progress.advance()
-        if self._losses.limit is not None:
-            self._spike(state, self._losses.last[-1], self._losses.limit)
-
-    def _spike(self, state: Any, loss: float, limit: float) -> None:
-        step = state.global_step
-        ids = self._example_ids(step - 1)
-        row = {"step": step, "epoch": round(state.epoch, 4)}
-        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit, "rows": ids})
+        loss, limit = self._losses.last[-1], self._losses.limit
+        if limit is None:
+            return
+        row = {
+            "step": step,
+            "epoch": round(state.epoch, 4),
+            "rows": self._order.example_ids(step - 1),
+        }
+        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit})
         if step - self._warned >= WINDOW:
             warn(
-                f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} updates allow"
-                f" {limit:.3f}; rows: {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
+                f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
+                f" {limit:.3f}; its rows are in metrics.jsonl"
             )
             self._warned = step
 
@@ -132,7 +122,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         """Write a line; the Trainer's final summary, which is of no step, is left out."""
         if "eval_loss" in logs:
             self._metrics.append({"step": state.global_step, "epoch": state.epoch, **logs})
-            self._progress.advance(0, note=f"held-out loss {logs['eval_loss']:.3f}")
+            self._progress.advance(0, note=f"validation loss {logs['eval_loss']:.3f}")
         elif "loss" in logs:
             tokens, padded, seconds = self._totals.tolist()
             row = {
@@ -146,38 +136,28 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
                 "memory_bytes": in_use(kwargs["model"].device),
             }
             self._metrics.append(row)
-            note = (
-                f"loss {row['loss']:.3f}  lr {row['learning_rate']:.1e}"
-                f"  {row['useful_tokens_per_second']:,.0f} tokens/s"
-                f"  padding {row['padding']:.1%}  {row['memory_bytes'] / 1e9:.1f} GB"
-            )
-            self._progress.advance(0, note=note)
+            rate = f"{row['useful_tokens_per_second']:,.0f} tokens/s"
+            memory = f"{row['memory_bytes'] / 1e9:.1f} GB"
+            self._progress.advance(0, note=f"loss {row['loss']:.3f}  {rate}  {memory}")
             self._totals[:] = 0
             trim_heap()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw train and held-out loss, learning rate, gradient norm and tokens/s over steps."""
+    """Draw train and validation loss, learning rate, gradient norm and tokens/s over steps."""
     from matplotlib import pyplot as plt
 
     rows = list(read_jsonl(metrics))
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "eval_loss" in row]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-        x, y = [row["step"] for row in steps], [row[key] for row in steps]
-        axis.plot(x, y, color="#4269d0", linewidth=1.4, label="train")
+        for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            label = "validation" if name == "eval_loss" else "train"
+            axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
-    if evaluations:
-        x, y = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
-        axes[0, 0].plot(x, y, color="#ff725c", marker="o", markersize=3, label="held out")
-        best = min(evaluations, key=lambda row: row["eval_loss"])
-        axes[0, 0].axvline(best["step"], color="#ff725c", alpha=0.4, linestyle=":", label="best")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False)
     # No software name in the file, so that equal metrics give equal bytes.
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     plt.close(figure)

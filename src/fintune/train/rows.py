@@ -1,5 +1,12 @@
-"""Prepared rows as a torch data set, read straight from the columns of a parquet file."""
+"""Prepared rows as a torch data set, and which of them each optimizer step sees.
 
+An optimizer step is a set of examples. How it is divided into micro-batches may change while a run
+lives (less memory, another world size); which examples it has may not, so the hash of what was
+consumed is over the sorted ids of each step.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from fintune.batches import EpochPlan, Ints, micro_batches_under, plan_epoch, rebalance
+from fintune.collate import Collator
+from fintune.config import Config
 from fintune.errors import DataError
+from fintune.files import sha256_bytes
+from fintune.train.distributed import micro_batches_per_rank
 
 Row = dict[str, NDArray[np.int32]]
+_TOKENS = ["input_ids", "labels"]
+_COLUMNS = ["example_id", *_TOKENS, "length"]
 
 
 class Rows(Dataset[Row]):
@@ -24,22 +38,22 @@ class Rows(Dataset[Row]):
 
     def __init__(self, table: pa.Table) -> None:
         self.ids: list[str] = table["example_id"].to_pylist()
-        self.lengths: NDArray[np.int64] = table["length"].to_numpy().astype(np.int64)
-        self._columns = {
-            name: table[name].combine_chunks() if table.num_rows else None
-            for name in ("input_ids", "labels")
-        }
+        self.lengths: Ints = table["length"].to_numpy().astype(np.int64)
+        self._table = table.select(_TOKENS).combine_chunks()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Row:
-        return {name: _values(column, index) for name, column in self._columns.items()}
+        return {name: self._table[name][int(index)].values.to_numpy() for name in _TOKENS}
 
 
 def read_train(data_dir: Path) -> Rows:
-    """The training rows."""
-    return Rows(_read(data_dir / "train.parquet"))
+    """The training rows. Raises DataError where there is none."""
+    rows = Rows(pq.read_table(data_dir / "train.parquet", columns=_COLUMNS))
+    if len(rows) == 0:
+        raise DataError("no training row", fix="see the ledger: fintune dropped")
+    return rows
 
 
 def read_validation(data_dir: Path, most: int) -> Rows:
@@ -47,23 +61,143 @@ def read_validation(data_dir: Path, most: int) -> Rows:
 
     Example ids are hashes, so the first ones are a random sample, and the same one each time.
     """
-    table = _read(data_dir / "validation.parquet").sort_by("example_id")
+    table = pq.read_table(data_dir / "validation.parquet", columns=_COLUMNS)
     if table.num_rows == 0:
         raise DataError(
             f"{data_dir / 'validation.parquet'} has no row",
             why="without one, no evaluation can choose the best adapter",
             fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
         )
-    return Rows(table.slice(0, most))
+    return Rows(table.sort_by("example_id").slice(0, most))
 
 
-def _read(path: Path) -> pa.Table:
-    return pq.read_table(path, columns=["example_id", "input_ids", "labels", "length"])
+def configured_epoch(
+    config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1
+) -> EpochPlan:
+    """An epoch's batches as a config has them."""
+    train = config.train
+    return plan_epoch(
+        lengths,
+        micro_batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps // world_size,
+        seed=config.seed,
+        epoch=epoch,
+        plan=train.train_sampling_strategy,
+        boundaries=train.bucket_boundaries,
+        world_size=world_size,
+    )
 
 
-def _values(column: Any, index: int) -> NDArray[np.int32]:
-    offsets = column.offsets
-    start, end = offsets[index].as_py(), offsets[index + 1].as_py()
-    own = column.values.slice(start, end - start)
-    values: NDArray[np.int32] = own.to_numpy(zero_copy_only=True)
-    return values
+class Order:
+    """The batch plan of a whole run; an epoch is planned when it is asked for.
+
+    Args:
+        world_size: processes that share a step.
+        cap: most tokens of a micro-batch, padding included, since memory ran out.
+
+    Attributes:
+        rows, collator: what it was made with.
+        accumulation: micro-batches of an optimizer step and process.
+        since: the step and hash that `consumed_sha256` starts from; (0, "") unless another order
+            was accepted in the middle of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rows: Rows,
+        collator: Collator,
+        world_size: int = 1,
+        cap: int | None = None,
+    ) -> None:
+        self.rows, self.collator = rows, collator
+        self._config, self._world_size, self._parts = config, world_size, 0
+        self._plan = partial(configured_epoch, config, rows.lengths, world_size=world_size)
+        configured = config.train.gradient_accumulation_steps
+        self.accumulation = micro_batches_per_rank(configured, world_size)
+        if cap is not None:
+            plans = [self._plan(epoch) for epoch in range(config.train.num_train_epochs)]
+            padded = collator.padded_tokens
+            parts = micro_batches_under(cap, rows.lengths, plans, configured, world_size, padded)
+            self._parts = parts if parts > configured else 0
+            self.accumulation = parts // world_size
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        first = self.epoch(0).steps
+        self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
+        self.since = self._consumed = (0, "")
+
+    def _epoch(self, number: int) -> EpochPlan:
+        plan = self._plan(number)
+        if self._parts:
+            plan = rebalance(self.rows.lengths, plan, self._parts, self._world_size)
+        return plan
+
+    def step(self, number: int) -> list[Ints]:
+        """Micro-batches of an optimizer step, counted from 0 over the whole run."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        return self.epoch(epoch).steps[within]
+
+    def tokens(self, batches: list[Ints]) -> tuple[int, int]:
+        """Non-padding tokens of micro-batches, and those with padding."""
+        lengths = [self.rows.lengths[batch].tolist() for batch in batches]
+        return sum(map(sum, lengths)), sum(map(self.collator.padded_tokens, lengths))
+
+    @cached_property
+    def largest(self) -> Ints:
+        """The micro-batch of the whole run that takes the most tokens in memory."""
+        plans = map(self.epoch, range(self._config.train.num_train_epochs))
+        every = (batch for plan in plans for step in plan.steps for batch in step)
+        return max(every, key=lambda batch: self.tokens([batch])[1])
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of `largest`, padding included."""
+        return self.tokens([self.largest])[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, padding included: no cap can divide it."""
+        return self.collator.padded_tokens([int(self.rows.lengths.max())])
+
+    def share(self, step: int) -> float:
+        """Examples of a step over those of the first: the last of an epoch may have fewer."""
+        return sum(batch.size for batch in self.step(step)) / self._whole
+
+    def example_ids(self, step: int) -> list[str]:
+        """Ids of the examples of a step, micro-batch by micro-batch."""
+        return [self.rows.ids[index] for batch in self.step(step) for index in batch]
+
+    def consumed_sha256(self, steps: int) -> str:
+        """Running hash of the example ids that the first `steps` steps consumed."""
+        done, digest = self._consumed if self._consumed[0] <= steps else self.since
+        for step in range(done, steps):
+            ids = sorted(self.example_ids(step))
+            digest = sha256_bytes("\n".join([digest, *ids]).encode())
+        self._consumed = (steps, digest)
+        return digest
+
+    def continue_from(self, step: int, digest: str) -> None:
+        """Count on from what another order consumed until `step`."""
+        self.since = self._consumed = (step, digest)
+
+
+class RankBatches(Sampler[list[int]]):
+    """A rank's micro-batches of the epoch that the run is in, in order.
+
+    Args:
+        step: optimizer steps made so far, which say the epoch.
+    """
+
+    def __init__(self, order: Order, rank: int, world_size: int, step: Callable[[], int]) -> None:
+        self._order, self._rank, self._world_size, self._step = order, rank, world_size, step
+
+    def _batches(self) -> list[list[int]]:
+        plan = self._order.epoch(self._step() // self._order.steps_per_epoch)
+        steps = plan.rank(self._rank, self._world_size)
+        return [batch.tolist() for step in steps for batch in step]
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches())

@@ -1,30 +1,44 @@
-"""A run's folder: the fingerprint that it continues with, and what was resolved when it began.
+"""A run's folder: its fingerprint, what was resolved when it began, and its checkpoints.
 
-inputs.json   the run fingerprint (config, data, base, tokenizer, versions) and its accepted changes
-record.json   precision, gradient checkpointing and token caps, of one fingerprint. They come from
-              measurements of the machine, which a second start must not repeat.
+inputs.json     the run fingerprint (config, data, base, tokenizer, versions), accepted changes
+record.json     precision, gradient checkpointing and token caps, of one fingerprint. They come from
+                measurements of the machine, which a second start must not repeat.
+checkpoints/    each written beside its place, every file synced, sealed like a stage's folder
+                (`seal.py`: size and sha256 of each file), renamed, the parent synced.
+
+transformers writes a checkpoint in place: of 60 random kill -9, 29 left a newest one that its own
+resume crashed on, with an intact one beside it. A run continues from the newest one whose seal
+verifies, and says which it skipped and why.
 """
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fintune import seal
+from fintune import files, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, dump_yaml
 from fintune.console import say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
-from fintune.files import read_json, sha256_file, sha256_json, write_json, write_text
 from fintune.model import Base
-from fintune.train import checkpoints, memory, processes
-from fintune.train.order import Order
+from fintune.train import distributed, memory
+from fintune.train.distributed import world_size
+from fintune.train.rows import Order
 
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 """Packages whose versions are part of the fingerprint."""
+RECORD = "record.json"
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
+KEEP = 2
+"""Newest checkpoints kept; the best adapter is kept besides."""
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_REMOVED = ".old-"
 SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
 """What gives saved weights and optimizer states their shape: no change of it can be accepted."""
 
@@ -39,7 +53,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     sections = config.sections("model", "chat", "train", "seed")
     sections["model"].pop("path")
     tokenizer = {
-        "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
+        "tokenizer_sha256": files.sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
     }
     encoded = {name: data["inputs"].get(name) for name in tokenizer}
@@ -59,35 +73,36 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     }
 
 
+@dataclass
 class RunState:
     """An open run.
 
     Attributes:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
-        finished: whether there is nothing left to do.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
+        resolved: what `record.json` holds.
+        finished: whether there is nothing left to do.
     """
 
-    def __init__(
-        self, folder: Path, fingerprint: dict[str, Any], *, finished: bool = False
-    ) -> None:
-        self.folder, self.fingerprint, self.finished = folder, fingerprint, finished
-        self.sha256 = sha256_json(fingerprint)
-        begun = folder / seal.INPUTS
-        self.accepted = seal.read_checked(begun).get("accepted", []) if begun.is_file() else []
-        path = folder / "record.json"
-        self._record = read_json(path) if path.is_file() else {}
-        if self._record.get("fingerprint_sha256") != self.sha256:
+    folder: Path
+    fingerprint: dict[str, Any]
+    accepted: list[dict[str, Any]] = field(default_factory=list)
+    resolved: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.sha256 = files.sha256_json(self.fingerprint)
+        if self.resolved.get("fingerprint_sha256") != self.sha256:
             # A changed fingerprint resolves anew; how much memory there is stays known.
-            caps = self._record.get("token_caps", [])
-            self._record = {"fingerprint_sha256": self.sha256, "token_caps": caps}
+            caps = self.resolved.get("token_caps", [])
+            self.resolved = {"fingerprint_sha256": self.sha256, "token_caps": caps}
 
     @classmethod
     def open(
         cls, config: Config, fingerprint: dict[str, Any], *, fresh: bool, force_resume: str | None
     ) -> "RunState":
-        """Begin or continue a run; every rank calls it.
+        """Begin or continue a run. Collective.
 
         Args:
             fresh: move the folder aside first.
@@ -98,26 +113,39 @@ class RunState:
             ConfigError: the reason is empty.
         """
         folder = config.run_dir
-        opened = processes.from_rank0(lambda: _open(config, fingerprint, fresh, force_resume))
-        run = cls(folder, fingerprint, finished=opened is seal.State.FINISHED)
-        processes.wait()  # every rank has read record.json before rank 0 writes it
-        return run
+
+        def begin() -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
+            if fresh and (aside := seal.move_aside(folder)):
+                say(f"moved the old run to {aside}")
+            if force_resume is not None:
+                _accept(folder, fingerprint, force_resume)
+            also = ', or go on and have it recorded: --force-resume "why"'
+            state = seal.state(folder, fingerprint, command="fintune train", also=also)
+            if state is not seal.State.FINISHED:
+                seal.start(folder, fingerprint)
+                files.write_text(folder / "config.yaml", dump_yaml(config))
+            record = folder / RECORD
+            accepted = seal.read_checked(folder / seal.INPUTS).get("accepted", [])
+            resolved = files.read_json(record) if record.is_file() else {}
+            return accepted, resolved, state is seal.State.FINISHED
+
+        return cls(folder, fingerprint, *distributed.from_rank0(begin))
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
         """What this run resolved before, or resolves now."""
-        return self._record[name] if name in self._record else self.record(name, decide())
+        return self.resolved[name] if name in self.resolved else self.record(name, decide())
 
     def record(self, name: str, value: Any) -> Any:
         """Resolve anew; rank 0 writes it down."""
-        self._record[name] = value
-        if processes.is_rank0():
-            self._write()
+        self.resolved[name] = value
+        if distributed.is_rank0():
+            files.write_json(self.folder / RECORD, self.resolved)
         return value
 
     @property
     def token_caps(self) -> list[dict[str, int]]:
         """One entry for each out-of-memory error: `step`, the tokens that `was` tried, the cap."""
-        caps: list[dict[str, int]] = self._record["token_caps"]
+        caps: list[dict[str, int]] = self.resolved["token_caps"]
         return caps
 
     def max_tokens(self) -> int | None:
@@ -125,13 +153,11 @@ class RunState:
         return min((cap["max_tokens"] for cap in self.token_caps), default=None)
 
     @contextmanager
-    def capping_tokens(self, step: Callable[[], int], largest: int, longest: int) -> Iterator[None]:
+    def capping_tokens(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
         """Turn an out-of-memory error into half the tokens a micro-batch for the next start.
 
         Args:
             step: optimizer steps made so far.
-            largest: tokens of the largest micro-batch of this start.
-            longest: tokens of the longest example, which no cap can divide.
 
         Raises:
             Stopped: out of memory; the same command continues with a lower cap.
@@ -143,19 +169,22 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        if largest <= longest:
+        was, longest = order.most_tokens, order.longest
+        if was <= longest:
             raise ModelError(
                 f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
                 why="a micro-batch cannot be smaller",
                 fix="set train.gradient_checkpointing=on or model.quantization=4bit, or lower"
                 " data.max_length",
             )
-        cap = max(largest // 2, longest)
-        self._record.pop("gradient_checkpointing", None)
-        self.token_caps.append({"step": step(), "was": largest, "max_tokens": cap})
-        self._write()  # by the rank that met it; the others only wait
+        cap = max(was // 2, longest)
+        self.resolved.pop("gradient_checkpointing", None)
+        self.token_caps.append({"step": step(), "was": was, "max_tokens": cap})
+        files.write_json(
+            self.folder / RECORD, self.resolved
+        )  # by the rank that met it; the others wait
         raise Stopped(
-            f"step {step() + 1}: out of memory on micro-batches of up to {largest:,} tokens; saved"
+            f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens; saved"
             " is what the last checkpoint holds",
             fix=f"the same command continues, with at most {cap:,} tokens a micro-batch (the same"
             " examples a step)",
@@ -164,49 +193,39 @@ class RunState:
     def incompatible(self, checkpoint: Path) -> str | None:
         """Why a checkpoint is not of this run, or None."""
         ours = {self.sha256, *(change["was"] for change in self.accepted)}
-        saved = read_json(checkpoint / RESUME)["fingerprint_sha256"]
-        return None if saved in ours else "it is of a run with other inputs"
+        saved = files.read_json(checkpoint / RESUME)["fingerprint_sha256"]
+        return None if saved in ours else "it is of a run with another fingerprint"
 
-    def check_data_order(self, order: Order, checkpoint: Path) -> None:
-        """Let the order of rows go on from a checkpoint of this run.
+    def continue_order(self, order: Order) -> tuple[Path | None, int, bool]:
+        """Let an order go on from the newest checkpoint of this run. Collective.
+
+        Returns:
+            The checkpoint, or None; its step; whether that step was evaluated.
 
         Raises:
-            OutputError: the rows consumed until there are not those of this order.
+            OutputError: none verifies, or the rows consumed until there are not of this order.
         """
-        resume, step = read_json(checkpoint / RESUME), checkpoints.step_of(checkpoint)
-        if resume["processes"] != processes.world_size():
+        folder = self.folder / "checkpoints"
+        found = distributed.from_rank0(lambda: newest_checkpoint(folder, self.incompatible))
+        if found is None:
+            return None, 0, True
+        resume, step, world = files.read_json(found / RESUME), step_of(found), world_size()
+        if resume["processes"] != world:
             warn(
-                f"{checkpoint} is of {resume['processes']} processes, this is a run of"
-                f" {processes.world_size()}: rows and order are the same, dropout masks are not"
+                f"{found} is of {resume['processes']} processes, this is a run of {world}: rows and"
+                " order are the same, dropout masks are not"
             )
         if resume["fingerprint_sha256"] != self.sha256:
             order.continue_from(step, resume["consumed_sha256"])
-            return
-        order.continue_from(*resume["since"])
+        else:
+            order.continue_from(*resume["since"])
         if resume["consumed_sha256"] != order.consumed_sha256(step):
             raise OutputError(
-                f"{checkpoint} was made with another order of rows",
+                f"{found} was made with another order of rows",
                 fix="start again: fintune train --fresh",
             )
-
-    def _write(self) -> None:
-        write_json(self.folder / "record.json", self._record)
-
-
-def _open(
-    config: Config, fingerprint: dict[str, Any], fresh: bool, force_resume: str | None
-) -> seal.State:
-    folder = config.run_dir
-    if fresh and (aside := seal.move_aside(folder)):
-        say(f"moved the old run to {aside}")
-    if force_resume is not None:
-        _accept(folder, fingerprint, force_resume)
-    also = ', or go on and have it recorded: --force-resume "why"'
-    state = seal.state(folder, fingerprint, command="fintune train", also=also)
-    if state is not seal.State.FINISHED:
-        seal.start(folder, fingerprint)
-        write_text(folder / "config.yaml", dump_yaml(config))
-    return state
+        say(f"continuing from {found}")
+        return found, step, not resume["pending_evaluation"]
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
@@ -226,6 +245,88 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
             fix="start again: fintune train --fresh",
         )
     if differs:
-        change = {"reason": reason, "differs": differs, "was": sha256_json(before)}
-        write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
+        change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}
+        files.write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
         warn(f"accepted, and recorded: {'; '.join(differs)}")
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint whole: `write` fills a staging folder, the rest is done here.
+
+    One of the same step that verifies is kept: it is of the same state.
+    """
+    final = folder / f"checkpoint-{step}"
+    if final.exists():
+        if corrupt(final) is None:
+            return final
+        shutil.rmtree(final)
+    with files.staged_folder(final) as staging:
+        write(staging)
+        seal.seal(staging, {"step": step})
+    return final
+
+
+def corrupt(checkpoint: Path) -> str | None:
+    """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
+    try:
+        inputs = seal.read_checked(checkpoint / seal.DONE)["inputs"]
+        if inputs != {"step": step_of(checkpoint)}:
+            return f"{seal.DONE} is of {inputs}"
+        seal.read_seal(checkpoint, stage="checkpoint", make="fintune train")
+    except OutputError as error:
+        return error.what.removeprefix(f"checkpoint: {checkpoint}: ")
+    return None
+
+
+def newest_checkpoint(
+    folder: Path, incompatible: Callable[[Path], str | None] = lambda path: None
+) -> Path | None:
+    """The newest checkpoint that verifies; each newer one that does not is named.
+
+    Args:
+        incompatible: why a checkpoint that verifies is not of this run, or None.
+
+    Raises:
+        OutputError: there are checkpoints, and none verifies.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        reason = corrupt(checkpoint) or incompatible(checkpoint)
+        if reason is None:
+            return checkpoint
+        warn(f"{checkpoint} is skipped: {reason}")
+    if found:
+        raise OutputError(
+            f"none of the {len(found)} checkpoints in {folder} verifies",
+            why="continuing from corrupt state would not be the same run",
+            fix="start again: fintune train --fresh (the old folder is moved aside)",
+        )
+    return None
+
+
+def rotate(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the `keep` newest until `step`, the one just written.
+
+    Those after it were skipped when the run resumed, so they must not push out sound ones. The
+    best adapter is in each checkpoint and in `best/`, out of reach of this.
+    """
+    found = checkpoints(folder)
+    kept = [path for path in found if step_of(path) <= step][-keep:]
+    for checkpoint in {*found} - {*kept}:
+        # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
+        removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+    for leftover in (*folder.glob(f"{_REMOVED}*"), *folder.glob(".staging-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first."""
+    found = (path for path in folder.glob("*") if _CHECKPOINT.fullmatch(path.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint folder holds, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,21 +1,18 @@
 """transformers' Trainer with our order of rows, loss, evaluation and checkpoints; nothing else.
 
-Overridden (tests/test_train_trainer.py holds their signatures against the pinned transformers):
+Overridden (tests/test_train.py holds their signatures against the pinned transformers):
 
-get_train_dataloader   the batch plan decides which rows share a step
+get_train_dataloader   the batch plan decides which rows share an optimizer step
 compute_loss           padding-free, label tokens only, divided by the whole step's tokens
-_clip_grad_norm        stops before an update that is not finite
+_clip_grad_norm        stops before an optimizer step that is not finite
 evaluate               exact token-weighted loss over the validation rows; keeps the best adapter
-_save_checkpoint       whole or not at all (checkpoints.py)
+_save_checkpoint       whole or not at all (run_state.py)
 """
 
-import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,35 +20,88 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
+from fintune import files
 from fintune.batches import plan_evaluation
-from fintune.collate import Collator
+from fintune.config import Config
+from fintune.console import say
 from fintune.errors import NotFinite, Stopped
-from fintune.files import (
-    SMALL_FILES,
-    copy_file,
-    read_json,
-    sha256_file,
-    space_for,
-    staged_folder,
-    write_bytes,
-    write_json,
-)
 from fintune.loss import sum_loss
-from fintune.stop import StopRequest
-from fintune.train import checkpoints, processes
+from fintune.model import device
+from fintune.train import distributed
 from fintune.train.metrics import Losses
-from fintune.train.order import Loader, Order, RankBatches
-from fintune.train.rows import Rows
-from fintune.train.run_state import RESUME
+from fintune.train.rows import Order, RankBatches, Rows
+from fintune.train.run_state import KEEP, RESUME, RunState, rotate, save_checkpoint, step_of
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
 SKIPS = 40
-"""Updates in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
+"""Steps in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
+_SAME_NAME = {
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "learning_rate"),
+    *("lr_scheduler_type", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
+    "logging_steps",
+}
+"""Keys of our config that are transformers' own."""
+
+
+def training_arguments(
+    config: Config, *, precision: str, checkpointing: bool, accumulation: int
+) -> TrainingArguments:
+    """The TrainingArguments of a run, for one device a process.
+
+    Checkpoints, the best weights and the order of rows are ours, so the words for them only say
+    what happens.
+
+    Args:
+        precision: bf16, fp16 or fp32, resolved.
+        checkpointing: gradient checkpointing, resolved.
+        accumulation: micro-batches of an optimizer step and process.
+    """
+    train = config.train
+    bucketed = train.train_sampling_strategy == "bucketed"
+    arguments = TrainingArguments(
+        output_dir=str(config.run_dir / "checkpoints"),
+        use_cpu=device().type == "cpu",
+        **train.model_dump(include=_SAME_NAME),
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="group_by_length" if bucketed else "random",
+        warmup_steps=train.warmup_ratio,  # transformers 5: below 1 it is a share
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        save_total_limit=KEEP,
+        # transformers refuses this with a save that is no multiple of the evaluation; the best
+        # evaluated weights are kept in any case.
+        load_best_model_at_end=train.save_steps % train.eval_steps == 0,
+        metric_for_best_model="loss",
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=list(train.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+    arguments.ddp_find_unused_parameters = False  # every adapter matrix is in every step
+    if arguments.n_gpu > 1:
+        say(f"one of {arguments.n_gpu} GPUs is used; torchrun starts a process for each")
+        arguments._n_gpu = 1  # else torch's DataParallel would cut a padding-free batch
+    return arguments
+
+
+def effective(arguments: TrainingArguments) -> dict[str, Any]:
+    """What transformers made of them, as JSON; tokens are masked."""
+    return {
+        key: value
+        for key, value in arguments.to_dict().items()
+        if isinstance(value, str | int | float | bool | list | dict | None)
+    }
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
@@ -60,46 +110,37 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     Args:
         order: the batch plan.
         validation: rows of the evaluation that chooses the best adapter.
-        eval_tokens: most tokens of an evaluation batch.
-        best: folder of the best adapter.
-        stop: set from outside when the run should end at the next step.
-        fingerprint_sha256: of the run, written into each checkpoint and compared on resume.
+        run: whose folder gets `best/` and whose fingerprint each checkpoint names.
     """
 
-    def __init__(
-        self,
-        *,
-        order: Order,
-        validation: Rows,
-        eval_tokens: int,
-        best: Path,
-        stop: StopRequest,
-        fingerprint_sha256: str,
-        collator: Collator,
-        **keywords: Any,
-    ) -> None:
-        super().__init__(data_collator=collator, **keywords)
+    def __init__(self, *, order: Order, validation: Rows, run: RunState, **keywords: Any) -> None:
+        collator, rows = order.collator, order.rows
+        super().__init__(data_collator=collator, train_dataset=rows, eval_dataset=rows, **keywords)
+        self.remove_callback(PrinterCallback)
         # Our loss is divided by the whole step's label tokens, and its labels come shifted.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
-        self.order, self.validation, self.best, self.stop = order, validation, best, stop
-        self.fingerprint_sha256, self.largest = fingerprint_sha256, eval_tokens
+        self.order, self.validation, self.run = order, validation, run
+        self.best = run.folder / "best"
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
-        self._eval_batches = plan_evaluation(validation.lengths, eval_tokens)
+        self._evaluating = False
+        self._eval_batches = plan_evaluation(validation.lengths, order.most_tokens)
         # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
-        multiple = eval_tokens if collator.pad_to_multiple_of > 1 else 1
+        multiple = order.most_tokens if collator.pad_to_multiple_of > 1 else 1
         self._eval_collator = replace(collator, pad_to_multiple_of=multiple)
-        self.add_callback(_StopAtStep(stop))
+        self._resume = dict[str, Any]()
+        self.add_callback(_Boundaries(self))
         if self.args.process_index:
             # Dropout masks of its own; the first keeps those of one process.
             torch.manual_seed(self.args.seed + self.args.process_index)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as planned, this rank's share; the device move is the Trainer's."""
-        sampler = RankBatches(self.order, self.args.process_index, self.args.world_size)
-        return Loader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        rank, world = self.args.process_index, self.args.world_size
+        sampler = RankBatches(self.order, rank, world, lambda: self.state.global_step)
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
@@ -135,14 +176,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._skipped += 1
         scaler = self.accelerator.scaler
         if math.isfinite(loss) and scaler is not None and self._skipped < SKIPS:
-            # fp16: the scaler skips this update and lowers its scale; that is its job.
+            # fp16: the scaler skips this step and lowers its scale; that is its job.
             self.losses.limit = None
             return torch.zeros_like(norm)
         step = self.state.global_step
         ids = self.order.example_ids(step)
         raise NotFinite(
-            f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the update was not"
-            " made",
+            f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the optimizer step"
+            " was not made",
             why=f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
             fix="look at them (fintune inspect); lower train.learning_rate; the last checkpoint"
             " is good and the same command continues from it",
@@ -161,12 +202,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             Stopped: a stop was asked for; a checkpoint that repeats this evaluation is saved.
             NotFinite: the loss is not finite.
         """
+        self._evaluating = True
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         last, bad = len(self._eval_batches) - 1, []
         for start in range(0, last + 1, self.args.world_size):
-            if processes.stop_asked(self.stop):
-                self._save_whole(pending_evaluation=True)
+            if distributed.stop_asked():
+                self._save_checkpoint(self.model, None)
                 raise Stopped("stopped during an evaluation", fix="the same command continues")
             number = start + self.args.process_index
             # Where batches run out a rank repeats the last: FSDP needs all of them in every pass.
@@ -183,181 +225,143 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
-                f"step {self.state.global_step}: the held-out loss is {loss}",
+                f"step {self.state.global_step}: the validation loss is {loss}",
                 why=f"rows of its first such batches: {', '.join(bad[:8]) or 'not of this rank'}",
                 fix="lower train.learning_rate; the same command continues from the checkpoint",
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        self.control.should_evaluate = False
         if self.state.best_metric is None or loss < self.state.best_metric:
-            processes.from_rank0(lambda: self._write_best(loss))
+            self.state.best_metric = loss
+            distributed.from_rank0(self._write_best)
         self.model.train()
+        self._evaluating = False
         return metrics
 
     def resume(self, checkpoint: Path, total: int) -> None:
-        """Train on from a checkpoint until `total` updates; restores what transformers does not."""
-        resume = read_json(checkpoint / RESUME)
+        """Train on from a checkpoint until `total` steps; restores what transformers does not."""
+        resume = files.read_json(checkpoint / RESUME)
         self.losses.last.extend(resume["losses"])
         self._earlier_s = resume["seconds"]
-        self._restore_best(checkpoint)
-        if checkpoints.step_of(checkpoint) < total:
-            self.add_callback(_Resumed(self, resume))
+        if (checkpoint / BEST).exists():
+            # `best/` may be of optimizer steps that are undone now.
+            distributed.from_rank0(lambda: self._fill_best(lambda to: _copy_best(checkpoint, to)))
+        if step_of(checkpoint) < total:
+            self._resume = resume
             self.train(resume_from_checkpoint=str(checkpoint))
             return
-        # transformers would make one update more where `max_steps` ends inside an epoch.
+        # transformers would make one step more where `max_steps` ends inside an epoch.
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
         if resume["pending_evaluation"]:
-            self.evaluate_late()
-
-    def evaluate_late(self) -> None:
-        """Make up for an evaluation that a stop cut short."""
-        self._determine_best_metric(self.evaluate(), trial=None)
+            self.evaluate()
 
     def seconds(self) -> float:
-        """Wall time of the updates that count: until the checkpoint resumed from, and since."""
+        """Wall time of the steps that count: until the checkpoint resumed from, and since."""
         return self._earlier_s + time.monotonic() - self._start
+
+    def trainable_parameters(self) -> int:
+        """Number of the adapter's weights, all of them fp32."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def checkpoint_bytes(self) -> int:
         """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
-        moments = sum(2 * 4 * p.numel() for p in self.trainable())
-        return 2 * self.adapter_bytes() + moments + SMALL_FILES
+        return 4 * 4 * self.trainable_parameters() + files.SMALL_FILES
 
-    def adapter_bytes(self) -> int:
-        """Bytes of the adapter's weights."""
-        return sum(p.numel() * p.element_size() for p in self.trainable())
-
-    def tokens_of_step(self, step: int) -> tuple[int, int]:
-        """Useful and laid-out tokens of an update, counted from 0 over the whole run."""
-        micro = [self.train_dataset.lengths[batch].tolist() for batch in self.order.step(step)]
-        laid = sum(self.data_collator.padded_tokens(batch) for batch in micro)
-        return sum(map(sum, micro)), laid
-
-    def trainable(self) -> list[torch.nn.Parameter]:
-        """The adapter's parameters."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _write_best(self, loss: float) -> None:
+    def _fill_best(self, fill: Callable[[Path], None]) -> None:
+        """Write `best/` anew; after a kill in between, the next start has it from a checkpoint."""
         with (
-            space_for(self.best, self.adapter_bytes() + SMALL_FILES),
-            self._staged_best() as staging,
+            files.space_for(self.best, 4 * self.trainable_parameters() + files.SMALL_FILES),
+            files.staged_folder(self.best, free=lambda: shutil.rmtree(self.best, True)) as staging,
         ):
+            fill(staging)
+
+    def _write_best(self) -> None:
+        def fill(staging: Path) -> None:
             self._save_adapter(staging)
-            facts = {"step": self.state.global_step, "eval_loss": loss}
-            write_json(staging / BEST, {**facts, "sha256": sha256_file(staging / ADAPTER)})
+            facts = {"step": self.state.global_step, "eval_loss": self.state.best_metric}
+            facts["sha256"] = files.sha256_file(staging / ADAPTER)
+            files.write_json(staging / BEST, facts)
 
-    @contextmanager
-    def _staged_best(self) -> Iterator[Path]:
-        """A new `best/`; only a kill between two renames leaves neither it nor the old one."""
-        old = self.best.with_name(f".{self.best.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-
-        def free() -> None:
-            if self.best.exists():
-                self.best.rename(old)
-
-        with staged_folder(self.best, free=free) as staging:
-            yield staging
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _restore_best(self, checkpoint: Path) -> None:
-        """Take the best adapter back to the checkpoint: `best/` may be of updates now undone."""
-        if not (checkpoint / BEST).exists() or not self.args.should_save:
-            return
-        facts, now = read_json(checkpoint / BEST), self.best / ADAPTER
-        if now.exists() and sha256_file(now) == facts["sha256"]:
-            return
-        with self._staged_best() as staging:
-            copy_file(checkpoint / BEST_ADAPTER, staging / ADAPTER)
-            for name in (BEST, "adapter_config.json"):
-                copy_file(checkpoint / name, staging / name)
+        self._fill_best(fill)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save whole (checkpoints.py)."""
-        self._save_whole(pending_evaluation=False)
-
-    def _save_whole(self, *, pending_evaluation: bool) -> None:
+        """Save whole (run_state.py). Collective."""
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.store_flos()  # gathers, so every rank has to
-        generators = processes.files_of_all(self._save_rng_state)
+        generators = distributed.gather_files(self._save_rng_state)
 
         def save() -> None:
-            with space_for(folder, self.checkpoint_bytes()):
-                checkpoints.save(
-                    folder, step, lambda to: self._fill(to, pending_evaluation, generators)
-                )
-            checkpoints.rotate(folder, self.args.save_total_limit, step)
+            with files.space_for(folder, self.checkpoint_bytes()):
+                save_checkpoint(folder, step, lambda staging: self._fill(staging, generators))
+            rotate(folder, KEEP, step)
 
-        processes.from_rank0(save)  # the others wait for it
+        distributed.from_rank0(save)
 
     def _save_adapter(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
 
-    def _fill(self, staging: Path, pending_evaluation: bool, generators: dict[str, bytes]) -> None:
+    def _fill(self, staging: Path, generators: dict[str, bytes]) -> None:
         self._save_adapter(staging)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
         for name, state in generators.items():
-            write_bytes(staging / name, state)
-        self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            files.write_bytes(staging / name, state)
         self.state.save_to_json(str(staging / "trainer_state.json"))
-        # transformers writes NaN where a number is not finite; that is not JSON.
-        json.loads((staging / "trainer_state.json").read_text(), parse_constant=_refuse_constant)
         if self.state.best_metric is not None:
-            # A second name of the same file where the volume has such; `best/` is never edited.
-            _link(self.best / ADAPTER, staging / BEST_ADAPTER)
-            copy_file(self.best / BEST, staging / BEST)
-        logged = [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged]
+            files.copy_file(self.best / ADAPTER, staging / BEST_ADAPTER)
+            files.copy_file(self.best / BEST, staging / BEST)
+        logged = (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged)
         facts = {
-            "pending_evaluation": pending_evaluation,
+            "pending_evaluation": self._evaluating,
             "consumed_sha256": self.order.consumed_sha256(self.state.global_step),
             "since": self.order.since,
             "logged": logged,
             "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
             "processes": self.args.world_size,
-            "fingerprint_sha256": self.fingerprint_sha256,
+            "fingerprint_sha256": self.run.sha256,
         }
-        write_json(staging / RESUME, facts)
+        files.write_json(staging / RESUME, facts)
 
 
-class _StopAtStep(TrainerCallback):  # type: ignore[misc]
-    """Turns a stop request into a save and an end at the step's boundary.
+class _Boundaries(TrainerCallback):  # type: ignore[misc]
+    """What happens before the first step of a resumed run, and between steps.
 
-    Where an evaluation is due at this step, it meets the request first and saves itself. The last
-    step is always evaluated, else its weights could never be the best, and a short run had none.
+    A stop request becomes a save and an end; where an evaluation is due at this step, it meets the
+    request first and saves itself. The last step is always evaluated, else its weights could never
+    be the best, and a short run had none.
     """
 
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is loaded: sums of the log, accepted changes, an evaluation cut short."""
+        trainer, resume = self._trainer, self._trainer._resume
+        if not resume:
+            return
+        unlogged, trainer._total_loss_scalar, trainer._globalstep_last_logged = resume["logged"]
+        trainer._tr_loss.fill_(unlogged)
+        if resume["fingerprint_sha256"] != trainer.run.sha256:
+            state.compute_steps(args, state.max_steps)
+            _take_new_rates(trainer.optimizer, trainer.lr_scheduler, args.weight_decay)
+        if resume["pending_evaluation"]:
+            trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if processes.stop_asked(self._stop):
+        if distributed.stop_asked():
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
 
-class _Resumed(TrainerCallback):  # type: ignore[misc]
-    """Between loading a checkpoint and the first update: sums of the log, a missed evaluation."""
-
-    def __init__(self, trainer: LoraTrainer, resume: dict[str, Any]) -> None:
-        self._trainer, self._resume = trainer, resume
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        unlogged, logged, step = self._resume["logged"]
-        trainer._tr_loss.fill_(unlogged)
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, step
-        if self._resume["fingerprint_sha256"] != trainer.fingerprint_sha256:
-            state.compute_steps(args, state.max_steps)
-            _take_new_rates(trainer.optimizer, trainer.lr_scheduler, trainer.args.weight_decay)
-        if self._resume["pending_evaluation"]:
-            trainer.evaluate_late()
+def _copy_best(checkpoint: Path, best: Path) -> None:
+    names = {BEST_ADAPTER: ADAPTER, BEST: BEST, "adapter_config.json": "adapter_config.json"}
+    for source, target in names.items():
+        files.copy_file(checkpoint / source, best / target)
 
 
 def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
@@ -365,24 +369,11 @@ def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
 
     What the optimizer was made with it keeps as `defaults`; its first group is the decayed one.
     """
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=False):
+        group |= {key: value for key, value in optimizer.defaults.items() if key in group}
+        group |= {"initial_lr": optimizer.defaults["lr"], "weight_decay": decay}
     rule = getattr(schedule, "scheduler", schedule)  # inside accelerate's wrapper
     rule.base_lrs = [optimizer.defaults["lr"]] * len(optimizer.param_groups)
-    shape = [rate(rule.last_epoch) for rate in getattr(rule, "lr_lambdas", ())]  # none: a plateau
-    rates = [part * optimizer.defaults["lr"] for part in shape or [1.0] * len(rule.base_lrs)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        kept = {"weight_decay": group["weight_decay"]}
-        group |= {key: value for key, value in optimizer.defaults.items() if key in group} | kept
-        group |= {"lr": rate, "initial_lr": optimizer.defaults["lr"]}
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-    rule._last_lr = rates
-
-
-def _refuse_constant(name: str) -> float:
-    raise NotFinite(f"the state to be saved holds {name}")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a volume without links
-        copy_file(source, target)
+    if hasattr(rule, "lr_lambdas"):  # else it is a plateau's, which scales the rate it finds
+        rule.last_epoch -= 1
+        rule.step()

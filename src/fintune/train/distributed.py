@@ -1,16 +1,18 @@
-"""Several processes of one run: a step shared between them, one of them writing.
+"""Several processes of one run: a step shared between them, rank 0 writing.
 
 An optimizer step is the same for any world size: its `train.gradient_accumulation_steps`
 micro-batches are divided among the ranks, its loss by the label tokens of all. So one process and
 eight train the same adapter, and a checkpoint of eight is continued by one.
 
 ddp     every process holds the whole base; DDP averages the adapter's gradients.
-fsdp    FSDP2 keeps a part of the frozen base on each process and puts a layer together while it is
+fsdp    FSDP2 keeps a shard of the frozen base on each process and gathers a layer while it is
         needed. The adapter (2 % of an 8B base at rank 64) stays whole everywhere under DDP, so
         checkpoints are the same files as with ddp, written by rank 0.
 
-accelerate ignores its own FSDP setting on a CPU without a word, and shards the adapter where it
-does not; DeepSpeed writes its checkpoints itself. `start` refuses both by name.
+accelerate's own FSDP would shard the adapter, and DeepSpeed writes its checkpoints itself: `start`
+refuses a launch of several processes that accelerate runs as one of them.
+
+A function that says "collective" communicates: every rank has to call it, or the others wait.
 """
 
 import os
@@ -24,21 +26,14 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
-from fintune.stop import StopRequest
+from fintune.stop import STOP
 
 T = TypeVar("T")
-ENGINES = {
-    "ACCELERATE_USE_FSDP": "accelerate's FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-"""What `accelerate launch` sets for the engines that a run cannot use."""
 
 
 def world_size() -> int:
@@ -52,18 +47,11 @@ def is_rank0() -> bool:
 
 
 def start(strategy: str, quantization: str) -> None:
-    """Meet the other processes, and take this one's device. Call it first.
+    """Join the process group and take this process's device. Collective; call it first.
 
     Raises:
         ConfigError: a strategy was asked for that this run would not have.
     """
-    for variable, engine in ENGINES.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"{variable} asks for {engine}, which a run here does not use",
-                why="it would be ignored without a word, or write checkpoints that do not resume",
-                fix="launch without it; train.strategy: fsdp keeps the base in parts",
-            )
     if strategy != "auto" and world_size() == 1:
         raise ConfigError(
             f"train.strategy={strategy}, and this is the only process",
@@ -72,7 +60,7 @@ def start(strategy: str, quantization: str) -> None:
     if strategy == "fsdp" and quantization != "none":
         raise ConfigError(
             f"train.strategy=fsdp with model.quantization={quantization}",
-            why="FSDP2 cannot take the packed weights of bitsandbytes apart",
+            why="FSDP2 cannot shard the packed weights of bitsandbytes",
             fix="a quantised base is small: use train.strategy=ddp",
         )
     if world_size() > 1:
@@ -82,16 +70,15 @@ def start(strategy: str, quantization: str) -> None:
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
                 f"{world_size()} processes were launched and accelerate runs them as {kind}",
-                why="each would train alone and all would write the same folder",
+                why="they would train apart, or write checkpoints that do not resume",
                 fix="unset the ACCELERATE_* variables, or: fintune train in one process",
             )
         console.err.quiet = not is_rank0()
 
 
-def share(accumulation: int, processes: int) -> int:
-    """Micro-batches of an update for each process."""
-    each, left = divmod(accumulation, processes)
-    if left:
+def micro_batches_per_rank(accumulation: int, processes: int) -> int:
+    """Micro-batches of an optimizer step for each process. Raises ConfigError: not a whole one."""
+    if accumulation % processes:
         raise ConfigError(
             f"train.gradient_accumulation_steps={accumulation}: the micro-batches of an optimizer"
             f" step do not divide among {processes} processes",
@@ -99,17 +86,17 @@ def share(accumulation: int, processes: int) -> int:
             fix="change train.gradient_accumulation_steps and train.per_device_train_batch_size;"
             " their product is the examples of an optimizer step",
         )
-    return each
+    return accumulation // processes
 
 
-def stop_asked(stop: StopRequest) -> bool:
-    """Whether any process was asked: all stop at the same step. All must call it."""
-    stop.asked = any_rank(stop.asked)
-    return stop.asked
+def stop_asked() -> bool:
+    """Whether any process was asked to stop: all do at the same step. Collective."""
+    STOP.asked = any_rank(STOP.asked)
+    return STOP.asked
 
 
 def from_rank0(make: Callable[[], T]) -> T:
-    """The result of `make` on rank 0, or its FintuneError, on every rank. All must call it."""
+    """The result of `make` on rank 0, or its FintuneError, on every rank. Collective."""
     if world_size() == 1:
         return make()
     box: list[Any] = [None]
@@ -126,7 +113,7 @@ def from_rank0(make: Callable[[], T]) -> T:
 
 
 def any_rank(flag: bool) -> bool:
-    """All-reduce of a flag (max): the same answer on every rank. All must call it."""
+    """All-reduce of a flag (max): the same answer on every rank. Collective."""
     if world_size() == 1:
         return flag
     found = torch.tensor(int(flag), device=device())
@@ -134,46 +121,34 @@ def any_rank(flag: bool) -> bool:
     return bool(found)
 
 
-def files_of_all(write: Callable[[str], None]) -> dict[str, bytes]:
-    """Files that every rank writes into a folder of its own, together, by name."""
+def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
+    """The files that every rank writes into a folder of its own, by name. Collective."""
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    if world_size() == 1:
-        return own
-    every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, own)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    every: list[Any] = [files] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(every, files)
     return {name: data for files in every for name, data in files.items()}
 
 
 def shard(model: Any) -> None:
-    """Keep only this process's part of the frozen base (FSDP2), layer by layer; the adapter whole.
+    """Keep only this process's shard of the frozen base (FSDP2), layer by layer; the adapter whole.
 
     Raises:
-        ModelError: a base without a list of layers, or a parameter that stayed whole.
+        ModelError: a base without a list of layers.
     """
     base = model.get_base_model()
     layers = getattr(getattr(base, "model", None), "layers", None)
     if layers is None:
-        raise ModelError(
-            f"{type(base).__name__} has no model.layers to take apart", fix="train.strategy=ddp"
-        )
+        raise ModelError(f"{type(base).__name__} has no model.layers", fix="train.strategy=ddp")
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in (*layers, base):
-        # Also the root: what stays together after a forward pass is taken apart by saving, which
-        # only the first rank does, and the next pass would wait for the others for ever.
+        # Also the root: what stays gathered after a forward pass is sharded by saving, which only
+        # rank 0 does, and the next pass would wait for the others for ever.
         fully_shard(module, reshard_after_forward=True, ignored_params=trained)
     for parameter in trained:
         parameter.data = parameter.data.to(device())
-    frozen = {name: p for name, p in model.named_parameters() if p not in trained}
-    whole = [name for name, parameter in frozen.items() if not isinstance(parameter, DTensor)]
-    if whole:
-        raise ModelError(f"FSDP2 left {len(whole)} weights whole, such as {whole[0]}")
+    frozen = [name for name, parameter in model.named_parameters() if parameter not in trained]
     # DDP then sees the adapter alone; the name is private, the only way there is.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if world_size() > 1:
-        dist.barrier()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
