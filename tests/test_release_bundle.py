@@ -228,14 +228,16 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
         release(config)
     weights.write_bytes(good)
     seal.seal(config.run_dir, run)
-    held_out = pa.table({"group": ["c", "a"], "part": ["select", "decide"]})
+    held_out = pa.table({"group": ["c", "e"], "part": ["select", "decide"]})
     pq.write_table(held_out, config.data_dir / "validation.parquet")
     seal.seal(config.data_dir, {})
     with pytest.raises(GateRefused, match="decided by other rows"):
         release(config)
     seals["validation"] = files.sha256_file(config.data_dir / "validation.parquet")
+    results = json.loads((config.eval_dir / "test_results.json").read_text())
+    files.write_json(config.eval_dir / "test_results.json", results | {"n": {"contaminated": 1}})
     seal.seal(config.eval_dir, seals)
-    with pytest.raises(GateRefused, match="1 groups of the decision set"):
+    with pytest.raises(GateRefused, match="found contaminated test rows"):
         release(config)
     (config.run_dir / "done.json").unlink()
     with pytest.raises(OutputError, match="fintune train"):

