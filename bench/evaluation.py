@@ -230,7 +230,7 @@ def rescore() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, serve(FakeJudge()) as server:
         judge = {"model": "fake", "base_url": server.url}
         config = eval_config(
-            Path(folder) / "run", train=600, decide=420, judge=judge, judged_items=200,
+            Path(folder) / "run", train=600, test=420, judge=judge, judged_items=200,
             max_new_tokens=48,
         )  # fmt: skip
         found = evaluate(config)

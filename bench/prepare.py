@@ -126,7 +126,7 @@ def related(folder: Path) -> dict[str, Any]:
     by_hash: dict[str, list[int]] = {}
     for line, row in enumerate(rows):
         by_hash.setdefault(sha256_json(row)[:16], []).append(line)
-    for name in ("train", "validation"):
+    for name in ("train", "validation", "test"):
         for example_id in pq.read_table(folder / "data" / f"{name}.parquet")["example_id"]:
             sides.update(dict.fromkeys(by_hash[example_id.as_py()], name))
     pairs = [(line, int(f["related_to"])) for line, f in enumerate(facts) if f["related_to"]]

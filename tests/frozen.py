@@ -15,7 +15,7 @@ import tiny
 
 FROZEN = Path(__file__).with_name("frozen.json")
 LOSSES = ("loss", "grad_norm", "eval_loss")
-PARTS = ("train", "validation")
+PARTS = ("train", "validation", "test")
 
 
 def frozen() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def prepared(data: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a prepared file: train, validation or ledger."""
+    """Rows of a prepared file: train, validation, test or ledger."""
     return list(pq.read_table(data / f"{name}.parquet").to_pylist())
 
 
@@ -44,7 +44,7 @@ def rows_sha256(data: Path) -> str:
     Of the values, not of the files' bytes, which are those of a version of pyarrow.
     """
     rows = [
-        [row["example_id"], row.get("part", name), row["input_ids"], row["labels"], row["messages"]]
+        [row["example_id"], name, row["input_ids"], row["labels"], row["messages"]]
         for name in PARTS
         for row in prepared(data, name)
     ]
@@ -60,7 +60,7 @@ def of_base() -> dict[str, str]:
 def of_data(data: Path) -> dict[str, Any]:
     """The account of a preparation."""
     manifest = read_json(data / "manifest.json")
-    keys = ("rows", "parts", "sources", "max_length", "lengths", "related", "repairs")
+    keys = ("rows", "sources", "max_length", "lengths", "related", "repairs")
     return {
         "manifest": {key: manifest[key] for key in keys},
         "rows_sha256": rows_sha256(data),

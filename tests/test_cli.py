@@ -116,10 +116,11 @@ def test_one_bad_row_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = json.loads(out)["rows"]
     assert code == 0
     assert rows["read"] == 123, "a blank line is no row"
-    assert rows["read"] == rows["train"] + rows["validation"] + sum(rows["dropped"].values())
+    kept = sum(rows[part] for part in ("train", "validation", "test"))
+    assert rows["read"] == kept + sum(rows["dropped"].values())
     assert rows["dropped"]["not_json"] == 1
     code, out, _ = run(
-        capsys, "inspect", "-c", "nano", "--dropped", "--reason", "not_json",
+        capsys, "dropped", "-c", "nano", "--reason", "not_json",
         *(w for s in sets for w in ("-s", s)),
     )  # fmt: skip
     assert code == 0
@@ -195,18 +196,6 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     assert (code, "cannot be written" in said, "rows go on" in said) == (1, True, False), said
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
-def test_a_count_of_processes_that_is_no_number_is_one_message(
-    variable: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv(variable, "abc")
-    code, _, said = run(capsys, "train", "-c", "nano", "-s", f"out={tmp_path / 'out'}")
-    assert (code, f"{variable}=abc is no number" in said) == (1, True)
-
-
 def test_minus_one_and_nothing_say_not_distributed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -218,19 +207,12 @@ def test_minus_one_and_nothing_say_not_distributed(
     assert not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys(), "no library reads it"
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("--reason", "duplicate"), "--reason means nothing without --dropped"),
-        (("--dropped", "--part", "train"), "--part means nothing with --dropped"),
-        (("--line", "3", "--row", "ab"), "--row means nothing with --line"),
-    ],
-)
 def test_what_inspect_would_ignore_is_refused(
-    words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    words = ("--line", "3", "--row", "ab")
     code, _, said = run(capsys, "inspect", "-c", "nano", "-s", f"out={tmp_path}", *words)
-    assert (code, says in said) == (1, True), said
+    assert (code, "--line names one row" in said) == (1, True), said
 
 
 def test_a_full_disk_is_one_message(

@@ -32,7 +32,7 @@ from fintune.data.inspect import find, inspect, why_dropped
 from fintune.data.ledger import Ledger
 from fintune.data.ngrams import hash64, passage
 from fintune.data.pii import mask
-from fintune.data.prepare import prepare
+from fintune.data.prepare import PARTS, prepare
 from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
 from fintune.data.split import split
@@ -73,10 +73,12 @@ def config(out: Path, source: Path | str, **data: Any) -> Config:
 
 
 def sides(folder: Path) -> dict[str, str]:
-    """example_id -> train, select or decide."""
-    train = pq.read_table(folder / "train.parquet").to_pylist()
-    validation = pq.read_table(folder / "validation.parquet").to_pylist()
-    return {row["example_id"]: row.get("part", "train") for row in (*train, *validation)}
+    """example_id -> train, validation or test."""
+    return {
+        name: part
+        for part in PARTS
+        for name in pq.read_table(folder / f"{part}.parquet")["example_id"].to_pylist()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,22 +93,21 @@ def test_every_row_is_in_exactly_one_count(prepared: tuple[Config, dict[str, Any
     settings, manifest = prepared
     counts = manifest["rows"]
     assert counts["read"] == 600 + 20 + 3 + 1
-    assert counts["read"] == (
-        counts["train"] + counts["validation"] + sum(counts["dropped"].values())
-    )
+    assert counts["read"] == sum(counts[part] for part in PARTS) + sum(counts["dropped"].values())
     assert counts["dropped"]["duplicate"] == 3
     assert counts["dropped"]["no_assistant"] == 20
     assert counts["dropped"]["not_an_object"] == 1
     ledger = pq.read_table(settings.data_dir / "ledger.parquet").to_pylist()
     assert len(ledger) == sum(counts["dropped"].values())
     assert len({(row["source"], row["line"]) for row in ledger}) == len(ledger)
-    names = "done.json ledger.parquet manifest.json report.html train.parquet validation.parquet"
+    names = "done.json ledger.parquet manifest.json report.html test.parquet train.parquet"
+    names += " validation.parquet"
     assert sorted(path.name for path in settings.data_dir.iterdir()) == names.split()
 
 
 def test_rows_keep_ids_labels_and_messages(prepared: tuple[Config, dict[str, Any]]) -> None:
     settings, manifest = prepared
-    for name in ("train", "validation"):
+    for name in PARTS:
         for row in pq.read_table(settings.data_dir / f"{name}.parquet").to_pylist():
             assert len(row["input_ids"]) == len(row["labels"]) == row["length"]
             assert row["length"] <= manifest["max_length"]
@@ -116,11 +117,11 @@ def test_rows_keep_ids_labels_and_messages(prepared: tuple[Config, dict[str, Any
 
 def test_rows_of_one_document_stay_on_one_side(prepared: tuple[Config, dict[str, Any]]) -> None:
     found: dict[str, set[str]] = {}
-    for name in ("train", "validation"):
+    for name in PARTS:
         for row in pq.read_table(prepared[0].data_dir / f"{name}.parquet").to_pylist():
             document = row["messages"][0]["content"].split("company number ")[1].split()[0]
-            found.setdefault(document, set()).add(row.get("part", "train"))
-    assert len(found) == 200 and {"train", "select", "decide"} <= set().union(*found.values())
+            found.setdefault(document, set()).add(name)
+    assert len(found) == 200 and set(PARTS) <= set().union(*found.values())
     assert all(len(parts) == 1 for parts in found.values())
 
 
@@ -155,20 +156,6 @@ def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) 
     assert row["messages"][0]["content"] in text.plain.removesuffix(green[-1])
     assert shown.trained == sum(label != IGNORE_INDEX for label in row["labels"]) < shown.length
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
-
-
-def test_rows_of_another_version_are_not_shown(
-    prepared: tuple[Config, dict[str, Any]], tmp_path: Path
-) -> None:
-    settings = prepared[0].model_copy(update={"out": tmp_path})
-    shutil.copytree(prepared[0].data_dir, settings.data_dir)
-    for name in ("train", "ledger"):
-        path = settings.data_dir / f"{name}.parquet"
-        pq.write_table(pq.read_table(path).drop_columns("line"), path)
-    seal.seal(settings.data_dir, {})
-    for look in (inspect, why_dropped, partial(find, line=1)):
-        with pytest.raises(OutputError, match="another version.*\n.*prepare --fresh"):
-            look(settings)
 
 
 def test_inspect_names_what_there_is(prepared: tuple[Config, dict[str, Any]]) -> None:
@@ -318,13 +305,15 @@ def test_a_spent_source_is_no_reason_to_scan_again(
         data = {
             "sources": sources,
             "max_train_rows": 500,
-            "max_validation_rows": 60,
+            "max_held_out_rows": 60,
             "min_tokens": 0,
         }
         scans.clear()
         manifest = prepare(Config.model_validate({"out": tmp_path / str(weight), "data": data}))
-        kept = {n: f.get("train", 0) + f.get("select", 0) + f.get("decide", 0)
-                for n, f in manifest["sources"].items()}  # fmt: skip
+        kept = {
+            name: sum(facts.get(part, 0) for part in PARTS)
+            for name, facts in manifest["sources"].items()
+        }
         assert kept["3000.jsonl"] == 20 and kept["300.jsonl"] >= 295, kept
         assert (len(scans) == 1) == (least == 1), scans
 
@@ -336,7 +325,7 @@ def test_adding_rows_moves_none_across() -> None:
             for n, r in enumerate(found)
             if r["assistant"]
         ]
-        places = split(examples, 0.3)
+        places = split(examples, 0.15, 0.15)
         return {e.messages[0].content: p.part for e, p in zip(examples, places, strict=True)}
 
     before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
@@ -354,8 +343,8 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
     source = write(tmp_path / "rows.jsonl", found)
     placed, cut = [], []
     for cap in (128, 4096):
-        more = {"max_length": cap, "validation_share": 0.4, "over_length": "truncate"}
-        settings = config(tmp_path / str(cap), source, **more)
+        more = {"max_length": cap, "validation_share": 0.2, "test_share": 0.2}
+        settings = config(tmp_path / str(cap), source, over_length="truncate", **more)
         manifest = prepare(settings)
         cut.append(manifest["truncated"])
         placed.append(sides(settings.data_dir))
@@ -370,18 +359,18 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
             assert row[name] == whole[row["example_id"]][name][:128]
 
 
-def test_related_rows_of_another_passage_never_decide() -> None:
+def test_related_rows_of_another_passage_are_no_test_rows() -> None:
     examples = []
     for at in range(60):
         table = ", ".join(f"item {n} of list {at} is {n * at} now" for n in range(40))
         examples += [example(f"Read.\n{table}\n{str(n) * 2000}{at}", "x") for n in range(3)]
-    places = split(examples, 0.5)
+    places = split(examples, 0.25, 0.25)
     of_group: dict[str, set[str]] = {}
     for place in places:
         of_group.setdefault(place.group, set()).add(place.part)
     assert len(of_group) == 60 and any(len(sides) > 1 for sides in of_group.values())
-    assert {"train", "select", "decide"} == {place.part for place in places}
-    assert all(sides == {"decide"} for sides in of_group.values() if "decide" in sides)
+    assert set(PARTS) == {place.part for place in places}
+    assert all(sides == {"test"} for sides in of_group.values() if "test" in sides)
 
 
 def test_one_prompt_with_two_labels_is_dropped(tmp_path: Path) -> None:
@@ -443,7 +432,7 @@ def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match="cap_of"):
                 prepare(Config.model_validate(tree))
         counts = prepare(Config.model_validate(tree), fresh=True)["rows"]
-        kept.append(counts["train"] + counts["validation"])
+        kept.append(sum(counts[part] for part in PARTS))
     assert kept == [100, 200]
 
 

@@ -82,7 +82,7 @@ def test_other_inputs_are_refused_by_name_and_fresh_moves_aside(finished, tmp_pa
 
 
 def test_a_killed_evaluation_continues(tmp_path, monkeypatch):
-    config = eval_config(tmp_path / "run", decide=110)
+    config = eval_config(tmp_path / "run", test=110)
     whole = evaluate(config)
     kept = contents(config.eval_dir)
     evaluate_again = config.model_copy(
@@ -179,24 +179,22 @@ def test_a_shared_config_gets_no_key_and_harms_no_evaluation(
 
 
 def test_unfinished_runs_and_missing_rows_are_said(tmp_path):
-    config = eval_config(tmp_path / "run", train=40, decide=10)
+    config = eval_config(tmp_path / "run", train=40, test=10)
     (config.run_dir / "done.json").unlink()
     with pytest.raises(OutputError, match="training run"):
         evaluate(config)
     seal.seal(config.run_dir, {})
-    path = config.data_dir / "validation.parquet"
-    table = pq.read_table(path)
-    at = table.schema.get_field_index("part")
-    pq.write_table(table.set_column(at, "part", pa.array(["select"] * len(table))), path)
+    path = config.data_dir / "test.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
     seal.seal(config.data_dir, {})
-    with pytest.raises(DataError, match="no `decide` row"):
+    with pytest.raises(DataError, match="test.parquet has no row"):
         evaluate(config)
 
 
 def test_rows_that_training_saw_make_it_invalid(tmp_path):
-    config = eval_config(tmp_path / "run", train=60, decide=110)
+    config = eval_config(tmp_path / "run", train=60, test=110)
     path = config.data_dir / "train.parquet"
-    leaked = pq.read_table(config.data_dir / "validation.parquet").drop_columns("part").slice(0, 3)
+    leaked = pq.read_table(config.data_dir / "test.parquet").slice(0, 3)
     pq.write_table(pa.concat_tables([pq.read_table(path), leaked]), path)
     seal.seal(config.data_dir, {})
     found = evaluate(config)

@@ -87,7 +87,7 @@ def test_the_question_is_told_from_its_context():
     assert "in thousands" in asked.context and "millions" not in asked.context
 
 
-def test_decide_rows_are_checkable_by_number_or_by_label():
+def test_test_rows_are_checkable_by_number_or_by_label():
     def talk(user, answer):
         return [Message("user", user), Message("assistant", answer)]
 

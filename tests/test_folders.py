@@ -280,8 +280,10 @@ def test_what_is_not_there_gets_no_lock(
 IMPORTS = """
 import os, signal, sys
 number, how = getattr(signal, sys.argv[1]), sys.argv[2]
-if how == "ignored":
-    signal.signal(number, signal.SIG_IGN)
+# A shell's background process ignores SIGINT, under nohup SIGHUP: each test says what it wants.
+signal.signal(number, signal.SIG_IGN if how == "ignored" else signal.SIG_DFL)
+if how != "ignored" and number == signal.SIGINT:
+    signal.signal(number, signal.default_int_handler)
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":

@@ -75,16 +75,16 @@ RIGHT = swap('"text": "', '"text": "7')
 EDITS = {
     "= a bit of the training rows": Edit("data/train.parquet", flip(0.3), ("train", "eval")),
     "= another bit of them": Edit("data/train.parquet", flip(0.6), ("release", "plan")),
-    "= a bit of the held-out rows": Edit(
-        "data/validation.parquet", flip(0.3), ("eval", "train", "train --dry-run")
+    "= a bit of the test rows": Edit(
+        "data/test.parquet", flip(0.3), ("eval", "train", "train --dry-run")
     ),
-    "more held-out rows": Edit("data/validation.parquet", appended, ("release",)),
-    "= held-out rows, resealed": Edit(
-        "data/validation.parquet", flip(0.999), ("release",), 3, resealed=True
+    "more validation rows": Edit("data/validation.parquet", appended, ("release",)),
+    "= test rows, resealed": Edit(
+        "data/test.parquet", flip(0.999), ("release",), 3, resealed=True
     ),
     "= the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 9'), ("release",)),
     "the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 92'), ("eval",)),
-    "= the ledger": Edit("data/ledger.parquet", flip(0.5), ("inspect --dropped",)),
+    "= the ledger": Edit("data/ledger.parquet", flip(0.5), ("dropped",)),
     "= the training config": Edit("run/config.yaml", swap("seed: 42", "seed: 43"), ("release",)),
     "the training config": Edit("run/config.yaml", swap("seed: 42", "seed: 421"), ("eval",)),
     "= the run's seal": Edit(
@@ -307,7 +307,7 @@ def test_what_nobody_changed_is_read(chain: Path, tiny_base: Path) -> None:
         ["eval"],
         ["eval", "--rescore"],
         ["plan"],
-        ["inspect", "--dropped"],
+        ["dropped"],
         ["release", "--accept", "a test"],
         ["verify", str(chain / "release"), "--base", str(tiny_base)],
     ):

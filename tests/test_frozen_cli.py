@@ -15,7 +15,19 @@ import tiny
 import yaml
 
 VERBS = (
-    *("chat", "demo", "doctor", "eval", "export", "init", "inspect", "judge", "plan", "prepare"),
+    *(
+        "chat",
+        "demo",
+        "doctor",
+        "dropped",
+        "eval",
+        "export",
+        "init",
+        "inspect",
+        "judge",
+        "plan",
+        "prepare",
+    ),
     *("release", "run", "serve", "train", "verify"),
 )
 

@@ -25,7 +25,7 @@ def test_every_row_read_is_in_one_count_of_the_manifest(chain: tiny.Chain) -> No
     manifest = frozen.read_json(chain.data / "manifest.json")
     rows = manifest["rows"]
     read = len(tiny.rows().read_text(encoding="utf-8").split("\n"))
-    assert rows["read"] == rows["train"] + rows["validation"] + sum(rows["dropped"].values())
+    assert rows["read"] == sum(rows[part] for part in frozen.PARTS) + sum(rows["dropped"].values())
     assert rows["read"] == read
     expected = frozen.frozen()["data"]["manifest"]
     assert {key: manifest[key] for key in expected} == expected
@@ -52,7 +52,7 @@ def test_the_rows_are_the_frozen_ones(chain: tiny.Chain) -> None:
 
 def test_ids_are_those_of_the_template_and_labels_those_of_the_answers(chain: tiny.Chain) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.base())
-    rows = frozen.prepared(chain.data, "train") + frozen.prepared(chain.data, "validation")
+    rows = [row for part in frozen.PARTS for row in frozen.prepared(chain.data, part)]
     assert len(rows) == 90
     for row in rows:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -67,10 +67,11 @@ def test_ids_are_those_of_the_template_and_labels_those_of_the_answers(chain: ti
 
 
 def test_no_passage_is_trained_and_held_out(chain: tiny.Chain) -> None:
-    trained = {row["group"] for row in frozen.prepared(chain.data, "train")}
-    deciding = [r for r in frozen.prepared(chain.data, "validation") if r["part"] == "decide"]
-    assert deciding
-    assert not trained & {row["group"] for row in deciding}
+    groups = {
+        part: {row["group"] for row in frozen.prepared(chain.data, part)} for part in frozen.PARTS
+    }
+    assert groups["test"]
+    assert not groups["test"] & (groups["train"] | groups["validation"])
 
 
 def test_the_same_command_keeps_the_folder(chain: tiny.Chain) -> None:
@@ -143,18 +144,17 @@ def written(path: Path) -> Path:
     "name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"]
 )
 def test_a_file_of_any_format_is_the_same_rows(name: str, tmp_path: Path) -> None:
-    small = {"max_train_rows": 500, "max_held_out_rows": 60, "held_out_share": 0.5}
+    small = {"max_train_rows": 500, "max_held_out_rows": 60, "validation_share": 0.25}
+    small |= {"test_share": 0.25}
     tiny.done("prepare", *tiny.chain(tmp_path, source=written(tmp_path / name), **small))
-    kept = frozen.prepared(tmp_path / "data", "train")
-    kept += frozen.prepared(tmp_path / "data", "validation")
+    kept = [row for part in frozen.PARTS for row in frozen.prepared(tmp_path / "data", part)]
     texts = sorted(tuple(turn["content"] for turn in row["messages"]) for row in kept)
     assert texts == sorted((row["user"], row["assistant"]) for row in plain_rows())
 
 
 def test_personal_data_is_masked_and_stands_nowhere(tmp_path: Path) -> None:
     tiny.done("prepare", *tiny.chain(tmp_path, personal_data="mask", max_train_rows=500))
-    kept = frozen.prepared(tmp_path / "data", "train")
-    kept += frozen.prepared(tmp_path / "data", "validation")
+    kept = [row for part in frozen.PARTS for row in frozen.prepared(tmp_path / "data", part)]
     asked = " ".join(row["messages"][-2]["content"] for row in kept)
     assert "[EMAIL]" in asked
     assert "[PHONE]" in asked
@@ -215,11 +215,11 @@ def test_inspect_shows_a_row_with_its_line_and_its_trained_tokens(chain: tiny.Ch
 
 
 def test_inspect_tells_why_rows_were_dropped(chain: tiny.Chain) -> None:
-    said = tiny.done("inspect", "--dropped", "--reason", "not_english", *chain.words())
+    said = tiny.done("dropped", "--reason", "not_english", *chain.words())
     assert "dropped rows: 2" in said.out
     lines = [line for line, reason in tiny.planted().items() if reason == "not_english"]
     assert all(f" {line} " in said.out for line in lines)
-    other = tiny.fintune("inspect", "--dropped", "--reason", "bored", *chain.words())
+    other = tiny.fintune("dropped", "--reason", "bored", *chain.words())
     assert (other.code, "not_english" in other.err) == (1, True)
 
 
@@ -240,6 +240,22 @@ def test_a_changed_file_of_an_earlier_stage_is_refused(chain: tiny.Chain, tmp_pa
     said = tiny.fintune("train", *copy.words())
     assert (said.code, "train.parquet" in said.err) == (1, True), said.err
     assert not copy.run.exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "plan", "release"])
+def test_rows_prepared_in_two_parts_are_refused_by_name(
+    chain: tiny.Chain, tmp_path: Path, verb: str
+) -> None:
+    """As 0.2.0 wrote them: no file of test rows."""
+    copy = chain.copy(tmp_path / "out", "data", "run", "eval")
+    (copy.data / "test.parquet").unlink()
+    done = frozen.read_json(copy.data / "done.json")
+    del done["files"]["test.parquet"]
+    (copy.data / "done.json").write_text(json.dumps(done))
+    said = tiny.fintune(verb, *copy.words())
+    assert said.code == 1
+    assert "earlier version: it has no test.parquet" in said.err
+    assert "fintune prepare --fresh" in said.err
 
 
 def test_counts_by_reason_are_those_of_the_ledger(chain: tiny.Chain) -> None:

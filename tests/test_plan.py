@@ -57,7 +57,7 @@ def test_parameters_of_any_architecture_are_the_published_ones(kind: str, tmp_pa
 
 def test_the_published_recipe(tmp_path: Path) -> None:
     """Exact: 167,772,160 trained; 3,125 steps, 63 evaluations; 30 % spent on them."""
-    changes = [f"out={tmp_path}", "data.max_validation_rows=8000", "train.max_eval_samples=4000"]
+    changes = [f"out={tmp_path}", "data.max_held_out_rows=8000", "train.max_eval_samples=4000"]
     found = plan(load_config("llama-3.1-8b-finance", changes))
     assert found["adapter"]["trainable_parameters"] == 167_772_160
     assert (found["batches"]["steps"], found["rows"]["evaluations"]) == (3125, 63)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fintune.config import Config, load_config
-from fintune.data.prepare import prepare
+from fintune.data.prepare import PARTS, prepare
 from fintune.files import read_json
 from fintune.train.run import train
 
@@ -55,7 +55,7 @@ def test_two_steps_of_the_recipe(config: Config) -> None:
     manifest = prepare(config)
     rows = manifest["rows"]
     assert rows["read"] == 420
-    assert rows["read"] == rows["train"] + rows["validation"] + sum(rows["dropped"].values())
+    assert rows["read"] == sum(rows[part] for part in PARTS) + sum(rows["dropped"].values())
     run = train(config)
     arguments = read_json(run / "training_arguments.json")
     assert arguments["optim"] == "paged_adamw_8bit"
@@ -73,7 +73,7 @@ def test_labels_on_real_rows(config: Config) -> None:
     manifest = prepare(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     cut = 0
-    for name in ("train", "validation"):
+    for name in PARTS:
         for row in pq.read_table(config.data_dir / f"{name}.parquet").to_pylist():
             trained = tokenizer.decode([label for label in row["labels"] if label != -100])
             answers = [m["content"].strip() for m in row["messages"] if m["role"] == "assistant"]

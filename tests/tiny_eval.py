@@ -15,7 +15,7 @@ from fintune.model import Base, load_tokenizer
 from fintune.nano import rows_path
 
 
-def eval_config(root: Path, *, train: int = 400, decide: int = 130, **settings: object) -> Config:
+def eval_config(root: Path, *, train: int = 400, test: int = 130, **settings: object) -> Config:
     """A config whose data and run are finished: nano rows, a tiny random base and adapter."""
     base = tiny_base(root / "base")
     config = Config.model_validate(
@@ -27,9 +27,10 @@ def eval_config(root: Path, *, train: int = 400, decide: int = 130, **settings: 
         }
     )
     chat = ChatFormat(load_tokenizer(Base("x", "y", base)), config.chat.date_string)
-    rows = _rows(chat, train + decide)
-    _write(config.data_dir / "train.parquet", rows[:train], None)
-    _write(config.data_dir / "validation.parquet", rows[train:], "decide")
+    rows = _rows(chat, train + test)
+    _write(config.data_dir / "train.parquet", rows[:train])
+    _write(config.data_dir / "validation.parquet", [])
+    _write(config.data_dir / "test.parquet", rows[train:])
     files.write_json(config.data_dir / "manifest.json", {"rows": {"read": len(rows)}})
     seal.seal(config.data_dir, {})
     tiny_adapter(base, config.run_dir / "best")
@@ -67,9 +68,6 @@ def _rows(chat: ChatFormat, wanted: int) -> list[dict[str, object]]:
     return list(found.values())
 
 
-def _write(path: Path, rows: list[dict[str, object]], part: str | None) -> None:
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows)
-    if part:
-        table = table.append_column("part", pa.array([part] * len(rows)))
-    pq.write_table(table, path)
+    pq.write_table(pa.Table.from_pylist(rows), path)

@@ -121,14 +121,14 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
         config.run_dir / "training_arguments.json",
         {"output_dir": str(config.run_dir), "learning_rate": 1e-4, "bf16": True, "run_name": "x"},
     )
-    train, held_out = (
-        files.sha256_file(config.data_dir / f"{name}.parquet") for name in ("train", "validation")
+    train, test = (
+        files.sha256_file(config.data_dir / f"{name}.parquet") for name in ("train", "test")
     )
     revision = files.sha256_file(base / "model.safetensors")
     seal.seal(config.run_dir, {"data": {"train.parquet": train}, "base": {"revision": revision}})
     adapter = files.sha256_file(config.run_dir / "best" / "adapter_model.safetensors")
     _evaluation(config.eval_dir, verdict)
-    seal.seal(config.eval_dir, {"adapter": adapter, "train": train, "validation": held_out})
+    seal.seal(config.eval_dir, {"adapter": adapter, "train": train, "test": test})
     return config
 
 
@@ -155,12 +155,12 @@ def rewrite_sums(folder: Path) -> None:
 
 def _data(folder: Path) -> None:
     folder.mkdir(parents=True)
-    rows = {"read": 10, "train": 5, "validation": 2, "dropped": {"too_short": 2, "empty": 1}}
+    kept = {"train": 5, "validation": 1, "test": 1}
+    rows = {"read": 10, **kept, "dropped": {"too_short": 2, "empty": 1}}
     source = {"identity": "sha256:abc", "licence": "Apache-2.0", "read": 10, "train": 5}
     files.write_json(folder / "manifest.json", {"rows": rows, "sources": {"rows.jsonl": source}})
-    pq.write_table(pa.table({"group": ["a", "b"]}), folder / "train.parquet")
-    held_out = pa.table({"group": ["c", "d"], "part": ["select", "decide"]})
-    pq.write_table(held_out, folder / "validation.parquet")
+    for part, groups in (("train", ["a", "b"]), ("validation", ["c"]), ("test", ["d"])):
+        pq.write_table(pa.table({"group": groups}), folder / f"{part}.parquet")
     seal.seal(folder, {})
 
 

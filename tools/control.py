@@ -4,7 +4,7 @@
 
 Takes the finished demo, shuffles the training answers among rows of the same task (so the control
 sees the same answers, as often, to the wrong questions), trains and evaluates it the same way, and
-prints base, control, adapter and always-the-commonest-answer on the same `decide` questions, with
+prints base, control, adapter and always-the-commonest-answer on the same test questions, with
 paired 95 % intervals. Then checks that no training row holds the entity of such a question together
 with one of its numbers. About four minutes on two cores.
 """
@@ -87,7 +87,7 @@ def key(text: str | None) -> str:
 
 
 def entity_and_number_in_training(demo: Config) -> int:
-    """Count `decide` questions of which some training row holds an entity and a number together."""
+    """Count test questions of which some training row holds an entity and a number together."""
     train_rows = pq.read_table(demo.data_dir / "train.parquet", columns=["messages"]).to_pylist()
     numbers_of: dict[str, set[str]] = {}
     for row in train_rows:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -30,7 +30,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-T = TypeVar("T")
 ConfigName = Annotated[
     str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")
 ]
@@ -47,6 +46,8 @@ JudgeHost = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
+SourceName = Annotated[str | None, typer.Option(help="Only rows of this source.")]
+LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
 BaseFolder = Annotated[
     Path | None, typer.Option(help="Folder of the base; absent: the bundled one or the hub's.")
 ]
@@ -95,15 +96,9 @@ def _root(
     verb = context.invoked_subcommand
     if verb not in (*WRITERS, "train"):
         STOP.release()  # a reader has nothing to continue, and a server stops in its own way
-    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        if os.environ.get(variable) in ("", "-1"):  # how some launchers say: not distributed
-            del os.environ[variable]
-        if not (text := os.environ.get(variable, "0")).isdecimal():
-            raise ConfigError(
-                f"{variable}={text} is no number",
-                why="torchrun and accelerate number the processes that they launch with it",
-                fix=f"unset {variable}, or launch through one of them",
-            )
+    if os.environ.get("WORLD_SIZE", "1") in ("", "-1"):  # how some launchers say: not distributed
+        for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            os.environ.pop(variable, None)
     if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
         raise ConfigError(
             f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
@@ -120,9 +115,10 @@ def demo(
 ) -> None:
     """The whole path on the bundled nano base and sample rows, offline, in minutes."""
     from fintune.demo import show
+    from fintune.pipeline import run as all_stages
 
     config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
-    _run(config, fresh=fresh, accept=None)
+    all_stages(config, fresh=fresh)
     show(config)
 
 
@@ -135,7 +131,9 @@ def run(
     judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
-    _run(_load(config, overrides), fresh=fresh, accept=accept, judge_host=judge_host)
+    from fintune.pipeline import run as all_stages
+
+    all_stages(_load(config, overrides), fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -145,7 +143,7 @@ def prepare(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Raw rows -> train and validation rows, with a ledger of every dropped row."""
+    """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
     manifest = stage(_load(config, overrides), fresh=fresh)
@@ -251,7 +249,9 @@ def release(
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
-    _release(_load(config, overrides), fresh=fresh, accept=accept)
+    from fintune.pipeline import release as stage
+
+    stage(_load(config, overrides), fresh=fresh, accept=accept)
 
 
 @app.command()
@@ -259,43 +259,46 @@ def inspect(
     config: ConfigName = DEFAULT,
     overrides: Overrides = None,
     row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
-    part: Annotated[str | None, typer.Option(help="train (if absent) or validation.")] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Rows to show; absent: 1, with --dropped 20.")
+    part: Annotated[
+        Literal["train", "validation", "test"] | None, typer.Option(help="Absent: train.")
     ] = None,
-    dropped: Annotated[bool, typer.Option("--dropped", help="Show the ledger instead.")] = False,
-    reason: Annotated[str | None, typer.Option(help="With --dropped: only this reason.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
-    line: Annotated[
-        int | None, typer.Option(min=1, help="The row of this line, kept or dropped.")
-    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Rows to show; absent: 1.")] = None,
+    source: SourceName = None,
+    line: LineNumber = None,
 ) -> None:
-    """A row as the model sees it, trained tokens in green; or why a row was dropped."""
+    """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
     from fintune.data import inspect as shown
 
     loaded = _load(config, overrides)
-    given = {"--row": row, "--part": part, "--count": count, "--reason": reason}
-    way = "with --dropped" if dropped else "with --line" if line else "without --dropped"
-    used = ("--count", "--reason") if dropped else () if line else ("--row", "--part", "--count")
-    for name in given:
-        if given[name] is not None and name not in used:
-            raise ConfigError(f"{name} means nothing {way}", fix="see: fintune inspect --help")
-    if part not in (None, *shown.FILES):
-        raise ConfigError(f"--part {part}", fix=f"one of {', '.join(shown.FILES)}")
-    kept: list[shown.Shown] = []
-    out: list[dict[str, Any]] = []
-    if dropped:
-        out = shown.why_dropped(loaded, source=source, reason=reason, line=line)
-    elif line is not None:
+    if line is not None:
+        if row or part or count:
+            raise ConfigError(
+                "--line names one row: --row, --part and --count mean nothing with it"
+            )
         kept, out = shown.find(loaded, line, source)
     else:
         kept = shown.inspect(loaded, row=row, part=part or "train", count=count or 1, source=source)
+        out = []
     for found in kept:
         console.out.print(found.text())
-    if out or dropped:
-        columns = ["source", "line", "reason", "detail"]
-        cells = ([entry[column] for column in columns] for entry in out[: count or 20])
-        console.table(f"dropped rows: {len(out)}", columns, cells)
+    if out:
+        _show_dropped(out)
+
+
+@app.command()
+def dropped(
+    config: ConfigName = DEFAULT,
+    overrides: Overrides = None,
+    reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 20,
+    source: SourceName = None,
+    line: LineNumber = None,
+) -> None:
+    """Which rows were dropped, where and why: the ledger of `prepare`."""
+    from fintune.data.inspect import why_dropped
+
+    found = why_dropped(_load(config, overrides), source=source, reason=reason, line=line)
+    _show_dropped(found, count)
 
 
 @app.command()
@@ -435,35 +438,10 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _run(config: "Config", *, fresh: bool, accept: str | None, judge_host: str = "") -> None:
-    from fintune.data.prepare import prepare as prepare_stage
-    from fintune.evals.evaluate import evaluate as evaluate_stage
-    from fintune.seal import check_place
-    from fintune.train.run import train as train_stage
-
-    for folder in config.folders().values():
-        check_place(folder)  # not after hours of training
-    prepare_stage(config, fresh=fresh)
-    train_stage(config, fresh=fresh)
-    evaluate_stage(config, fresh=fresh, judge_host=judge_host)
-    _release(config, fresh=fresh, accept=accept)
-
-
-def _release(config: "Config", *, fresh: bool, accept: str | None) -> None:
-    """The stage, after what only another one can say: that the results are those of the answers."""
-    from fintune.evals.report import check_results
-    from fintune.release.bundle import release as stage
-    from fintune.seal import check_place
-
-    check_place(config.release_dir)
-    check_results(config.eval_dir)
-    stage(config, fresh=fresh, accept=accept)
-
-
-def _needed(value: T | None, message: str) -> T:
-    if value is None:
-        raise ConfigError(message)
-    return value
+def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
+    columns = ["source", "line", "reason", "detail"]
+    cells = ([entry[column] for column in columns] for entry in entries[:count])
+    console.table(f"dropped rows: {len(entries)}", columns, cells)
 
 
 def _load(name: str, overrides: list[str] | None) -> "Config":

@@ -144,11 +144,14 @@ class DataConfig(Section):
     )
     out: Path | None = Field(None, description="folder of the prepared data; absent: OUT/data")
     max_train_rows: int = Field(40_000, ge=1, description="cap of training rows")
-    max_validation_rows: int = Field(
-        4_000, ge=2, description="cap of validation rows, both parts together"
+    max_held_out_rows: int = Field(
+        4_000, ge=2, description="cap of validation and test rows together, by their shares"
     )
     validation_share: float = Field(
-        0.1, gt=0, lt=1, description="share of rows held out, by hash, before the caps"
+        0.05, gt=0, lt=0.5, description="share of rows that choose the checkpoint, before the caps"
+    )
+    test_share: float = Field(
+        0.05, gt=0, lt=0.5, description="share of rows that decide the verdict, before the caps"
     )
     min_tokens: int = Field(
         30, ge=0, description="fewest tokens of system, user and assistant text, template apart"
@@ -299,7 +302,7 @@ class EvalConfig(Section):
         "accuracy", description="the one measure that decides, named before the run"
     )
     max_items: int = Field(
-        400, ge=1, description="most items of the checkable `decide` rows, and of each task"
+        400, ge=1, description="most items of the checkable test rows, and of each task"
     )
     tasks: dict[str, str] = Field(
         {}, description="finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"

@@ -28,7 +28,7 @@ from fintune.seal import DONE, read_data
 from fintune.train import lora
 from fintune.train.arguments import arguments_dict, effective, training_arguments
 from fintune.train.order import epoch_plan
-from fintune.train.rows import read_select, read_train
+from fintune.train.rows import read_train, read_validation
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -59,7 +59,7 @@ class Lengths:
     """Tokens of every training row and of every row of an evaluation; share of label tokens."""
 
     train: batches.Ints
-    select: batches.Ints
+    validation: batches.Ints
     label_share: float
     assumed: bool
 
@@ -161,7 +161,7 @@ def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str
         "label_share": round(found.label_share, 3),
         "tokens": round(mean * trained),
         "evaluations": -(-facts["steps"] // train.eval_steps),  # the last step is evaluated too
-        "rows_per_evaluation": len(found.select),
+        "rows_per_evaluation": len(found.validation),
     }
     base, adapter, flops = dict[str, Any](), dict[str, Any](), dict[str, float]()
     if size:
@@ -171,7 +171,7 @@ def describe(config: Config, found: Lengths, size: ModelSize | None) -> dict[str
         # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
         # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
         block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
-        evaluated = rows["evaluations"] * int(found.select.sum())
+        evaluated = rows["evaluations"] * int(found.validation.sum())
         flops["training_flops"] = rows["tokens"] * (2 * block + 2 * size.trainable + 2 * head)
         flops["recomputation_flops"] = float(rows["tokens"] * block)
         flops["evaluation_flops"] = evaluated * (block + head)
@@ -192,19 +192,19 @@ def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = N
     if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
         read_data(config.data_dir)
         train = read_train(config.data_dir).lengths
-        select = read_select(config.data_dir, config.train.max_eval_samples).lengths
+        validation = read_validation(config.data_dir, config.train.max_eval_samples).lengths
         labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
         counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
-        return Lengths(train, select, counted / max(int(train.sum()), 1), assumed=False)
+        return Lengths(train, validation, counted / max(int(train.sum()), 1), assumed=False)
     mean, draw = mean_tokens or MEAN_TOKENS, np.random.default_rng(config.seed)
-    evaluated = min(config.train.max_eval_samples, config.data.max_validation_rows // 2)
-    train, select = (
+    evaluated = min(config.train.max_eval_samples, config.data.max_held_out_rows // 2)
+    train, validation = (
         draw.lognormal(math.log(mean) - SIGMA**2 / 2, SIGMA, count)
         .clip(16, config.data.max_length)
         .astype(np.int64)
         for count in (rows or config.data.max_train_rows, evaluated)
     )
-    return Lengths(train, select, LABEL_SHARE, assumed=True)
+    return Lengths(train, validation, LABEL_SHARE, assumed=True)
 
 
 def count(config: Config, *, quantized: bool = False) -> ModelSize:

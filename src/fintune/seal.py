@@ -120,7 +120,15 @@ def read_seal(
 
 def read_data(folder: Path) -> dict[str, Any]:
     """The seal of prepared data, which most stages read (see `read_seal`)."""
-    needed = ("train.parquet", "validation.parquet", "manifest.json")
+    validation, test = "validation.parquet", "test.parquet"
+    files = read_checked(folder / DONE)["files"] if (folder / DONE).is_file() else {}
+    if validation in files and test not in files:
+        raise OutputError(
+            f"{folder} was prepared by an earlier version: it has no {test}",
+            why="the rows that decide the verdict have a file of their own now",
+            fix="run: fintune prepare --fresh",
+        )
+    needed = ("train.parquet", validation, test, "manifest.json")
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
 

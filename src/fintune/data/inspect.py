@@ -1,6 +1,6 @@
 """`fintune inspect`: a row as the model sees it, or why a row was dropped.
 
-Every function raises OutputError where the data is not prepared, or by another version, and
+Every function raises OutputError where the data is not prepared, or by an earlier version, and
 DataError for a source or a reason that no row has.
 """
 
@@ -14,12 +14,12 @@ from rich.text import Text
 from fintune import seal
 from fintune.config import Config
 from fintune.console import printable
-from fintune.errors import DataError, OutputError
+from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX
 from fintune.files import read_json
 from fintune.model import find_base, load_tokenizer
 
-FILES = {"train": "train.parquet", "validation": "validation.parquet"}
+FILES = {part: f"{part}.parquet" for part in ("train", "validation", "test")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def inspect(
 
     Args:
         row: an example id or the start of one; absent: the first `count` rows of `part`.
-        part: train or validation.
+        part: train, validation or test.
         source: only rows of this source.
 
     Raises:
@@ -72,7 +72,7 @@ def inspect(
     if table.num_rows == 0:
         raise DataError(
             f"no such row in {config.data_dir / FILES[part]}",
-            fix="it may have been dropped: fintune inspect --dropped, or be in the other part",
+            fix="it may have been dropped: fintune dropped, or be in another part: --part",
         )
     tokenizer = load_tokenizer(find_base(config.model, weights=False))
     return [_shown(found, part, tokenizer) for found in table.slice(0, count).to_pylist()]
@@ -112,9 +112,6 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
     folder = config.data_dir
     seal.read_data(folder)
     table = pq.read_table(folder / name)
-    if "line" not in table.column_names:
-        fix = "run: fintune prepare --fresh"
-        raise OutputError(f"{folder} was prepared by another version: rows lack lines", fix=fix)
     manifest = read_json(folder / "manifest.json")
     there = {"source": manifest["sources"], "reason": manifest["rows"]["dropped"]}
     for column, value in wanted.items():
@@ -138,7 +135,7 @@ def _shown(row: dict[str, Any], part: str, tokenizer: Any) -> Shown:
         example_id=row["example_id"],
         source=row["source"],
         line=row["line"],
-        part=row.get("part", part),
+        part=part,
         group=row["group"],
         length=row["length"],
         trained=sum(label != IGNORE_INDEX for label in row["labels"]),

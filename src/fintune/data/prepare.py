@@ -1,4 +1,4 @@
-"""The stage `prepare`: rows in, `train.parquet`, `validation.parquet` and their account out.
+"""The stage `prepare`: rows in, a Parquet file for each part of the split and its account out.
 
 Text filters and exact duplicates run over everything, streaming; then only the rows that come
 first in hash order are compared, tokenized and split, until the caps are full.
@@ -38,8 +38,8 @@ MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
 
 ROW_GROUP = 8192
-FILES = ("train.parquet", "validation.parquet", "ledger.parquet", "manifest.json", "report.html")
-HELD_OUT = ("select", "decide")
+PARTS = ("train", "validation", "test")
+FILES = (*(f"{part}.parquet" for part in PARTS), "ledger.parquet", "manifest.json", "report.html")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROWS = pa.schema(
     {
@@ -113,7 +113,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     rows = manifest["rows"]
     say(
         f"{folder}: {rows['read']} rows read = {rows['train']} train + {rows['validation']}"
-        f" validation + {sum(rows['dropped'].values())} dropped"
+        f" validation + {rows['test']} test + {sum(rows['dropped'].values())} dropped"
     )
     return manifest
 
@@ -168,8 +168,8 @@ def _select(
 ) -> Selected:
     """Select the rows; where the caps are not filled, again among four times the candidates."""
     data = config.data
-    share = data.validation_share
-    most = max(data.max_train_rows / (1 - share), data.max_validation_rows / share)
+    share = data.validation_share + data.test_share
+    most = max(data.max_train_rows / (1 - share), data.max_held_out_rows / share)
     wanted = math.ceil(MARGIN * most)
     while True:
         scanned = scan(sources, data, config.seed, wanted)
@@ -250,16 +250,14 @@ def _fill(
         The parts; and whether they are full, or no more candidates could fill them: each source
         is spent, or has no rows left but these.
     """
-    half = data.max_validation_rows // 2
-    caps = {
-        "train": data.max_train_rows,
-        "select": half,
-        "decide": data.max_validation_rows - half,
-    }
+    shares = (data.validation_share, data.test_share)
+    validation = max(1, round(data.max_held_out_rows * shares[0] / sum(shares)))
+    test = max(1, data.max_held_out_rows - validation)
+    caps = dict(zip(PARTS, (data.max_train_rows, validation, test), strict=True))
     parts: dict[str, list[Grouped]] = {name: [] for name in caps}
     configs = {source.name: source.config for source in sources}
     taken: Counter[int] = Counter()
-    placed = split([row.example for row in rows], data.validation_share) if rows else []
+    placed = split([row.example for row in rows], *shares) if rows else []
     for row, place in zip(rows, placed, strict=True):
         own = configs[row.example.source]
         if own.max_rows is not None and taken[id(own)] >= own.max_rows:
@@ -291,8 +289,8 @@ def _check_left(scanned: Scanned, parts: dict[str, list[Grouped]]) -> None:
     if not all(parts.values()):
         raise DataError(
             f"{len(parts['train'])} rows are left, too few to hold some out ({told})",
-            why="without held-out rows no checkpoint can be chosen and nothing proved",
-            fix="give more rows, or raise data.validation_share",
+            why="without validation rows no checkpoint can be chosen, without test rows no verdict",
+            fix="give more rows, or raise data.validation_share and data.test_share",
         )
 
 
@@ -305,8 +303,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything but the seal; return the manifest."""
     manifest = _manifest(selected, sources, inputs)
-    _write_rows(folder / "train.parquet", {"train": selected.parts["train"]})
-    _write_rows(folder / "validation.parquet", {part: selected.parts[part] for part in HELD_OUT})
+    for part, rows in selected.parts.items():
+        _write_rows(folder / f"{part}.parquet", rows)
     selected.ledger.write(folder / "ledger.parquet")
     write_json(folder / "manifest.json", manifest)
     if selected.masked and inputs["settings"]["pii"] == "mask":
@@ -327,26 +325,21 @@ def _write(
 
 
 def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any]) -> dict[str, Any]:
-    read, dropped = selected.scanned.read, selected.ledger.counts()
+    read, dropped, parts = selected.scanned.read, selected.ledger.counts(), selected.parts
     by_source: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
     for row in selected.ledger.rows:
         by_source[row.source][row.reason] += 1
-    for part, rows in selected.parts.items():
+    for part, rows in parts.items():
         for _, kept in rows:
             by_source[kept.example.source][part] += 1
-    files = {
-        "train": selected.parts["train"],
-        "validation": [row for part in HELD_OUT for row in selected.parts[part]],
-    }
-    sizes = {name: len(rows) for name, rows in files.items()}
+    sizes = {part: len(rows) for part, rows in parts.items()}
     if read.total() != sum(sizes.values()) + dropped.total():
         raise AssertionError(f"{read} rows read, {sizes} kept, {dropped}")
-    cut = [row.truncated for rows in files.values() for _, row in rows if row.truncated]
+    cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
     kinds = Counter(kind for found in selected.masked for kind in found["kinds"])
     hits = Counter(str(hit["benchmark"]) for hit in selected.contaminated)
     return {
         "rows": {"read": read.total(), **sizes, "dropped": dict(sorted(dropped.items()))},
-        "parts": {name: len(rows) for name, rows in selected.parts.items()},
         "sources": {
             source.name: {
                 "identity": source.identity,
@@ -356,11 +349,11 @@ def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any])
             }
             for source in sources
         },
-        "related": _related(*files.values()),
+        "related": _related(**parts),
         "max_length": selected.max_length,
         "lengths": {
             "before": distribution(selected.lengths),
-            **{name: distribution([r.length for _, r in rows]) for name, rows in files.items()},
+            **{part: distribution([r.length for _, r in rows]) for part, rows in parts.items()},
         },
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
         "personal_data": dict(sorted(kinds.items())),
@@ -371,8 +364,11 @@ def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any])
     }
 
 
-def _related(train: list[Grouped], held_out: list[Grouped]) -> dict[str, int]:
-    """Groups of related rows, and those with rows on both sides of the split."""
+def _related(
+    train: list[Grouped], validation: list[Grouped], test: list[Grouped]
+) -> dict[str, int]:
+    """Groups of related rows, and those with rows both in training and held out."""
+    held_out = [*validation, *test]
     trained, held = {group for group, _ in train}, {group for group, _ in held_out}
     both = trained & held
     return {
@@ -394,17 +390,14 @@ def distribution(lengths: list[int]) -> dict[str, float]:
     return {"rows": len(lengths), **sums, **percentiles, "max": ordered[-1]}
 
 
-def _write_rows(path: Path, parts: dict[str, list[Grouped]]) -> None:
-    """Write rows; with a column `part` where there are several."""
-    schema = ROWS.append(pa.field("part", pa.string())) if len(parts) > 1 else ROWS
-    rows = [(part, *row) for part, rows in parts.items() for row in rows]
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+def _write_rows(path: Path, rows: list[Grouped]) -> None:
+    with pq.ParquetWriter(path, ROWS, compression="zstd") as writer:
         for start in range(0, len(rows), ROW_GROUP):
             chunk = [_record(*row) for row in rows[start : start + ROW_GROUP]]
-            writer.write_table(pa.Table.from_pylist(chunk, schema))
+            writer.write_table(pa.Table.from_pylist(chunk, ROWS))
 
 
-def _record(part: str, group: str, row: Tokenized) -> dict[str, Any]:
+def _record(group: str, row: Tokenized) -> dict[str, Any]:
     return {
         "example_id": row.example.example_id,
         "source": row.example.source,
@@ -414,5 +407,4 @@ def _record(part: str, group: str, row: Tokenized) -> dict[str, Any]:
         "input_ids": row.input_ids,
         "labels": row.labels,
         "length": row.length,
-        "part": part,
     }

@@ -30,31 +30,32 @@ RELATED_SHARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a row goes: the key of its group of related rows, and train, select or decide."""
+    """Where a row goes: the key of its group of related rows, and train, validation or test."""
 
     group: str
     part: str
 
 
-def part_of(passage_hash: int, share: float) -> str:
-    """`select`, `decide` or `train`; `share` of all passages are held out, in equal halves."""
+def part_of(passage_hash: int, validation: float, test: float) -> str:
+    """`validation`, `test` or `train`, by the shares of all passages that the first two get."""
     at = hash64("split", str(passage_hash)) / 2**64
-    return "train" if at >= share else "select" if at < share / 2 else "decide"
+    return "validation" if at < validation else "test" if at < validation + test else "train"
 
 
-def split(examples: list[Example], share: float) -> list[Placed]:
-    """Group related rows and place each; only groups wholly held out to decide may decide."""
+def split(examples: list[Example], validation: float, test: float) -> list[Placed]:
+    """Group related rows and place each; a test row of a group with others goes to validation."""
     hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
     passages, own = np.unique(hashes, return_inverse=True)
     groups = _components(examples, own, len(passages))
-    parts = [part_of(int(each), share) for each in passages]
+    parts = [part_of(int(each), validation, test) for each in passages]
     of_group: dict[int, set[str]] = {}
     for at in own:
         of_group.setdefault(groups[at], set()).add(parts[at])
     placed = []
     for at in own:
-        mixed = parts[at] == "decide" and len(of_group[groups[at]]) > 1
-        placed.append(Placed(f"{passages[groups[at]]:016x}", "select" if mixed else parts[at]))
+        mixed = parts[at] == "test" and len(of_group[groups[at]]) > 1
+        part = "validation" if mixed else parts[at]
+        placed.append(Placed(f"{passages[groups[at]]:016x}", part))
     return placed
 
 

@@ -45,7 +45,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
 
     Raises:
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
-        DataError: no `decide` row. GateRefused: the judge's budget is spent.
+        DataError: no test row. GateRefused: the judge's budget is spent.
     """
     folder, inputs = config.eval_dir, _inputs(config)
     with seal.lock(folder):
@@ -123,7 +123,7 @@ def _inputs(config: Config) -> dict[str, Any]:
     settings = config.eval.model_dump(mode="json", exclude=apart)
     return {
         "train": data["files"]["train.parquet"]["sha256"],
-        "validation": data["files"]["validation.parquet"]["sha256"],
+        "test": data["files"]["test.parquet"]["sha256"],
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": model.find_base(config.model).revision,
@@ -141,7 +141,7 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     base = model.find_base(config.model)
     tokenizer = model.load_tokenizer(base)
     chat = ChatFormat(tokenizer, config.chat.date_string)
-    rows = _decide_rows(config)
+    rows = _test_rows(config)
     on = model.device()
     choice = config.train.precision
     # fp32 on a CPU: the answers are then those of the plain `generate` of any other program.
@@ -167,15 +167,14 @@ def _enabled(peft_model: Any, variant: str) -> contextlib.AbstractContextManager
     return off if variant == "base" else contextlib.nullcontext()
 
 
-def _decide_rows(config: Config) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(
-        config.data_dir / "validation.parquet", filters=[("part", "=", "decide")]
-    ).to_pylist()
+def _test_rows(config: Config) -> list[dict[str, Any]]:
+    path = config.data_dir / "test.parquet"
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     if not rows:
         raise DataError(
-            f"{config.data_dir / 'validation.parquet'} holds no `decide` row",
+            f"{path} has no row",
             why="the rows that chose the checkpoint cannot also judge it",
-            fix="prepare more rows, or raise data.validation_share",
+            fix="prepare more rows, or raise data.test_share",
         )
     return rows
 
@@ -220,7 +219,7 @@ def _choose(
         "contaminated": leaked,
         "too_long": len(items) - len(fitting),
         "data": {
-            "decide_rows": len(rows),
+            "test_rows": len(rows),
             "checkable": len([item for item in found if item.kind != "text"]),
             "rows_sha256": sha256_json([row["example_id"] for row in rows]),
         },

@@ -70,7 +70,7 @@ class Item:
 
 
 class HeldOutItems:
-    """Which `decide` rows can be checked by arithmetic or by their label, learnt from the rows
+    """Which test rows can be checked by arithmetic or by their label, learnt from the rows
     of the training set: an answer is a number, or a label that many rows share or a prompt lists.
 
     Args:
@@ -95,7 +95,7 @@ class HeldOutItems:
                 self._counts["label",][answer] += 1
 
     def item(self, row: dict[str, Any]) -> Item:
-        """The item of a row of validation.parquet; kind `text` where only a judge can check it."""
+        """The item of a row of test.parquet; kind `text` where only a judge can check it."""
         messages = tuple(Message(**message) for message in row["messages"])
         *prompt, last = messages
         reference = last.content.strip()

@@ -107,7 +107,7 @@ def gate(inputs: Inputs) -> None:
 def _mismatches(inputs: Inputs) -> list[str]:
     """Where data, run and evaluation do not belong together, or leak into each other."""
     data, run, evaluation = (inputs.seals[stage] for stage in ("data", "run", "eval"))
-    train, held_out = (data["files"][f"{n}.parquet"]["sha256"] for n in ("train", "validation"))
+    train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
     trained_on, evaluated = run["inputs"], evaluation["inputs"]
     adapter = inputs.provenance["adapter_sha256"]
     compared = [
@@ -115,7 +115,7 @@ def _mismatches(inputs: Inputs) -> list[str]:
         ("run was trained on another base", trained_on["base"]["revision"], inputs.base.revision),
         ("evaluation is of another adapter", evaluated["adapter"], adapter),
         ("evaluation compared with other training rows", evaluated["train"], train),
-        ("evaluation decided by other rows", evaluated["validation"], held_out),
+        ("evaluation decided by other rows", evaluated["test"], test),
         ("evaluation found contaminated test rows", inputs.results["n"]["contaminated"], 0),
     ]
     return [f"the {reason}" for reason, stated, expected in compared if stated != expected]

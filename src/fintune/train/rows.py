@@ -42,16 +42,15 @@ def read_train(data_dir: Path) -> Rows:
     return Rows(_read(data_dir / "train.parquet"))
 
 
-def read_select(data_dir: Path, most: int) -> Rows:
-    """The `select` rows that choose the checkpoint: at most `most`, the first by example id.
+def read_validation(data_dir: Path, most: int) -> Rows:
+    """The validation rows, which choose the checkpoint: at most `most`, the first by example id.
 
     Example ids are hashes, so the first ones are a random sample, and the same one each time.
     """
-    table = _read(data_dir / "validation.parquet")
-    table = table.filter(pa.compute.equal(table["part"], "select")).sort_by("example_id")
+    table = _read(data_dir / "validation.parquet").sort_by("example_id")
     if table.num_rows == 0:
         raise DataError(
-            f"{data_dir / 'validation.parquet'} has no `select` row",
+            f"{data_dir / 'validation.parquet'} has no row",
             why="without one, no evaluation can choose the best adapter",
             fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
         )
@@ -59,9 +58,7 @@ def read_select(data_dir: Path, most: int) -> Rows:
 
 
 def _read(path: Path) -> pa.Table:
-    columns = ["example_id", "input_ids", "labels", "length"]
-    part = ["part"] if "part" in pq.read_schema(path).names else []
-    return pq.read_table(path, columns=columns + part)
+    return pq.read_table(path, columns=["example_id", "input_ids", "labels", "length"])
 
 
 def _values(column: Any, index: int) -> NDArray[np.int32]:

@@ -32,7 +32,7 @@ from fintune.train.arguments import arguments_dict, effective, training_argument
 from fintune.train.finish import check_best, environment
 from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.train.order import Order, epoch_plan
-from fintune.train.rows import Rows, read_select, read_train
+from fintune.train.rows import Rows, read_train, read_validation
 from fintune.train.run_state import RESUME, RunState, run_fingerprint
 from fintune.train.trainer import BEST, LoraTrainer
 
@@ -164,7 +164,7 @@ def _build(
         train_dataset=rows,
         eval_dataset=rows,
         order=order,
-        select=read_select(config.data_dir, config.train.max_eval_samples),
+        validation=read_validation(config.data_dir, config.train.max_eval_samples),
         eval_tokens=tokens,
         best=config.run_dir / "best",
         stop=stop,

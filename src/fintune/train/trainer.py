@@ -5,7 +5,7 @@ Overridden (tests/test_train_trainer.py holds their signatures against the pinne
 get_train_dataloader   the batch plan decides which rows share a step
 compute_loss           padding-free, label tokens only, divided by the whole step's tokens
 _clip_grad_norm        stops before an update that is not finite
-evaluate               exact token-weighted loss over the `select` rows; keeps the best adapter
+evaluate               exact token-weighted loss over the validation rows; keeps the best adapter
 _save_checkpoint       whole or not at all (checkpoints.py)
 """
 
@@ -59,7 +59,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         order: the batch plan.
-        select: rows of the evaluation that chooses the best adapter.
+        validation: rows of the evaluation that chooses the best adapter.
         eval_tokens: most tokens of an evaluation batch.
         best: folder of the best adapter.
         stop: set from outside when the run should end at the next step.
@@ -70,7 +70,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self,
         *,
         order: Order,
-        select: Rows,
+        validation: Rows,
         eval_tokens: int,
         best: Path,
         stop: StopRequest,
@@ -82,12 +82,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         # Our loss is divided by the whole step's label tokens, and its labels come shifted.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
-        self.order, self.select, self.best, self.stop = order, select, best, stop
+        self.order, self.validation, self.best, self.stop = order, validation, best, stop
         self.fingerprint_sha256, self.largest = fingerprint_sha256, eval_tokens
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
-        self._eval_batches = plan_evaluation(select.lengths, eval_tokens)
+        self._eval_batches = plan_evaluation(validation.lengths, eval_tokens)
         # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
         multiple = eval_tokens if collator.pad_to_multiple_of > 1 else 1
         self._eval_collator = replace(collator, pad_to_multiple_of=multiple)
@@ -155,7 +155,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over the label tokens of the `select` rows; keeps the best adapter.
+        """Mean loss over the label tokens of the validation rows; keeps the best adapter.
 
         Raises:
             Stopped: a stop was asked for; a checkpoint that repeats this evaluation is saved.
@@ -171,11 +171,11 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             number = start + self.args.process_index
             # Where batches run out a rank repeats the last: FSDP needs all of them in every pass.
             batch = self._eval_batches[min(number, last)]
-            inputs = self._prepare_inputs(self._eval_collator([self.select[i] for i in batch]))
+            inputs = self._prepare_inputs(self._eval_collator([self.validation[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
             if not math.isfinite(value := float(total)):
-                bad += [self.select.ids[index] for index in batch]
+                bad += [self.validation.ids[index] for index in batch]
             if number <= last:
                 sums += torch.tensor([value, count], dtype=torch.float64, device=sums.device)
         if self.args.world_size > 1:
