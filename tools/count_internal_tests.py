@@ -42,7 +42,9 @@ def count(path: Path) -> tuple[int, int]:
     """Tests of a file, and those that name an internal."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     internal = internal_names(tree)
-    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    }
 
     def uses(name: str, seen: set[str]) -> bool:
         if name in seen or name not in functions:
