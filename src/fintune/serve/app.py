@@ -8,14 +8,12 @@ import asyncio
 import contextlib
 import hmac
 import os
-import queue
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import uvicorn
@@ -29,17 +27,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
 from fintune.model import LoadedRelease, load_release, open_release
+from fintune.serve import protocol
 from fintune.serve.engine import Engine, StreamedRequest
-from fintune.serve.protocol import (
-    Answer,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Conversation,
-    SamplingRequest,
-    TokenizeRequest,
-    error_response,
-)
+from fintune.serve.protocol import ApiError
 from fintune.untrusted.provenance import JUDGED, RESULTS
 
 MODELS = ("base", "adapter")
@@ -62,23 +52,14 @@ SECURITY_HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Service:
-    """What the endpoints answer from; `folder` is the release."""
-
-    loaded: LoadedRelease
-    engine: Engine
-    folder: Path
-    started: int
+async def _check_key(request: Request) -> None:
+    given, key = request.headers.get("authorization", ""), request.app.state.key
+    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        message = "a valid API key is required (Authorization: Bearer)"
+        raise ApiError(401, message, "invalid_api_key")
 
 
-def _service(request: Request) -> _Service:
-    service: _Service = request.app.state.service
-    return service
-
-
-Service = Annotated[_Service, Depends(_service)]
-public, guarded = APIRouter(), APIRouter()
+public, guarded = APIRouter(), APIRouter(dependencies=[Depends(_check_key)])
 """Endpoints that need no key, and those that do where one is set."""
 
 
@@ -89,18 +70,18 @@ async def page() -> Response:
 
 
 @public.get("/health")
-async def health(service: Service) -> Response:
+async def health(request: Request) -> Response:
     """Rows running and requests waiting; 503 when the model failed."""
-    running, waiting = service.engine.load
-    failed = service.engine.failed
+    running, waiting = request.app.state.engine.load
+    failed = request.app.state.engine.failed
     state = {"status": "failed" if failed else "ok", "running": running, "waiting": waiting}
     return JSONResponse(state, 503 if failed else 200)
 
 
 @guarded.get("/run.json")
-async def run(service: Service) -> Response:
+async def run(request: Request) -> Response:
     """What the page shows beside answers: held-out questions, the verdict, logged steps."""
-    folder, base = service.folder.resolve(), service.loaded.base
+    folder, base = request.app.state.folder, request.app.state.loaded.base
     rows = [row for row in _objects(folder / JUDGED) if isinstance(row.get("question"), str)]
     # The shortest question of each reference answer.
     rows.sort(key=lambda row: len(row["question"]), reverse=True)
@@ -117,28 +98,31 @@ async def run(service: Service) -> Response:
 
 
 @guarded.get("/v1/models")
-async def models(service: Service) -> dict[str, Any]:
+async def models(request: Request) -> dict[str, Any]:
     """The two models."""
-    same = {"object": "model", "created": service.started, "owned_by": "fintune"}
-    return {"object": "list", "data": [{"id": name, **same} for name in MODELS]}
+    return {"object": "list", "data": [_model(name, request) for name in MODELS]}
 
 
 @guarded.get("/v1/models/{name}")
-async def model(name: str, service: Service) -> dict[str, Any]:
+async def model(name: str, request: Request) -> dict[str, Any]:
     """One of the two models."""
-    for row in (await models(service))["data"]:
-        if row["id"] == name:
-            return dict(row)
-    raise ApiError(404, "no such model; there are base and adapter", "model_not_found")
+    if name not in MODELS:
+        raise ApiError(404, "no such model; there are base and adapter", "model_not_found")
+    return _model(name, request)
+
+
+def _model(name: str, request: Request) -> dict[str, Any]:
+    started = request.app.state.started
+    return {"id": name, "object": "model", "created": started, "owned_by": "fintune"}
 
 
 @guarded.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: Service) -> dict[str, Any]:
+async def tokenize(request: Request, body: protocol.TokenizeRequest) -> dict[str, Any]:
     """The ids of a conversation's prompt."""
-    ids, tokenizer = await _prompt_ids(body, service), service.loaded.chat.tokenizer
+    ids, tokenizer = await _prompt_ids(request, body), request.app.state.loaded.chat.tokenizer
     return {
         "count": len(ids),
-        "max_model_len": service.engine.max_context,
+        "max_model_len": request.app.state.engine.max_context,
         "tokens": ids,
         "token_strs": [tokenizer.decode([number]) for number in ids],
         "prompt": tokenizer.decode(ids),
@@ -146,16 +130,16 @@ async def tokenize(body: TokenizeRequest, service: Service) -> dict[str, Any]:
 
 
 @guarded.post("/v1/chat/completions")
-async def chat(request: Request, body: ChatRequest, service: Service) -> Response:
+async def chat(request: Request, body: protocol.ChatRequest) -> Response:
     """An answer through the release's chat template."""
     limit = body.max_completion_tokens or body.max_tokens
-    return await _answer(request, body, await _prompt_ids(body, service), limit, service)
+    return await _answer(request, body, await _prompt_ids(request, body), limit)
 
 
 @guarded.post("/v1/completions")
-async def completion(request: Request, body: CompletionRequest, service: Service) -> Response:
+async def completion(request: Request, body: protocol.CompletionRequest) -> Response:
     """A continuation of text or token ids."""
-    tokenizer, prompt = service.loaded.chat.tokenizer, body.prompt
+    tokenizer, prompt = request.app.state.loaded.chat.tokenizer, body.prompt
     if isinstance(prompt, str):
         # A prompt that begins with BOS, as a rendered chat does, gets no second one.
         special = not prompt.startswith(tokenizer.bos_token or "\0")
@@ -165,48 +149,46 @@ async def completion(request: Request, body: CompletionRequest, service: Service
     if not ids or not all(0 <= number < len(tokenizer) for number in ids):
         message = "an empty prompt, or a token id outside the vocabulary"
         raise ApiError(400, message, "invalid_value", "prompt")
-    return await _answer(request, body, ids, body.max_tokens, service)
+    return await _answer(request, body, ids, body.max_tokens)
 
 
-async def _prompt_ids(body: Conversation, service: _Service) -> list[int]:
+async def _prompt_ids(request: Request, body: protocol.Conversation) -> list[int]:
     messages = [message.as_message() for message in body.messages]
     turns = [m.role for m in messages[messages[0].role == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         rule = "after an optional system message, user and assistant alternate; user comes last"
         raise ApiError(400, rule, "invalid_value", "messages")
     try:
-        return await asyncio.to_thread(service.loaded.chat.prompt_ids, messages)
+        return await asyncio.to_thread(request.app.state.loaded.chat.prompt_ids, messages)
     except (FintuneError, jinja2.TemplateError):
         message = "the chat template refuses these messages"
         raise ApiError(400, message, "invalid_value", "messages") from None
 
 
 async def _answer(
-    request: Request, body: SamplingRequest, ids: list[int], limit: int | None, service: _Service
+    request: Request, body: protocol.SamplingRequest, ids: list[int], limit: int | None
 ) -> Response:
-    context, engine = service.engine.max_context, service.engine
-    remaining = context - len(ids)
+    engine, tokenizer = request.app.state.engine, request.app.state.loaded.chat.tokenizer
+    context, remaining = engine.max_context, engine.max_context - len(ids)
     if remaining < (limit or 1):
         message = f"{len(ids)} prompt tokens and {limit or 1} more exceed the context of {context}"
         raise ApiError(400, message, "context_length_exceeded")
     if engine.failed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
     streamed = StreamedRequest(
-        ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(12),
+        ("chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-")
+        + secrets.token_hex(12),
         ids,
         min(limit or DEFAULT_TOKENS, remaining),
         adapter=body.model == "adapter",
         temperature=body.temperature,
         top_p=body.top_p,
         seed=body.seed,
-        tokenizer=service.loaded.chat.tokenizer.backend_tokenizer,
+        tokenizer=tokenizer.backend_tokenizer,
         stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
     )
-    try:
-        engine.submit(streamed)
-    except queue.Full:
-        raise ApiError(429, "too many requests are waiting; try again", "queue_full") from None
-    answer = Answer(streamed, body)
+    engine.submit(streamed)
+    answer = protocol.Answer(streamed, body)
     if body.stream:
         return StreamingResponse(answer.events(), media_type="text/event-stream")
     return JSONResponse(await answer.whole(request))
@@ -222,16 +204,6 @@ def _objects(path: Path, *, whole: bool = False) -> Iterator[dict[str, Any]]:
                 yield tree
 
 
-def _key_check(key: str) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            message = "a valid API key is required (Authorization: Bearer)"
-            raise ApiError(401, message, "invalid_api_key")
-
-    return check
-
-
 @contextlib.contextmanager
 def running(
     loaded: LoadedRelease, folder: Path, *, host: str, port: int, key: str | None
@@ -243,13 +215,14 @@ def running(
     engine = Engine(loaded)
     # FastAPI reads a body as JSON only under a JSON content type, so no form of another page posts.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY)
-    app.state.service = _Service(loaded, engine, folder, int(time.time()))
+    app.state.loaded, app.state.engine, app.state.folder = loaded, engine, folder.resolve()
+    app.state.key, app.state.started = key, int(time.time())
     hosts = LOOPBACK if host in LOOPBACK else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     for kind in (RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, error_response)
+        app.add_exception_handler(kind, protocol.error_response)
     app.include_router(public)
-    app.include_router(guarded, dependencies=[Depends(_key_check(key))] if key else [])
+    app.include_router(guarded)
     settings = uvicorn.Config(
         app,
         host=host,
@@ -259,7 +232,7 @@ def running(
         log_level="warning",
         server_header=False,
         headers=[*SECURITY_HEADERS.items()],
-        limit_concurrency=512,  # connections; above the 64 + 256 requests that the engine takes
+        limit_concurrency=512,  # connections, 64 of which the engine answers at once
         timeout_graceful_shutdown=30,
         h11_max_incomplete_event_size=16 << 10,  # bytes of headers
     )

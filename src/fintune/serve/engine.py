@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from tokenizers.decoders import DecodeStream
@@ -17,8 +17,6 @@ from fintune.model import LoadedRelease
 
 MAX_ROWS = 64
 """Rows of the running batch."""
-MAX_WAITING = 256
-"""Requests that may wait."""
 PREFILL_TOKENS = 8192
 """Padded tokens prefilled at once: what running rows may have to wait for."""
 MAX_CONTEXT = 8192
@@ -94,10 +92,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: StreamedRequest) -> None:
-        """Queue a request. Raises queue.Full."""
+        """Queue a request."""
         with self._wake:
-            if len(self._waiting) >= MAX_WAITING:
-                raise queue.Full
             self._waiting.append(request)
             self._wake.notify()
 
@@ -114,7 +110,7 @@ class Engine:
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        new: list[Any] = []
+        new: list[StreamedRequest] = []
         try:
             while True:
                 with self._wake:
@@ -123,7 +119,7 @@ class Engine:
                         return
                     new = self._admit()
                 if new:
-                    self._batch.add(new)
+                    self._batch.add([*new])
                 elif self._batch.requests:
                     self._batch.step()
         except Exception:
@@ -132,21 +128,15 @@ class Engine:
             raise
         finally:
             with self._wake:
-                for request in [*self._batch.requests, *new, *self._waiting]:
-                    if request.finish_reason is None:
+                for request in (*self._batch.requests, *new, *self._waiting):
+                    if isinstance(request, StreamedRequest) and request.finish_reason is None:
                         request.send("", "error")
                 self._batch.requests, self._waiting, self._closed = [], deque(), True
 
-    def _admit(self) -> list[Request]:
+    def _admit(self) -> list[StreamedRequest]:
         """Take waiting requests as far as rows and prefill tokens allow; cancelled ones vanish."""
-        new: list[Request] = []
-        width = 0
-        while self._waiting and len(self._batch.requests) + len(new) < MAX_ROWS:
-            request = self._waiting[0]
-            width = max(width, len(request.prompt_ids))
-            if new and width * (len(new) + 1) > PREFILL_TOKENS:
-                break
-            self._waiting.popleft()
-            if not request.cancelled:
-                new.append(request)
-        return new
+        self._waiting = deque(request for request in self._waiting if not request.cancelled)
+        free = MAX_ROWS - len(self._batch.requests)
+        lengths = [len(request.prompt_ids) for request in islice(self._waiting, free)]
+        count = min(len(lengths), max(1, PREFILL_TOKENS // max(lengths, default=1)))
+        return [self._waiting.popleft() for _ in range(count)]

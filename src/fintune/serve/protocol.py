@@ -100,7 +100,7 @@ class ApiError(HTTPException):
     """A refusal with its HTTP status and OpenAI's code."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        super().__init__(status, message)
         self.code, self.param = code, param
 
     def body(self) -> dict[str, Any]:
@@ -156,41 +156,36 @@ class Answer:
                 if await client.is_disconnected():
                     break
         text = "".join(piece for piece, _ in made)
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return self._tree([_choice(said, made[-1][1])], chunk=False, usage=True)
+        message = {"message": {"role": "assistant", "content": text}}
+        said = message if self._chat else {"text": text}
+        return self._tree(said, made[-1][1]) | {"usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; an error after the first byte is an event too."""
         if self._chat:
-            yield self._event({"delta": {"role": "assistant", "content": ""}}, None)
+            yield _line(self._tree({"delta": {"role": "assistant", "content": ""}}, None))
         try:
             async with contextlib.aclosing(self._request.pieces()) as pieces:
                 async for text, finish_reason in pieces:
                     said = {"delta": {"content": text}} if self._chat else {"text": text}
-                    yield self._event(said, finish_reason)
+                    yield _line(self._tree(said, finish_reason))
         except ModelError as error:
             yield _line(ApiError(500, error.what, "server_error").body())
         if self._include_usage:
-            yield _line(self._tree([], usage=True))
+            last = self._tree({"delta": ""} if self._chat else {"text": ""}, None)
+            yield _line(last | {"choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    def _event(self, said: dict[str, Any], finish_reason: str | None) -> str:
-        return _line(self._tree([_choice(said, finish_reason)]))
+    def _tree(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        kind = "chat.completion" if self._chat else "text_completion"
+        kind += ".chunk" if "delta" in said else ""
+        choice = {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
+        return {**self._head, "object": kind, "choices": [choice]}
 
-    def _tree(
-        self, choices: list[Any], *, chunk: bool = True, usage: bool = False
-    ) -> dict[str, Any]:
-        kind = "chat.completion" + ".chunk" * chunk if self._chat else "text_completion"
-        tree = {**self._head, "object": kind, "choices": choices}
-        if usage:
-            prompt, made = len(self._request.prompt_ids), len(self._request.token_ids)
-            counts = {"prompt_tokens": prompt, "completion_tokens": made}
-            tree["usage"] = counts | {"total_tokens": prompt + made}
-        return tree
-
-
-def _choice(said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
+    def _usage(self) -> dict[str, int]:
+        prompt, made = len(self._request.prompt_ids), len(self._request.token_ids)
+        counts = {"prompt_tokens": prompt, "completion_tokens": made}
+        return counts | {"total_tokens": prompt + made}
 
 
 def _line(tree: dict[str, Any]) -> str:
