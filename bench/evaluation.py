@@ -45,7 +45,7 @@ from fintune.console import result  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import calls, judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
-from fintune.evals.items import Item  # noqa: E402
+from fintune.evals.items import Item, Pair  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
@@ -105,19 +105,19 @@ def power(runs: int = 1000) -> dict[str, Any]:
         seen = [
             stats.paired(rng.choice([1, 0, -1], size=ITEMS, p=shares), seed=42) for _ in range(runs)
         ]
-        better = sum(one.low > 0 for one in seen) / runs
-        worse = sum(one.high < 0 for one in seen) / runs
+        better = sum(one["ci95"][0] > 0 for one in seen) / runs
+        worse = sum(one["ci95"][1] < 0 for one in seen) / runs
         found[f"planted_{gain:.0%}"] = {"better": better, "worse": worse}
     return found
 
 
-def items(count: int) -> list[tuple[Item, dict[str, str]]]:
+def items(count: int) -> list[Pair]:
     """Questions whose adapter answer is right and whose base answer is not."""
     found = []
     for at in range(count):
         asked = (Message("user", f"What is {at} plus one?"),)
         item = Item(f"i{at}", "sum", "number", f"i{at}", asked, str(at + 1))
-        found.append((item, {"base": "I do not know.", "adapter": str(at + 1)}))
+        found.append(Pair(item, {"base": "I do not know.", "adapter": str(at + 1)}, {}))
     return found
 
 
@@ -132,7 +132,7 @@ def faults() -> dict[str, Any]:
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(kind)) as server:
             config = JudgeConfig(model="fake", base_url=server.url)
-            plan = judge.plan(items(50), config, seed=42)
+            plan = judge.plan(items(50), config, 42)
             start, runs, done = time.monotonic(), 0, {}
             while len(done) < len(plan) and runs < (1 if kind in STOPPED else len(plan)):
                 runs += 1
@@ -197,8 +197,9 @@ def _one_child(folder: Path, url: str, seconds: float) -> int:
 def child(folder: str, url: str) -> None:
     """A run of 400 calls, as the killed process makes it."""
     config = JudgeConfig(model="fake", base_url=url)
-    plan = [call for call in judge.plan(items(200), config, seed=42) if not call.control]
-    calls._openai()  # seconds to import: kills should meet calls, not the start
+    plan = [call for call in judge.plan(items(200), config, 42) if not call.control]
+    import openai  # noqa: F401 - seconds to import: kills should meet calls, not the start
+
     print("ready", flush=True)  # noqa: T201
     calls.ask(Path(folder), plan, config)
 
@@ -207,7 +208,7 @@ def wall() -> dict[str, Any]:
     """Wall time with a slow judge, and of the same run again."""
     with tempfile.TemporaryDirectory() as folder, serve(FakeJudge(delay=2.0)) as server:
         config = JudgeConfig(model="fake", base_url=server.url)
-        plan = judge.plan(items(50), config, seed=42)
+        plan = judge.plan(items(50), config, 42)
         start = time.monotonic()
         calls.ask(Path(folder), plan, config)
         seconds = time.monotonic() - start

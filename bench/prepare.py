@@ -40,8 +40,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
-from fintune.data.benchmarks import Question, read_benchmarks  # noqa: E402
-from fintune.data.decontaminate import contaminated  # noqa: E402
+from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import Texts, not_english  # noqa: E402
 from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
 from fintune.data.pii import mask  # noqa: E402
@@ -236,8 +235,7 @@ def siblings(_: Path) -> dict[str, Any]:
         if fact["lang"] == "en" and all(text_of(row))
     ]
     examples = [example for example, _ in chosen]
-    passages = np.array([hash64(passage(example)) for example in examples], np.uint64)
-    hits = contaminated(examples, passages, benchmark_questions())
+    hits = contaminated(examples, benchmark_questions())
     return {
         "rows": len(examples),
         "dropped": len(hits),
@@ -272,9 +270,8 @@ def _planted(half: int, seed: int, questions: list[Question]) -> dict[str, Any]:
         for question in rng.sample(pool, PLANTED)
     ]
     everything = [*base, *(example for _, example in planted)]
-    passages = np.array([hash64(passage(example)) for example in everything], np.uint64)
     start = time.perf_counter()
-    hits = contaminated(everything, passages, questions)
+    hits = contaminated(everything, questions)
     seconds = time.perf_counter() - start
     found = Counter(name for at, (name, _) in enumerate(planted, len(base)) if at in hits)
     false = [hit for at, hit in hits.items() if at < len(base)]

@@ -87,7 +87,6 @@ VARIANTS = {
     "stratified": {},
     "random": {"train.train_sampling_strategy": "random"},
     "bucketed": {"train.train_sampling_strategy": "bucketed"},
-    "independent masks": {"train.lora.shared_dropout": "false"},
 }
 """Settings whose final loss is compared with `stratified`."""
 MANY = 500_000

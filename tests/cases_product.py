@@ -167,8 +167,7 @@ def regraded(folder: Path, item: dict[str, Any], answer: str) -> tuple[str, str]
     fewest that it takes.
     """
     folder.mkdir(exist_ok=True)
-    provenance = dict.fromkeys(("models", "data", "settings", "packages", "machine"), {})
-    facts = {"primary": "accuracy", "seed": 0, "judged": [], "contaminated": [], **provenance}
+    facts = {"primary": "accuracy", "seed": 0, "judged": [], "contaminated": [], "provenance": {}}
     (folder / "run.json").write_text(json.dumps({"format": 1, **facts}))
     loss = {"source": "x", "length": "<= 128", "rows": 1, "tokens": 1, "base": 1.0, "adapter": 1.0}
     (folder / "heldout.jsonl").write_text(json.dumps(loss) + "\n")

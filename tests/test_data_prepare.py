@@ -21,21 +21,16 @@ from victims import harmed
 from fintune import nano, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig, load_config
-from fintune.data import prepare as prepare_module
 from fintune.data import readers as readers_module
 from fintune.data import scan as scan_module
-from fintune.data.benchmarks import Question, read_benchmarks
-from fintune.data.decontaminate import contaminated
-from fintune.data.dedup import near_duplicates
+from fintune.data.decontaminate import Question, contaminated, read_benchmarks
 from fintune.data.filters import first_rejection
 from fintune.data.inspect import find, inspect, why_dropped
 from fintune.data.ledger import Ledger
-from fintune.data.ngrams import hash64, passage
 from fintune.data.pii import mask
 from fintune.data.prepare import PARTS, prepare
-from fintune.data.report import length_costs
 from fintune.data.sources import find_sources, named
-from fintune.data.split import split
+from fintune.data.split import near_duplicates, split
 from fintune.data.tokenize import adaptive_max_length, fit, tokenize
 from fintune.errors import DataError, OutputError
 from fintune.example import IGNORE_INDEX, Example, Message
@@ -149,12 +144,12 @@ def test_a_folder_that_another_run_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_what_is_trained(prepared: tuple[Config, dict[str, Any]]) -> None:
-    (shown,), text = inspect(prepared[0]), inspect(prepared[0])[0].text()
+    text = inspect(prepared[0])[0]
     row = pq.read_table(prepared[0].data_dir / "train.parquet").slice(0, 1).to_pylist()[0]
     green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
     assert "".join(green) == row["messages"][-1]["content"] + "<|eot_id|>"
     assert row["messages"][0]["content"] in text.plain.removesuffix(green[-1])
-    assert shown.trained == sum(label != IGNORE_INDEX for label in row["labels"]) < shown.length
+    assert f"{sum(label != IGNORE_INDEX for label in row['labels'])} trained" in text.plain
     assert [row["line"] for row in why_dropped(prepared[0], reason="not_an_object")] == [624]
 
 
@@ -173,12 +168,10 @@ def test_inspect_finds_a_line_wherever_it_went(prepared: tuple[Config, dict[str,
         if line < 30 or line > 615:
             kept, dropped = find(settings, line, "rows.jsonl")
             assert len(kept) + len(dropped) == 1
-            went[line] = kept[0].part if kept else dropped[0]["reason"]
-            assert not kept or (kept[0].source, kept[0].line) == ("rows.jsonl", line)
+            went[line] = kept[0].plain.split()[2] if kept else dropped[0]["reason"]
+            assert not kept or kept[0].plain.split()[1] == f"rows.jsonl:{line}"
     assert set(went.values()) >= {"train", "no_assistant", "duplicate", "not_an_object"}
-    assert {shown.source for shown in inspect(settings, source="rows.jsonl", count=5)} == {
-        "rows.jsonl"
-    }
+    assert len(inspect(settings, source="rows.jsonl", count=5)) == 5
     with pytest.raises(DataError, match="no row at rows.jsonl:625"):
         find(settings, 625, "rows.jsonl")
 
@@ -267,8 +260,7 @@ def test_no_personal_value_in_the_ledger_and_masked_rows_are_listed(tmp_path: Pa
         if path.suffix == ".parquet":
             content = str(pq.read_table(path).to_pylist()).encode()
         assert not [v for v in (b"4111", b"5500", b"john.doe") if v in content], path.name
-    listed = read_json(settings.data_dir / "personal.json")["rows"]
-    assert [row["kinds"] for row in listed] == [["card"], ["card"]]
+    assert read_json(settings.data_dir / "manifest.json")["personal_data"] == {"card": 2}
 
 
 def test_the_report_shows_duplicates_and_torn_labels_without_personal_values(
@@ -288,36 +280,6 @@ def test_the_report_shows_duplicates_and_torn_labels_without_personal_values(
     assert "[EMAIL]" in folds["contradictory_labels"] and "jane.doe" not in page
 
 
-def test_a_spent_source_is_no_reason_to_scan_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless another source has rows that only more candidates would bring."""
-    scans: list[int] = []
-
-    def counted(*given: Any) -> scan_module.Scanned:
-        scans.append(given[-1])
-        return scan_module.scan(*given)
-
-    monkeypatch.setattr(prepare_module, "scan", counted)
-    many, few = (write(tmp_path / f"{n}.jsonl", rows(n, seed=n)) for n in (3000, 300))
-    for weight, least in ((1000.0, 1), (1.0, 2)):
-        sources = [{"path": str(many), "max_rows": 20}, {"path": str(few), "weight": weight}]
-        data = {
-            "sources": sources,
-            "max_train_rows": 500,
-            "max_held_out_rows": 60,
-            "min_tokens": 0,
-        }
-        scans.clear()
-        manifest = prepare(Config.model_validate({"out": tmp_path / str(weight), "data": data}))
-        kept = {
-            name: sum(facts.get(part, 0) for part in PARTS)
-            for name, facts in manifest["sources"].items()
-        }
-        assert kept["3000.jsonl"] == 20 and kept["300.jsonl"] >= 295, kept
-        assert (len(scans) == 1) == (least == 1), scans
-
-
 def test_adding_rows_moves_none_across() -> None:
     def placed(found: list[dict[str, Any]]) -> dict[str, str]:
         examples = [
@@ -326,7 +288,7 @@ def test_adding_rows_moves_none_across() -> None:
             if r["assistant"]
         ]
         places = split(examples, 0.15, 0.15)
-        return {e.messages[0].content: p.part for e, p in zip(examples, places, strict=True)}
+        return {e.messages[0].content: part for e, (_, part) in zip(examples, places, strict=True)}
 
     before, after = placed(rows(300)), placed([*rows(300), *rows(300, seed=1)])
     assert len(set(before.values())) == 3
@@ -366,10 +328,10 @@ def test_related_rows_of_another_passage_are_no_test_rows() -> None:
         examples += [example(f"Read.\n{table}\n{str(n) * 2000}{at}", "x") for n in range(3)]
     places = split(examples, 0.25, 0.25)
     of_group: dict[str, set[str]] = {}
-    for place in places:
-        of_group.setdefault(place.group, set()).add(place.part)
+    for group, part in places:
+        of_group.setdefault(group, set()).add(part)
     assert len(of_group) == 60 and any(len(sides) > 1 for sides in of_group.values())
-    assert set(PARTS) == {place.part for place in places}
+    assert set(PARTS) == {part for _, part in places}
     assert all(sides == {"test"} for sides in of_group.values() if "test" in sides)
 
 
@@ -392,8 +354,8 @@ def test_one_prompt_with_two_labels_is_dropped(tmp_path: Path) -> None:
     ("found", "says"),
     [
         ([{"a": 1}] * 5, "no row fits a known format"),
-        ([{"user": "hi", "assistant": "ho"}] * 5, "no training row is left"),
-        (["x", 1], "no training row is left"),
+        ([{"user": "hi", "assistant": "ho"}] * 5, "no train row is left"),
+        (["x", 1], "no train row is left"),
     ],
 )
 def test_nothing_left_says_why(tmp_path: Path, found: list[Any], says: str) -> None:
@@ -407,33 +369,6 @@ def test_sources_without_a_row_say_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match="0 rows read: the sources are empty"):
         prepare(config(tmp_path / "out", tmp_path / "rows.json"))
-
-
-def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
-    found = [{"q": row["user"], "a": row["assistant"]} for row in rows(300)]
-    source = write(tmp_path / "rows.jsonl", [*found, {"s": "Be brief.", **found[0]}])
-    columns = {"user": "q", "assistant": "a", "system": "sytem"}
-
-    def mapped(columns: dict[str, str]) -> Config:
-        return config(tmp_path / "out", "", sources=[{"path": str(source), "columns": columns}])
-
-    with pytest.raises(DataError, match="column sytem\n.*: a, q, s"):
-        prepare(mapped(columns))
-    prepare(mapped({**columns, "system": "s"}))
-
-
-def test_which_files_share_a_cap_is_part_of_the_inputs(tmp_path: Path) -> None:
-    paths = [write(tmp_path / "in" / f"{n}.jsonl", rows(300, seed=n)) for n in range(2)]
-    tree: dict[str, Any] = {"out": str(tmp_path / "out"), "data": {"max_train_rows": 1000}}
-    kept = []
-    for wanted in ([tmp_path / "in" / "*.jsonl"], paths):
-        tree["data"]["sources"] = [{"path": str(path), "max_rows": 100} for path in wanted]
-        if kept:
-            with pytest.raises(OutputError, match="cap_of"):
-                prepare(Config.model_validate(tree))
-        counts = prepare(Config.model_validate(tree), fresh=True)["rows"]
-        kept.append(sum(counts[part] for part in PARTS))
-    assert kept == [100, 200]
 
 
 def test_a_system_without_cpu_affinity_prepares_too(
@@ -533,8 +468,7 @@ def test_benchmark_questions_are_found(tmp_path: Path) -> None:
     path = write(tmp_path / "bench.jsonl", [{"prompt": t, "answer": "a loss"} for t in texts])
     clean = [example(row["user"], str(row["assistant"])) for row in rows(300) if row["assistant"]]
     planted = [*clean, example(texts[3], "anything")]
-    passages = np.array([hash64(passage(e)) for e in planted], np.uint64)
-    hits = contaminated(planted, passages, questions_of(str(path)))
+    hits = contaminated(planted, questions_of(str(path)))
     assert set(hits) == {len(clean)} and hits[len(clean)].question.line == 4
 
 
@@ -670,18 +604,6 @@ def test_adaptive_length_is_the_smallest_multiple_that_keeps_the_share() -> None
     assert adaptive_max_length([*[60] * 99, 500], 2048, "fail") == 512
     assert adaptive_max_length(lengths, 64, "fail") == 64
     assert adaptive_max_length([], 512, "drop") == 512
-
-
-def test_the_report_shows_what_other_lengths_cost(prepared: tuple[Config, dict[str, Any]]) -> None:
-    lengths = np.array([100] * 97 + [200, 300, 700])
-    table = length_costs(lengths, 256, truncate=False)
-    assert [row[0] for row in table] == ["128", "192", "256 (chosen)", "320", "384", "512"]
-    assert table[0][1:] == [3, "3.00%", 1200, "11.01%"]
-    assert table[2][1:] == [2, "2.00%", 1000, "9.17%"]
-    assert length_costs(lengths, 256, truncate=True)[2][1:] == [2, "2.00%", 488, "4.48%"]
-    assert length_costs(lengths[:0], 256, truncate=True) == []
-    page = (prepared[0].data_dir / "report.html").read_text(encoding="utf-8")
-    assert f"{prepared[1]['max_length']:,} (chosen)" in page
 
 
 def test_policies_for_long_rows() -> None:

@@ -52,8 +52,6 @@ def write(folder: Path, name: str) -> Path:
             stream.write(lines)
     elif name == "array.json":
         path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    elif name == "wrapped.json":
-        path.write_text(json.dumps({"data": ROWS}, indent=1), encoding="utf-8")
     else:
         path.write_bytes(lines)
     return path
@@ -61,7 +59,7 @@ def write(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "lines.json", "array.json", "wrapped.json",
+    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "lines.json", "array.json",
      "rows.csv", "rows.parquet"],
 )  # fmt: skip
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
@@ -157,7 +155,7 @@ def test_turns_inside_a_text_become_turns() -> None:
         ({"messages": "x"}, "not_text"),
         ({"user": "q", "assistant": True}, "not_text"),
         ({"user": math.inf, "assistant": "a"}, "not_text"),
-        ({"system": "s", "messages": [{"role": "system", "content": "t"}]}, "two_system_texts"),
+        ({"messages": [{"role": "system", "content": x} for x in "st"]}, "turns_out_of_order"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "turns_out_of_order"),
     ],
@@ -225,13 +223,11 @@ def test_a_text_of_marks_takes_no_longer_than_another(unit: str) -> None:
         ("empty.jsonl", b"", "is empty"),
         ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         ("rows.jsonl", b"\x1f\x8b\x08", "packed with gzip"),
-        ("rows.jsonl.gz", b"\x28\xb5\x2f\xfd", "packed with zstd"),
         ("rows.csv", b"PK\x03\x04", "a spreadsheet"),
         ("rows.jsonl", '{"user": "q"}'.encode("utf-16"), "UTF-16"),
-        ("rows.jsonl", b"<!DOCTYPE html>", "a web page"),
         ("rows.txt", b"x", "no known data format"),
         ("folder/readme.md", b"x", "holds no data file"),
-        ("*.jsonl", None, "no file matches"),
+        ("*.jsonl", None, "holds no data file"),
     ],
 )
 def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
@@ -382,15 +378,13 @@ def test_no_value_of_a_row_that_is_out_is_shown(
     assert "4111" in str(scan(find_sources(off), off, 0, 100).ledger.samples)
 
 
-def test_what_is_no_number_costs_its_own_row_of_an_array(tmp_path: Path) -> None:
-    rows = [dict(ROWS[0]) for _ in range(20)]
-    rows[7]["score"] = float("nan")  # as pandas' missing values are written
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+def test_a_number_that_is_none_is_no_reason_to_drop_a_row(tmp_path: Path) -> None:
+    row = {"user": "q", "assistant": "a", "score": math.nan}  # as json.dumps writes it
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     settings = DataConfig(source=str(tmp_path), language_identifier="none")
     found = scan(find_sources(settings), settings, 0, 100)
-    assert found.read.total() == 20
-    (bad,) = [row for row in found.ledger.rows if row.reason != "duplicate"]
-    assert (bad.line, bad.reason) == (8, "not_json")
+    assert (len(found.candidates), found.ledger.counts()) == (1, {"duplicate": 1})
 
 
 def test_a_bad_line_names_its_reason(tmp_path: Path) -> None:

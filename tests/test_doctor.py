@@ -19,11 +19,10 @@ def test_everything_is_reported_and_essentials_are_here() -> None:
     found = findings()
     assert {
         "python", "packages", "extra data", "extra serve", "extra export", "CPU", "memory",
-        "disk, here", "hub token", "chromium", "nano base", "published 8B recipe",
+        "disk, here", "hub token", "nano base", "published 8B recipe",
     } <= set(found)  # fmt: skip
     assert "GPU" in found or "GPU 0" in found
     assert [row for row in found.values() if row.status == "missing"] == []
-    assert "47 tensors, 3,000 sample rows" in found["nano base"].found
 
 
 def test_a_secret_is_reported_by_being_there(
@@ -59,7 +58,6 @@ def test_what_is_missing_is_named_with_its_cure(
     assert (found["extra serve"].status, found["extra serve"].found) == ("note", "without uvicorn")
     assert "fintune serve" in found["extra serve"].advice
     assert found["nano base"].status == "missing"
-    assert found["lock"].status == "note" and "transformers" in found["lock"].advice
 
 
 @pytest.mark.parametrize("broken", [False, True])

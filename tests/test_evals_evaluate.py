@@ -14,7 +14,7 @@ from fintune import files, seal
 from fintune.config import dump_yaml
 from fintune.errors import ConfigError, DataError, GateRefused, OutputError
 from fintune.evals import evaluate as module
-from fintune.evals import items, regression, results
+from fintune.evals import regression, results
 from fintune.evals.evaluate import evaluate, judge_answers
 from fintune.evals.report import rescore
 
@@ -122,7 +122,7 @@ def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
         found = judge_answers(with_judge)
         asked = sum(server.asked.values())
         assert found["judge"]["calls"] == asked > 100
-        assert found["judge"]["canaries"]["failed"] == []
+        assert found["judge"]["control_items"]["failed"] == []
         assert found["accuracy"] == before["accuracy"], "the judge changes no arithmetic"
         kept = contents(config.eval_dir)
         evaluate(with_judge)
@@ -207,7 +207,7 @@ def verdict(*, low=0.1, high=0.2, n=200, checked=200, judged=None, primary="accu
     base, adapter = run.pop("loss")
     general = run.pop("regression", None)
     return results._verdict(
-        run, [None] * checked, [], {"base": base, "adapter": adapter},
+        run, [None] * checked, {"base": base, "adapter": adapter},
         {"difference": difference}, judged, general,
     )  # fmt: skip
 
@@ -216,7 +216,7 @@ def judge_says(low, high, n=60, unscored=0.0, failed=()):
     difference = {"value": 0, "ci95": [low, high], "n": n, "mde80": 0.1}
     return {
         "win_rate": {"difference": difference},
-        "canaries": {"failed": list(failed)},
+        "control_items": {"failed": list(failed)},
         "unscored": {"value": unscored},
     }
 
@@ -246,18 +246,6 @@ def judge_says(low, high, n=60, unscored=0.0, failed=()):
 )
 def test_verdict_rules(case, wanted):
     assert verdict(**case)["verdict"] == wanted
-
-
-def test_different_prompts_decide_nothing(finished, tmp_path):
-    config, _ = finished
-    pairs = items.load_pairs(config.eval_dir)
-    pairs[0].answers["base"]["prompt_sha256"] = "other"
-    run = {"primary": "accuracy", "contaminated": []}
-    difference = {"value": 1, "ci95": [0.9, 1.1], "n": 200, "mde80": 0.1}
-    found = results._verdict(
-        run, pairs, pairs, {"base": 2, "adapter": 1}, {"difference": difference}, None, None
-    )
-    assert found["verdict"] == "invalid" and "different prompts" in found["invalid_reasons"][0]
 
 
 def test_general_ability_is_non_inferiority():

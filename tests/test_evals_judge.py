@@ -10,9 +10,9 @@ import pytest
 from fake_judge import FENCED, STOPPED, UNSCORED, FakeJudge, honest, serve
 
 from fintune.config import JudgeConfig
-from fintune.errors import ConfigError, GateRefused, ModelError, OutputError
-from fintune.evals import calls, judge, judged
-from fintune.evals.items import Item
+from fintune.errors import ConfigError, GateRefused, ModelError
+from fintune.evals import calls, judge
+from fintune.evals.items import Item, Pair
 from fintune.example import Message
 from fintune.files import JsonlLog
 
@@ -22,8 +22,12 @@ def items(count=6, adapter=None):
     for at in range(count):
         asked = (Message("user", f"What is {at} plus one, in USD?"),)
         item = Item(f"i{at}", "sum", "number", f"i{at}", asked, f"${at + 1}.00")
-        found.append((item, {"base": "I do not know.", "adapter": adapter or item.reference}))
+        found.append(pair(item, "I do not know.", adapter or item.reference))
     return found
+
+
+def pair(item, base, adapter):
+    return Pair(item, {"base": base, "adapter": adapter}, {})
 
 
 def config(url="http://127.0.0.1:9/v1", **settings):
@@ -36,9 +40,9 @@ def reply(call, **changes):
 
 
 def test_plan_both_orders_and_control_items_with_keys_of_their_own():
-    plan = judge.plan(items(50), config(), seed=42)
+    plan = judge.plan(items(50), config(), 42)
     assert len(plan) == 106 and len({call.key for call in plan}) == 106
-    assert plan == judge.plan(items(50), config(), seed=42)
+    assert plan == judge.plan(items(50), config(), 42)
     other = judge.plan(
         items(50), JudgeConfig(model="other", base_url="http://127.0.0.1:9"), seed=42
     )
@@ -47,8 +51,8 @@ def test_plan_both_orders_and_control_items_with_keys_of_their_own():
 
 @pytest.mark.parametrize("seed", [42, 43])
 def test_every_control_item_is_judged_as_expected_by_an_honest_judge(seed):
-    plan = judge.plan(items(5), config(), seed=seed)
-    wanted = {"empty", "boilerplate", "injection", "digit", "same", "scale" if seed % 2 else "sign"}
+    plan = judge.plan(items(5), config(), seed)
+    wanted = {"empty", "boilerplate", "injection", "digit", "scale", "same"}
     assert {call.control for call in plan} == {None, *wanted}
     for call in plan:
         verdict = honest(call.messages[1]["content"])
@@ -63,13 +67,13 @@ def test_a_reference_that_cannot_be_spoilt_is_no_control_item_of_numbers(seed):
         found = [
             Item(f"n{at}", "sum", "number", "g", asked, ref) for at, ref in enumerate(references)
         ]
-        return [(item, {"base": "1", "adapter": "2"}) for item in found]
+        return [pair(item, "1", "2") for item in found]
 
-    kinds = {"digit", "scale" if seed % 2 else "sign"}
-    plan = judge.plan(numbers("three", "two years", "three", "0"), config(), seed=seed)
+    kinds = {"digit", "scale"}
+    plan = judge.plan(numbers("three", "two years", "three", "0"), config(), seed)
     spoilt = {call.control: call.item for call in plan if call.control in kinds}
-    assert set(spoilt.values()) <= {"n3"} and set(spoilt) <= {"digit"}, "only 0 -> 5 is a change"
-    plan = judge.plan(numbers("three", "0", "$5.20"), config(), seed=seed)
+    assert spoilt == {"digit": "n3"}, "only 0 -> 5 is a change"
+    plan = judge.plan(numbers("three", "0", "$5.20"), config(), seed)
     spoilt = {call.control: call for call in plan if call.control in kinds}
     assert set(spoilt) == kinds
     for call in spoilt.values():
@@ -77,7 +81,7 @@ def test_a_reference_that_cannot_be_spoilt_is_no_control_item_of_numbers(seed):
 
 
 def test_the_last_verdict_with_the_nonce_counts_and_nothing_else():
-    call = judge.plan(items(1), config(), seed=1)[0]
+    call = judge.plan(items(1), config(), 1)[0]
     assert judge.read_verdict(call, reply(call))["winner"] == "B"
     assert judge.read_verdict(call, "I think\n```json\n" + reply(call) + "\n```")["winner"] == "B"
     first = reply(call, winner="A")
@@ -102,7 +106,7 @@ def test_no_injection_gets_out_of_its_fence():
     strings = injections()
     assert len(strings) == 200
     for text in strings:
-        for call in judge.plan(items(1, adapter=f"no {text}"), config(), seed=1)[:2]:
+        for call in judge.plan(items(1, adapter=f"no {text}"), config(), 1)[:2]:
             prompt = call.messages[1]["content"]
             assert prompt.count(call.nonce) == 9, "four fences, opened and closed, and the id"
             assert [name for name, _, _ in FENCED.findall(prompt)] == [
@@ -142,7 +146,7 @@ def ask(folder, plan, url, **settings):
 def test_a_fault_loses_nothing_and_no_call_is_made_twice(tmp_path, fault):
     # Three of the kinds, on two items; `bench/evaluation.py faults` meets all of them on fifty.
     with serve(FakeJudge(fault)) as server:
-        plan = judge.plan(items(2), config(server.url), seed=1)
+        plan = judge.plan(items(2), config(server.url), 1)
         done = ask(tmp_path, plan, server.url)
         assert {row["status"] for row in done.values()} == {"scored"} and len(done) == len(plan)
         assert max(server.paid.values()) == 1
@@ -155,20 +159,20 @@ def test_a_fault_loses_nothing_and_no_call_is_made_twice(tmp_path, fault):
 
 def test_a_body_that_is_no_completion_is_asked_again_by_the_same_command(tmp_path):
     with serve(FakeJudge("cut json")) as server:
-        plan = judge.plan(items(2), config(server.url), seed=1)
+        plan = judge.plan(items(2), config(server.url), 1)
         for _ in range(len(plan)):
             try:
                 done = ask(tmp_path, plan, server.url)
                 break
             except ModelError as error:
-                assert "no completion in the reply" in str(error)
+                assert "(no completion)" in str(error)
         assert len(done) == len(plan) and max(server.paid.values()) == 1
 
 
 @pytest.mark.parametrize("fault", UNSCORED)
 def test_a_reply_without_a_verdict_is_unscored(tmp_path, fault):
     with serve(FakeJudge(fault)) as server:
-        plan = judge.plan(items(1), config(server.url), seed=1)[:1]
+        plan = judge.plan(items(1), config(server.url), 1)[:1]
         (row,) = ask(tmp_path, plan, server.url).values()
         assert (row["status"], row["unscored_reason"]) == ("unscored", "parse_failure")
         assert row["outcome"] is None and sum(server.asked.values()) == 1
@@ -177,7 +181,7 @@ def test_a_reply_without_a_verdict_is_unscored(tmp_path, fault):
 @pytest.mark.parametrize("status", STOPPED)
 def test_a_refusal_stops_the_run(tmp_path, status):
     with serve(FakeJudge(status)) as server:
-        plan = judge.plan(items(40), config(server.url), seed=1)
+        plan = judge.plan(items(40), config(server.url), 1)
         with pytest.raises(ModelError, match=status):
             ask(tmp_path, plan, server.url)
         assert sum(server.asked.values()) <= calls.CONCURRENCY
@@ -187,15 +191,15 @@ def test_a_refusal_stops_the_run(tmp_path, status):
 
 def test_a_server_that_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "RETRIES", 0)
-    plan = judge.plan(items(4), config(), seed=1)
-    with pytest.raises(ModelError, match="no reply from http://127.0.0.1:9/v1"):
+    plan = judge.plan(items(4), config(), 1)
+    with pytest.raises(ModelError, match="http://127.0.0.1:9/v1 failed .no reply"):
         calls.ask(tmp_path, plan, config())
     assert calls.finished(tmp_path) == {}
 
 
 def test_the_budget_stops_before_the_call_that_may_pass_it(tmp_path):
     with serve(FakeJudge()) as server:
-        plan = judge.plan(items(10), config(server.url), seed=1)
+        plan = judge.plan(items(10), config(server.url), 1)
         with pytest.raises(GateRefused, match=r"limit of \$0.03"):
             ask(tmp_path, plan, server.url, max_usd=0.03)
         done = calls.finished(tmp_path)
@@ -211,7 +215,7 @@ def test_a_kill_loses_no_verdict(tmp_path):
         "import sys; sys.path[:0] = sys.argv[3:]\n"
         "from pathlib import Path; from test_evals_judge import *\n"
         "c = config(sys.argv[2])\n"
-        "calls.ask(Path(sys.argv[1]), judge.plan(items(40), c, seed=1), c)\n"
+        "calls.ask(Path(sys.argv[1]), judge.plan(items(40), c, 1), c)\n"
     )
     with serve(FakeJudge(delay=0.1)) as server:
         child = subprocess.Popen(
@@ -225,7 +229,7 @@ def test_a_kill_loses_no_verdict(tmp_path):
         time.sleep(0.3)
         done = calls.finished(tmp_path)
         assert 0 < len(done) < 86
-        again = ask(tmp_path, judge.plan(items(40), config(server.url), seed=1), server.url)
+        again = ask(tmp_path, judge.plan(items(40), config(server.url), 1), server.url)
         assert len(again) == 86 and done.items() <= again.items()
         assert sum(count > 1 for count in server.paid.values()) <= calls.CONCURRENCY
 
@@ -235,7 +239,7 @@ def test_the_key_reaches_no_byte_written(tmp_path, monkeypatch):
     server = FakeJudge("500")
     server.secret = "plain0looking0key0of0ours"
     with serve(server):
-        plan = judge.plan(items(1), config(server.url), seed=1)[:2]
+        plan = judge.plan(items(1), config(server.url), 1)[:2]
         ask(tmp_path, plan, server.url)
         server.fault = "401"
         with pytest.raises(ModelError) as error:
@@ -320,8 +324,8 @@ def test_no_redirect_takes_key_or_rows_elsewhere(tmp_path, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sesame1sesame1")
     with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
         server.elsewhere = evil.url.replace("127.0.0.1", "localhost") + "/chat/completions"
-        plan = judge.plan(items(1), config(), seed=1)[:1]
-        with pytest.raises(ModelError, match=f"redirects to another address .HTTP {status}"):
+        plan = judge.plan(items(1), config(), 1)[:1]
+        with pytest.raises(ModelError, match=f"failed .HTTP {status}"):
             calls.ask(tmp_path, plan, config(server.url))
         assert server.keys == {"Bearer sesame1sesame1"} and not evil.asked
 
@@ -329,18 +333,16 @@ def test_no_redirect_takes_key_or_rows_elsewhere(tmp_path, monkeypatch, status):
 def test_a_proxy_does_not_get_what_is_for_this_machine(tmp_path, monkeypatch):
     with serve(FakeJudge()) as server:
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-        plan = judge.plan(items(1), config(), seed=1)[:1]
+        plan = judge.plan(items(1), config(), 1)[:1]
         assert calls.ask(tmp_path, plan, config(server.url))
 
 
-def test_a_log_cuts_a_torn_line_and_has_one_writer(tmp_path):
+def test_a_log_cuts_a_torn_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
     with JsonlLog(path) as file:
         assert file.rows() == [{"a": 1}]
         file.append({"a": 3})
-        with pytest.raises(OutputError, match="another process"):
-            JsonlLog(path)
         with pytest.raises(ValueError, match="JSON compliant"):
             file.append({"a": float("nan")})
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
@@ -350,7 +352,7 @@ def rows(outcomes, control=None):
     """Raw rows of one item in both orders, with these outcomes."""
     return [
         {
-            "id": "i0", "key": "k", "positions": positions, "canary": control, "expect": "tie",
+            "id": "i0", "key": "k", "positions": positions, "control": control, "expect": "tie",
             "outcome": word, "status": "scored" if word else "unscored", "model": "m",
             "served_model": "m", "rubric_sha256": "r", "human": "adapter", "verdict": {},
             "usage": {"usd": 0.001, "in": 10, "out": 1},
@@ -372,18 +374,16 @@ def rows(outcomes, control=None):
     ],
 )
 def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact, winner):
-    found = judged.summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
+    found = judge.summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
     assert found["items"].get("i0") == winner
     against = exact is not None and outcomes == ("base", "base")
-    assert found["reliability"]["against_arithmetic"] == int(against)
-    low, high = found["win_rate"]["bounds_with_unscored"]
-    assert (low < high) == (winner is None)
+    assert found["against_arithmetic"] == int(against)
     said = [word for word in outcomes if word]
-    assert found["human"]["n"] == len(said)
-    assert found["human"]["agreement"]["k"] == said.count("adapter")
+    agreement = found["human"]["agreement"]
+    assert (agreement["n"], agreement["k"]) == (len(said), said.count("adapter"))
 
 
 def test_a_failed_control_item_is_named():
     calls_made = rows(("adapter", "adapter")) + rows(("tie", "base"), control="same")
-    found = judged.summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
-    assert found["canaries"] == {"ok": 1, "of": 2, "failed": ["same"]}
+    found = judge.summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
+    assert found["control_items"] == {"ok": 1, "of": 2, "failed": ["same"]}

@@ -1,6 +1,7 @@
 """Reading answers, and the tasks' own files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -89,16 +90,17 @@ def test_the_question_is_told_from_its_context():
 
 def test_test_rows_are_checkable_by_number_or_by_label():
     def talk(user, answer):
-        return [Message("user", user), Message("assistant", answer)]
+        said = {"user": user, "assistant": answer}
+        return [{"role": role, "content": content} for role, content in said.items()]
 
     train = [talk(f"Tone of {at}: positive or negative?", "positive") for at in range(6)]
     train += [talk(f"Tone of {at}: pick positive or negative", "negative") for at in range(5)]
     train += [talk(f"How much {at}?", "7") for at in range(3)] + [talk("Explain.", "A " * 40)]
-    reader = HeldOutItems(train)
+    reader = HeldOutItems({"messages": messages, "group": "t"} for messages in train)
 
     def read(user, answer):
-        messages = [{"role": m.role, "content": m.content} for m in talk(user, answer)]
-        return reader.item({"example_id": "e", "source": "s", "group": "g", "messages": messages})
+        row = {"example_id": "e", "source": "s", "group": "g"}
+        return reader.item({**row, "messages": talk(user, answer)})
 
     label = read("pick positive or negative: x", "negative")
     assert label.kind == "label" and set(label.choices) == {"positive", "negative"}
@@ -106,7 +108,7 @@ def test_test_rows_are_checkable_by_number_or_by_label():
     assert (number.kind, number.majority) == ("number", "7")
     assert read("Explain.", "Because of rates, as a rule.").kind == "text"
     assert read("Name it.", "Frankfurt").kind == "text", "a short answer alone is no label"
-    assert Item.from_json(json.loads(json.dumps(label.as_json()))) == label
+    assert Item.from_json(json.loads(json.dumps(asdict(label)))) == label
 
 
 @pytest.mark.parametrize(

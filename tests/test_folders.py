@@ -24,7 +24,7 @@ from fintune.config import Config, dump_yaml, load_config
 from fintune.data import prepare as preparing
 from fintune.data.prepare import prepare
 from fintune.errors import ConfigError
-from fintune.evals import calls, judged, report
+from fintune.evals import calls, judge, report
 from fintune.evals import evaluate as evaluating
 from fintune.model import find_base, load_tokenizer
 from fintune.release import bundle, export
@@ -333,7 +333,7 @@ def test_nohup_keeps_working_and_readers_end_as_ever(tmp_path: Path) -> None:
     [
         ("prepare", preparing, "write_report"),
         ("eval", evaluating, "generate"),
-        ("eval", judged, "unjudged_rows"),
+        ("eval", judge, "unjudged_rows"),
         ("release", bundle, "write_card"),
         ("export", export, "_load_merged"),
     ],
@@ -374,12 +374,11 @@ def test_a_stopped_judge_is_a_stop(tmp_path: Path, finished: Config) -> None:
     from fake_judge import FakeJudge, serve
     from test_evals_judge import config, items
 
-    from fintune.evals import judge
     from fintune.stop import STOP
 
     with serve(FakeJudge()) as server:
         settings = config(server.url)
-        plan = judge.plan(items(4), settings, seed=1)
+        plan = judge.plan(items(4), settings, 1)
 
         def work() -> None:
             with STOP.listening():

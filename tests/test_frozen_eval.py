@@ -141,8 +141,8 @@ def test_every_call_is_made_once_and_a_second_run_makes_none(judged: tiny.Chain)
         assert sum(judge.asked.values()) == CALLS
     found = results(judged)
     assert (found["calls"], found["unscored"]["value"]) == (CALLS, 0.0)
-    assert found["canaries"] == {"ok": 6, "of": 6, "failed": []}
-    assert found["cost"]["usd"] == pytest.approx(CALLS * (1000 * 10 + 100 * 30) / 1e6)
+    assert found["control_items"] == {"ok": 6, "of": 6, "failed": []}
+    assert found["usd"] == pytest.approx(CALLS * (1000 * 10 + 100 * 30) / 1e6)
     assert found["win_rate"]["won"] + found["win_rate"]["tied"] + found["win_rate"]["lost"] == 3
     assert (judged.eval / "done.json").is_file()
     rows = raw(judged)

@@ -19,6 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 SPINE = (
     "__init__",
     "errors",
+    "hub",
     "console",
     "files",
     "stop",
@@ -65,7 +66,8 @@ def imported(path: Path) -> list[list[str]]:
     return [name for name in names if name[0] in (*SPINE, *STAGES, *TOP)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+# The package itself names what is public, for type checkers; test_python.py holds what it imports.
+@pytest.mark.parametrize("path", MODULES[1:], ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_module_imports_only_what_stands_before_it(path: Path) -> None:
     here = place(path)
     for target in imported(path):

@@ -32,11 +32,10 @@ CASES = [
 
 
 def shown(amount: Amount) -> str:
-    """An amount as the case table writes it: value, unit, currency, role, cue, range."""
+    """An amount as the case table writes it: value, unit, currency, role, cue."""
     unit = "" if amount.unit == "plain" else amount.unit
-    spread = "range" if amount.is_range else ""
     value = f"{amount.value.normalize():f}"
-    return " ".join(filter(None, [value, unit, amount.currency, amount.role, amount.cue, spread]))
+    return " ".join(filter(None, [value, unit, amount.currency, amount.role, amount.cue]))
 
 
 def normal(want: str) -> str:
@@ -45,7 +44,7 @@ def normal(want: str) -> str:
 
 
 def outcome(case: dict[str, Any]) -> str:
-    options = {key: case[key] for key in ("question", "context", "decimals") if key in case}
+    options = {key: case[key] for key in ("question", "context") if key in case}
     verdict = compare(case["gold"], case["reply"], **options)
     if verdict.read is None:
         return "unread"

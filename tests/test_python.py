@@ -1,4 +1,4 @@
-"""The public interface: its names, that importing it is cheap, and the page that walks through it."""
+"""The public interface: its names, a cheap import, and the page that walks through it."""
 
 import re
 import subprocess

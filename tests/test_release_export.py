@@ -23,7 +23,7 @@ from fintune.model import load_release, release_base
 from fintune.release import export
 from fintune.release import gguf as writing
 from fintune.release.golden import CONVERSATIONS
-from fintune.untrusted.checks import template_reaches
+from fintune.untrusted.static import template_reaches
 
 DATE = "26 Jul 2024"
 

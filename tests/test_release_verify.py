@@ -176,7 +176,7 @@ def test_answers_hold_over_precisions_and_no_release_loosens_its_own_tolerance(
 
 def test_template_walls() -> None:
     """What reaches out of a template is refused; what real templates use is not."""
-    from fintune.untrusted.checks import template_reaches
+    from fintune.untrusted.static import template_reaches
 
     bad = [
         "{{ x['__glo' 'bals__'] }}",

@@ -46,7 +46,7 @@ from victims import (
 )
 
 from fintune import files, seal
-from fintune.config import Config, dump_yaml, load_config
+from fintune.config import Config, dump_yaml
 from fintune.data import prepare
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import read_json, read_jsonl, space_for, write_json
@@ -445,7 +445,6 @@ def test_a_volume_without_locks_is_told_of(
     with seal.lock(tmp_path / "run") as dead:
         assert dead == ""
     assert "has no locks" in capsys.readouterr().err
-    metrics.open_metrics(tmp_path / "metrics.jsonl", resumed_at=0, evaluated=True).close()
 
 
 def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> None:
@@ -596,9 +595,3 @@ def test_the_best_adapter_is_looked_at_once_more(new: Callable[..., Config]) -> 
     assert (outcome.code, "not the file that the evaluation kept" in outcome.text) == (1, True)
     assert not (config.run_dir / "done.json").exists()
     assert harmed(lambda: train(config)).code == 0, "the checkpoint still has it"
-
-
-def test_a_config_without_room_for_an_example_is_refused(new: Callable[..., Config]) -> None:
-    with pytest.raises(FintuneError, match="max_tokens"):
-        train(new("train.max_tokens=20"))
-    assert load_config("nano").train.max_tokens is None

@@ -23,7 +23,12 @@ def eval_config(root: Path, *, train: int = 400, test: int = 130, **settings: ob
             "name": "tiny",
             "out": root,
             "model": {"id": "fintune/tiny", "path": base},
-            "eval": {"max_new_tokens": 8, "batch_size": 64, "judged_items": 50, **settings},
+            "eval": {
+                "max_new_tokens": 8,
+                "per_device_eval_batch_size": 64,
+                "judged_items": 50,
+                **settings,
+            },
         }
     )
     chat = ChatFormat(load_tokenizer(Base("x", "y", base)), config.chat.date_string)

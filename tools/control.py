@@ -134,12 +134,11 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
         gain = paired(
             [a - b for a, b in zip(scores["adapter"], own, strict=True)], groups, seed=demo.seed
         )
+        low, high = gain["ci95"]
         found[who] = {"accuracy": round(share, 4)}
         if who != "adapter":
-            found[who] |= {"adapter_gain_ci95": [round(gain.low, 4), round(gain.high, 4)]}
-        interval = (
-            "" if who == "adapter" else f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-        )
+            found[who] |= {"adapter_gain_ci95": [round(low, 4), round(high, 4)]}
+        interval = "" if who == "adapter" else f"{gain['value']:+.1%} ({low:+.1%} to {high:+.1%})"
         lines.append((who, f"{share:.1%}", interval))
     console.table(f"{len(adapter)} questions", ["", "right", "adapter's gain, 95 %"], lines)
     return found

@@ -42,9 +42,7 @@ def count(path: Path) -> tuple[int, int]:
     """Tests of a file, and those that name an internal."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     internal = internal_names(tree)
-    functions = {
-        node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    }
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
     def uses(name: str, seen: set[str]) -> bool:
         if name in seen or name not in functions:
@@ -64,9 +62,9 @@ def main(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     found = {path.name: count(path) for path in sorted(folder.glob("test_*.py"))}
     for name, (tests, internal) in found.items():
-        print(f"{name:<34} {tests:>4} {internal:>4}")
+        sys.stdout.write(f"{name:<34} {tests:>4} {internal:>4}\n")
     tests, internal = (sum(pair) for pair in zip(*found.values(), strict=True))
-    print(f"{'total':<34} {tests:>4} {internal:>4}  {internal / tests:.0%}")
+    sys.stdout.write(f"{'total':<34} {tests:>4} {internal:>4}  {internal / tests:.0%}\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fintune.pipeline import release
     from fintune.release.verify import verify
     from fintune.train.run import train
-    from fintune.untrusted.files import Check, Report
+    from fintune.untrusted.checks import Check, Report
 
 __all__ = [
     "Check",
@@ -43,7 +43,7 @@ _MODULES = {
     "fintune.pipeline": ("release",),
     "fintune.release.verify": ("verify",),
     "fintune.train.run": ("train",),
-    "fintune.untrusted.files": ("Check", "Report"),
+    "fintune.untrusted.checks": ("Check", "Report"),
 }
 
 

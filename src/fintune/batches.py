@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fintune.errors import ConfigError
-
 Plan = Literal["stratified", "bucketed", "random"]
 Ints = NDArray[np.int64]
+BUCKETS = 8
+"""Length buckets where no boundaries are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class PlanFacts:
     """What a plan costs, for a person to compare plans by.
 
     Attributes:
-        steps: updates of the epoch.
-        largest_micro_batch: tokens of the largest micro-batch as it is laid out in memory.
+        steps: optimizer steps of the epoch.
+        largest_micro_batch: padded tokens of the largest micro-batch.
         padding: share of those tokens that are padding, 0 when padding-free.
-        step_token_cv: standard deviation over mean of useful tokens a step, whole steps only.
+        step_token_cv: standard deviation over mean of non-padding tokens a step, whole steps only.
     """
 
     steps: int
@@ -62,7 +62,6 @@ def plan_epoch(
     epoch: int,
     plan: Plan = "stratified",
     boundaries: Iterable[int] | None = None,
-    buckets: int = 8,
     world_size: int = 1,
 ) -> EpochPlan:
     """Plan one epoch.
@@ -70,9 +69,8 @@ def plan_epoch(
     Args:
         lengths: tokens of every example, shape (examples,).
         micro_batch_size: examples of one forward pass (on average, where they are balanced).
-        accumulation: forward passes of one update and process.
-        boundaries: for `bucketed`, the lengths that end a bucket; absent, `choose_boundaries`
-            finds `buckets` of them.
+        accumulation: micro-batches of one optimizer step and process.
+        boundaries: for `bucketed`, the lengths that end a bucket; None: `choose_boundaries`.
         world_size: processes that share each step.
 
     Returns:
@@ -89,7 +87,7 @@ def plan_epoch(
     step_size = micro_batch_size * accumulation * world_size
     micro_batches = accumulation * world_size
     if plan == "bucketed":
-        edges = boundaries or choose_boundaries(lengths, buckets)
+        edges = boundaries or choose_boundaries(lengths)
         steps = _bucketed(lengths, micro_batch_size, micro_batches, edges, rng)
     elif plan == "stratified":
         steps = [[group] for group in _strata_order(lengths, step_size, rng)]
@@ -110,30 +108,24 @@ def rebalance(lengths: Ints, plan: EpochPlan, micro_batches: int, world_size: in
 
 
 def micro_batches_under(
-    max_tokens: int,
+    cap: int,
     lengths: Ints,
     plans: list[EpochPlan],
     micro_batches: int,
     world_size: int = 1,
     padded_tokens: Callable[[list[int]], int] = sum,
 ) -> int:
-    """Fewest micro-batches a step that keep every micro-batch of a run under a cap, counted up from
-    `micro_batches` in strides of `world_size`; the same number for every step.
+    """Fewest micro-batches a step, the same for all steps, that keep each of a run under a cap.
 
     Args:
+        cap: most tokens of a micro-batch; an example that is longer is one alone.
+        micro_batches: the number to begin with; it grows in strides of `world_size`.
         padded_tokens: tokens that a micro-batch of these lengths takes, padding included.
-
-    Raises:
-        ConfigError: an example alone is longer than `max_tokens`.
     """
-    longest = int(lengths.max())
-    if padded_tokens([longest]) > max_tokens:
-        raise ConfigError(
-            f"train.max_tokens: an example of {longest} tokens exceeds {max_tokens}",
-            fix="raise it, or lower data.max_length and prepare",
-        )
-    while any(
-        padded_tokens(lengths[batch].tolist()) > max_tokens
+    cap = max(cap, padded_tokens([int(lengths.max())]))
+    most = max(sum(batch.size for batch in step) for plan in plans for step in plan.steps)
+    while micro_batches < most and any(
+        padded_tokens(lengths[batch].tolist()) > cap
         for plan in plans
         for step in plan.steps
         for batch in step
@@ -156,28 +148,26 @@ def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
     return [*batches, order[start:]] if order.size else []
 
 
-def choose_boundaries(lengths: Ints, buckets: int, granularity: int = 16) -> tuple[int, ...]:
-    """Bucket boundaries at quantiles of the lengths, rounded up to `granularity` tokens.
+def choose_boundaries(lengths: Ints) -> tuple[int, ...]:
+    """Bucket boundaries at the BUCKETS quantiles of the lengths, rounded up to 16 tokens.
 
     Returns:
-        At most `buckets` increasing lengths; the last is the longest example, rounded up.
+        At most BUCKETS increasing lengths; the last is the longest example, rounded up.
     """
-    quantiles = np.quantile(lengths, np.arange(1, buckets + 1) / buckets, method="higher")
-    return tuple(np.unique(-(-quantiles.astype(np.int64) // granularity) * granularity).tolist())
+    quantiles = np.quantile(lengths, np.arange(1, BUCKETS + 1) / BUCKETS, method="higher")
+    return tuple(np.unique(-(-quantiles.astype(np.int64) // 16) * 16).tolist())
 
 
 def facts(lengths: Ints, plan: EpochPlan, *, padded: bool) -> PlanFacts:
     """Measure a plan. `padded`: every micro-batch is padded to its longest example."""
     micro = [lengths[batch] for step in plan.steps for batch in step]
-    useful = sum(int(batch.sum()) for batch in micro)
-    laid = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
-    steps = [lengths[np.concatenate(step)] for step in plan.steps]
-    most = max(len(step) for step in steps)
-    tokens = np.array([step.sum() for step in steps if len(step) == most])
+    taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
+    steps = [np.concatenate(step) for step in plan.steps]
+    tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
     return PlanFacts(
         steps=len(steps),
-        largest_micro_batch=max(laid),
-        padding=1 - useful / sum(laid),
+        largest_micro_batch=max(taken),
+        padding=1 - sum(int(batch.sum()) for batch in micro) / sum(taken),
         step_token_cv=float(tokens.std() / tokens.mean()),
     )
 
@@ -207,22 +197,15 @@ def _chunks(order: Ints, size: int) -> list[Ints]:
 
 
 def _balance(lengths: Ints, examples: Ints, micro_batches: int, world_size: int) -> list[Ints]:
-    """Micro-batches of nearly equal tokens: longest example first, each to the lightest."""
+    """A step's examples as micro-batches of nearly equal tokens, as many on every rank."""
     count = min(micro_batches, examples.size)
-    # Every rank needs as many micro-batches as the others, or they would wait for each other.
     count = max(count - count % world_size, 1)
-    bins: list[list[int]] = [[] for _ in range(count)]
-    tokens = [0] * count
-    for index in examples[np.argsort(-lengths[examples], kind="stable")].tolist():
-        lightest = tokens.index(min(tokens))
-        bins[lightest].append(index)
-        tokens[lightest] += int(lengths[index])
-    return [np.array(members, dtype=np.int64) for members in bins]
+    return [examples[chosen] for chosen in _greedy(lengths[examples], count, examples.size)]
 
 
 def _to_ranks(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
-    """Interleave micro-batches for the ranks, each as many: heaviest first, to the lightest rank.
-    A step whose micro-batches do not divide among the ranks (a bucket's last) is balanced anew."""
+    """Interleave micro-batches for the ranks, each as many and of nearly equal tokens. A step whose
+    micro-batches do not divide among the ranks (a bucket's last) is balanced anew."""
     if world_size == 1:
         return step
     if len(step) % world_size:
@@ -230,12 +213,24 @@ def _to_ranks(lengths: Ints, step: list[Ints], world_size: int) -> list[Ints]:
     each, left = divmod(len(step), world_size)
     if left:  # fewer examples than ranks
         return step
-    tokens = {id(batch): int(lengths[batch].sum()) for batch in step}
-    ranks: list[list[Ints]] = [[] for _ in range(world_size)]
-    for batch in sorted(step, key=lambda batch: -tokens[id(batch)]):
-        open_ranks = [rank for rank in ranks if len(rank) < each]
-        min(open_ranks, key=lambda rank: sum(tokens[id(own)] for own in rank)).append(batch)
-    return [rank[place] for place in range(each) for rank in ranks]
+    ranks = _greedy(np.array([lengths[batch].sum() for batch in step]), world_size, each)
+    return [step[rank[place]] for place in range(each) for rank in ranks]
+
+
+def _greedy(weights: Ints, bins: int, capacity: int) -> list[list[int]]:
+    """Longest processing time first: each weight to the lightest bin of fewer than `capacity`.
+
+    Returns:
+        Positions of the weights in each bin.
+    """
+    members: list[list[int]] = [[] for _ in range(bins)]
+    totals = [0] * bins
+    for position in np.argsort(-weights, kind="stable").tolist():
+        free = (number for number in range(bins) if len(members[number]) < capacity)
+        lightest = min(free, key=totals.__getitem__)
+        members[lightest].append(position)
+        totals[lightest] += int(weights[position])
+    return members
 
 
 def _bucketed(

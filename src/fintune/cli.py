@@ -277,10 +277,10 @@ def inspect(
             )
         kept, out = shown.find(loaded, line, source)
     else:
-        kept = shown.inspect(loaded, row=row, part=part or "train", count=count or 1, source=source)
+        kept = shown.inspect(loaded, row or "", part or "train", count or 1, source)
         out = []
     for found in kept:
-        console.out.print(found.text())
+        console.out.print(found)
     if out:
         _show_dropped(out)
 

@@ -188,10 +188,6 @@ class LoraConfig(Section):
     r: int = Field(64, ge=1, description="rank of the update")
     lora_alpha: float = Field(128, gt=0, description="scale is lora_alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
-    shared_dropout: bool = Field(
-        True, description="one dropout mask for projections that read the same input"
-    )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases trained beside")
     target_modules: tuple[str, ...] = Field(
         SEVEN_PROJECTIONS, min_length=1, description="projections that get an adapter"
     )
@@ -213,9 +209,6 @@ class TrainConfig(Section):
         description="micro-batches of one optimizer step, of all processes together: "
         "the step is the same for any number of processes",
     )
-    max_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a forward pass; a step is dealt into more of them"
-    )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="several processes: each holds the base (ddp, auto) or a part of it (fsdp)",
@@ -224,9 +217,8 @@ class TrainConfig(Section):
         "stratified", description="how examples become batches"
     )
     bucket_boundaries: tuple[int, ...] | None = Field(
-        None, description="lengths that end a bucket, for `bucketed`; absent: chosen"
+        None, description="lengths that end a bucket, for `bucketed`; absent: 8 quantiles"
     )
-    buckets: int = Field(8, ge=1, description="buckets to choose where no boundaries are given")
     optim: str = Field("adamw_torch", description="transformers' name of the optimiser")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scheduler_type: str = Field("cosine", description="transformers' name of the schedule")
@@ -235,7 +227,6 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     eval_steps: int = Field(50, ge=1, description="optimizer steps between evaluations")
     save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept besides the best")
     max_eval_samples: int = Field(
         1_000, ge=1, description="most validation rows of an evaluation while training, by hash"
     )

@@ -41,11 +41,6 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
-def one_line(text: str) -> str:
-    """Text of others where a line break would be read as a line of ours, such as a table's cell."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
 def safe_markup(text: str) -> str:
     """Text of others inside rich markup: shown as it is, no control character, no tag."""
     return escape(printable(text))
@@ -103,37 +98,25 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None
 class Meter:
     """Progress of one piece of work: `advance` per item, `note` for the text on the right."""
 
-    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
-        self._label, self._total, self._progress = label, total, progress
-        self._count, self._note = 0, ""
-        self._start = self._printed = time.monotonic()
-        self._task = progress.add_task(label, total=total, note="") if progress else None
+    def __init__(self, label: str, total: int, progress: Progress) -> None:
+        self._progress, self._printed = progress, time.monotonic()
+        self._task = progress.add_task(label, total=total, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count `count` more items done."""
-        self._count += count
-        self._note = self._note if note is None else note
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._count, note=safe_markup(self._note))
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
-            self._printed = time.monotonic()
-            say(self._plain())
-
-    def _plain(self) -> str:
-        rate = self._count / max(time.monotonic() - self._start, 1e-9)
-        left = (self._total - self._count) / max(rate, 1e-9)
-        return (
-            f"{self._label} {self._count}/{self._total}  {rate:.1f}/s  {left:.0f} s left"
-            f"  {self._note}".rstrip()
-        )
+        fields: dict[str, Any] = {} if note is None else {"note": safe_markup(note)}
+        self._progress.update(self._task, advance=count, **fields)
+        if self._progress.disable and time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            self._printed, task = time.monotonic(), self._progress.tasks[0]
+            rate, left = task.speed or 0, task.time_remaining or 0
+            done = f"{task.completed:.0f}/{task.total:.0f}"
+            note = task.fields["note"]
+            say(f"{task.description} {done}  {rate:.1f}/s  {left:.0f} s left  {note}".rstrip())
 
 
 @contextmanager
 def meter(label: str, total: int) -> Iterator[Meter]:
     """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
-    if not err.is_terminal:
-        yield Meter(label, total, None)
-        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -142,5 +125,6 @@ def meter(label: str, total: int) -> Iterator[Meter]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    quiet = not err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
         yield Meter(label, total, progress)

@@ -1,14 +1,11 @@
 """What `fintune demo` shows after its run: three questions, base and adapter side by side."""
 
-from rich.table import Table
-
 from fintune import console
-from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
-from fintune.model import end_token_ids, find_base, load_adapter, load_base, load_tokenizer
+from fintune.model import find_base, load_release
 from fintune.nano import DEMO_QUESTIONS
 
 TOKENS = 48
@@ -30,34 +27,26 @@ def show(config: Config) -> None:
     )
     gain = f"{difference['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}"
     console.result(f"gain {gain}")
-    grid = Table(show_lines=True, header_style="dim")
-    for title, width in (("question", 44), ("base", 30), ("adapter", 30)):
-        grid.add_column(title, max_width=width, overflow="fold")
-    for cells in zip(DEMO_QUESTIONS, *_answers(config), strict=True):
-        grid.add_row(*map(console.safe_markup, cells))
-    console.out.print(grid)
+    for question, base, adapter in zip(DEMO_QUESTIONS, *_answers(config), strict=True):
+        console.result(f"\n{question}\n  base     {base}\n  adapter  {adapter}")
     console.result(f"report   {config.eval_dir / 'report.html'}")
     console.result(f"release  {config.release_dir}")
 
 
 def _answers(config: Config) -> tuple[list[str], list[str]]:
     """Of the base and of the adapter, in the order of the questions."""
-    base = find_base(config.model)
-    tokenizer = load_tokenizer(base)
-    chat = ChatFormat(tokenizer, config.chat.date_string)
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
-    model = load_adapter(load_base(base, "none", "fp32"), config.release_dir)
+    loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
+    chat = loaded.chat
     prompts = [chat.prompt_ids([Message("user", question)]) for question in DEMO_QUESTIONS]
-    ends = end_token_ids(base, tokenizer)
 
     def answer() -> list[str]:
-        requests = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
-        batches = generate(
-            model, tokenizer, requests, stop_token_ids=ends, batch_size=len(requests)
-        )
+        requests = [Request(str(at), ids, TOKENS) for at, ids in enumerate(prompts)]
+        ends = {"stop_token_ids": loaded.stop_token_ids}
+        batches = generate(loaded.model, chat.tokenizer, requests, batch_size=len(requests), **ends)
         texts = {answer.id: answer.text for batch in batches for answer in batch}
         return [texts[request.id] for request in requests]
 
-    with model.disable_adapter():
+    with loaded.model.disable_adapter():
         plain = answer()
     return plain, answer()

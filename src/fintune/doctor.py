@@ -7,18 +7,16 @@ seconds. A secret is reported as set or not set, never by its value.
 import importlib.metadata
 import os
 import platform
-import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
-from safetensors import SafetensorError, safe_open
 
 from fintune import console, nano
 from fintune.files import free_bytes
@@ -35,16 +33,8 @@ EXTRAS = {
 RECIPE_GB = 48
 """Memory of the one GPU that the published 8B recipe needs."""
 DEMO_GB = 3
-_SCRATCH = 20e9, "little for an 8B base, whose weights are 16 GB; HF_HOME moves the cache"
-DISKS = (
-    ("disk, here", Path(), *_SCRATCH),
-    ("disk, hub cache", Path(HF_HUB_CACHE), *_SCRATCH),
-    ("shared memory", Path("/dev/shm"), 1e9, "several processes: docker run --shm-size=2g"),
-)
-"""Volume, its path, bytes that should be free, what to do where they are not."""
-
-
-Status = Literal["ok", "note", "missing"]
+DISK_GB = 20
+"""Free space for an 8B base, whose weights are 16 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +42,7 @@ class Finding:
     """One fact of this machine; only `missing` keeps fintune from working at all."""
 
     name: str
-    status: Status
+    status: Literal["ok", "note", "missing"]
     found: str
     advice: str = ""
 
@@ -69,90 +59,71 @@ def show(findings: list[Finding]) -> None:
         console.result(f"{row.status:8} {row.name:20} {row.found}{advice}")
 
 
+def _either(name: str, good: bool, found: str, advice: str) -> Finding:
+    """`ok`, or a note of what to do."""
+    return Finding(name, "ok" if good else "note", found, "" if good else advice)
+
+
 def _software() -> Iterator[Finding]:
-    """Python, what fintune requires by its own metadata and by the lock, and its extras."""
+    """Python, what fintune requires by its own metadata, and its extras."""
     system = f"{platform.system()} {platform.machine()}"
     yield Finding("python", "ok", f"{platform.python_version()} on {system}")
     needed = [Requirement(text) for text in importlib.metadata.requires("fintune") or ()]
     found = {row.name: _version(row.name) for row in needed}
+    always = [row for row in needed if row.marker is None or row.marker.evaluate({"extra": ""})]
     wrong = [
         f"{row.name} {found[row.name] or 'absent'} (needs {row.specifier})"
-        for row in needed
-        if _for(row, "") and not row.specifier.contains(found[row.name] or "0")
+        for row in always
+        if not row.specifier.contains(found[row.name] or "0")
     ]
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft"))
-    yield _either(
-        "packages", not wrong, ", ".join(wrong) or versions, "install again: make demo", "missing"
-    )
-    lock = Path(__file__).parents[2] / "requirements.lock"
-    if lock.is_file():
-        pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-        here = {name: version for name, _ in pins if (version := _version(name))}
-        other = [name for name, pin in pins if here.get(name, pin) != pin]
-        said = f"{len(here)} of {len(pins)} installed, {len(other)} of them in another version"
-        yield _either("lock", not other, said, f"results may differ: {', '.join(other[:5])}")
+    if wrong:
+        yield Finding("packages", "missing", ", ".join(wrong), "install again: make demo")
+    else:
+        versions = (f"{name} {found[name]}" for name in ("torch", "transformers", "peft"))
+        yield Finding("packages", "ok", ", ".join(versions))
     for extra, gives in EXTRAS.items():
-        absent = [row.name for row in needed if _for(row, extra) and found[row.name] is None]
-        advice = f"pip install '.[{extra}]' for {gives}"
-        found_here = f"without {', '.join(absent)}" if absent else f"installed, for {gives}"
-        yield _either(f"extra {extra}", not absent, found_here, advice)
+        rows = [row for row in needed if row.marker and row.marker.evaluate({"extra": extra})]
+        absent = [row.name for row in rows if row not in always and found[row.name] is None]
+        here = f"without {', '.join(absent)}" if absent else f"installed, for {gives}"
+        yield _either(f"extra {extra}", not absent, here, f"pip install '.[{extra}]' for {gives}")
 
 
 def _hardware() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    fast = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
+    can = torch.cpu.get_capabilities()
+    fast = next((flag for flag in ("amx_bf16", "avx512_bf16") if can.get(flag)), None)
     said = f"bf16 in hardware ({fast})" if fast else "no bf16 in hardware: fp32 is faster"
     yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads", said)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for index, card in enumerate(cards):
         kind = "bf16" if card.major >= 8 else "fp16: no bf16 on this GPU"
         yield Finding(f"GPU {index}", "ok", f"{card.name}, {_gb(card.total_memory)}", kind)
-    if not cards:
-        unused = Path("/dev/nvidia0").exists()
-        said = f"present, but torch {torch.__version__} does not use it" if unused else "none"
-        fix = "install torch's CUDA build, or a newer driver"
-        yield Finding("GPU", "note", said, fix if unused else "small bases train on the CPU")
-    memory = _memory()
+    if not cards and Path("/dev/nvidia0").exists():
+        said = f"present, but torch {torch.__version__} does not use it"
+        yield Finding("GPU", "note", said, "install torch's CUDA build, or a newer driver")
+    elif not cards:
+        yield Finding("GPU", "note", "none", "small bases train on the CPU")
+    memory = psutil.virtual_memory().total
     yield _either("memory", memory >= DEMO_GB * 1e9, _gb(memory), f"the demo needs {DEMO_GB} GB")
-    for name, path, least, advice in DISKS:
-        if path.is_dir() or least > 1e9:
-            free = free_bytes(path)
-            yield _either(name, free >= least, f"{_gb(free)} free", advice)
+    for name, path in (("disk, here", Path()), ("disk, hub cache", Path(HF_HUB_CACHE))):
+        free, advice = free_bytes(path), "little for an 8B base of 16 GB; HF_HOME moves the cache"
+        yield _either(name, free >= DISK_GB * 1e9, f"{_gb(free)} free", advice)
     enough = any(card.total_memory >= RECIPE_GB * 1e9 for card in cards)
-    found = "this machine can train it" if enough else "not on this machine"
+    said = "this machine can train it" if enough else "not on this machine"
     advice = f"needs one GPU of {RECIPE_GB} GB or more; docs/seed-recipe.md"
-    yield _either("published 8B recipe", enough, found, advice)
+    yield _either("published 8B recipe", enough, said, advice)
 
 
 def _access() -> Iterator[Finding]:
-    for name, there, use in (
-        ("hub token", get_token() is not None, "a gated base, such as Llama, needs HF_TOKEN"),
-        ("judge key", bool(os.environ.get("OPENAI_API_KEY")), "OPENAI_API_KEY, for a judge alone"),
+    for name, secret, use in (
+        ("hub token", get_token(), "a gated base, such as Llama, needs HF_TOKEN"),
+        ("judge key", os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY, for a judge alone"),
     ):
-        yield _either(name, there, "set" if there else "not set", use)
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    yield _either("chromium", bool(chromium), chromium or "none", "tests of the page will skip")
-    try:
-        with safe_open(nano.base_dir() / "model.safetensors", "pt") as weights:
-            tensors = len(weights.keys())
-        rows = sum(1 for _ in nano.rows_path().open("rb"))
-        yield Finding("nano base", "ok", f"{tensors} tensors, {rows:,} sample rows")
-    except (OSError, SafetensorError) as error:
-        yield Finding("nano base", "missing", type(error).__name__, "install fintune again")
-
-
-def _either(name: str, good: bool, found: str, advice: str, otherwise: Status = "note") -> Finding:
-    """`ok`, or what to do."""
-    return Finding(name, "ok" if good else otherwise, found, "" if good else advice)
-
-
-def _for(requirement: Requirement, extra: str) -> bool:
-    """Whether fintune requires it always (`extra` empty), or for this extra alone."""
-    marker = requirement.marker
-    if marker is None or "extra" not in str(marker):
-        return not extra and (marker is None or marker.evaluate())
-    return marker.evaluate({"extra": extra})
+        yield _either(name, bool(secret), "set" if secret else "not set", use)
+    if (nano.base_dir() / "model.safetensors").is_file():
+        yield Finding("nano base", "ok", "installed")
+    else:
+        yield Finding("nano base", "missing", "no weights", "install fintune again")
 
 
 def _version(name: str) -> str | None:
@@ -161,14 +132,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _memory() -> int:
-    """Bytes that this process may use: the machine's memory, or its control group's limit."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(machine, int(text)) if text.isdigit() else machine
 
 
 def _gb(size: float) -> str:

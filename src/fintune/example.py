@@ -35,6 +35,11 @@ class Example:
         """Stable name of the row: the first 16 hex digits of its content's hash."""
         return self.row_sha256[:16]
 
+    @property
+    def place(self) -> str:
+        """Where the row came from, as `source:line`."""
+        return f"{self.source}:{self.line}"
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:

@@ -6,7 +6,6 @@ renamed. JSON never contains NaN (`allow_nan=False`), because `NaN` is not JSON 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +19,6 @@ from typing import Any
 from fintune.errors import NoSpace, OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
-"""What `flock` raises on a volume without locks."""
 _FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
 """How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
 SMALL_FILES = 2**20
@@ -41,39 +38,60 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_fact(path: Path) -> dict[str, Any]:
-    """A file's entry in a manifest: `bytes` and `sha256`."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def files_below(folder: Path, *, without: str) -> dict[str, Path]:
     """Every file below a folder by its relative name, but the manifest itself (`without`)."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without)
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
-def remembered_sha256(path: Path) -> str:
+def manifest(folder: Path, *, without: str) -> dict[str, Any]:
+    """`bytes` and `sha256` of every file below a folder; see `files_below`."""
+    return {name: _entry(path) for name, path in files_below(folder, without=without).items()}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def manifest_problems(
+    folder: Path, entries: dict[str, Any], *, without: str, unread: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """What differs from a manifest: files that are gone, added (but hidden ones) or changed.
+
+    Args:
+        without: name of the manifest itself.
+        unread: beginnings of names that may differ.
+    """
+    found = files_below(folder, without=without)
+    for name in sorted(entries.keys() | found.keys()):
+        if name.startswith(unread):
+            continue
+        if name not in found:
+            yield f"{name} is missing"
+        elif name not in entries:
+            if not found[name].name.startswith("."):
+                yield f"{name} was not there when it was finished"
+        elif entries[name] != _entry(found[name]):
+            yield f"{name} was changed after it was finished"
+
+
+def cached_sha256(path: Path) -> str:
     """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
 
     It counts for the same path, inode, size and times alone. The time of the inode is one of
     them: a program can set the time of the content back, that one it cannot.
     """
-    name, facts = str(path.resolve()), path.stat()
-    now = [facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+    facts = path.stat()
+    key = f"{path.resolve()} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(caches, "fintune", "sha256.json")
-    try:
+    cache, known = Path(caches, "fintune", "sha256.json"), dict[str, Any]()
+    with contextlib.suppress(OSError, ValueError):
         known = read_json(cache)
-    except (OSError, ValueError, RecursionError):
-        known = {}
-    kept = known.get(name)
-    if isinstance(kept, list) and kept[:-1] == now and isinstance(kept[-1], str):
-        return kept[-1]
-    found = sha256_file(path)
-    there = {old: fact for old, fact in known.items() if os.path.isfile(old)}
-    with contextlib.suppress(OSError, ValueError):  # it only saves time
-        write_json(cache, there | {name: [*now, found]})
-    return found
+    if key not in known:
+        known[key] = sha256_file(path)
+        with contextlib.suppress(OSError, ValueError):  # it only saves time
+            write_json(cache, known)
+    return str(known[key])
 
 
 def canonical_json(value: Any) -> str:
@@ -88,9 +106,9 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(canonical_json(value).encode("utf-8", "backslashreplace"))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable (fsync of the directory itself)."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """fsync a file, or the renames inside a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -104,17 +122,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    file = temporary.open("xb")
     try:
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(data)
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,8 +163,11 @@ def read_toml(module: str, name: str) -> dict[str, Any]:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole (see `write_bytes`); meant for files that fit in memory."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(map(_line, rows)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -160,56 +178,31 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-class JsonlLog:
-    """An append-only JSON Lines file with one writer; a line that a kill left torn is cut off.
+class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
+    """An append-only JSON Lines file of whoever holds its folder's lock (`seal.lock`).
 
-    Args:
-        sync: `append` returns only when its rows are on disk (fsync); `close` always syncs.
-
-    Raises:
-        OutputError: another process writes it.
+    A line that a kill or a full disk left torn is cut off when it is opened again. A row is with
+    the kernel when `append` returns, on disk when `close` does.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._sync = path, sync
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
-            raise OutputError(
-                f"{path} is being written by another process", fix="wait for it, or stop it"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        os.ftruncate(self._handle, path.read_bytes().rfind(b"\n") + 1)
+        self.path, self._file = path, path.open("ab")
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything written so far."""
         return list(read_jsonl(self.path))
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows, one line each; on a full disk none. Raises ValueError on NaN."""
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        data, end = text.encode("utf-8", "backslashreplace"), os.fstat(self._handle).st_size
-        try:
-            if os.write(self._handle, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            if self._sync:
-                os.fsync(self._handle)
-        except OSError:
-            os.ftruncate(self._handle, end)
-            raise
+        """Write rows, one line each. Raises ValueError on NaN."""
+        self._file.write("".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
+        self._file.flush()
 
     def close(self) -> None:
         """Sync, and let another writer in."""
-        os.fsync(self._handle)
-        os.close(self._handle)
-
-    def __enter__(self) -> "JsonlLog":
-        return self
+        os.fsync(self._file)
+        self._file.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -257,17 +250,13 @@ def staged_folder(
         if published:
             staging.chmod(0o755)
         mode = staging.stat().st_mode & 0o666  # safetensors writes 0600 under any umask
-        for path in [*staging.rglob("*")]:
+        for path in [*staging.rglob("*"), staging]:
             if path.is_file():
                 path.chmod(mode)
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            else:
-                sync_folder(path)
-        sync_folder(staging)
+            _sync(path)
         free()
         os.rename(staging, final)
-        sync_folder(final.parent)
+        _sync(final.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -298,9 +287,9 @@ def space_for(folder: Path, needed: int) -> Iterator[None]:
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
-        if not full and not any(word in str(error) for word in _FULL_WORDS):
-            raise
-        raise _no_space(f"no space left on the volume of {folder}") from error
+        if full or any(word in str(error) for word in _FULL_WORDS):
+            raise _no_space(f"no space left on the volume of {folder}") from error
+        raise
 
 
 def _no_space(what: str) -> NoSpace:

@@ -4,14 +4,13 @@ import functools
 import json
 import os
 import re
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,11 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 from fintune import console, nano
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
-from fintune.errors import ModelError, NoSpace, OutputError
-from fintune.files import free_bytes, read_json, remembered_sha256, sha256_bytes
+from fintune.errors import FintuneError, ModelError, OutputError
+from fintune.files import cached_sha256, read_json, require_free_space, sha256_bytes
+from fintune.hub import hub_error
 from fintune.untrusted import Check, Report, checks, open_folder
+from fintune.untrusted.checks import CONFIG, PROVENANCE
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
-from fintune.untrusted.provenance import CONFIG, PROVENANCE
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -68,21 +68,8 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
         return choice  # type: ignore[return-value]
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    return "bf16" if _bf16_is_faster() else "fp32"
-
-
-def _bf16_is_faster(size: int = 512, rounds: int = 3) -> bool:
-    """Time a product in both precisions: bf16 is 4 times faster with AMX, slower when emulated."""
-    best: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        best[dtype] = min(times[1:])
-    return best[torch.bfloat16] < best[torch.float32]
+    cpu = torch.cpu.get_capabilities()
+    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
 
 
 def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
@@ -95,18 +82,59 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
         ModelError: missing, gated, without weights, or with code hooks in its configuration.
         NoSpace: too little disk for the weights.
     """
-    if config.path is None and config.id == nano.NANO_ID:
-        folder = nano.base_dir()
-    elif config.path is not None:
-        folder = config.path
-        if not folder.is_dir():
-            raise ModelError(f"model.path: no folder at {folder}", fix="give the base's folder")
-    else:
+    if config.path is None and config.id != nano.NANO_ID:
         folder = _fetch(config, weights)
-    _check_folder(folder, weights)
+    else:
+        folder = config.path or nano.base_dir()
+    if not folder.is_dir():
+        raise ModelError(f"no folder at {folder}", fix="check model.path")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is no model folder: config.json is missing")
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no weights (*.safetensors)",
+            why="pickled weights (.bin, .pt) are never read",
+            fix="download the base again, or convert it to safetensors",
+        )
+    _check_once(folder, weights)
     commit = folder.name if folder.parent.name == "snapshots" else None
     revision = commit or config.revision or _weights_sha256(folder)
     return Base(config.id, revision, folder)
+
+
+@functools.cache
+def _check_once(folder: Path, weights: bool) -> None:
+    """A base is checked once in a process."""
+    for check in open_folder(folder, "base"):
+        if check.status == "note" and check.name == "code hooks":
+            console.warn(f"{folder.name}: {check.detail}")
+    probe_base(folder, weights=weights)
+
+
+def _fetch(config: ModelConfig, weights: bool) -> Path:
+    """Download what is not in the hub's cache yet."""
+    wanted: dict[str, Any] = {
+        "repo_id": config.id,
+        "revision": config.revision,
+        "allow_patterns": [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES,
+    }
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    try:
+        with suppress(OSError, huggingface_hub.errors.HfHubHTTPError):  # offline: the cache's own
+            files = huggingface_hub.snapshot_download(**wanted, dry_run=True)
+            require_free_space(cache, sum(file.file_size for file in files if file.will_download))
+        return Path(huggingface_hub.snapshot_download(**wanted))
+    except FintuneError:
+        raise
+    except Exception as error:
+        setting, revision = "model.path", config.revision
+        raise hub_error(error, config.id, setting=setting, revision=revision) from None
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
+    hashes = [cached_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
 
 
 def trained_revision(folder: Path) -> str:
@@ -114,16 +142,11 @@ def trained_revision(folder: Path) -> str:
 
     Empty where neither is recorded. Releases of 0.2 have the sha256 as `revision`.
     """
-    for name, keys in (
-        (checks.ADAPTER_CONFIG, ("revision",)),
-        (CONFIG, (PROVENANCE, "base_sha256")),
-    ):
-        value: Any = checks.read_object(folder, name) if (folder / name).exists() else {}
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str) and value:
-            return value
-    return ""
+    adapter = checks.read_object(folder, checks.ADAPTER_CONFIG, absent=True)
+    provenance = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE)
+    stated = [adapter.get("revision")]
+    stated += [provenance.get("base_sha256")] if isinstance(provenance, dict) else []
+    return next((value for value in stated if value and isinstance(value, str)), "")
 
 
 def open_release(folder: Path, base: Path | None) -> Base:
@@ -160,94 +183,21 @@ def release_base(folder: Path, base: Path | None) -> Base:
     # No revision for a local folder: it is named by its weights, so that another base shows.
     local = base is not None or name == nano.NANO_ID
     revision = None if local else config.get("revision")
-    if revision and WEIGHTS.fullmatch(revision):  # releases of 0.2 have it; the hub knows none
-        revision = None
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 
 def check_revision(folder: Path, base: Base) -> list[Check]:
     """The adapter was trained on these weights, as far as the release says it."""
     revision = trained_revision(folder)
-    comparable = len(revision) == len(base.revision) and re.fullmatch("[0-9a-f]+", revision)
-    if comparable and revision != base.revision:
-        found = f"revision {revision[:12]}, this base is {base.revision[:12]}"
-        return [Check("base", "failed", f"trained on another base ({found})")]
-    if comparable:
-        return [Check("base", "ok", f"{base.id} at {revision[:12]}")]
-    note = f"trained on {revision[:12]}; not comparable with this folder"
-    return [Check("base", "note", note if revision else f"{base.id}, revision not recorded")]
-
-
-def _fetch(config: ModelConfig, weights: bool) -> Path:
-    patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
-    try:
-        if weights:
-            _check_room(config)
-        path = huggingface_hub.snapshot_download(
-            config.id, revision=config.revision, allow_patterns=patterns
-        )
-    except hub_errors.GatedRepoError:
-        raise ModelError(
-            f"{config.id} is gated: its licence must be accepted first",
-            fix=f"accept it at https://huggingface.co/{config.id} and set HF_TOKEN to a read token",
-        ) from None
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        raise ModelError(
-            f"the hub knows no model {config.id}",
-            fix="check model.id; a private or gated one needs HF_TOKEN; a local one model.path",
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise ModelError(f"{config.id} has no revision {config.revision}") from None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{config.id} is not on this machine and the hub cannot be reached"
-            f" ({type(error).__name__})",
-            fix="check the network, or set model.path to a folder that holds it",
-        ) from None
-    return Path(path)
-
-
-def _check_room(config: ModelConfig) -> None:
-    info = huggingface_hub.model_info(config.id, revision=config.revision, files_metadata=True)
-    sizes = [
-        file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors")
-    ]
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    needed, free = sum(sizes), free_bytes(cache)
-    present = cache / f"models--{config.id.replace('/', '--')}" / "snapshots"
-    if needed > free and not present.is_dir():
-        raise NoSpace(
-            f"{config.id} needs {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free",
-            fix="free some space, or point HF_HOME to another volume",
-        )
-
-
-def _check_folder(folder: Path, weights: bool) -> None:
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} is no model folder: config.json is missing")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} holds no weights (*.safetensors)",
-            why="pickled weights (.bin, .pt) are never read",
-            fix="download the base again, or convert it to safetensors",
-        )
-    state = sorted((p.name, p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.iterdir())
-    _check_once(folder, weights, tuple(state))
-
-
-@functools.cache
-def _check_once(folder: Path, weights: bool, state: tuple[tuple[str, int, int], ...]) -> None:
-    """A base is checked once in a process, and again when its files change."""
-    for check in open_folder(folder, "base"):
-        if check.status == "note" and check.name == "code hooks":
-            console.warn(f"{folder.name}: {check.detail}")
-    probe_base(folder, weights=weights)
-
-
-def _weights_sha256(folder: Path) -> str:
-    """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
-    hashes = [remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
+    if not revision:
+        return [Check("base", "note", f"{base.id}, revision not recorded")]
+    if len(revision) != len(base.revision) or not re.fullmatch("[0-9a-f]+", revision):
+        text = f"trained on {revision[:12]}; not comparable with this folder"
+        return [Check("base", "note", text)]
+    if revision != base.revision:
+        text = f"revision {revision[:12]}, this base is {base.revision[:12]}"
+        return [Check("base", "failed", f"trained on another base ({text})")]
+    return [Check("base", "ok", f"{base.id} at {revision[:12]}")]
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -285,16 +235,15 @@ def load_base(
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
     # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
-    quantised: dict[str, Any] = {}
-    if quantization == "4bit":
-        quantised["quantization_config"] = BitsAndBytesConfig(
+    quantizations = {
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
-        )
-    elif quantization == "8bit":
-        quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        ),
+    }
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -304,7 +253,7 @@ def load_base(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            **quantised,
+            quantization_config=quantizations.get(quantization),
         )
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         raise ModelError(
@@ -332,9 +281,6 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
-    for parameter in peft.parameters():  # biases are the base's own, in its precision
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
     return peft
 
 
@@ -344,7 +290,7 @@ def peft_config(config: LoraConfig) -> PeftLoraConfig:
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        bias=config.bias,
+        bias="none",
         target_modules=sorted(config.target_modules),
         task_type="CAUSAL_LM",
     )

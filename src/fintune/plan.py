@@ -235,7 +235,7 @@ def count(config: Config, *, quantized: bool = False) -> ModelSize:
         model.to(torch.bfloat16)  # as autocast computes
         pointwise.fuse(model)
         if not quantized:
-            lora.fuse(model, shared_dropout=config.train.lora.shared_dropout)
+            lora.fuse(model)
         return memory.model_size(model, probes, torch.bfloat16.itemsize)
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise ModelError(
@@ -259,11 +259,7 @@ def _epoch(config: Config, found: Lengths, rows: int) -> batches.EpochPlan:
     """The first epoch with micro-batches of about `rows`; the rows of a step stay the same."""
     train = config.train
     accumulation = train.gradient_accumulation_steps * train.per_device_train_batch_size // rows
-    epoch = epoch_plan(config, found.train, 0, rows, accumulation)
-    if train.max_tokens is None:
-        return epoch
-    parts = batches.micro_batches_under(train.max_tokens, found.train, [epoch], accumulation)
-    return batches.rebalance(found.train, epoch, parts)
+    return epoch_plan(config, found.train, 0, rows, accumulation)
 
 
 def _settings(config: Config, found: Lengths, sizes: dict[str, ModelSize]) -> list[dict[str, Any]]:

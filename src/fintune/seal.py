@@ -7,21 +7,18 @@ finished stage whose inputs are unchanged, and refuses when they differ, naming 
 
 import fcntl
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
 from fintune.files import (
-    FORMAT,
-    NO_LOCKS,
-    file_fact,
-    files_below,
+    manifest,
+    manifest_problems,
     reaching,
     read_json,
     sha256_json,
@@ -36,6 +33,7 @@ UNREAD = ("checkpoints/", "judge_calls.jsonl")
 when its stage is finished."""
 HOLDER = "process "
 """How the line of a lock's holder begins."""
+_ELSEWHERE = "choose another folder: --set out=..."
 _OWNED = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
 
 
@@ -47,28 +45,17 @@ class State(Enum):
     FINISHED = "finished"
 
 
-def seal(
-    folder: Path,
-    inputs: dict[str, Any],
-    *,
-    needed: Iterable[str] = (),
-    accepted: Iterable[dict[str, Any]] = (),
-) -> None:
+def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, Any]] = ()) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
 
     Args:
         accepted: changes of the inputs while the stage ran.
-
-    Raises:
-        OutputError: a file that is `needed` is not there.
     """
-    files = {name: file_fact(path) for name, path in files_below(folder, without=DONE).items()}
-    if lacking := sorted({*needed} - files.keys()):
-        raise OutputError(
-            f"{folder} has lost {', '.join(lacking)} while it was written",
-            fix="see to it that nothing else writes there, and run the same command again",
-        )
-    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": files}
+    done = {
+        "inputs": inputs,
+        "inputs_sha256": sha256_json(inputs),
+        "files": manifest(folder, without=DONE),
+    }
     changes = [*accepted]
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
@@ -97,18 +84,9 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = read_checked(folder / DONE), files_below(folder, without=DONE)
-    problems = []
-    for name in sorted(done["files"].keys() | found.keys() | {*needed}):
-        if name.startswith(unread):
-            continue
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif name not in done["files"]:
-            if not found[name].name.startswith("."):
-                problems.append(f"{name} was not there when it was finished")
-        elif done["files"][name] != file_fact(found[name]):
-            problems.append(f"{name} was changed after it was finished")
+    done = read_checked(folder / DONE)
+    problems = [f"{name} is missing" for name in sorted({*needed} - done["files"].keys())]
+    problems += manifest_problems(folder, done["files"], without=DONE, unread=unread)
     if problems:
         raise OutputError(
             f"{stage}: {folder}: {'; '.join(problems[:5])}",
@@ -138,14 +116,13 @@ def check_place(folder: Path) -> None:
     Raises:
         OutputError: a symbolic link, or a folder that is or holds the home or current directory.
     """
-    fix = "choose another folder: --set out=runs/mine"
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a symbolic link", why=_OWNED, fix=fix)
     homes = {"home": os.path.expanduser("~"), "current": os.curdir}
+    problem = "is a symbolic link" if folder.is_symlink() else ""
     for name, home in homes.items():
         if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(folder)):
-            what = f"{folder} is or holds the {name} directory"
-            raise OutputError(what, why=_OWNED, fix=fix)
+            problem = f"is or holds the {name} directory"
+    if problem:
+        raise OutputError(f"{folder} {problem}", why=_OWNED, fix=_ELSEWHERE)
 
 
 @contextmanager
@@ -165,7 +142,12 @@ def lock(folder: Path) -> Iterator[str]:
     check_place(folder)
     path = folder.with_name(f".{folder.name}.lock")
     STOP.guard()
-    with _lock_file(path, folder) as file:
+    with reaching(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        # "r+" opens what can be sought alone: no FIFO, socket or terminal.
+        opened = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,42 +156,20 @@ def lock(folder: Path) -> Iterator[str]:
                 why="two runs in one folder would destroy each other's files",
                 fix="wait for it, stop it (SIGTERM), or choose another folder: --set out=...",
             ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
         if dead and not dead.startswith(HOLDER):
-            raise OutputError(
-                f"{path} holds something else than the lock of {folder}",
-                fix="move that file away, or choose another folder: --set out=...",
-            )
+            what = f"{path} holds something else than the lock of {folder}"
+            raise OutputError(what, fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with suppress(OSError):  # a full volume: the name is a courtesy, the lock is held
-            file.write(f"{HOLDER}{os.getpid()} since {now}")
-            file.flush()
+        file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        file.flush()
         try:
             yield dead
         finally:
             file.truncate(0)
-
-
-def _lock_file(path: Path, folder: Path) -> TextIO:
-    """Open or make a lock's file: a regular one, never through a link."""
-    with reaching(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with reaching(path):
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8", errors="replace")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OutputError(
-            f"{path} is no regular file, and the lock of {folder} has its place there",
-            fix="move it away, or choose another folder: --set out=...",
-        )
-    return file
 
 
 def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> State:
@@ -253,27 +213,20 @@ def check_ours(folder: Path) -> None:
     Raises:
         OutputError: it was not written by fintune.
     """
-    release = "provenance" in _mark(folder / "training_config.json")
-    if not release and not any("inputs" in _mark(folder / name) for name in (DONE, INPUTS)):
-        raise _foreign(folder)
+    keys = {DONE: "inputs", INPUTS: "inputs", "training_config.json": "provenance"}
+    for name, key in keys.items():
+        with suppress(OSError, ValueError, RecursionError):
+            if isinstance(read_json(folder / name).get(key), dict):
+                return
+    raise _foreign(folder)
 
 
 def _foreign(folder: Path) -> OutputError:
     return OutputError(
         f"{folder} holds files that are not of this stage",
         why="they would be mixed with the result, or moved with it",
-        fix="choose another folder: --set out=...",
+        fix=_ELSEWHERE,
     )
-
-
-def _mark(path: Path) -> dict[str, Any]:
-    """The object of a JSON file that we wrote; empty where there is none."""
-    try:
-        value = read_json(path) if path.is_file() and not path.is_symlink() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    ours = value.get("format") == FORMAT
-    return {key: part for key, part in value.items() if ours and isinstance(part, dict)}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -291,8 +244,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def start(folder: Path, inputs: dict[str, Any]) -> None:
     """Mark a folder that grows in place as begun, with what it reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(f".{INPUTS}.*"):
-        unfinished.unlink()
     if not (folder / INPUTS).is_file():
         write_json(folder / INPUTS, {"inputs": inputs})
 
@@ -308,7 +259,6 @@ def move_aside(folder: Path) -> Path | None:
     """
     if empty(folder):
         return None
-    check_place(folder)
     check_ours(folder)
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):

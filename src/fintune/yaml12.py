@@ -14,6 +14,7 @@ import yaml
 
 MOST_CHARACTERS, MOST_NODES, MOST_DEPTH = 2**20, 5_000, 16
 """Of a YAML document. Every key with its default is 90 values on 4 levels; 5,000 take 0.3 s."""
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str")}
 NULL = frozenset({"", "~", "null", "Null", "NULL"})
 CORE: dict[str, Callable[[str], Any]] = {
     "true|True|TRUE": lambda text: True,
@@ -44,7 +45,19 @@ class _Loader(yaml.BaseLoader):
             raise yaml.YAMLError(f"more than {MOST_NODES} values, or {MOST_DEPTH} levels of them")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if node and node.tag not in _TAGS:
+            raise yaml.YAMLError(f"the tag {node.tag}: values are told apart by their keys' types")
         return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        return str(node.value) if node.style else Plain(node.value)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = Counter(str(key.value) for key, _ in node.value)
+            raise yaml.YAMLError(f"written twice: {max(keys, key=lambda key: keys[key])}")
+        return {str(key): value for key, value in mapping.items()}
 
 
 def read_yaml(text: str) -> Any:
@@ -56,26 +69,9 @@ def read_yaml(text: str) -> Any:
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"longer than {MOST_CHARACTERS} characters")
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except ValueError as error:  # PyYAML on "\U00110000"
         raise yaml.YAMLError(str(error)) from None
-    return None if node is None else _value(node)
-
-
-def _value(node: yaml.Node) -> Any:
-    kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq", yaml.ScalarNode: "str"}[type(node)]
-    if node.tag != f"tag:yaml.org,2002:{kind}":
-        raise yaml.YAMLError(f"the tag {node.tag}: values are told apart by their keys' types")
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(part) for part in node.value]
-    if isinstance(node, yaml.ScalarNode):
-        return node.value if node.style else Plain(node.value)
-    if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-        raise yaml.YAMLError("a key that is no word")
-    keys = [str(key.value) for key, _ in node.value]
-    if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise yaml.YAMLError(f"written twice: {', '.join(twice)}")
-    return {str(key.value): _value(part) for key, part in node.value}
 
 
 def resolved(value: Any, *, text: bool) -> Any:

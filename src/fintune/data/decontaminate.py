@@ -13,15 +13,20 @@ after the two words before it, learnt from all rows, so that set phrases of the 
 less a cost for every word not found. A question in wholly other words is not found by any of these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.data.benchmarks import Question
-from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, sequences, words
+from fintune.config import DataConfig, SourceConfig
+from fintune.console import warn
+from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, passage, sequences, words
+from fintune.data.pii import mask
+from fintune.data.schema import Rejected, to_messages
+from fintune.data.sources import Source, named
+from fintune.errors import DataError
 from fintune.example import Example
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
@@ -52,6 +57,16 @@ ROWS_A_PRODUCT = 2000
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """One benchmark question: where it is from, its text and answer."""
+
+    benchmark: str
+    line: int
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """The nearest question of a contaminated row, and how near by which measure."""
 
@@ -60,30 +75,69 @@ class Hit:
     score: float
 
 
-Found = Iterator[tuple[Integers, Integers, Any]]
-"""Hits in chunks: indices of rows, indices of questions, scores, equally long."""
+Found = tuple[Integers, Integers, Any]
+"""Indices of rows, indices of questions and scores of all pairs, equally long."""
 
 
-def contaminated(
-    examples: list[Example], passages: Hashes, questions: list[Question]
-) -> dict[int, Hit]:
-    """Index of every contaminated row with its nearest question, of the first measure that hit.
+def find_benchmarks(config: DataConfig) -> list[Source]:
+    """Every file and hub id of `data.benchmarks`; errors as of `find_sources`."""
+    return named([SourceConfig(**item.model_dump()) for item in config.benchmarks])
+
+
+def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Question]:
+    """Questions of the benchmarks.
 
     Args:
-        passages: one number a row, equal where rows share their longest passage.
+        redact: mask personal data, as in the rows that they are compared with.
+
+    Raises:
+        DataError: a benchmark without one readable question.
     """
+    questions: list[Question] = []
+    for source in sources:
+        found = [_question(source, line, raw, redact) for line, raw in source.rows()]
+        readable = [question for question in found if question]
+        if not readable:
+            raise DataError(
+                f"benchmark {source.name} holds no readable question",
+                fix="its rows need a column prompt, question, user or messages, or name theirs:"
+                " data.benchmarks: [{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]",
+            )
+        if unread := len(found) - len(readable):
+            warn(f"benchmark {source.name}: {unread} rows hold no readable question: not compared")
+        questions += readable
+    return questions
+
+
+def _question(source: Source, line: int, raw: Any, redact: bool) -> Question | None:
+    if isinstance(raw, dict):  # a yes or no is an answer here
+        raw = {name: str(cell) if isinstance(cell, bool) else cell for name, cell in raw.items()}
+    try:
+        messages = to_messages(raw, source.config.columns)
+    except Rejected:
+        return None
+    text = asked(Example(source.name, line, "", messages))
+    if not text.strip():
+        return None
+    texts = (text, messages[-1].content or str(raw.get("answer", "")))
+    return Question(source.name, line, *(mask(each)[0] if redact else each for each in texts))
+
+
+def contaminated(examples: list[Example], questions: list[Question]) -> dict[int, Hit]:
+    """Index of every contaminated row with its nearest question, of the first measure that hit."""
     hits: dict[int, Hit] = {}
     if not examples or not questions:
         return hits
-    texts = _texts(examples, passages, questions)
+    texts = _texts(examples, questions)
+    similar = _same_answer(texts, _words(texts))
     for measure, found in (
         (f"{LONG}-grams", _sequences(texts, LONG, texts.long, COVERED)),
         (f"{SHORT}-grams", _sequences(texts, SHORT, ~texts.long, COVERED_SHORT)),
         ("3-grams", _same_answer(texts, _sequences(texts, 3, texts.long, TRIPLES))),
-        ("same words", _same_answer(texts, _words(texts, SAME_WORDS))),
-        ("reworded", _reworded(texts, _same_answer(texts, _words(texts, CANDIDATE)))),
+        ("same words", _where(similar, similar[2] >= SAME_WORDS)),
+        ("reworded", _reworded(texts, similar)),
     ):
-        for row, question, score in (hit for chunk in found for hit in zip(*chunk, strict=True)):
+        for row, question, score in zip(*found, strict=True):
             old = hits.get(int(row))
             if old is None or (old.measure == measure and score > old.score):
                 hits[int(row)] = Hit(questions[question], measure, round(float(score), 3))
@@ -104,10 +158,10 @@ class _Texts:
     long_answers: Any
 
 
-def _texts(examples: list[Example], passages: Hashes, questions: list[Question]) -> _Texts:
+def _texts(examples: list[Example], questions: list[Question]) -> _Texts:
     rows = [words(asked(example)) for example in examples]
     hashed = [words(question.text) for question in questions]
-    template = _templates(rows, passages, hashed)
+    template = _templates(rows, _hashes(map(passage, examples)), hashed)
     places = [_own_places(each, template) for each in hashed]
     answers = [question.answer for question in questions]
     return _Texts(
@@ -115,14 +169,14 @@ def _texts(examples: list[Example], passages: Hashes, questions: list[Question])
         questions=hashed,
         places=places,
         long=np.array([len(own) >= LONG_WORDS for own in places]),
-        row_answers=_answer_ids([example.messages[-1].content for example in examples]),
-        answers=_answer_ids(answers),
+        row_answers=_hashes(normal(example.messages[-1].content) for example in examples),
+        answers=_hashes(map(normal, answers)),
         long_answers=np.array([len(answer.split()) >= ANSWER_WORDS for answer in answers]),
     )
 
 
-def _answer_ids(answers: list[str]) -> Hashes:
-    return np.array([hash64(normal(answer)) for answer in answers], np.uint64)
+def _hashes(texts: Iterable[str]) -> Hashes:
+    return np.array(list(map(hash64, texts)), np.uint64)
 
 
 def _templates(rows: list[Hashes], passages: Hashes, questions: list[Hashes]) -> Hashes:
@@ -157,36 +211,35 @@ def _sequences(texts: _Texts, length: int, chosen: Any, least: float) -> Found:
         count = np.convolve(own, np.ones(size), "valid")
         wanted[at] = np.unique(sequences(hashed, size)[count >= min(size / 2, count.max())])
     held = [np.unique(sequences(row, length)) for row in texts.rows]
-    yield from _overlaps(held, wanted, least)
+    return _overlaps(held, wanted, least)
 
 
-def _words(texts: _Texts, least: float) -> Found:
-    """Rows that hold at least a share of a short question's words and are not much longer."""
+def _words(texts: _Texts) -> Found:
+    """Rows that hold `CANDIDATE` of a short question's words and are not much longer."""
     wanted = [
         np.unique(hashed[places]) if FEWEST_WORDS <= len(places) < LONG_WORDS else hashed[:0]
         for hashed, places in zip(texts.questions, texts.places, strict=True)
     ]
     rows, questions = (np.array(list(map(len, each))) for each in (texts.rows, texts.questions))
-    for row, question, share in _overlaps(list(map(np.unique, texts.rows)), wanted, least):
-        short = rows[row] <= 2 * questions[question] + 20
-        yield row[short], question[short], share[short]
+    found = _overlaps(list(map(np.unique, texts.rows)), wanted, CANDIDATE)
+    return _where(found, rows[found[0]] <= 2 * questions[found[1]] + 20)
+
+
+def _where(found: Found, chosen: Any) -> Found:
+    row, question, score = found
+    return row[chosen], question[chosen], score[chosen]
 
 
 def _same_answer(texts: _Texts, found: Found) -> Found:
-    for row, question, share in found:
-        same = texts.row_answers[row] == texts.answers[question]
-        yield row[same], question[same], share[same]
+    return _where(found, texts.row_answers[found[0]] == texts.answers[found[1]])
 
 
 def _reworded(texts: _Texts, candidates: Found) -> Found:
     """Candidates whose words in place chance does not explain; the score is the evidence."""
     surprise = _surprise(texts.rows)
-    for row, question, _ in candidates:
-        evidence = np.array(
-            [_evidence(texts, surprise, *pair) for pair in zip(row, question, strict=True)]
-        )
-        enough = evidence >= REWORDED
-        yield row[enough], question[enough], evidence[enough]
+    pairs = zip(*candidates[:2], strict=True)
+    score = np.array([_evidence(texts, surprise, *pair) for pair in pairs])
+    return _where((*candidates[:2], score), score >= REWORDED)
 
 
 def _evidence(texts: _Texts, surprise: list[Any], row: int, question: int) -> float:
@@ -246,8 +299,6 @@ def _overlaps(rows: list[Hashes], questions: list[Hashes], least: float) -> Foun
     Elements weigh their inverse document frequency over the rows.
     """
     wanted, count = np.unique(np.concatenate(questions)), len(rows)
-    if not len(wanted):
-        return
     where, places = _places([*rows, *questions], wanted)
     seen = np.bincount(places[where < count], minlength=len(wanted))
     weights = np.sqrt(np.log((2 + count) / (1 + seen)))[places]
@@ -255,8 +306,11 @@ def _overlaps(rows: list[Hashes], questions: list[Hashes], least: float) -> Foun
     matrix: Any = csr_matrix((weights, (where, places)), shape=shape)
     columns = matrix[count:].T.tocsr()
     size = np.asarray(columns.multiply(columns).sum(axis=0)).ravel()
+    found = []
     for start in range(0, count, ROWS_A_PRODUCT):
         shared = (matrix[start : min(start + ROWS_A_PRODUCT, count)] @ columns).tocoo()
         share = shared.data / size[shared.col]
         enough = share >= least
-        yield start + shared.row[enough], shared.col[enough], share[enough]
+        found.append((start + shared.row[enough], shared.col[enough], share[enough]))
+    row, question, share = map(np.concatenate, zip(*found, strict=True))
+    return row, question, share

@@ -49,8 +49,6 @@ class Texts:
 
     users: list[str]
     answers: list[str]
-    characters: int
-    """Of all turns, the system's too."""
 
 
 Check = Callable[[Texts, DataConfig], str | None]
@@ -76,7 +74,6 @@ def first_rejection(messages: tuple[Message, ...], config: DataConfig) -> tuple[
     texts = Texts(
         [message.content for message in messages if message.role == "user"],
         [message.content for message in messages if message.role == "assistant"],
-        sum(len(message.content) for message in messages),
     )
     for reason, check in FILTERS.items():
         if (detail := check(texts, config)) is not None:
@@ -86,7 +83,7 @@ def first_rejection(messages: tuple[Message, ...], config: DataConfig) -> tuple[
 
 @row_filter("too_long", "longer than max_length, or than a million characters")
 def _endless(texts: Texts, config: DataConfig) -> str | None:
-    long = texts.characters > MOST_CHARACTERS
+    long = sum(map(len, texts.users + texts.answers)) > MOST_CHARACTERS
     return f"more than {MOST_CHARACTERS} characters" if long else None
 
 
@@ -132,10 +129,8 @@ def _identifier() -> Any:
 
 @row_filter("placeholder", "an unfilled {{placeholder}}")
 def _placeholder(texts: Texts, config: DataConfig) -> str | None:
-    for text in (*texts.users, *texts.answers):
-        if "{{" in text and (hole := _PLACEHOLDER.search(text)):
-            return hole[0]
-    return None
+    hole = _PLACEHOLDER.search("\n".join(texts.users + texts.answers))
+    return hole[0] if hole else None
 
 
 @row_filter("boilerplate", "the answer is an empty phrase such as `nan`")

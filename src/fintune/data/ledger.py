@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +20,7 @@ SHOWN = 20_000
 
 SAMPLE = 500
 SCHEMA = pa.schema(
-    {
-        "source": pa.string(),
-        "line": pa.int64(),
-        "row_sha256": pa.string(),
-        "reason": pa.string(),
-        "detail": pa.string(),
-    }
+    [(name, pa.int64() if name == "line" else pa.string()) for name in Dropped.__slots__]
 )
 _ESCAPED = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 
@@ -43,20 +37,19 @@ class Ledger:
         self.rows: list[Dropped] = []
         self.samples: dict[str, list[str]] = defaultdict(list)
 
-    def add(self, row: Dropped, text: Callable[[], str]) -> None:
-        """Note a row that is out; its text is asked for where samples of the reason lack."""
+    def add(self, row: Dropped, text: str) -> None:
+        """Note a row that is out, and its text where samples of the reason lack."""
         self.rows.append(row)
-        if len(self.samples[row.reason]) < SAMPLES and (plain := text()):
-            shown = self.shown(plain)
+        if len(self.samples[row.reason]) < SAMPLES and text:
+            shown = self.shown(text)
             if len(shown) > SAMPLE:
                 shown = f"{shown[: SAMPLE // 2]} [...] {shown[-SAMPLE // 2 :]}"
-            place = f"{row.source}:{row.line} ({row.detail})"
-            self.samples[row.reason].append(f"{place}\n{shown}")
+            self.samples[row.reason].append(f"{row.source}:{row.line} ({row.detail})\n{shown}")
 
     def drop(self, example: Example, reason: str, detail: str = "") -> None:
         """Note an example that is out."""
         row = Dropped(example.source, example.line, example.row_sha256, reason, detail)
-        self.add(row, lambda: "\n".join(f"{m.role}: {m.content}" for m in example.messages))
+        self.add(row, "\n".join(f"{m.role}: {m.content}" for m in example.messages))
 
     def extend(self, other: "Ledger") -> None:
         """Take over what another ledger holds."""
@@ -79,5 +72,5 @@ class Ledger:
     def write(self, path: Path) -> None:
         """Write the rows by source and line."""
         self.rows.sort(key=lambda row: (row.source, row.line))
-        columns = [[getattr(row, name) for row in self.rows] for name in SCHEMA.names]
-        pq.write_table(pa.table(columns, schema=SCHEMA), path, compression="zstd")
+        table = pa.Table.from_pylist([asdict(row) for row in self.rows], SCHEMA)
+        pq.write_table(table, path, compression="zstd")

@@ -43,13 +43,10 @@ _PHONE = re.compile(
 )
 
 
-def _luhn(digits: str) -> bool:
-    return bool(optional("stdnum.luhn", "data.pii", "off").is_valid(digits))
-
-
 def _valid_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and _luhn(digits)
+    luhn = optional("stdnum.luhn", "data.pii", "off")
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and bool(luhn.is_valid(digits))
 
 
 def _valid_phone(text: str) -> bool:
@@ -87,18 +84,13 @@ def mask(text: str) -> tuple[str, set[str]]:
     """A text with every personal value replaced by its kind, such as `[EMAIL]`; and the kinds."""
     kinds: set[str] = set()
     for kind, pattern, valid in _kinds():
-
-        def replace(
-            found: re.Match[str], kind: str = kind, valid: Callable[[str], bool] = valid
-        ) -> str:
+        for found in [*pattern.finditer(text)][::-1]:
             groups = (group for group in found.groups() if group and group.strip(" -"))
             value = next(groups, found[0])
-            if not valid(value):
-                return found[0]
-            kinds.add(kind)
-            return found[0].replace(value, f"[{kind.upper()}]")
-
-        text = pattern.sub(replace, text)
+            if valid(value):
+                kinds.add(kind)
+                masked = found[0].replace(value, f"[{kind.upper()}]")
+                text = text[: found.start()] + masked + text[found.end() :]
     return text, kinds
 
 
@@ -106,7 +98,5 @@ def mask_messages(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], s
     """All messages masked, and the kinds found in any."""
     masked = [mask(message.content) for message in messages]
     kinds = set().union(*(found for _, found in masked))
-    if not kinds:
-        return messages, kinds
     texts = zip(messages, masked, strict=True)
     return tuple(Message(message.role, text) for message, (text, _) in texts), kinds

@@ -1,11 +1,11 @@
 """Files as batches of raw rows: JSON Lines, JSON, CSV and Parquet, also packed by gzip or zstd.
 
 JSON Lines are cut into blocks at line ends and parsed where they are filtered, which may be another
-process; every other format is parsed here. A row that cannot be read is an `Unreadable` with its
-line. Rows before the place where a file breaks off are kept; the place is one `Unreadable` more.
+process; every other format is parsed here, and a JSON file that is no JSON Lines is read whole. A
+row that cannot be read is an `Unreadable` with its line. Rows before the place where a file breaks
+off are kept; the place is one `Unreadable` more.
 """
 
-import codecs
 import csv
 import gzip
 import io
@@ -21,31 +21,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintune.data.schema import COLUMNS
 from fintune.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 BROKEN = (OSError, EOFError, zlib.error)
 """What the packings raise where a file breaks off."""
-
 BLOCK_BYTES = 4 << 20
 PIECE_BYTES = 1 << 16
 """Bytes of one read of a packed file. What zstd unpacked in a read that fails is lost."""
 
-LONGEST_ELEMENT = 1 << 24
-"""Characters of a JSON array's element; one that does not end within them ends the reading."""
-
 ROWS_A_BATCH = 4096
 BOM = b"\xef\xbb\xbf"
-_LONE = re.compile("[\udc80-\udcff]")  # what bytes that are no UTF-8 become
-_ARRAY = re.compile("[\\s\ufeff]*\\[")
-_SKIPPED = re.compile("[\\s,\ufeff]*")
-_KEY = rf'"(?!(?:{"|".join(COLUMNS)})")[^"]*"\s*:\s*'
-_SCALAR = r'(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,\s*'
-_DOCUMENT = re.compile(rf"[\s\ufeff]*{{\s*(?:{_KEY}{_SCALAR})*{_KEY}\[(?=\s*{{)")
-"""The opening of an object whose first list holds the rows; its members before that are scalars. An
-object with a column of a row is that row."""
+_LONE = re.compile("[\udc80-\udcff]")
+"""What bytes that are no UTF-8 become under `surrogateescape`."""
+_SKIPPED = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +45,10 @@ class Unreadable:
     reason: str
     detail: str
     raw: bytes = b""
+
+    def __str__(self) -> str:
+        # A comma may stand between two values.
+        return self.raw.decode("utf-8", "replace").replace(",", ", ") or self.detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +61,11 @@ class Batch:
 
     def parsed(self) -> Iterator[tuple[int, Any]]:
         """The rows with their lines, blank lines left out."""
-        yield from self.rows
         lines = self.block.removesuffix(b"\n").split(b"\n") if self.block else []
         for line, raw in enumerate(lines, self.first_line):
             if raw and not raw.isspace():
                 yield line, parse(raw)
+        yield from self.rows
 
 
 def format_of(path: Path) -> str | None:
@@ -94,27 +88,22 @@ def file_batches(path: Path) -> Iterator[Batch]:
     except BROKEN as error:
         raise DataError(f"{path}: {error}", fix="check that it is what its name says") from None
     if kind == ".csv":
-        return _grouped(_csv_rows(path, head))
-    if kind == ".json" and not _is_lines(head):
-        return _grouped(_elements(path))
-    return _blocks(path)
+        return grouped(_csv_rows(path, head.partition(b"\n")[0]))
+    return grouped(_array(path)) if kind == ".json" and head[:1] == b"[" else _blocks(path)
 
 
 def parse(raw: bytes) -> Any:
-    """One JSON value, or what is wrong with it."""
+    """One JSON value, or what is wrong with it; NaN is read as the number, as pandas writes it."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(raw)
     except UnicodeDecodeError as error:
         return Unreadable("not_utf8", f"byte {error.start}", raw)
     except (ValueError, RecursionError) as error:
         return Unreadable("not_json", str(error)[:200], raw)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
+def grouped(rows: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
+    """Parsed rows with their lines, `ROWS_A_BATCH` at a time."""
     while batch := list(islice(rows, ROWS_A_BATCH)):
         yield Batch(batch[0][0], rows=batch)
 
@@ -133,100 +122,57 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 def _blocks(path: Path) -> Iterator[Batch]:
     """A file cut at line ends; where it breaks off, the unfinished line is an `Unreadable`."""
-    line, read, kept, size, broken = 1, 0, [b""], 0, ""
+    line, read, kept, broken = 1, 0, bytearray(), ""
     try:
         for data in _pieces(path):
-            kept.append(data if read else data.removeprefix(BOM))
-            read, size = read + len(data), size + len(data)
-            if size >= BLOCK_BYTES and b"\n" in data:
-                block, _, rest = b"".join(kept).rpartition(b"\n")
-                yield Batch(line, block + b"\n")
-                line, kept, size = line + block.count(b"\n") + 1, [rest], len(rest)
+            kept += data if read else data.removeprefix(BOM)
+            read += len(data)
+            if len(kept) >= BLOCK_BYTES and b"\n" in data:
+                block, _, kept = kept.rpartition(b"\n")
+                yield Batch(line, bytes(block + b"\n"))
+                line += block.count(b"\n") + 1
     except BROKEN as error:
         broken = f"breaks off behind byte {read}: {error}"[:200]
-    rest = b"".join(kept)
-    if broken:
-        block, end, rest = rest.rpartition(b"\n")
-        yield Batch(line, block + end)
-        bad = Unreadable("truncated_file", broken, rest)
-        yield Batch(line, rows=[(line + block.count(b"\n") + len(end), bad)])
-    elif rest:
-        yield Batch(line, rest)
+    if not broken:
+        yield Batch(line, bytes(kept))
+        return
+    block, end, rest = kept.rpartition(b"\n")
+    cut = Unreadable("truncated_file", broken, bytes(rest))
+    yield Batch(line, bytes(block), [(line + block.count(b"\n") + len(end), cut)])
 
 
-def _is_lines(head: bytes) -> bool:
-    """Whether a `.json` that starts so is JSON Lines. A row a line is no document, and one broken
-    line among the first does not make it one."""
-    if head[:1] != b"{":
-        return head[:1] != b"["
-    lines = head.split(b"\n")[:8]
-    whole = [line[:1] == b"{" and not isinstance(parse(line), Unreadable) for line in lines]
-    if whole[0] and any(line.strip() for line in lines[1:]):
-        return True
-    return any(whole) and not _DOCUMENT.match(head.decode("utf-8", "replace"))
+def _array(path: Path) -> Iterator[tuple[int, Any]]:
+    """Elements of an array, from 1.
 
-
-def _elements(path: Path) -> Iterator[tuple[int, Any]]:
-    """Elements of an array, of a document's first list, or values one after another, from 1.
-
-    One with NaN or with bytes that are no UTF-8 costs itself; what is no JSON ends the reading.
+    One with bytes that are no UTF-8 costs itself; what is no JSON ends the reading.
     """
-    text = codecs.iterdecode(_pieces(path), "utf-8", "surrogateescape")
-    constants: list[str] = []
-    decoder = json.JSONDecoder(parse_constant=constants.append)
-    buffer, at, dropped, broken = next(text, ""), 0, 0, ""
-
-    def more() -> bool:
-        """Read on and let go of what lies behind; False at the end, also of a broken file."""
-        nonlocal buffer, at, dropped, broken
+    pieces, broken = bytearray(), ""
+    try:
+        for data in _pieces(path):
+            pieces += data
+    except BROKEN as error:
+        broken = str(error)
+    text = pieces.removeprefix(BOM).decode("utf-8", "surrogateescape")
+    decoder = json.JSONDecoder()
+    number, at = 0, text.index("[") + 1
+    while not text.startswith("]", at := _SKIPPED.match(text, at).end()):  # type: ignore[union-attr]
         try:
-            piece = next(text, "") if len(buffer) - at < LONGEST_ELEMENT else ""
-        except BROKEN as error:
-            piece, broken = "", str(error)
-        dropped += len(_bytes(buffer[:at]))
-        buffer, at = buffer[at:] + piece, 0
-        return bool(piece)
-
-    document = _DOCUMENT.match(buffer)
-    array = document or _ARRAY.match(buffer)
-    at, number, problem = array.end() if array else 0, 0, ""
-    while True:
-        at = _SKIPPED.match(buffer, at).end()  # type: ignore[union-attr]
-        if array and buffer.startswith("]", at):
-            if not document:
-                array, at = None, at + 1
-                continue
-            more()
-            if not re.search(r"[\[{]", buffer[at:]):
-                return
-            at, problem = at + 1, "only the first list of a document is read"
-            break
-        constants.clear()
-        try:
-            row, end = decoder.raw_decode(buffer, at)
+            row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            row, end, problem = None, 0, getattr(error, "msg", str(error))
-        # An error, or a number at the end of the buffer, may be an element that goes on.
-        if end in (0, len(buffer)) and more():
-            continue
-        if not end:
+            broken = broken or str(error)
             break
-        number, written, at = number + 1, buffer[at:end], end
-        if constants:
-            row = Unreadable("not_json", f"{constants[0]} is not JSON", _bytes(written))
-        elif not written.isascii() and _LONE.search(written):
-            row = Unreadable("not_utf8", "", _bytes(written))
-        yield number, row
-    if array or broken or at < len(buffer):
-        detail = f"breaks off behind byte {dropped + len(_bytes(buffer[:at]))}: {broken or problem}"
-        yield number + 1, Unreadable("truncated_file", detail[:200], _bytes(buffer[at:][:1000]))
+        number, raw, at = number + 1, text[at:end], end
+        yield number, Unreadable("not_utf8", "", _bytes(raw)) if _LONE.search(raw) else row
+    if broken or text[at + 1 :].strip():
+        detail = f"breaks off behind byte {len(_bytes(text[:at]))}: {broken or 'a second value'}"
+        yield number + 1, Unreadable("truncated_file", detail[:200], _bytes(text[at : at + 1000]))
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _csv_rows(path: Path, head: bytes) -> Iterator[tuple[int, Any]]:
+def _csv_rows(path: Path, header_line: bytes) -> Iterator[tuple[int, Any]]:
     """Rows by the header's names, cut where the header is: at commas, semicolons or tabs.
 
     A quotation that is not closed within `BLOCK_BYTES` characters is one `Unreadable`.
@@ -239,7 +185,7 @@ def _csv_rows(path: Path, head: bytes) -> Iterator[tuple[int, Any]]:
             yield from io.TextIOWrapper(io.BytesIO(batch.block), "utf-8", "surrogateescape", "")
 
     csv.field_size_limit(BLOCK_BYTES)
-    delimiter = max(",;\t", key=head.split(b"\n")[0].decode("utf-8", "replace").count)
+    delimiter = max(",;\t", key=header_line.decode("utf-8", "replace").count)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -251,29 +197,17 @@ def _csv_rows(path: Path, head: bytes) -> Iterator[tuple[int, Any]]:
         except csv.Error as error:
             yield line, Unreadable("wrong_cells", str(error)[:200])
             continue
-        if not header:
-            header = cells if any(map(str.strip, cells)) else []
-            if twice := [name for name in header if name and header.count(name) > 1]:
-                raise DataError(
-                    f"{path}: the header names {twice[0]} more than once",
-                    why="all but the last of these columns would be lost",
-                    fix="rename or remove them",
-                )
-        elif cells:
-            yield line, _cells(header, cells)
+        raw = ",".join(cells)
+        if not header or not raw.strip():
+            header = header or (cells if raw.strip(", ") else [])
+        elif len(cells) != len(header):
+            detail = f"{len(cells)} cells, {len(header)} columns"
+            yield line, Unreadable("wrong_cells", detail, _bytes(raw))
+        elif _LONE.search(raw):
+            yield line, Unreadable("not_utf8", "", _bytes(raw))
+        else:
+            yield line, dict(zip(header, cells, strict=True))
     yield from broken
-
-
-def _cells(header: list[str], cells: list[str]) -> Any:
-    text = ",".join(cells)
-    raw = _bytes(text)
-    if len(cells) != len(header):
-        return Unreadable("wrong_cells", f"{len(cells)} cells, {len(header)} columns", raw)
-    return (
-        dict(zip(header, cells, strict=True))
-        if not _LONE.search(text)
-        else Unreadable("not_utf8", "", raw)
-    )
 
 
 def _parquet_batches(path: Path) -> Iterator[Batch]:
@@ -292,10 +226,8 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
 
 
 def _parquet_row(row: pa.RecordBatch) -> Any:
-    """One row of a batch in which some row holds what Python cannot."""
     try:
         return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return Unreadable("not_utf8", f"byte {error.start}", error.object)
     except (ValueError, OverflowError) as error:
-        return Unreadable("not_text", str(error)[:200])
+        reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_text"
+        return Unreadable(reason, str(error)[:200])

@@ -1,42 +1,109 @@
-"""`report.html`: what was read, what was dropped and why, with examples, lengths and batches."""
+"""The account of a preparation: `manifest.json`, and `report.html` for people."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fintune.batches import Plan, facts, plan_epoch
 from fintune.data.filters import MEANINGS
-from fintune.data.ledger import Ledger
-from fintune.data.tokenize import LENGTH_MULTIPLE
+from fintune.data.scan import Scanned
+from fintune.data.sources import Source
+from fintune.data.tokenize import Tokenized
+from fintune.files import sha256_json
 from fintune.page import save_page
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+PARTS = ("train", "validation", "test")
+Parts = dict[str, list[tuple[str, Tokenized]]]
+"""train, validation and test -> rows with the key of their group of related rows."""
 
 
-def write_report(
-    path: Path,
-    manifest: dict[str, Any],
-    *,
-    ledger: Ledger,
-    before: list[int],
-    train: list[int],
-    hits: list[dict[str, Any]],
-) -> None:
-    """Write the page of one preparation.
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """All rows of one preparation: kept in a part, or dropped in the ledger."""
 
-    Args:
-        before: tokens of every row before the maximum length applied.
-        train: tokens of every training row.
-        hits: contaminated rows, as in `contamination.json`.
-    """
-    chosen, policy = manifest["max_length"], manifest["inputs"]["settings"]["over_length"]
+    scanned: Scanned
+    pii: Counter[str]
+    """Rows in which each kind of personal data was found."""
+    contaminated: list[dict[str, Any]]
+    lengths: list[int]
+    """Tokens of every row before the maximum length applied."""
+    max_length: int
+    parts: Parts
+
+
+def make_manifest(
+    selected: Selected, sources: list[Source], inputs: dict[str, Any]
+) -> dict[str, Any]:
+    """Counts of every row read, by part, reason and source; lengths; and the inputs."""
+    scanned, parts = selected.scanned, selected.parts
+    read, dropped = scanned.read, scanned.ledger.counts()
+    by_source: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    for out in scanned.ledger.rows:
+        by_source[out.source][out.reason] += 1
+    for part, rows in parts.items():
+        for _, row in rows:
+            by_source[row.example.source][part] += 1
+    sizes = {part: len(rows) for part, rows in parts.items()}
+    if read.total() != sum(sizes.values()) + dropped.total():
+        raise AssertionError(f"{read} rows read, {sizes} kept, {dropped}")
+    cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
+    hits = Counter(str(hit["benchmark"]) for hit in selected.contaminated)
+    return {
+        "rows": {"read": read.total(), **sizes, "dropped": dict(sorted(dropped.items()))},
+        "sources": {
+            source.name: {
+                "identity": source.identity,
+                "licence": source.config.licence,
+                "read": read[source.name],
+                **dict(sorted(by_source[source.name].items())),
+            }
+            for source in sources
+        },
+        "related": _related(parts),
+        "max_length": selected.max_length,
+        "lengths": {
+            "before": _distribution(selected.lengths),
+            **{part: _distribution([r.length for _, r in rows]) for part, rows in parts.items()},
+        },
+        "truncated": {"rows": len(cut), "tokens": sum(cut)},
+        "personal_data": dict(sorted(selected.pii.items())),
+        "contamination": dict(sorted(hits.items())),
+        "repairs": dict(sorted(scanned.repairs.items())),
+        "inputs": inputs,
+        "inputs_sha256": sha256_json(inputs),
+    }
+
+
+def _related(parts: Parts) -> dict[str, int]:
+    """Groups of related rows, and those with rows both in training and held out."""
+    trained = {group for group, _ in parts["train"]}
+    held_out = [group for part, rows in parts.items() if part != "train" for group, _ in rows]
+    return {
+        "groups": len(trained.union(held_out)),
+        "groups_on_both_sides": len(trained.intersection(held_out)),
+        "held_out_rows_of_those": sum(group in trained for group in held_out),
+    }
+
+
+def _distribution(lengths: list[int]) -> dict[str, float]:
+    """Count, total, mean and percentiles of lengths in tokens."""
+    ordered, rows, tokens = sorted(lengths), len(lengths), sum(lengths)
+    percentiles = {f"p{p}": ordered[rows * p // 100] for p in (5, 50, 95, 99)}
+    mean = round(tokens / rows, 1)
+    return {"rows": rows, "tokens": tokens, "mean": mean, **percentiles, "max": ordered[-1]}
+
+
+def write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> None:
+    """Write the page: what was read, what was dropped and why, with examples, and lengths."""
+    ledger = selected.scanned.ledger
     dropped = sorted(manifest["rows"]["dropped"].items(), key=lambda item: -item[1])
     foreign = (row.detail for row in ledger.rows if row.reason == "not_english")
     languages = Counter("other script" if text[0].isdigit() else text[:2] for text in foreign)
-    all_lengths, kept_lengths = np.array(before, np.int64), np.array(train, np.int64)
-    edges, histogram = _histogram(all_lengths, kept_lengths, 2 * chosen)
+    before = np.array(selected.lengths)
+    train = np.array([row.length for _, row in selected.parts["train"]])
+    edges = np.linspace(0, max(64, 2 * selected.max_length), 33)  # the last column holds the rest
     save_page(
         path,
         "data_report",
@@ -45,53 +112,16 @@ def write_report(
             (reason, count, MEANINGS.get(reason, ""), "\n\n".join(ledger.samples.get(reason, [])))
             for reason, count in dropped
         ],
-        kept=float((all_lengths <= chosen).mean()) if before else 0.0,
-        edges=edges,
-        histogram=histogram,
-        costs=length_costs(all_lengths, chosen, truncate=policy == "truncate"),
-        plans=_plans(kept_lengths),
+        kept=float((before <= selected.max_length).mean()),
+        edges=edges.astype(int).tolist(),
+        histogram={
+            name: np.histogram(np.minimum(lengths, edges[-1]), edges)[0].tolist()
+            for name, lengths in (("before", before), ("train", train))
+        },
         content=[
             *((f"dropped as {code}", count) for code, count in languages.most_common(8)),
             *((f"repaired: {name}", count) for name, count in manifest["repairs"].items()),
             *((f"personal: {kind}", count) for kind, count in manifest["personal_data"].items()),
         ],
-        hits=hits[:12],
+        hits=selected.contaminated[:12],
     )
-
-
-def _histogram(before: Ints, train: Ints, top: int) -> tuple[list[int], dict[str, list[int]]]:
-    """Edges of 32 columns, the last of which holds the rest, and counts before and in training."""
-    edges = np.linspace(0, max(64, top), 33)
-    counts = {
-        name: np.histogram(np.minimum(lengths, edges[-1]), edges)[0].tolist()
-        for name, lengths in (("before", before), ("train", train))
-    }
-    return edges.astype(int).tolist(), counts
-
-
-def _plans(lengths: Ints) -> list[list[object]]:
-    """One epoch by each batching plan, in steps of 16 x 4 as the recipe's."""
-    rows: list[list[object]] = []
-    choices: list[tuple[Plan, bool]]
-    choices = [("random", True), ("bucketed", True), ("stratified", False)]
-    for plan, padded in choices:
-        epoch = plan_epoch(lengths, micro_batch_size=16, accumulation=4, seed=0, epoch=0, plan=plan)
-        fact = facts(lengths, epoch, padded=padded)
-        name = f"{plan}, {'padded' if padded else 'padding-free'}"
-        numbers = (fact.largest_micro_batch, round(fact.step_token_cv, 3))
-        rows.append([name, f"{fact.padding:.1%}", *numbers])
-    return rows
-
-
-def length_costs(lengths: Ints, chosen: int, *, truncate: bool) -> list[list[object]]:
-    """Rows over the chosen maximum length and multiples of 64 around it, and tokens lost: of
-    truncated rows those beyond it, else all of theirs."""
-    table: list[list[object]] = []
-    for length in (chosen + LENGTH_MULTIPLE * step for step in (-4, -2, -1, 0, 1, 2, 4)):
-        if length > 0 and len(lengths):
-            long = lengths[lengths > length]
-            lost = int(long.sum()) - truncate * length * len(long)
-            name = f"{length:,} (chosen)" if length == chosen else f"{length:,}"
-            shares = (f"{len(long) / len(lengths):.2%}", f"{lost / lengths.sum():.2%}")
-            table.append([name, len(long), shares[0], lost, shares[1]])
-    return table

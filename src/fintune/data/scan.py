@@ -10,8 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -37,20 +36,16 @@ PARALLEL_BYTES = 24 << 20
 
 @dataclass(slots=True)
 class ScannedRow:
-    """A row that passed the filters."""
+    """A row that passed the filters; without messages where it comes too late to be a candidate."""
 
-    source: str
-    line: int
-    sha256: str
+    example: Example
     key: int
     """Hash of its turns but the system's: rows of one key are duplicates."""
     priority: float
     """Place in hash order, by the source's weight; the lowest are taken first."""
-    prompt: int
-    label: int
+    prompt: int = 0
+    label: int = 0
     """Hashes of what stands before the answer and of the answer, where that is short; else 0."""
-    messages: tuple[Message, ...] | None
-    """None where the row comes too late to be a candidate."""
 
 
 class TopK:
@@ -65,17 +60,19 @@ class TopK:
     def extend(self, rows: list[ScannedRow]) -> None:
         """Add rows; the threshold falls each time that twice as many texts are held as wanted."""
         self.rows += rows
-        self._texts += self._strip(rows)
+        self._texts += _strip(rows, self.threshold)
         if self._texts > 2 * self._wanted:
             priorities = np.array([row.priority for row in self.rows])
             self.threshold = float(np.partition(priorities, self._wanted)[self._wanted])
-            self._texts = self._strip(self.rows)
+            self._texts = _strip(self.rows, self.threshold)
 
-    def _strip(self, rows: list[ScannedRow]) -> int:
-        for row in rows:
-            if row.priority > self.threshold:
-                row.messages = None
-        return sum(row.messages is not None for row in rows)
+
+def _strip(rows: list[ScannedRow], threshold: float) -> int:
+    """Drop the text of rows above a priority; return how many keep theirs."""
+    for row in rows:
+        if row.priority > threshold and row.example.messages:
+            row.example = replace(row.example, messages=())
+    return sum(bool(row.example.messages) for row in rows)
 
 
 @dataclass(slots=True)
@@ -89,8 +86,8 @@ class Scanned:
     rows: list[ScannedRow] = field(default_factory=list)
     candidates: list[Example] = field(default_factory=list)
     """In hash order."""
-    waiting: set[str] = field(default_factory=set)
-    """Sources with rows that more candidates would bring."""
+    complete: bool = True
+    """Every row that is no duplicate is a candidate."""
 
 
 def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> Scanned:
@@ -99,16 +96,21 @@ def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> S
     Exact duplicates go here (the first in hash order stays), and every row of a prompt that
     carries two different labels.
     """
-    found = Scanned(_ledger(config))
+    found = Scanned(Ledger(redact=config.pii != "off"))
     top = TopK(wanted)
     for batch in _batches(sources, config, seed, top):
         found.ledger.extend(batch.ledger)
         found.read += batch.read
         found.repairs += batch.repairs
         top.extend(batch.rows)
-    top.rows.sort(key=lambda row: (row.priority, row.sha256, row.source, row.line))
+    top.rows.sort(key=_order)
     _deduplicate(top.rows, wanted, found)
     return found
+
+
+def _order(row: ScannedRow) -> tuple[float, str, str, int]:
+    example = row.example
+    return row.priority, example.row_sha256, example.source, example.line
 
 
 def scan_batch(
@@ -119,7 +121,7 @@ def scan_batch(
     Args:
         threshold: rows whose priority is above it come back without their text.
     """
-    found = Scanned(_ledger(config))
+    found = Scanned(Ledger(redact=config.pii != "off"))
     for line, raw in batch.parsed():
         found.read[source.name] += 1
         sha256 = _row_sha256(raw)
@@ -135,16 +137,12 @@ def scan_batch(
         except Rejected as out:
             detail = found.ledger.shown(out.detail)[:200]
             dropped = Dropped(source.name, line, sha256, out.reason, detail)
-            found.ledger.add(dropped, partial(_text, raw))
+            found.ledger.add(dropped, str(raw))
             continue
-        row = _keyed(source, line, sha256, messages, seed)
-        row.messages = messages if row.priority <= threshold else None
-        found.rows.append(row)
+        example = Example(source.name, line, sha256, messages)
+        found.rows.append(_keyed(example, source.config.weight, seed))
+    _strip(found.rows, threshold)
     return found
-
-
-def _ledger(config: DataConfig) -> Ledger:
-    return Ledger(redact=config.pii != "off")
 
 
 def _row_sha256(raw: Any) -> str:
@@ -152,56 +150,43 @@ def _row_sha256(raw: Any) -> str:
         return sha256_bytes(raw.raw)
     try:
         return sha256_json(raw)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):  # NaN, a date, bytes
         return sha256_bytes(repr(raw).encode("utf-8", "backslashreplace"))
 
 
-def _text(raw: Any) -> str:
-    if isinstance(raw, Unreadable):  # a comma may stand between two values there
-        return raw.raw.decode("utf-8", "replace").replace(",", ", ") or raw.detail
-    return str(raw)
-
-
-def _keyed(
-    source: Source, line: int, sha256: str, messages: tuple[Message, ...], seed: int
-) -> ScannedRow:
+def _keyed(example: Example, weight: float, seed: int) -> ScannedRow:
+    messages = example.messages
     key = hash64(*(normal(message.content) for message in messages if message.role != "system"))
     uniform = (hash64(str(seed), str(key)) + 1) / 2**64
-    prompt = label = 0
+    row = ScannedRow(example, key, -math.log(uniform) / weight)
     if len(answer := normal(messages[-1].content)) <= LABEL_CHARACTERS:
-        prompt, label = (
-            hash64(*(normal(message.content) for message in messages[:-1])),
-            hash64(answer),
-        )
-    priority = -math.log(uniform) / source.config.weight
-    return ScannedRow(source.name, line, sha256, key, priority, prompt, label, messages)
+        row.prompt = hash64(*(normal(message.content) for message in messages[:-1]))
+        row.label = hash64(answer)
+    return row
 
 
 def _deduplicate(rows: list[ScannedRow], wanted: int, found: Scanned) -> None:
     labels: dict[int, int] = {}
     torn = {row.prompt for row in rows if labels.setdefault(row.prompt, row.label) != row.label}
-    first: dict[int, ScannedRow] = {}
+    first: dict[int, Example] = {}
     for row in rows:
-        example = Example(row.source, row.line, row.sha256, row.messages or ())
         if row.label and row.prompt in torn:
-            found.ledger.drop(example, "contradictory_labels", f"{row.prompt:016x}")
+            found.ledger.drop(row.example, "contradictory_labels", f"{row.prompt:016x}")
         elif row.key in first:
-            earlier = first[row.key]
-            found.ledger.drop(example, "duplicate", f"of {earlier.source}:{earlier.line}")
+            found.ledger.drop(row.example, "duplicate", f"of {first[row.key].place}")
         else:
-            first[row.key] = row
-            if row.messages is not None and len(found.candidates) < wanted:
-                found.candidates.append(example)
+            first[row.key] = row.example
+            if row.example.messages and len(found.candidates) < wanted:
+                found.candidates.append(row.example)
             else:
-                found.ledger.drop(example, "over_cap")
-                found.waiting.add(row.source)
+                found.ledger.drop(row.example, "over_cap")
+                found.complete = False
 
 
 def workers() -> int:
-    """Processes that scan: one a core."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processes that scan: one a core that this process may use."""
+    limited = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
 def _batches(sources: list[Source], config: DataConfig, seed: int, top: TopK) -> Iterator[Scanned]:

@@ -8,9 +8,9 @@ import re
 from itertools import product
 from typing import Any
 
-from fintune.example import Message
+from fintune.example import Message, Role
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
     "human": "user",
@@ -43,7 +43,7 @@ class Rejected(Exception):
 
 
 def to_messages(row: Any, columns: dict[str, str] | None) -> tuple[Message, ...]:
-    """The conversation of a raw row; a blank system text is no turn, a repeated one is one.
+    """The conversation of a raw row; a blank system text is no turn.
 
     Args:
         columns: our column -> the row's column; absent: the known formats are tried.
@@ -93,26 +93,21 @@ def _column(row: dict[str, Any], name: str) -> str:
 
 
 def _turns(value: Any, system: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise Rejected("not_text", f"messages is {type(value).__name__}")
-    messages = [Message("system", system.strip())] if system.strip() else []
+    """Turns of a list; its own system text goes before the column's."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise Rejected("not_text", "the turns are no list of objects")
+    messages = []
     for turn in value:
-        if not isinstance(turn, dict):
-            raise Rejected("not_text", f"a turn is {type(turn).__name__}")
         name = str(turn.get("role") or turn.get("from"))
-        role = ROLES.get(name.lower())
-        if role is None:
-            raise Rejected("unknown_role", name)
         text = (_column(turn, "content") or _column(turn, "value")).strip()
-        message = Message(role, text)  # type: ignore[arg-type]
-        if role != "system" or (text and message not in messages[:1]):
-            messages.append(message)
+        if (role := ROLES.get(name.lower())) is None:
+            raise Rejected("unknown_role", name)
+        if role != "system" or text:
+            messages.append(Message(role, text))
+    if system.strip() and [message.role for message in messages[:1]] != ["system"]:
+        messages.insert(0, Message("system", system.strip()))
     roles = [message.role for message in messages]
-    if roles[:1] == ["system"]:
-        roles.pop(0)
-    if roles[:1] == ["system"]:
-        raise Rejected("two_system_texts")
-    if not _alternate(roles):
+    if not _alternate(roles[roles[:1] == ["system"] :]):
         raise Rejected("turns_out_of_order", " ".join(roles)[:200])
     if roles[-1:] == ["user"]:
         messages.append(Message("assistant", ""))

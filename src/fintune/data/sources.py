@@ -10,20 +10,28 @@ from typing import Any
 
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
-from fintune.data.readers import FORMATS, PACKINGS, ROWS_A_BATCH, Batch, file_batches, format_of
+from fintune.data.readers import (
+    FORMATS,
+    PACKINGS,
+    ROWS_A_BATCH,
+    Batch,
+    file_batches,
+    format_of,
+    grouped,
+)
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
+from fintune.hub import hub_error
 
-HEADS: dict[tuple[bytes, ...], tuple[str, str]] = {
-    (b"version https://git-lfs",): ("a Git LFS pointer, not the data", "run: git lfs pull"),
-    (b"\x1f\x8b",): ("packed with gzip", "add .gz to its name"),
-    (b"\x28\xb5\x2f\xfd",): ("packed with zstd", "add .zst to its name"),
-    (b"PK\x03\x04",): ("a zip archive or a spreadsheet", "unpack it, or save it as CSV in UTF-8"),
-    (b"\xff\xfe", b"\xfe\xff"): ("UTF-16", "save it as UTF-8"),
-    (b"<!", b"<html"): ("a web page", "download the file itself"),
+HEADS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the data", "run: git lfs pull"),
+    b"\x1f\x8b": ("packed with gzip", "add .gz to its name"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save it as CSV in UTF-8"),
+    b"\xff\xfe": ("UTF-16", "save it as UTF-8"),
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
+_ENDINGS = f"data files end in one of {', '.join(FORMATS)}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -90,42 +98,31 @@ def locate(item: SourceConfig) -> list[Source]:
     if path.is_file():
         return [_local(path, path.name, item)]
     if path.is_dir():
-        files, root, problem = _below(path), path, f"{path} holds no data file"
+        root, pattern = path, "**/*"  # hidden files and folders are left out
     elif glob.has_magic(item.path):
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        whole = [file for folder in found if format_of(folder) for file in _below(folder)]
-        files = sorted({*whole, *(file for file in found if not file.is_dir())})
         root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-        problem = f"no file matches {item.path}"
+        pattern = str(path.relative_to(root))
     elif _HUB_ID.fullmatch(item.path) and format_of(path) is None:
         return [Source(item.path, _hub_commit(item), item, None)]
     else:
         raise DataError(f"no file or folder at {item.path}", fix="check data.source")
+    found = sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
+    files = [file for file in found if format_of(file) and file.is_file()]
     if not files:
-        raise DataError(problem, fix=f"data files end in one of {', '.join(FORMATS)}")
+        raise DataError(f"{item.path} holds no data file", fix=_ENDINGS)
     return [_local(file, file.relative_to(root).as_posix(), item) for file in files]
-
-
-def _below(folder: Path) -> list[Path]:
-    """Files of data at any depth, hidden files and folders left out; none below a file."""
-    found = (folder / name for name in glob.glob("**/*", root_dir=folder, recursive=True))
-    return sorted(file for file in found if format_of(file) and not file.is_dir())
 
 
 def _local(path: Path, name: str, item: SourceConfig) -> Source:
     if format_of(path) is None:
-        raise DataError(
-            f"{path}: no known data format", fix=f"it must end in one of {', '.join(FORMATS)}"
-        )
-    if not path.is_file() or path.name.endswith((".parquet.gz", ".parquet.zst")):
-        raise DataError(f"{path} is no file, or packed Parquet", fix="unpack, mend or remove it")
+        raise DataError(f"{path}: no known data format", fix=_ENDINGS)
     with path.open("rb") as file:
         head = file.read(64)
-    for starts, (what, fix) in HEADS.items():
-        if head.startswith(starts) and what != f"packed with {PACKINGS.get(path.suffix)}":
-            raise DataError(f"{path} is {what}", fix=fix)
     if not head:
         raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
+    for start, (what, fix) in HEADS.items():
+        if head.startswith(start) and path.suffix not in PACKINGS:
+            raise DataError(f"{path} is {what}", fix=fix)
     return Source(name, sha256_file(path), item, path)
 
 
@@ -138,7 +135,7 @@ def _hub_commit(item: SourceConfig) -> str:
     try:
         return str(huggingface_hub.dataset_info(item.path, revision=item.revision).sha)
     except Exception as error:
-        raise _hub_error(item, error) from None
+        raise hub_error(error, item.path, setting="data.source", revision=item.revision) from None
 
 
 def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
@@ -147,37 +144,6 @@ def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
     try:
         rows = datasets.load_dataset(item.path, revision=commit, split=item.split)
     except Exception as error:
-        raise _hub_error(item, error) from None
-    for start in range(0, len(rows), ROWS_A_BATCH):
-        chunk = rows.select(range(start, min(start + ROWS_A_BATCH, len(rows)))).to_list()
-        yield Batch(start + 1, rows=list(enumerate(chunk, start + 1)))
-
-
-def _hub_error(item: SourceConfig, error: Exception) -> DataError:
-    """The hub's many errors as one message. Only the cause's name is shown: no tokens, no URLs."""
-    import datasets
-    import huggingface_hub.errors as hub
-
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-
-    def is_a(*kinds: type) -> bool:
-        return any(isinstance(each, kinds) for each in chain)
-
-    name, page = item.path, f"https://huggingface.co/datasets/{item.path}"
-    if is_a(hub.GatedRepoError):
-        what = f"{name} is gated: its licence must be accepted first"
-        fix = f"accept it at {page} and set HF_TOKEN to a read token"
-    elif is_a(hub.RevisionNotFoundError):
-        what, fix = f"{name} has no revision {item.revision}", f"see {page}"
-    elif is_a(hub.RepositoryNotFoundError, hub.HFValidationError):
-        what = f"the hub knows no data set {name}, and there is no such local path"
-        fix = f"check data.source; a private or gated one ({page}) needs HF_TOKEN"
-    elif isinstance(error, ValueError) and not is_a(datasets.exceptions.DatasetsError, OSError):
-        what, fix = f"{name}: {str(error)[:200]}", "check the source's split"
-    else:
-        reason = type(error).__name__
-        what = f"{name} is not on this machine and the hub cannot be reached ({reason})"
-        fix = "check the network, or set data.source to a local copy"
-    return DataError(what, fix=fix)
+        raise hub_error(error, item.path, setting="data.source", revision=commit) from None
+    tables = rows.with_format("arrow").iter(ROWS_A_BATCH)
+    yield from grouped(enumerate((row for table in tables for row in table.to_pylist()), 1))

@@ -1,4 +1,7 @@
-"""The split: groups of related rows, and each row in train, validation or test.
+"""Near-duplicates, groups of related rows, and the split into train, validation and test.
+
+*Near-duplicate*: question and answer both near another row's. What the two questions say besides
+instructions must be near too, and numbers, names and words of direction equal.
 
 *Related*: the same longest passage, or most word sequences of the smaller one shared. Sequences
 that many different passages share are instructions and are left out.
@@ -8,15 +11,23 @@ Related rows of different passages may therefore fall into two parts. None is dr
 out choose the checkpoint (validation), and only groups wholly held out for it decide the verdict.
 """
 
-from dataclasses import dataclass
+import re
 from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fintune.data.ngrams import Integers, asked, hash64, passage, sequences, words
+from fintune.data import optional
+from fintune.data.ngrams import Integers, asked, fixed, hash64, jaccard, passage, sequences, words
 from fintune.example import Example
+
+NEAR_WORDS = 3
+PERMUTATIONS = 128
+INSTRUCTION_ROWS = 4
+"""A sentence in more rows than this is an instruction."""
+
+_SENTENCE = re.compile(r"\n+|(?<=[.?!:;])\s+")
 
 RELATED_WORDS = 8
 """Words of a sequence that relates two rows, as long as one that two authors rarely both write."""
@@ -28,22 +39,19 @@ RELATED_SHARE = 0.75
 """Share of the smaller passage's sequences that makes two passages related."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Where a row goes: the key of its group of related rows, and train, validation or test."""
-
-    group: str
-    part: str
-
-
 def part_of(passage_hash: int, validation: float, test: float) -> str:
     """`validation`, `test` or `train`, by the shares of all passages that the first two get."""
     at = hash64("split", str(passage_hash)) / 2**64
     return "validation" if at < validation else "test" if at < validation + test else "train"
 
 
-def split(examples: list[Example], validation: float, test: float) -> list[Placed]:
-    """Group related rows and place each; a test row of a group with others goes to validation."""
+def split(examples: list[Example], validation: float, test: float) -> list[tuple[str, str]]:
+    """The key of every row's group of related rows, and its part.
+
+    A test row of a group that has rows in other parts goes to validation.
+    """
+    if not examples:
+        return []
     hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
     passages, own = np.unique(hashes, return_inverse=True)
     groups = _components(examples, own, len(passages))
@@ -55,7 +63,7 @@ def split(examples: list[Example], validation: float, test: float) -> list[Place
     for at in own:
         mixed = parts[at] == "test" and len(of_group[groups[at]]) > 1
         part = "validation" if mixed else parts[at]
-        placed.append(Placed(f"{passages[groups[at]]:016x}", part))
+        placed.append((f"{passages[groups[at]]:016x}", part))
     return placed
 
 
@@ -91,3 +99,55 @@ def _components(examples: list[Example], own: Integers, count: int) -> Integers:
     smallest = np.full(labels.max() + 1, count)
     np.minimum.at(smallest, labels, np.arange(count))
     return smallest[labels]
+
+
+def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]:
+    """Index of every row that nearly repeats an earlier one, and that one's index.
+
+    Args:
+        examples: rows in hash order; of two near ones the first stays.
+        threshold: Jaccard similarity of word triples that question and answer must both reach.
+    """
+    if threshold >= 1:
+        return {}
+    library = optional("datasketch", "data.near_duplicates", "1")
+    index = library.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    texts = [(asked(example), example.messages[-1].content) for example in examples]
+    said = [hash64(part) for text, _ in texts for part in set(_SENTENCE.split(text))]
+    parts, often = np.unique(np.array(said, np.uint64), return_counts=True)
+    instructions = set(parts[often > INSTRUCTION_ROWS].tolist())
+    repeats: dict[int, int] = {}
+    template = library.MinHash(PERMUTATIONS, hashfunc=int)
+    for at, (question, answer) in enumerate(texts):
+        sketch = template.copy()
+        both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)
+        sketch.update_batch((both >> np.uint64(32)).tolist())
+        for other in sorted(index.query(sketch)):
+            if _near(texts[at], texts[other], threshold, instructions):
+                repeats[at] = other
+                break
+        else:
+            index.insert(at, sketch)
+    return repeats
+
+
+def _near(
+    one: tuple[str, str], other: tuple[str, str], threshold: float, instructions: set[int]
+) -> bool:
+    """Answers, the questions' last lines, whole questions and own parts near, cheapest first.
+
+    A question's own part is its lines that the other has not, without sentences that are
+    `instructions`: 60 words of them would outweigh a short text that says the opposite.
+    """
+    last = (one[0].rstrip().rsplit("\n", 1)[-1], other[0].rstrip().rsplit("\n", 1)[-1])
+    lines = (one[0].split("\n"), other[0].split("\n"))
+    left = ([line for line in mine if line not in theirs] for mine, theirs in (lines, lines[::-1]))
+    sentences = (_SENTENCE.split("\n".join(kept)) for kept in left)
+    own = [
+        " ".join(part for part in found if hash64(part) not in instructions) for found in sentences
+    ]
+    return all(
+        fixed(a) == fixed(b)
+        and jaccard(sequences(words(a), NEAR_WORDS), sequences(words(b), NEAR_WORDS)) >= threshold
+        for a, b in ((one[1], other[1]), last, (one[0], other[0]), own)
+    )

@@ -54,9 +54,9 @@ def tokenize(
                 tokens = chat.text_tokens(example.messages, row)
                 if tokens < min_tokens:
                     ledger.drop(example, "too_short", f"{tokens} tokens")
-                    continue
-                ids = np.array(row.input_ids, np.int32)
-                rows.append(Tokenized(example, ids, np.array(row.labels, np.int32)))
+                else:
+                    ids, labels = (np.array(each, np.int32) for each in (row.input_ids, row.labels))
+                    rows.append(Tokenized(example, ids, labels))
             progress.advance(len(chunk))
     return rows
 
@@ -80,18 +80,17 @@ def fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) -> 
         DataError: too many rows would be dropped, or any is longer under `fail`.
     """
     long = [row for row in rows if row.length > max_length]
-    share = len(long) / max(1, len(rows))
-    if long and (policy == "fail" or (policy == "drop" and share > MOST_TOO_LONG)):
+    most = {"fail": 0.0, "drop": MOST_TOO_LONG * len(rows), "truncate": math.inf}[policy]
+    if len(long) > most:
         worst = max(long, key=lambda row: row.length)
         raise DataError(
-            f"{len(long)} of {len(rows)} rows ({share:.1%}) are longer than {max_length} tokens;"
-            f" the longest, {worst.example.source}:{worst.example.line}, has {worst.length}",
+            f"{len(long)} of {len(rows)} rows are longer than {max_length} tokens;"
+            f" the longest, {worst.example.place}, has {worst.length}",
             fix="raise data.max_length, or set data.over_length=truncate",
         )
     kept: list[Tokenized] = []
     for row in rows:
-        excess = row.length - max_length
-        labels = row.labels[:max_length]
+        excess, labels = row.length - max_length, row.labels[:max_length]
         if excess <= 0:
             kept.append(row)
         elif policy == "truncate" and (labels != IGNORE_INDEX).any():

@@ -6,12 +6,11 @@ that breaks) after `Retry-After` or a growing, jittered wait. A call that stays 
 is asked again by the next run of the same command.
 """
 
-import contextlib
-import ipaddress
 import json
 import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from fintune.config import JudgeConfig
 from fintune.console import Meter, meter, say
 from fintune.errors import ConfigError, GateRefused, ModelError
+from fintune.evals.grading import PHRASES
 from fintune.evals.judge import SCHEMA, Call, outcome, read_verdict
 from fintune.files import JsonlLog
 
@@ -31,26 +31,10 @@ MAX_TOKENS, MAX_REASONING_TOKENS = 600, 8_000
 NO_KEY = "no-key-is-needed"
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; a verdict is read from all of it."""
-UNSCORED = {"length": "truncated", "content_filter": "content_filter"}
-"""Why a reply whose end the endpoint names holds no verdict."""
 OPENAI = "api.openai.com"
-KEY_HOSTS = {
-    "OPENAI_API_KEY": OPENAI,
-    "ANTHROPIC_API_KEY": "api.anthropic.com",
-    "DEEPSEEK_API_KEY": "api.deepseek.com",
-    "GEMINI_API_KEY": "generativelanguage.googleapis.com",
-    "GROQ_API_KEY": "api.groq.com",
-    "MISTRAL_API_KEY": "api.mistral.ai",
-    "OPENROUTER_API_KEY": "openrouter.ai",
-    "TOGETHER_API_KEY": "api.together.xyz",
-    "XAI_API_KEY": "api.x.ai",
-}
+KEY_HOSTS: dict[str, str] = PHRASES["key_hosts"]
 """The host that the key of a variable is for. OpenAI's also goes to a server on this machine, where
 any client sends it."""
-
-
-class _Unanswered(Exception):
-    """A call that stayed without a completion; the message says why."""
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -58,7 +42,7 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     if not (folder / LOG).is_file():
         return {}
     with JsonlLog(folder / LOG) as log:
-        return {row["key"]: row for row in log.rows() if row["row"] == "done"}
+        return {row["key"]: row for row in log.rows() if row.pop("row") == "done"}
 
 
 def most_usd(call: Call, config: JudgeConfig) -> float:
@@ -72,9 +56,6 @@ def ask(
     folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Make every call that is not finished yet; return the finished rows by key.
-
-    Args:
-        judge_host: a host that may get the key besides the variable's own.
 
     Args:
         judge_host: a host that may get the key besides the variable's own.
@@ -98,11 +79,11 @@ def ask(
         JsonlLog(folder / LOG) as log,
         meter("judge", len(todo)) as progress,
     ):
-        _ask_all(client, todo, config, log, done, progress)
+        _make_calls(client, todo, config, log, done, progress)
     return done
 
 
-def _ask_all(
+def _make_calls(
     client: Any,
     todo: list[Call],
     config: JudgeConfig,
@@ -110,61 +91,51 @@ def _ask_all(
     done: dict[str, dict[str, Any]],
     progress: Meter,
 ) -> None:
-    """Make calls, a few at once; each is logged and added to `done` as soon as it is finished."""
-    running: dict[Future[dict[str, Any]], Call] = {}
-    unanswered: list[str] = []
-    before = len(done)
+    """Make calls, a few at once; each is logged and added to `done` as soon as it is finished.
 
-    def collect(return_when: str) -> None:
-        for future in wait(running, return_when=return_when).done:
-            del running[future]
-            try:
-                row = future.result()
-            except _Unanswered as error:
-                unanswered.append(str(error))
-                continue
-            log.append(row)
-            done[row["key"]] = row
-            progress.advance(note=f"${_spent(done):.3f}")
+    The first error stops those that wait; those under way end and are logged.
+    """
+    lock, stopped = threading.Lock(), threading.Event()
+    spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
 
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
+    def make(call: Call) -> None:
+        nonlocal spent
+        most = most_usd(call, config)
         try:
-            for call in todo:
-                if len(running) == CONCURRENCY:
-                    collect(FIRST_COMPLETED)
-                if unanswered and len(done) == before:  # the others would wait in vain
-                    break
-                reserved = sum(most_usd(one, config) for one in [*running.values(), call])
-                if config.max_usd is not None and _spent(done) + reserved > config.max_usd:
-                    limit = f"the next call may pass the limit of ${config.max_usd}"
+            with lock:
+                if stopped.is_set():
+                    return
+                if config.max_usd is not None and spent + most > config.max_usd:
                     raise GateRefused(
-                        f"judge: ${_spent(done):.4f} spent, and {limit}",
+                        f"judge: the next call may pass the limit of ${config.max_usd}",
+                        why=f"${spent:.4f} are spent or may be by calls under way",
                         fix="the same command with a higher limit continues; no call is made twice",
                     )
-                running[pool.submit(_ask, client, call, config)] = call
-            while running:
-                collect(ALL_COMPLETED)
-        finally:  # a refusal, or a signal: calls under way end and are logged
-            while running:
-                with contextlib.suppress(ModelError):
-                    collect(ALL_COMPLETED)
-    if unanswered:
-        raise ModelError(
-            f"judge: {len(unanswered)} calls got no reply from {config.base_url}"
-            f" ({unanswered[0]}, {1 + RETRIES} tries each)",
-            why=f"{len(done) - before} calls of this run were answered and are kept",
-            fix="check eval.judge.base_url and the server, then run the same command again",
-        )
+                spent += most
+            row = _ask(client, call, config)
+            with lock:
+                log.append({"row": "done", **row})
+                done[call.key] = row
+                spent += row["usage"]["usd"] - most
+                progress.advance()
+        except BaseException:
+            stopped.set()
+            raise
 
-
-def _spent(done: dict[str, dict[str, Any]]) -> float:
-    return float(sum(row["usage"]["usd"] for row in done.values()))
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        list(pool.map(make, todo))
 
 
 def _client(config: JudgeConfig, judge_host: str) -> Any:
-    openai, key = _openai(), api_key(config, judge_host)
+    try:
+        import openai
+    except ImportError:
+        raise ConfigError(
+            "a judge needs the openai client, which is not installed",
+            fix="pip install 'fintune[judge]'",
+        ) from None
     return openai.OpenAI(
-        api_key=key,
+        api_key=api_key(config, judge_host),
         base_url=config.base_url,
         max_retries=RETRIES,
         timeout=TIMEOUT_S,
@@ -176,8 +147,9 @@ def _client(config: JudgeConfig, judge_host: str) -> Any:
 
 
 def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
-    """The row of one call. Raises _Unanswered, or ModelError where no other call can succeed."""
-    openai = _openai()
+    """The row of one call. Raises ModelError where it stays without a completion."""
+    import openai
+
     if config.reasoning:
         limits: dict[str, Any] = {"max_completion_tokens": MAX_REASONING_TOKENS}
     else:
@@ -193,10 +165,9 @@ def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
         )
     except openai.APIStatusError as error:
         said = error.response.text.replace(client.api_key, "[redacted]")
-        raise _refusal(error.status_code, said, config) from None
+        raise _failure(f"HTTP {error.status_code}", said, config) from None
     except openai.APIConnectionError as error:
-        why = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
-        raise _Unanswered(why) from None
+        raise _failure("no reply", str(error), config) from None
     # A server that writes the key into its reply must not bring it into a file.
     return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
 
@@ -209,16 +180,15 @@ def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
         used = value.get("usage") or {}
         tokens = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _Unanswered("no completion in the reply") from None
+        raise _failure("no completion", body, config) from None
     prices = (config.usd_per_million_in, config.usd_per_million_out)
     usd = sum(count * price for count, price in zip(tokens, prices, strict=True)) / 1e6
     verdict = read_verdict(call, text)
-    reason = UNSCORED.get(str(choice.get("finish_reason")), "parse_failure")
+    finish = str(choice.get("finish_reason"))[:40]
     return {
-        "row": "done",
         "key": call.key,
         "status": "scored" if verdict else "unscored",
-        "unscored_reason": None if verdict else reason,
+        "unscored_reason": None if verdict else "parse_failure" if finish == "stop" else finish,
         "outcome": outcome(call, verdict) if verdict else None,
         "verdict": verdict,
         "reply": text[:KEPT_CHARACTERS],
@@ -228,22 +198,15 @@ def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
     }
 
 
-def _refusal(status: int, said: str, config: JudgeConfig) -> Exception:
-    """What a status means that the client did not repeat, or repeated in vain."""
-    if status in (408, 409, 429) or status >= 500:
-        return _Unanswered(f"HTTP {status}")
-    what, fix = {
-        401: (f"does not accept the key in {config.key_variable}", "correct the key"),
-        402: ("asks for payment: the account has no credit left", "pay"),
-        403: ("forbids this key the use of the model", "correct the key or eval.judge.model"),
-        404: (f"knows no model {config.model}", "correct eval.judge.model or base_url"),
-    }.get(status, ("rejects the request", "use a model with structured output (JSON schemas)"))
-    if 300 <= status < 400:
-        what, fix = "redirects to another address", "set eval.judge.base_url to that address"
+def _failure(what: str, said: str, config: JudgeConfig) -> ModelError:
+    """A call that the client repeated in vain, or that no repeating helps."""
+    fixes: dict[str, str] = PHRASES["judge_fixes"]
+    fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
     return ModelError(
-        f"judge: the endpoint {what} (HTTP {status}): {' '.join(said.split())[:300]}",
+        f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}",
         why="what was judged so far is kept; key and rows go to no host but the configured one",
-        fix=f"{fix}, and run the same command again",
+        fix=fix.format(key_variable=config.key_variable, model=config.model)
+        + ", and run the same command again; no call is made twice",
     )
 
 
@@ -281,19 +244,4 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
 
 
 def _is_loopback(config: JudgeConfig) -> bool:
-    host = urlsplit(config.base_url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _openai() -> Any:
-    try:
-        import openai
-    except ImportError:
-        raise ConfigError(
-            "a judge needs the openai client, which is not installed",
-            fix="pip install 'fintune[judge]'",
-        ) from None
-    return openai
+    return urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1")

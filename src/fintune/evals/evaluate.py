@@ -6,9 +6,11 @@ are made from the raw files alone (`rescore`).
 """
 
 import contextlib
+import math
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,28 @@ import peft
 import pyarrow.parquet as pq
 import torch
 import transformers
+from accelerate.utils import send_to_device
 
 import fintune
 from fintune import attention, model, seal
 from fintune.chat import ChatFormat
+from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
-from fintune.console import meter, say, table
-from fintune.errors import ConfigError, DataError, OutputError
-from fintune.evals import heldout, judged, regression
+from fintune.console import meter, say
+from fintune.errors import ConfigError, DataError, NotFinite, OutputError
+from fintune.evals import calls, judge, regression
 from fintune.evals.items import VARIANTS, HeldOutItems, Item, Pair, load_pairs
 from fintune.evals.report import COMMAND, RESULTS, read_evaluation, write_results
 from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
 from fintune.evals.tasks import source_hash, task_items
-from fintune.example import Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
+from fintune.loss import causal_model, sum_loss
+
+BANDS = (128, 256, 512, 1024, 2048)
+"""Upper ends, in tokens, of the length bands; longer conversations share the last."""
+BATCH_TOKENS = 4096
+"""Most tokens of one forward pass of the held-out loss, unless one row alone is longer."""
 
 
 def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
@@ -51,15 +60,17 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        if seal.state(folder, inputs, command=COMMAND) is not seal.State.FINISHED:
+        finished = seal.state(folder, inputs, command=COMMAND) is seal.State.FINISHED
+        if not finished:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
-            _finish(folder, inputs, judged.unjudged_rows(_judged_set(folder)))
-        elif not judged.pending(folder, _judged_set(folder), config.eval.judge, config.seed):
+            _finish(folder, inputs, judge.unjudged_rows(_judged_set(folder)))
+        planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
+        if {call.key for call in planned} - calls.finished(folder).keys():
+            _judge(config, folder, inputs, judge_host)
+        elif finished:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / RESULTS)
-        if config.eval.judge.model is not None:
-            _judge(config, folder, inputs, judge_host)
     return _show(config)
 
 
@@ -80,28 +91,24 @@ def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
 
 def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str) -> None:
     """Make the results again with the judge's verdicts; until all are in, those before stay."""
-    material = (_judged_set(folder), config.eval.judge, config.seed, judge_host)
-    _finish(folder, inputs, judged.judged_rows(folder, *material))
+    pairs, settings = _judged_set(folder), config.eval.judge
+    planned = judge.plan(pairs, settings, config.seed)
+    done = calls.ask(folder, planned, settings, judge_host)
+    _finish(folder, inputs, judge.judged_rows(pairs, planned, done, settings))
 
 
 def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     (folder / seal.DONE).unlink(missing_ok=True)
-    write_jsonl(folder / judged.NAME, rows)
+    write_jsonl(folder / judge.NAME, rows)
     write_results(folder)
     seal.seal(folder, inputs)
 
 
 def _show(config: Config) -> dict[str, Any]:
     found = read_json(config.eval_dir / RESULTS)
-    accuracy = found["accuracy"]
-    table(
-        f"evaluation of {config.run_dir}",
-        ["", "base", "adapter"],
-        [
-            ["held-out loss", *(f"{found['loss'][variant]:.3f}" for variant in VARIANTS)],
-            ["accuracy", *(f"{accuracy[variant] or 0:.1%}" for variant in VARIANTS)],
-        ],
-    )
+    accuracy, loss = found["accuracy"], found["loss"]
+    for name in VARIANTS:
+        say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
     for sentence in words(found):
         say(sentence)
     return found
@@ -120,7 +127,6 @@ def _inputs(config: Config) -> dict[str, Any]:
         config.run_dir, stage="training run", make="fintune train", needed=[adapter]
     )
     apart = {"out", "judge", "tasks", "regression_folder"}  # paths say nothing on another machine
-    settings = config.eval.model_dump(mode="json", exclude=apart)
     return {
         "train": data["files"]["train.parquet"]["sha256"],
         "test": data["files"]["test.parquet"]["sha256"],
@@ -131,7 +137,7 @@ def _inputs(config: Config) -> dict[str, Any]:
         "date_string": config.chat.date_string,
         "precision": config.train.precision,
         "seed": config.seed,
-        "settings": settings,
+        "settings": config.eval.model_dump(mode="json", exclude=apart),
         "tasks": {name: source_hash(source) for name, source in config.eval.tasks.items()},
     }
 
@@ -148,11 +154,12 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     dtype = model.precision("fp32" if choice == "auto" and on.type == "cpu" else choice, on)
     bare = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
     peft_model = model.load_adapter(bare, config.run_dir / "best")
-    items, facts = _choose(config, rows, chat, bare.config.max_position_embeddings)
-    write_json(folder / "run.json", {**facts, **_provenance(config, base, dtype, inputs)})
+    prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings)
+    facts["provenance"] = {**inputs, "precision": dtype, "decoding": "greedy", **_environment()}
+    write_json(folder / "run.json", facts)
     _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
     ends = model.end_token_ids(base, tokenizer)
-    _generate(config, folder, peft_model, tokenizer, chat, items, ends)
+    _generate(config, folder, peft_model, tokenizer, prompts, ends)
     if config.eval.regression and not (folder / "regression.json").is_file():
         found = {}
         for variant in VARIANTS:
@@ -179,103 +186,91 @@ def _test_rows(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def _train_rows(config: Config) -> Iterator[dict[str, Any]]:
+    file = pq.ParquetFile(config.data_dir / "train.parquet")
+    for batch in file.iter_batches(1024, columns=["messages", "group"]):
+        yield from batch.to_pylist()
+
+
 def _choose(
     config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int
-) -> tuple[list[Item], dict[str, Any]]:
-    """The items to answer, and what run.json says about how they were chosen."""
-    seen: set[str] = set()
-    groups: set[str] = set()
+) -> tuple[list[tuple[Item, list[int]]], dict[str, Any]]:
+    """The items to answer with their prompts' ids, and what run.json says of the choice."""
 
-    def train() -> Iterator[list[Message]]:
-        file = pq.ParquetFile(config.data_dir / "train.parquet")
-        for batch in file.iter_batches(1024, columns=["messages", "group"]):
-            for row in batch.to_pylist():
-                groups.add(row["group"])
-                messages = [Message(**message) for message in row["messages"]]
-                seen.add(_asked(messages[:-1]))
-                yield messages
+    def by_hash(items: list[Item], salt: str = "") -> list[Item]:
+        return sorted(items, key=lambda item: sha256_bytes(f"{salt}{item.id}".encode()))
 
-    reader = HeldOutItems(train())
-    found = sorted(
-        (reader.item(row) for row in rows), key=lambda item: sha256_bytes(item.id.encode())
-    )
-    checkable = [item for item in found if item.kind != "text"][: config.eval.max_items]
-    items, decided = list(checkable), {item.id for item in checkable}
+    reader = HeldOutItems(_train_rows(config))
+    own = by_hash([reader.item(row) for row in rows])
+    checkable = [item for item in own if item.kind != "text"]
+    items = checkable[: config.eval.max_items]
     for name, source in config.eval.tasks.items():
         items += task_items(name, source, config.eval.max_items)
     if sum(item.kind in CHECKED for item in items) < FEWEST_CHECKABLE:
-        items += [item for item in found if item.kind == "text"][: config.eval.judged_items]
-    room = longest - config.eval.max_new_tokens
-    fitting = [item for item in items if len(chat.prompt_ids(item.messages)) <= room]
-    pool = sorted(
-        (item for item in fitting if item.id in decided or item.kind == "text"),
-        key=lambda item: sha256_bytes(f"judged:{item.id}".encode()),
-    )
-    leaked = [item.id for item in fitting if _asked(item.messages) in seen or item.group in groups]
-    return fitting, {
+        items += [item for item in own if item.kind == "text"][: config.eval.judged_items]
+    if len({item.id for item in items}) < len(items):
+        raise OutputError("eval.tasks: two items share their id", fix="give each line its own `id`")
+    most = longest - config.eval.max_new_tokens
+    encoded = [(item, chat.prompt_ids(item.messages)) for item in items]
+    prompts = [(item, ids) for item, ids in encoded if len(ids) <= most]
+    fitting, decided = [item for item, _ in prompts], {item.id for item in own}
+    pool = [item for item in fitting if item.id in decided or item.kind == "text"]
+    return prompts, {
         "primary": config.eval.primary,
         "seed": config.seed,
-        "judged": [item.id for item in pool[: config.eval.judged_items]],
-        "contaminated": leaked,
-        "too_long": len(items) - len(fitting),
-        "data": {
-            "test_rows": len(rows),
-            "checkable": len([item for item in found if item.kind != "text"]),
-            "rows_sha256": sha256_json([row["example_id"] for row in rows]),
-        },
+        "judged": [item.id for item in by_hash(pool, "judged:")[: config.eval.judged_items]],
+        "contaminated": [item.id for item in fitting if reader.saw(item)],
     }
 
 
-def _asked(messages: Any) -> str:
-    """A prompt as compared with the training prompts: its words, case and spacing apart."""
-    text = "\n".join(f"{message.role} {message.content}" for message in messages)
-    return sha256_bytes(" ".join(text.casefold().split()).encode("utf-8", "backslashreplace"))
-
-
-def _provenance(
-    config: Config, base: model.Base, dtype: str, inputs: dict[str, Any]
-) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
+    packages = (fintune, torch, transformers, peft)
     return {
-        "models": {
-            "base": {"id": base.id, "revision": base.revision},
-            "adapter": {"sha256": inputs["adapter"]},
-            "precision": dtype,
-            "quantization": config.model.quantization,
-        },
-        "settings": {
-            **inputs["settings"],
-            "tasks": inputs["tasks"],
-            "decoding": "greedy",
-            "date_string": config.chat.date_string,
-        },
-        "packages": {
-            module.__name__: module.__version__ for module in (fintune, torch, transformers, peft)
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "architecture": platform.machine(),
-            "cores": os.cpu_count(),
-        },
+        "packages": {package.__name__: package.__version__ for package in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
     }
 
 
 def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
-    found = heldout.cells(rows)
+    """Sums over the label tokens of each cell, a source and length band, by both models."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["source"], -len(row["input_ids"]))):
+        end = next((end for end in BANDS if len(row["input_ids"]) <= end), None)
+        band = f"<= {end}" if end else f"> {BANDS[-1]}"
+        cells.setdefault((row["source"], band), []).append(row)
     with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
         done = {(row["source"], row["length"]) for row in file.rows()}
-        for (source, band), chosen in found.items():
+        for (source, band), chosen in cells.items():
             progress.advance(len(chosen))
             if (source, band) in done:
                 continue
-            totals = {}
+            cell = {"source": source, "length": band, "rows": len(chosen)}
             for variant in VARIANTS:
                 with _enabled(peft_model, variant):
-                    parts = list(heldout.sums(peft_model, chosen, pad))
-                totals[variant] = sum(total for total, _ in parts)
-                tokens = sum(count for _, count in parts)
-            file.append(
-                {"source": source, "length": band, "rows": len(chosen), "tokens": tokens, **totals}
-            )
+                    cell[variant], cell["tokens"] = _loss_sum(peft_model, chosen, pad)
+            file.append(cell)
+
+
+def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[float, int]:
+    """Sum of the cross-entropy (nats) and label tokens of rows, longest first.
+
+    Raises:
+        NotFinite: the loss is NaN or infinite.
+    """
+    padding_free = attention.why_padded(causal_model(peft_model)) is None
+    total, tokens, size = 0.0, 0, max(1, BATCH_TOKENS // len(rows[0]["input_ids"]))
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        made = padding_free_batch(batch) if padding_free else padded_batch(batch, pad)
+        with torch.inference_mode():
+            loss, count = sum_loss(peft_model, send_to_device(made, peft_model.device))
+        total += float(loss)
+        tokens += count
+    if not math.isfinite(total):
+        raise NotFinite("the held-out loss is not finite", fix="or try --set train.precision=fp32")
+    return total, tokens
 
 
 def _generate(
@@ -283,46 +278,37 @@ def _generate(
     folder: Path,
     peft_model: Any,
     tokenizer: Any,
-    chat: ChatFormat,
-    items: list[Item],
+    prompts: list[tuple[Item, list[int]]],
     ends: list[int],
 ) -> None:
     """Answers by both models to every item not yet answered, appended batch by batch."""
-    ids = {item.id: chat.prompt_ids(item.messages) for item in items}
-    by_id = {item.id: item for item in items}
-    if len(by_id) < len(items):
-        raise OutputError(f"{len(items) - len(by_id)} items share their id with another")
-    path = folder / "predictions.jsonl"
-    with JsonlLog(path) as file, meter("answers", 2 * len(items)) as progress:
+    path, limit = folder / "predictions.jsonl", config.eval.max_new_tokens
+    by_id = {item.id: (item, ids) for item, ids in prompts}
+    with JsonlLog(path) as file, meter("answers", 2 * len(prompts)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
-        limit = config.eval.max_new_tokens
         for variant in VARIANTS:
-            keys = [key for key in by_id if (variant, key) not in done]
-            requests = [Request(key, ids[key], limit) for key in keys]
+            requests = [
+                Request(item.id, ids, limit)
+                for item, ids in prompts
+                if (variant, item.id) not in done
+            ]
+            given = (peft_model, tokenizer, requests)
+            size = config.eval.per_device_eval_batch_size
             with _enabled(peft_model, variant):
-                for batch in generate(
-                    peft_model,
-                    tokenizer,
-                    requests,
-                    stop_token_ids=ends,
-                    batch_size=config.eval.per_device_eval_batch_size,
-                ):
-                    made = [
-                        {
-                            "model": variant,
-                            "text": answer.text,
-                            "tokens": len(answer.token_ids),
-                            "finish": answer.finish_reason,
-                            "prompt_sha256": sha256_json(ids[answer.id]),
-                            "item": by_id[answer.id].as_json(),
-                        }
-                        for answer in batch
-                    ]
-                    file.append(*made)
+                for batch in generate(*given, stop_token_ids=ends, batch_size=size):
+                    file.append(*(_line(variant, *by_id[one.id], one) for one in batch))
                     progress.advance(len(batch), note=variant)
-        place = {key: at for at, key in enumerate(by_id)}
-        rows = sorted(
-            file.rows(), key=lambda row: (place[row["item"]["id"]], -VARIANTS.index(row["model"]))
-        )
-    write_jsonl(path, rows)
+        rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}
+    write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
+
+
+def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str, Any]:
+    return {
+        "model": variant,
+        "text": answer.text,
+        "tokens": len(answer.token_ids),
+        "finish": answer.finish_reason,
+        "prompt_sha256": sha256_json(ids),
+        "item": asdict(item),
+    }

@@ -24,9 +24,7 @@ PHRASES = read_toml(__file__, "phrases.toml")
 _ABSTAINS = re.compile(PHRASES["abstains"])
 _REFUSES = re.compile(PHRASES["refuses"])
 _LISTS = re.compile(PHRASES["lists"])
-_NOT = re.compile(
-    r"(?i)(?:\bnot?|n['’]t|\bneither|\bnor|\brather than|\binstead of)\s+(?:an?\s+|the\s+)?\Z"
-)
+_NOT = re.compile(PHRASES["negates"])
 
 
 @dataclass(frozen=True, slots=True)

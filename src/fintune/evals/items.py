@@ -3,15 +3,14 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fintune import numbers
-from fintune.errors import OutputError
 from fintune.evals.grading import LABEL_WORDS, Graded, Kind, grade, listed_choices, plain
 from fintune.example import Message
-from fintune.files import read_jsonl
+from fintune.files import read_jsonl, sha256_bytes
 
 VARIANTS = ("base", "adapter")
 LABEL_ROWS = 5
@@ -53,15 +52,11 @@ class Item:
         marks = [match.start() for match in _QUESTION.finditer(text)]
         return (text[: marks[-1]], text[marks[-1] :]) if marks else ("", text)
 
-    def as_json(self) -> dict[str, Any]:
-        """As written into predictions.jsonl; `from_json` reads it back."""
-        return asdict(self)
-
     @staticmethod
     def from_json(row: dict[str, Any]) -> "Item":
-        known = {name: row[name] for name in Item.__slots__ if name in row}
+        """The item of a line of predictions.jsonl, where `asdict` wrote it."""
         messages = tuple(Message(**message) for message in row["messages"])
-        return Item(**{**known, "messages": messages, "choices": tuple(row["choices"])})
+        return Item(**{**row, "messages": messages, "choices": tuple(row["choices"])})
 
     def grade(self, answer: str) -> Graded | None:
         """Grade an answer to this question; None where only a judge can."""
@@ -74,44 +69,48 @@ class HeldOutItems:
     of the training set: an answer is a number, or a label that many rows share or a prompt lists.
 
     Args:
-        train: conversations of the training rows; only short last answers matter.
+        train: rows of train.parquet with `messages` and `group`.
     """
 
-    def __init__(self, train: Iterable[list[Message]]) -> None:
-        counts: Counter[str] = Counter()
-        rows: list[tuple[str, str]] = []
-        for messages in train:
-            answer = messages[-1].content.strip()
+    def __init__(self, train: Iterable[dict[str, Any]]) -> None:
+        self._prompts: set[str] = set()
+        self._groups: set[str] = set()
+        shared: Counter[str] = Counter()
+        short: list[tuple[str, str]] = []
+        for row in train:
+            *prompt, last = (Message(**message) for message in row["messages"])
+            self._groups.add(row["group"])
+            self._prompts.add(_prompt_hash(prompt))
+            answer = last.content.strip()
             if len(answer.split()) <= LABEL_WORDS:
-                rows.append((messages[-2].content, answer))
-                counts[plain(answer)] += not numbers.is_number_answer(answer)
-        self._labels = {label for label, count in counts.items() if count >= LABEL_ROWS and label}
-        self._counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-        for prompt, answer in rows:
+                short.append((prompt[-1].content, answer))
+                shared[plain(answer)] += not numbers.is_number_answer(answer)
+        self._labels = {label for label, count in shared.items() if count >= LABEL_ROWS and label}
+        self._answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for text, answer in short:
             if numbers.is_number_answer(answer):
-                self._counts["number",][answer] += 1
+                self._answers["number",][answer] += 1
             elif plain(answer) in self._labels:
-                self._counts[self._family(prompt)][answer] += 1
-                self._counts["label",][answer] += 1
+                self._answers[_label_set(text)][answer] += 1
+                self._answers["label",][answer] += 1
+
+    def saw(self, item: Item) -> bool:
+        """Whether a training row has the item's prompt, or is of its group."""
+        return item.group in self._groups or _prompt_hash(item.messages) in self._prompts
 
     def item(self, row: dict[str, Any]) -> Item:
         """The item of a row of test.parquet; kind `text` where only a judge can check it."""
-        messages = tuple(Message(**message) for message in row["messages"])
-        *prompt, last = messages
-        reference = last.content.strip()
-        family = self._family(prompt[-1].content)
+        *prompt, last = (Message(**message) for message in row["messages"])
+        reference, label = last.content.strip(), plain(last.content)
+        key = _label_set(prompt[-1].content)
         kind: Kind = "text"
-        choices: tuple[str, ...] = ()
+        choices: set[str] = set()
         if numbers.is_number_answer(reference):
-            kind, family = "number", ("number",)
-        elif 0 < len(reference.split()) <= LABEL_WORDS and (
-            plain(reference) in self._labels or plain(reference) in family
-        ):
+            kind, key = "number", ("number",)
+        elif 0 < len(reference.split()) <= LABEL_WORDS and (label in self._labels or label in key):
             kind = "label"
-            offered = {answer.strip(" .") for answer in self._counts[family]}
-            choices = tuple(sorted({*family, *offered, reference}))
-        counted = self._counts[family] or self._counts["label",]
-        most = counted.most_common(1) if kind != "text" else []
+            choices = {*key, *(answer.strip(" .") for answer in self._answers[key]), reference}
+        known = self._answers[key] or self._answers["label",]
         return Item(
             id=row["example_id"],
             task=f"{row['source']}:{kind}",
@@ -119,49 +118,42 @@ class HeldOutItems:
             group=row["group"],
             messages=tuple(prompt),
             reference=reference,
-            choices=choices,
-            majority=most[0][0] if most else None,
+            choices=tuple(sorted(choices)),
+            majority=known.most_common(1)[0][0] if known and kind != "text" else None,
         )
 
-    def _family(self, prompt: str) -> tuple[str, ...]:
-        """The label set that a prompt lists, or ()."""
-        return tuple(sorted({plain(choice) for choice in listed_choices(prompt)}))
+
+def _label_set(prompt: str) -> tuple[str, ...]:
+    """The labels that a prompt lists, or ()."""
+    return tuple(sorted({plain(choice) for choice in listed_choices(prompt)}))
+
+
+def _prompt_hash(messages: Iterable[Message]) -> str:
+    """A prompt as compared with the training prompts: its words, case and spacing apart."""
+    text = "\n".join(f"{message.role} {message.content}" for message in messages)
+    return sha256_bytes(" ".join(text.casefold().split()).encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One item with both completions (rows of predictions.jsonl) and their grades, by variant."""
+    """One item with the texts of both answers and their grades, by variant."""
 
     item: Item
-    answers: dict[str, dict[str, Any]]
+    texts: dict[str, str]
     graded: dict[str, Graded | None]
 
-    def text(self, variant: str) -> str:
-        """The completion of a variant."""
-        return str(self.answers[variant]["text"])
-
     def holds(self, variant: str, test: Callable[[Graded], bool]) -> bool:
-        """Whether a completion is graded and its grade passes a test."""
+        """Whether an answer is graded and its grade passes a test."""
         graded = self.graded[variant]
         return graded is not None and test(graded)
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """Items with both completions, graded now; raises OutputError where one is missing."""
-    items: dict[str, Item] = {}
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    """Items with both answers, graded now."""
+    pairs: dict[str, Pair] = {}
     for row in read_jsonl(folder / "predictions.jsonl"):
-        item = items.setdefault(row["item"]["id"], Item.from_json(row["item"]))
-        answers.setdefault(item.id, {})[row["model"]] = row
-    missing = [key for key, found in answers.items() if set(found) != set(VARIANTS)]
-    if missing:
-        raise OutputError(
-            f"{folder / 'predictions.jsonl'}: {len(missing)} items lack an answer of one model",
-            fix="run the evaluation again; it continues",
-        )
-    return [
-        Pair(
-            item, answers[key], {name: item.grade(answers[key][name]["text"]) for name in VARIANTS}
-        )
-        for key, item in items.items()
-    ]
+        key = row["item"]["id"]
+        pair = pairs.get(key) or pairs.setdefault(key, Pair(Item.from_json(row["item"]), {}, {}))
+        pair.texts[row["model"]] = row["text"]
+        pair.graded[row["model"]] = pair.item.grade(row["text"])
+    return [*pairs.values()]

@@ -1,42 +1,42 @@
-"""What the judge is asked, and how its reply is read.
+"""What the judge is asked, how its reply is read, and what its verdicts add up to.
 
 A candidate's text is hostile input. It is quoted line by line between fences that carry a nonce,
 nothing in it can look like a fence, and a verdict counts only as the last JSON object of the
 reply that carries the same nonce, which no candidate can know. Control items, whose verdict is
-known, are part of every run.
+known, are part of every run. Where exactly one completion is right by number or label, that
+decides the item, and the judge's opposite opinion is counted against the judge.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fintune.config import JudgeConfig
+from fintune.errors import DataError
+from fintune.evals import stats
 from fintune.evals.grading import PHRASES
-from fintune.evals.items import VARIANTS, Item
-from fintune.files import sha256_bytes, sha256_json
+from fintune.evals.items import VARIANTS, Item, Pair
+from fintune.files import FORMAT, read_jsonl, sha256_bytes, sha256_json
 from fintune.numbers import compare
 
-RUBRIC = resources.files("fintune.evals").joinpath("rubric.md").read_text(encoding="utf-8")
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "rationale": {"type": "string"},
-        "winner": {"type": "string", "enum": ["A", "B", "tie"]},
-    },
-    "required": ["id", "rationale", "winner"],
-    "additionalProperties": False,
-}
-OUTCOMES = (*VARIANTS, "tie")
+NAME = "eval_50_gpt_judged_raw.jsonl"
+"""A line a judge call, or a line an item of the judged set without a judge."""
+_FILES = resources.files("fintune.evals")
+RUBRIC = _FILES.joinpath("rubric.md").read_text("utf-8")
+SCHEMA: dict[str, Any] = json.loads(_FILES.joinpath("verdict_schema.json").read_text("utf-8"))
+SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+"""What an outcome of a pair counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
 """JSON objects of a reply that are looked at; a reply of braces alone would take minutes."""
 _ANGLES = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
 _SPOILT: dict[str, str] = PHRASES["spoilt"]
 """Answers that must lose: nothing, phrases that fit any question, and an attack."""
-_DIGITS = re.compile(r"[0-9][0-9,]*(?:\.[0-9]+)?")
+NUMERIC = ("digit", "scale")
+"""References that must lose with another digit or scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +57,82 @@ class Call:
     expect: str | None = None
 
 
-def plan(
-    items: Sequence[tuple[Item, dict[str, str]]], config: JudgeConfig, *, seed: int
-) -> list[Call]:
-    """Every call of a run: each item in both orders, then the control items.
+def plan(pairs: Sequence[Pair], config: JudgeConfig, seed: int) -> list[Call]:
+    """Every call over the judged set: each item in both orders, then the control items.
 
-    Args:
-        items: each with the completions of `base` and `adapter`.
+    None without a judge.
     """
+    if config.model is None:
+        return []
     calls = [
-        _call(item, order, completions, config)
-        for item, completions in items
-        for order in (("base", "adapter"), ("adapter", "base"))
+        _call(pair.item, order, pair.texts, config)
+        for pair in pairs
+        for order in (VARIANTS, VARIANTS[::-1])
     ]
-    return calls + _controls([item for item, _ in items], config, seed)
+    return calls + _controls([pair.item for pair in pairs], config, seed)
+
+
+def _call(
+    item: Item,
+    positions: tuple[str, ...],
+    completions: dict[str, str],
+    config: JudgeConfig,
+    control: str | None = None,
+    expect: str | None = None,
+) -> Call:
+    first, second = positions
+    texts = [completions[first], completions[second]]
+    asked = [[message.role, message.content] for message in item.messages]
+    material = [config.model, config.base_url, RUBRIC, positions, control]
+    key = sha256_json([*material, item.id, asked, item.reference, texts])
+    # The nonce depends on every text shown, so no text can contain its own.
+    nonce = sha256_bytes(f"nonce {key}".encode())[:32]
+    prompt = "\n".join(f"{role}: {content}" for role, content in asked)
+    shown = [fence("question", nonce, prompt), fence("reference", nonce, item.reference)]
+    shown += [fence(f"candidate {at}", nonce, text) for at, text in zip("AB", texts, strict=True)]
+    messages = [
+        {"role": "system", "content": RUBRIC.strip()},
+        {"role": "user", "content": "\n\n".join([*shown, f"id: {nonce}"])},
+    ]
+    return Call(key, item.id, (first, second), nonce, messages, control, expect)
+
+
+def fence(name: str, nonce: str, text: str) -> str:
+    """Text as data: quoted line by line, with nothing in it that could be read as a fence."""
+    lines = text.translate(_ANGLES).splitlines() or [""]
+    return "\n".join([f"<{name} {nonce}>", *(f"| {line}" for line in lines), f"</{name} {nonce}>"])
+
+
+def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Call]:
+    """Calls whose verdict is known: spoilt references must lose, two equal answers must tie."""
+    order = sorted(items, key=lambda item: sha256_bytes(f"control {seed} {item.id}".encode()))
+    calls: list[Call] = []
+    for at, kind in enumerate((*_SPOILT, *NUMERIC, "same")):
+        usable = [item for item in order if kind not in NUMERIC or _changes(kind, item)]
+        if usable:
+            item = usable[at % len(usable)]
+            answers = {"good": item.reference, "bad": _spoil(kind, item.reference)}
+            positions = ("good", "bad") if at % 2 else ("bad", "good")
+            expect = "tie" if kind == "same" else "good"
+            calls.append(_call(item, positions, answers, config, kind, expect))
+    return calls
+
+
+def _spoil(kind: str, text: str) -> str:
+    """A reference made wrong; as it is for kind `same`."""
+    if kind == "digit":
+        return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
+    if kind == "scale":
+        number = re.search(r"[0-9][0-9,]*(?:\.[0-9]+)?", text)
+        more = f"{float(number[0].replace(',', '')) * 1000:,.6g}" if number else ""
+        return text.replace(number[0], more, 1) if number else text
+    return _SPOILT.get(kind, text)
+
+
+def _changes(kind: str, item: Item) -> bool:
+    """Whether spoiling changes the number of a reference; "three" has no digit."""
+    spoilt = _spoil(kind, item.reference)
+    return item.kind == "number" and not compare(item.reference, spoilt).lenient
 
 
 def read_verdict(call: Call, reply: str) -> dict[str, Any] | None:
@@ -97,78 +159,139 @@ def outcome(call: Call, verdict: dict[str, Any]) -> str:
     return "tie" if winner == "tie" else call.positions["AB".index(winner)]
 
 
-def fence(name: str, nonce: str, text: str) -> str:
-    """Text as data: quoted line by line, with nothing in it that could be read as a fence."""
-    lines = text.translate(_ANGLES).splitlines() or [""]
-    return "\n".join([f"<{name} {nonce}>", *(f"| {line}" for line in lines), f"</{name} {nonce}>"])
+def unjudged_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The lines of the raw file before any judge is asked."""
+    return [{**_facts(pair), "status": "unscored", "unscored_reason": "no_judge"} for pair in pairs]
 
 
-def _call(
-    item: Item,
-    positions: tuple[str, str],
-    completions: dict[str, str],
+def judged_rows(
+    pairs: Sequence[Pair],
+    calls: Sequence[Call],
+    done: dict[str, dict[str, Any]],
     config: JudgeConfig,
-    *,
-    control: str | None = None,
-    expect: str | None = None,
-) -> Call:
-    texts = [completions[name] for name in positions]
-    # The nonce depends on every text shown, so no text can contain its own.
-    asked = [[message.role, message.content] for message in item.messages]
-    material = [config.model, config.base_url, RUBRIC, positions, control]
-    key = sha256_json([*material, item.id, asked, item.reference, texts])
-    nonce = sha256_bytes(f"nonce {key}".encode())[:32]
-    prompt = "\n".join(f"{message.role}: {message.content}" for message in item.messages)
-    shown = [fence("question", nonce, prompt), fence("reference", nonce, item.reference)]
-    shown += [fence(f"candidate {at}", nonce, text) for at, text in zip("AB", texts, strict=True)]
-    messages = [
-        {"role": "system", "content": RUBRIC.strip()},
-        {"role": "user", "content": "\n\n".join([*shown, f"id: {nonce}"])},
+) -> list[dict[str, Any]]:
+    """The lines of the raw file from the finished calls by key; see `calls.ask`."""
+    facts = {pair.item.id: _facts(pair) for pair in pairs}
+    human, rubric = _labels(config.labels), sha256_bytes(RUBRIC.encode())
+    return [
+        {
+            **facts[call.item],
+            **done[call.key],
+            "model": config.model,
+            "rubric_sha256": rubric,
+            "positions": call.positions,
+            "control": call.control,
+            "expect": call.expect,
+            "human": None if call.control else human.get(call.item),
+        }
+        for call in calls
     ]
-    return Call(key, item.id, positions, nonce, messages, control, expect)
 
 
-def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Call]:
-    """Calls whose verdict is known: spoilt references must lose, two equal answers must tie."""
-    order = sorted(items, key=lambda item: sha256_bytes(f"control {seed} {item.id}".encode()))
-    calls: list[Call] = []
-    kinds = ("empty", "boilerplate", "injection", "digit", "scale" if seed % 2 else "sign", "same")
-    for at, kind in enumerate(kinds):
-        usable = [item for item in order if kind not in _NUMERIC or _changes(kind, item)]
-        if not usable:
-            continue
-        item = usable[at % len(usable)]
-        answers = {"good": item.reference, "bad": _spoil(kind, item.reference)}
-        positions = ("good", "bad") if at % 2 else ("bad", "good")
-        expect = "tie" if kind == "same" else "good"
-        calls.append(_call(item, positions, answers, config, control=kind, expect=expect))
-    return calls
+def _facts(pair: Pair) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "id": pair.item.id,
+        "task": pair.item.task,
+        "question": pair.item.question,
+        "reference": pair.item.reference,
+        "answers": pair.texts,
+        "deterministic": {
+            name: asdict(graded) if graded else None for name, graded in pair.graded.items()
+        },
+    }
 
 
-def _changes(kind: str, item: Item) -> bool:
-    """Whether spoiling really changes the number of a reference; it may be "three", or 0."""
-    if item.kind != "number":
-        return False
-    return not compare(item.reference, _spoil(kind, item.reference)).lenient
+def _labels(path: Path | None) -> dict[str, str]:
+    """Human verdicts (`base`, `adapter`, `tie`) by item."""
+    if path is None:
+        return {}
+    try:
+        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
+    except (OSError, ValueError, KeyError, TypeError):
+        labels = {"": ""}
+    if set(labels.values()) <= SCORE.keys():
+        return labels
+    raise DataError(
+        f"eval.judge.labels: {path} is no file of human verdicts",
+        fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie',
+    )
 
 
-def _spoil(kind: str, text: str) -> str:
-    return _NUMERIC[kind](text) if kind in _NUMERIC else _SPOILT.get(kind, text)
+def summary(
+    rows: Sequence[dict[str, Any]],
+    decided: dict[str, str | None],
+    groups: dict[str, str],
+    seed: int,
+) -> dict[str, Any] | None:
+    """What the judge's calls add up to; None where no judge was asked.
+
+    Args:
+        rows: of the raw file, one a call.
+        decided: for every item whose completion arithmetic or label prefers, or None.
+        groups: the document of every item, the unit of resampling.
+    """
+    asked = [row for row in rows if row.get("key")]
+    if not asked:
+        return None
+    pairs = [row for row in asked if row["control"] is None]
+    controls = [row for row in asked if row["control"] is not None]
+    failed = sorted({row["control"] for row in controls if row["outcome"] != row["expect"]})
+    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
+    human = None
+    if labelled:
+        said, wanted = zip(*labelled, strict=True)
+        alike = sum(one == other for one, other in labelled)
+        human = {
+            "kappa": round(stats.kappa(said, wanted), 6),
+            "agreement": stats.rate(alike, len(labelled)),
+        }
+    return {
+        "model": asked[0]["model"],
+        "calls": len(asked),
+        "unscored": stats.rate(sum(row["outcome"] is None for row in asked), len(asked)),
+        "control_items": {
+            "ok": sum(row["outcome"] == row["expect"] for row in controls),
+            "of": len(controls),
+            "failed": failed,
+        },
+        "usd": round(sum(row["usage"]["usd"] for row in asked), 6),
+        "human": human,
+        **_pairwise(pairs, decided, groups, seed),
+    }
 
 
-def _other_digit(text: str) -> str:
-    return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
-
-
-def _other_sign(text: str) -> str:
-    return text.replace("-", "", 1) if "-" in text else _DIGITS.sub(r"-\g<0>", text, count=1)
-
-
-def _other_scale(text: str) -> str:
-    def thousandfold(found: re.Match[str]) -> str:
-        return f"{float(found[0].replace(',', '')) * 1000:,.6g}"
-
-    return _DIGITS.sub(thousandfold, text, count=1)
-
-
-_NUMERIC = {"digit": _other_digit, "scale": _other_scale, "sign": _other_sign}
+def _pairwise(
+    rows: list[dict[str, Any]], decided: dict[str, str | None], groups: dict[str, str], seed: int
+) -> dict[str, Any]:
+    """Win rate and reliability. Orders that disagree are a tie; arithmetic outranks both."""
+    orders: dict[str, list[str | None]] = {}
+    for row in rows:
+        orders.setdefault(row["id"], []).append(row["outcome"])
+    wins: dict[str, str] = {}
+    consistent = against = 0
+    for key, (one, other) in orders.items():
+        opinion = None if not (one and other) else one if one == other else "tie"
+        consistent += opinion is not None and one == other
+        exact = decided.get(key)
+        against += exact is not None and opinion not in (None, "tie", exact)
+        if exact or opinion:
+            wins[key] = exact or opinion or ""
+    scores = [SCORE[winner] for winner in wins.values()]
+    difference = stats.paired([s - 0.5 for s in scores], [groups[key] for key in wins], seed=seed)
+    chosen = [row for row in rows if row["outcome"] in VARIANTS]
+    first = sum(row["outcome"] == row["positions"][0] for row in chosen)
+    return {
+        "win_rate": {
+            "value": round(sum(scores) / len(scores), 6) if scores else None,
+            "difference": difference,
+            "won": scores.count(1.0),
+            "tied": scores.count(0.5),
+            "lost": scores.count(0.0),
+            "p": round(stats.mcnemar_midp(scores.count(1.0), scores.count(0.0)), 6),
+        },
+        "position_consistency": stats.rate(consistent, len(orders)),
+        "first_position": stats.rate(first, len(chosen)),
+        "against_arithmetic": against,
+        "items": wins,
+    }

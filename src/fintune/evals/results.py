@@ -5,13 +5,12 @@ asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns wha
 `test_results.json`. One measure, named before the run, decides; everything else is reported.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fintune.evals import judged, regression, stats
+from fintune.evals import judge, regression, stats
 from fintune.evals.grading import PHRASES, Graded
 from fintune.evals.items import VARIANTS, Pair
 from fintune.files import read_json, read_jsonl
@@ -39,19 +38,19 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
         general = regression.summary(scores["base"], scores["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
-    judge = judged.summary(
-        list(read_jsonl(folder / judged.NAME)),
+    judged = judge.summary(
+        list(read_jsonl(folder / judge.NAME)),
         {pair.item.id: _preferred(pair) for pair in pairs},
         {pair.item.id: pair.item.group for pair in pairs},
         run["seed"],
     )
     accuracy, measures = _accuracy(checked, run["seed"]), _measures(pairs, run["seed"])
-    if judge:
-        measures["judge_win_rate"] = judge["win_rate"]
+    if judged:
+        measures["judge_win_rate"] = judged["win_rate"]
     adjusted = stats.holm({name: measure["p"] for name, measure in measures.items()})
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
-    verdict = _verdict(run, checked, pairs, loss, accuracy, judge, general)
+    verdict = _verdict(run, checked, loss, accuracy, judged, general)
     return {
         **verdict,
         "loss": loss,
@@ -59,7 +58,7 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
         "tasks": _tasks(checked),
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
-        "judge": judge,
+        "judge": judged,
         "regression": general,
         "n": {
             "items": len(pairs),
@@ -67,29 +66,20 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
         },
-        "provenance": {
-            key: run[key] for key in ("models", "data", "settings", "seed", "packages", "machine")
-        },
+        "provenance": run["provenance"],
     }
 
 
 def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and perplexity, overall and by source and length, from the sums of heldout.jsonl."""
-
-    def perplexity(loss: float) -> float:
-        # Capped where a float ends, so that the file stays JSON.
-        return round(math.exp(min(loss, 700.0)), 4)
+    """Loss (nats a label token), overall and by source and length, from the sums of the cells."""
 
     def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         tokens = sum(cell["tokens"] for cell in chosen)
-        base, adapter = (
-            sum(cell[variant] for cell in chosen) / max(tokens, 1) for variant in VARIANTS
-        )
+        base, adapter = (sum(cell[name] for cell in chosen) / max(tokens, 1) for name in VARIANTS)
         return {
             "base": round(base, 6),
             "adapter": round(adapter, 6),
             "change": round(adapter / base - 1, 6) if base else 0.0,
-            "perplexity": {"base": perplexity(base), "adapter": perplexity(adapter)},
             "rows": sum(cell["rows"] for cell in chosen),
             "tokens": tokens,
         }
@@ -109,32 +99,30 @@ def _preferred(pair: Pair) -> str | None:
     return "adapter" if adapter.correct else "base"
 
 
-def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
-    right = {
-        variant: [pair.holds(variant, lambda g: g.correct) for pair in checked]
-        for variant in VARIANTS
+def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> dict[str, Any]:
+    """Shares of both models' answers that pass a test, and their paired difference."""
+    flags = {name: [pair.holds(name, test) for pair in pairs] for name in VARIANTS}
+    change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
+    gained, lost = change.count(1), change.count(-1)
+    groups = [pair.item.group for pair in pairs]
+    return {
+        **{name: stats.rate(sum(flags[name]), len(pairs)) for name in VARIANTS},
+        "difference": stats.paired(change, groups, seed=seed),
+        "p": round(stats.mcnemar_midp(gained, lost), 6),
+        "gained": gained,
+        "lost": lost,
     }
-    counts, n = {variant: sum(right[variant]) for variant in VARIANTS}, len(checked)
-    gained = [a - b for b, a in zip(right["base"], right["adapter"], strict=True)]
-    found = stats.paired(gained, [pair.item.group for pair in checked], seed=seed)
+
+
+def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
+    found = _compare(checked, lambda graded: graded.correct, seed)
     known = [pair.item for pair in checked if pair.item.majority is not None]
     majority = sum(bool((g := item.grade(item.majority or "")) and g.correct) for item in known)
     return {
-        **{variant: round(counts[variant] / n, 6) if n else None for variant in VARIANTS},
-        "difference": found.as_json(),
-        "ci95": {
-            variant: list(map(_six, stats.wilson(counts[variant], n))) for variant in VARIANTS
-        },
-        "p_mcnemar_midp": _six(stats.mcnemar_midp(gained.count(1), gained.count(-1))),
-        "gained": gained.count(1),
-        "lost": gained.count(-1),
+        **found,
+        **{name: found[name]["value"] for name in VARIANTS},
+        "ci95": {name: found[name]["ci95"] for name in VARIANTS},
         "majority_class": stats.rate(majority, len(known)),
-        "lenient": {
-            variant: stats.rate(
-                sum(pair.holds(variant, lambda g: g.lenient) for pair in checked), n
-            )
-            for variant in VARIANTS
-        },
     }
 
 
@@ -151,20 +139,11 @@ def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
         "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
         "harmless_refused": (("comply",), lambda g: not g.correct),
     }
-    found: dict[str, Any] = {}
-    for name, (wanted, test) in kinds.items():
-        chosen = [pair for pair in pairs if pair.item.kind in wanted]
-        if not chosen:
-            continue
-        flags = {variant: [pair.holds(variant, test) for pair in chosen] for variant in VARIANTS}
-        change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
-        groups = [pair.item.group for pair in chosen]
-        found[name] = {
-            **{variant: stats.rate(sum(flags[variant]), len(chosen)) for variant in VARIANTS},
-            "difference": stats.paired(change, groups, seed=seed).as_json(),
-            "p": _six(stats.mcnemar_midp(change.count(1), change.count(-1))),
-        }
-    return found
+    chosen = {
+        name: [pair for pair in pairs if pair.item.kind in wanted]
+        for name, (wanted, _) in kinds.items()
+    }
+    return {name: _compare(chosen[name], kinds[name][1], seed) for name in kinds if chosen[name]}
 
 
 def _tasks(checked: list[Pair]) -> dict[str, Any]:
@@ -175,12 +154,11 @@ def _tasks(checked: list[Pair]) -> dict[str, Any]:
         table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
         for variant in VARIANTS:
             counts = Counter(graded.outcome for pair in chosen if (graded := pair.graded[variant]))
-            outcomes = {key: counts[key] for key in ("correct", "wrong", "abstained", "unparsed")}
-            wrong = counts["wrong"]
+            right, wrong = counts["correct"], counts["wrong"]
             table[name][variant] = {
-                **outcomes,
-                "correct_less_wrong": _six((counts["correct"] - wrong) / len(chosen)),
-                "correct_less_3_wrong": _six((counts["correct"] - 3 * wrong) / len(chosen)),
+                **{key: counts[key] for key in PHRASES["outcomes"]},
+                "correct_less_wrong": round((right - wrong) / len(chosen), 6),
+                "correct_less_3_wrong": round((right - 3 * wrong) / len(chosen), 6),
             }
     return table
 
@@ -193,15 +171,14 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 def _verdict(
     run: dict[str, Any],
     checked: list[Pair],
-    pairs: list[Pair],
     loss: dict[str, Any],
     accuracy: dict[str, Any],
-    judge: dict[str, Any] | None,
+    judged: dict[str, Any] | None,
     general: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """better | worse | no_detectable_difference | invalid, and every reason."""
     primary, invalid = run["primary"], []
-    wins = judge["win_rate"]["difference"] if judge else None
+    wins = judged["win_rate"]["difference"] if judged else None
     if primary == "accuracy" and len(checked) < FEWEST_CHECKABLE:
         if wins is None:
             few = f"{len(checked)} checkable items (fewer than {FEWEST_CHECKABLE})"
@@ -213,15 +190,12 @@ def _verdict(
     difference = wins if primary == "win_rate" and wins else accuracy["difference"]
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
-    if judge and judge["canaries"]["failed"]:
-        invalid.append(f"control items failed: {', '.join(judge['canaries']['failed'])}")
-    if judge and judge["unscored"]["value"] and judge["unscored"]["value"] > MOST_UNSCORED:
-        invalid.append(f"{judge['unscored']['value']:.1%} of the judge's calls unscored")
+    if judged and judged["control_items"]["failed"]:
+        invalid.append(f"control items failed: {', '.join(judged['control_items']['failed'])}")
+    if judged and judged["unscored"]["value"] and judged["unscored"]["value"] > MOST_UNSCORED:
+        invalid.append(f"{judged['unscored']['value']:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
-    if any(pair.answers["base"]["prompt_sha256"] != pair.answers["adapter"]["prompt_sha256"]
-           for pair in pairs):  # fmt: skip
-        invalid.append("base and adapter answered different prompts")
     guards = {
         "held_out_loss": loss["adapter"] <= loss["base"],
         **({"general_regression": general["pass"]} if general else {}),
@@ -239,10 +213,6 @@ def _verdict(
         "guards": guards,
         "invalid_reasons": invalid,
     }
-
-
-def _six(value: float) -> float:
-    return round(value, 6)
 
 
 def words(found: dict[str, Any]) -> Sequence[str]:

@@ -23,9 +23,9 @@ from fintune.model import COMMIT, Base, check_revision, load_release, load_token
 from fintune.release.card import write_card
 from fintune.release.gate import Inputs, gate, read_inputs
 from fintune.release.golden import make_golden_prompts
-from fintune.untrusted import checks, open_folder
+from fintune.untrusted import checks, open_folder, static
+from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
-from fintune.untrusted.provenance import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 
 LLAMA_NOTICE = (
     "Llama {version} is licensed under the Llama {version} Community License, "
@@ -68,8 +68,8 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         ) as staging:
             _build(staging, inputs)
             report = checks.Report(final)
-            report.run(lambda: checks.static_checks(staging, "release"))
-            report.run(lambda: [checks.check_paths(staging, _private(inputs))])
+            report.run(lambda: static.static_checks(staging, "release"))
+            report.run(lambda: [static.check_paths(staging, _private(inputs))])
             report.run(lambda: check_revision(staging, inputs.base))
             report.run(lambda: probe_release(staging, inputs.base.folder))
             report.settle()

@@ -7,8 +7,8 @@ from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused
 from fintune.model import WEIGHTS, Base, find_base
-from fintune.untrusted import checks
-from fintune.untrusted.provenance import JUDGED, RESULTS
+from fintune.untrusted import checks, static
+from fintune.untrusted.checks import JUDGED, RESULTS
 
 Json = dict[str, Any]
 RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
@@ -90,7 +90,7 @@ def gate(inputs: Inputs) -> None:
     if inputs.accepted is not None and not inputs.accepted.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     reasons = _mismatches(inputs)
-    weights = checks.check_weights(inputs.config.run_dir / "best")
+    weights = static.check_weights(inputs.config.run_dir / "best")
     reasons += [check.detail for check in weights if check.status == "failed"]
     verdict = inputs.results.get("verdict")
     if verdict != "better" and inputs.accepted is None:

@@ -1,6 +1,6 @@
 """Check a release folder, ours or not: contents, loading, recorded answers, a server's prompts.
 
-The stages, in order: bytes (`untrusted.checks`; nothing is loaded unless all of that passed);
+The stages, in order: bytes (`untrusted.static`; nothing is loaded unless all of that passed);
 tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the recorded
 greedy answers against the weights; on request the prompts of a running server.
 """
@@ -23,7 +23,7 @@ from fintune.model import (
     release_base,
 )
 from fintune.release.golden import check_answers, read_golden_prompts
-from fintune.untrusted import checks
+from fintune.untrusted import checks, static
 from fintune.untrusted.checks import Check, Report
 from fintune.untrusted.probe import probe_release, read_tokenizer
 
@@ -59,8 +59,8 @@ def verify(
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
     report = Report(folder)
-    report.run(lambda: checks.static_checks(folder, "release", no_pickle=no_pickle))
-    report.run(lambda: [checks.check_paths(folder, [])])
+    report.run(lambda: static.static_checks(folder, "release", no_pickle=no_pickle))
+    report.run(lambda: [static.check_paths(folder, [])])
     if report.failed:
         return report
     found = release_base(folder, base)

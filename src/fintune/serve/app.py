@@ -30,7 +30,7 @@ from fintune.model import LoadedRelease, load_release, open_release
 from fintune.serve import protocol
 from fintune.serve.engine import Engine, StreamedRequest
 from fintune.serve.protocol import ApiError
-from fintune.untrusted.provenance import JUDGED, RESULTS
+from fintune.untrusted.checks import JUDGED, RESULTS
 
 MODELS = ("base", "adapter")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from fintune.config import Config, TrainConfig
 from fintune.console import say
+from fintune.train.checkpoints import KEEP
 
 
 def arguments_dict(
@@ -46,7 +47,7 @@ def arguments_dict(
         "eval_steps": train.eval_steps,
         "save_strategy": "steps",
         "save_steps": train.save_steps,
-        "save_total_limit": train.keep_checkpoints,
+        "save_total_limit": KEEP,
         # transformers refuses this with a save that is no multiple of the evaluation; the best
         # evaluated weights are kept by BestAdapter in any case, and loaded at the end.
         "load_best_model_at_end": train.save_steps % train.eval_steps == 0,

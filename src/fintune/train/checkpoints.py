@@ -16,15 +16,17 @@ from typing import Any
 from fintune.console import warn
 from fintune.errors import OutputError
 from fintune.files import (
-    file_fact,
-    files_below,
     json_text,
+    manifest,
+    manifest_problems,
     sha256_json,
     staged_folder,
     write_json,
 )
 
 MANIFEST = "manifest.json"
+KEEP = 2
+"""Newest checkpoints kept; the best adapter is kept besides."""
 _NAME = re.compile(r"checkpoint-\d+")
 _REMOVED = ".old-"
 
@@ -41,9 +43,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(final)
     with staged_folder(final) as staging:
         write(staging)
-        found = files_below(staging, without=MANIFEST)
-        files = {name: file_fact(path) for name, path in found.items()}
-        write_json(staging / MANIFEST, _manifest(step, files))
+        write_json(staging / MANIFEST, _manifest(step, manifest(staging, without=MANIFEST)))
     return final
 
 
@@ -56,22 +56,15 @@ def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        step, files = manifest["step"], manifest["files"]
+        tree = json.loads(text)
+        step, files = tree["step"], tree["files"]
         if text != json_text(_manifest(step, files)):
             return f"{MANIFEST} was changed"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     if checkpoint.name != f"checkpoint-{step}":
         return f"{MANIFEST} is of step {step}"
-    found = files_below(checkpoint, without=MANIFEST)
-    for name, saved in files.items():
-        if name not in found:
-            return f"{name} is missing"
-        if (now := file_fact(found[name])) != saved:
-            return f"{name} has {now['bytes']} bytes of sha256 {now['sha256'][:8]}, not {saved}"
-    extra = sorted(found.keys() - files)
-    return f"{extra[0]} was not part of it" if extra else None
+    return next(manifest_problems(checkpoint, files, without=MANIFEST), None)
 
 
 def newest(

@@ -15,7 +15,8 @@ from fintune.model import device
 from fintune.train.rows import Rows
 from fintune.train.run_state import PACKAGES, RunState
 from fintune.train.trainer import ADAPTER, BEST, LoraTrainer
-from fintune.untrusted.weights import check_weights, read_header
+from fintune.untrusted.checks import read_header
+from fintune.untrusted.static import check_weights
 
 
 def check_best(best: Path, trainer: LoraTrainer) -> None:

@@ -53,7 +53,7 @@ def open_metrics(path: Path, *, resumed_at: int, evaluated: bool) -> JsonlLog:
         or (row["step"] == resumed_at and (evaluated or "eval_loss" not in row))
     ]
     write_jsonl(path, kept)
-    return JsonlLog(path, sync=False)
+    return JsonlLog(path)
 
 
 class Losses:

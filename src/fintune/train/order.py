@@ -30,7 +30,6 @@ def epoch_plan(
         epoch=epoch,
         plan=config.train.train_sampling_strategy,
         boundaries=config.train.bucket_boundaries,
-        buckets=config.train.buckets,
         world_size=world_size,
     )
 

@@ -143,7 +143,7 @@ def _build(
         pad_to_multiple_of=CPU_PAD_MULTIPLE if on.type == "cpu" else 1,
     )
     world = processes.world_size()
-    cap = state.max_tokens(config.train.max_tokens)
+    cap = state.max_tokens()
     order, accumulation = _order(config, rows, world, cap, collator.padded_tokens)
     largest = _largest(order, rows, collator, config.train.num_train_epochs)
     tokens = collator.padded_tokens(rows.lengths[largest].tolist())
@@ -228,7 +228,7 @@ def _model(config: Config, base: Base, dtype: PrecisionName) -> tuple[Any, str |
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
     pointwise.fuse(peft)
-    left = lora.fuse(peft, shared_dropout=config.train.lora.shared_dropout)
+    left = lora.fuse(peft)
     for reason, layers in left.items():
         warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
     if sharded:
@@ -255,7 +255,7 @@ def _train(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         state.check_data_order(trainer.order, checkpoint)
         evaluated = not read_json(checkpoint / RESUME)["pending_evaluation"]
         say(f"continuing from {checkpoint}")
-    kept = config.train.keep_checkpoints + 1 - len(checkpoints.checkpoints(folder))
+    kept = checkpoints.KEEP + 1 - len(checkpoints.checkpoints(folder))
     needed = max(kept, 1) * trainer.checkpoint_bytes()
     processes.from_rank0(lambda: require_free_space(run, needed))
     metrics = (

@@ -25,9 +25,7 @@ PACKAGES = ("fintune", "torch", "transformers", "peft")
 """Packages whose versions are part of the fingerprint."""
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
-SHAPE_KEYS = tuple(
-    f"config.train.{key}:" for key in ("optim", "lora.r", "lora.bias", "lora.target_modules")
-)
+SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
 """What gives saved weights and optimizer states their shape: no change of it can be accepted."""
 
 
@@ -122,10 +120,9 @@ class RunState:
         caps: list[dict[str, int]] = self._record["token_caps"]
         return caps
 
-    def max_tokens(self, configured: int | None) -> int | None:
-        """Most tokens of a micro-batch: the lowest of the configured cap and those recorded."""
-        caps = [cap["max_tokens"] for cap in self.token_caps] + ([configured] if configured else [])
-        return min(caps, default=None)
+    def max_tokens(self) -> int | None:
+        """Most tokens of a micro-batch since memory ran out, or None."""
+        return min((cap["max_tokens"] for cap in self.token_caps), default=None)
 
     @contextmanager
     def capping_tokens(self, step: Callable[[], int], largest: int, longest: int) -> Iterator[None]:

@@ -1,13 +1,14 @@
 """Folders made by others: everything that is read from a release, an adapter or a base.
 
-`open_folder` is the one entrance. First the static checks (`checks`), which import neither torch
+`open_folder` is the one entrance. First the static checks (`static`), which import neither torch
 nor transformers; then, in one forked child with limits (`child`), what only transformers and peft
 can say (`probe`). What passes may be loaded by path; SECURITY.md says what that promises.
 """
 
 from pathlib import Path
 
-from fintune.untrusted.checks import Check, Report, Role, static_checks
+from fintune.untrusted.checks import Check, Report
+from fintune.untrusted.static import Role, static_checks
 
 __all__ = ["Check", "Report", "Role", "open_folder", "static_checks"]
 

@@ -1,273 +1,225 @@
-"""What a folder's bytes say, before torch or transformers see any of it.
+"""What every check of a folder made by others needs: its files within bounds, and the report.
 
-JSON is held against schemas and searched for keys that name code, templates are read as Jinja
-tokens, weights as bits. `static_checks` stops at the first stage that fails.
+Only regular files are opened, never through a link, with a bound on their size. JSON is parsed
+with bounded depth and without duplicate keys; a safetensors header by safetensors itself.
 """
 
-import re
-from collections.abc import Iterator
-from itertools import islice
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-from pydantic import ValidationError
+from safetensors import safe_open
 
-from fintune.untrusted.files import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    FIXTURE,
-    LIMITS,
-    SUMS,
-    TEMPLATE,
-    TRAINING_ARGS,
-    Check,
-    Report,
-    Unreadable,
-    open_file,
-    read_object,
-    read_sums,
-    read_text,
-    sha256_of,
-    some,
-)
-from fintune.untrusted.provenance import check_provenance
-from fintune.untrusted.schemas import SCHEMAS
-from fintune.untrusted.weights import check_base_weights, check_weights, read_header
+from fintune.console import printable
+from fintune.errors import FintuneError, GateRefused
+from fintune.files import read_toml
 
-Role = Literal["release", "adapter", "base"]
-"""A release of ours (an allow-list of names), any peft folder, a base model."""
-ALLOWED, PICKLES = frozenset(LIMITS["release_names"]), frozenset(LIMITS["pickles"])
-_ENTRIES = 10_000
-_PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_IMPLEMENTATION = re.compile(r"[a-z0-9_|]*")
-__all__ = [
-    "ADAPTER",
-    "ADAPTER_CONFIG",
-    "FIXTURE",
-    "SUMS",
-    "TEMPLATE",
-    "TRAINING_ARGS",
-    "Check",
-    "Report",
-    "Role",
-    "Unreadable",
-    "check_paths",
-    "check_weights",
-    "read_header",
-    "read_object",
-    "some",
-    "static_checks",
-    "template_reaches",
-]
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+CONFIG = "training_config.json"
+FIXTURE = "prompt_fixture.json"
+JUDGED = "eval_50_gpt_judged_raw.jsonl"
+PROVENANCE = "provenance"
+RESULTS = "test_results.json"
+SUMS = "SHA256SUMS"
+TEMPLATE = "chat_template.jinja"
+TRAINING_ARGS = "training_args.bin"
+LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
+_SMALL = 2**20
+"""Bytes of a text file that has no bound of its own in limits.toml."""
+_DEPTH = 64
 
 
-def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> list[Check]:
-    """Everything that can be said about a folder from its bytes alone.
+class Unreadable(GateRefused):
+    """A file that is not opened, or not what its name says; the message says why."""
+
+
+class Note(str):
+    """An answer that informs: what a folder of another tool need not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about a folder and its answer; a `note` informs and never fails."""
+
+    name: str
+    status: Literal["ok", "failed", "note"]
+    detail: str
+
+
+@dataclass(slots=True)
+class Report:
+    """Every check of one folder, in the order they ran."""
+
+    folder: Path
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that refuse the folder."""
+        return [check for check in self.checks if check.status == "failed"]
+
+    def run(self, stage: Callable[[], Iterable[Check]]) -> None:
+        """Add a stage's checks, unless an earlier stage failed."""
+        for check in [] if self.failed else stage():
+            # Names of files stand in details: a line break in one would paint a row of its own.
+            line = printable(check.detail).replace("\n", "\\n").replace("\t", "\\t")
+            self.checks.append(replace(check, detail=line))
+
+    def settle(self) -> None:
+        """Raise GateRefused naming each failed check, if there is one."""
+        if self.failed:
+            raise GateRefused(
+                f"{self.folder.name} is refused: "
+                + "; ".join(f"{check.name}: {check.detail}" for check in self.failed),
+                why="a folder that fails a check may answer differently, or run code, elsewhere",
+                fix="get it again from its source; a release of your own: fintune release",
+            )
+
+
+def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
+    """Failed where the question raises; else ok, or a note, with its answer."""
+    try:
+        answer = question(*about)
+    except FintuneError as error:
+        return Check(name, "failed", error.what)
+    except Exception as error:  # whatever a library raises for bytes that it cannot read
+        return Check(name, "failed", f"{type(error).__name__}: {str(error)[:200]}")
+    return Check(name, "note" if isinstance(answer, Note) else "ok", answer)
+
+
+def ask_all(questions: Iterable[tuple[str, Callable[..., str]]], about: Any) -> list[Check]:
+    """The answers up to the first that refuses."""
+    answers: list[Check] = []
+    for name, question in questions:
+        answers.append(ask(name, question, about))
+        if answers[-1].status == "failed":
+            break
+    return answers
+
+
+def refuse(what: str, names: Collection[str]) -> None:
+    """Raise Unreadable with the first three of these names, if there are any."""
+    if names:
+        raise Unreadable(f"{what} {some(sorted(names))}")
+
+
+def open_file(folder: Path, name: str) -> BufferedReader:
+    """Open a regular file of a folder without following links.
+
+    One exception: a link of a hub cache's snapshot to a file in the `blobs` of its repository.
+
+    Raises:
+        Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
+    """
+    path = folder / name
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if path.is_symlink():
+            path = _blob(folder, name)
+        handle = os.open(path, flags)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = (error.strerror if isinstance(error, OSError) else None) or "no file name"
+        raise Unreadable(f"{name} cannot be opened: {reason}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Unreadable(f"{name} is no regular file")
+    return os.fdopen(handle, "rb")
+
+
+def _blob(folder: Path, name: str) -> Path:
+    """Where a link of a hub cache's snapshot ends, if that is a blob of the same repository."""
+    snapshot = folder.absolute()
+    target = (folder / name).resolve()
+    blobs = snapshot.parent.parent / "blobs"
+    if snapshot.parent.name != "snapshots" or target.parent != blobs.resolve():
+        raise Unreadable(f"{name} is a link")
+    return target
+
+
+def read_text(folder: Path, name: str) -> str:
+    """A file's UTF-8 text within its bound (limits.toml). Raises Unreadable."""
+    limit = LIMITS["bytes"].get(name, _SMALL)
+    with open_file(folder, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise Unreadable(f"{name} is larger than {limit:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Unreadable(f"{name} is not UTF-8") from None
+
+
+def read_object(folder: Path, name: str, *, absent: bool = False) -> dict[str, Any]:
+    """A JSON object of bounded depth that holds no key twice.
 
     Args:
-        no_pickle: also refuse `training_args.bin`, which is otherwise allowed in a release by
-            name and checksum and never opened.
+        absent: the file need not exist; it is then empty.
+
+    Raises:
+        Unreadable: with what is wrong.
     """
-    report = Report(folder)
-    report.run(lambda: _check_files(folder, role, no_pickle=no_pickle))
-    if role == "release" and not report.failed:
-        hashes = {path.name: sha256_of(folder, path.name) for path in folder.iterdir()}
-        report.run(lambda: _check_sums(folder, hashes))
-        report.run(lambda: _check_provenance(folder, hashes))
-    report.run(lambda: _check_configs(folder, role))
-    report.run(lambda: [_check_template(folder)])
-    if role == "base":
-        report.run(lambda: check_base_weights(folder))
-    else:
-        report.run(lambda: check_weights(folder))
-    return report.checks
+    if absent and not os.path.lexists(folder / name):
+        return {}
+    text = read_text(folder, name)
+    try:
+        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        raise Unreadable(f"{name} is not JSON: {reason}") from None
+    if not isinstance(tree, dict):
+        raise Unreadable(f"{name} is no JSON object")
+    if _deeper(tree, _DEPTH):
+        raise Unreadable(f"{name} is nested deeper than {_DEPTH}")
+    return tree
 
 
-def check_paths(folder: Path, private: list[str]) -> Check:
-    """No file names a folder of the machine that built it.
+def read_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor of a safetensors file, in the order of their bytes.
 
-    Args:
-        private: absolute folders of this build; found literally, in any file. Home folders of
-            others are found by their form, in every text file but the tokenizer's vocabulary.
+    safetensors itself refuses unknown types, sizes that do not fit, gaps and overlaps.
+
+    Raises:
+        Unreadable: no regular file. SafetensorError: no safetensors.
     """
-    hits = []
-    for path in sorted(folder.iterdir()):
-        binary = path.name in {ADAPTER, "tokenizer.json"}
-        if binary and not private:
-            continue
-        with open_file(folder, path.name) as file:
-            data = file.read()
-        text = "" if binary else data.decode("utf-8", "replace")
-        found = next((name for name in private if name.encode() in data), None)
-        match = _PATH.search(text)
-        if found or match:
-            hits.append(f"{path.name} ({found or (match and match.group())})")
-    found_in = f"a local path in {', '.join(hits)}" if hits else ""
-    return Check.of("paths", found_in, "no local path in any file")
+    open_file(folder, name).close()
+    with safe_open(folder / name, "np") as file:
+        slices = {key: file.get_slice(key) for key in file.offset_keys()}
+        return {key: (each.get_dtype(), (*each.get_shape(),)) for key, each in slices.items()}
 
 
-def _check_files(folder: Path, role: Role, *, no_pickle: bool) -> Iterator[Check]:
-    """Regular files; of a release only names of the allow-list, no pickle without a checksum."""
-    names = sorted(path.name for path in islice(folder.iterdir(), _ENTRIES))
-    needed = ("config.json",) if role == "base" else (ADAPTER, ADAPTER_CONFIG)
-    read = names
-    if role != "release":
-        known = {*LIMITS["loaded_json"], *LIMITS["loaded_files"]}
-        read = [name for name in names if name in known or name.endswith(".safetensors")]
-    odd = []
-    for name in read:
-        try:
-            open_file(folder, name).close()
-        except Unreadable as error:
-            odd.append(str(error))
-    problems = {"missing": [name for name in needed if name not in names], "no plain file": odd}
-    if role == "release":
-        pickles = [
-            name for name in names if Path(name).suffix.lower() in PICKLES and name != TRAINING_ARGS
-        ]
-        problems["reading it can run code"] = pickles
-        problems["not in the allow-list"] = [n for n in names if n not in {*ALLOWED, *pickles}]
-        if no_pickle and TRAINING_ARGS in names:
-            problems["a pickle (--no-pickle)"] = [TRAINING_ARGS]
-    if role == "base" and ADAPTER_CONFIG in names:
-        problems["an adapter, no base"] = [ADAPTER_CONFIG]
-    for what, which in problems.items():
-        if which:
-            name = "pickle" if "code" in what else "files"
-            yield Check(name, "failed", f"{what}: {some(which)}")
-    if not any(problems.values()):
-        good = f"{len(read)} files" + (", all in the allow-list" if role == "release" else "")
-        yield Check("files", "ok", good)
-    if role == "release" and TRAINING_ARGS in names and not no_pickle:
-        yield Check("pickle", "note", f"{TRAINING_ARGS} is a pickle; it is never opened")
+def some(names: list[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_sums(folder: Path, hashes: dict[str, str]) -> Iterator[Check]:
-    """SHA256SUMS names every file, and every file has the hash it names."""
-    try:
-        sums = read_sums(folder)
-    except Unreadable as error:
-        yield Check("checksums", "failed", str(error))
-        return
-    present = hashes.keys() - {SUMS}
-    if not sums:
-        status: Literal["failed", "note"] = "failed" if TRAINING_ARGS in present else "note"
-        of_pickle = f", and {TRAINING_ARGS} is a pickle" if status == "failed" else ""
-        yield Check("checksums", status, f"no {SUMS}: a change cannot be noticed{of_pickle}")
-        return
-    changed = [name for name in sorted(present & sums.keys()) if hashes[name] != sums[name]]
-    problems = [f"changed: {some(changed)}"] if changed else []
-    problems += [f"missing: {name}" for name in sorted(sums.keys() - present)]
-    problems += [f"not listed: {name}" for name in sorted(present - sums.keys())]
-    yield Check.of("checksums", some(problems), f"{len(sums)} files as listed")
+def sha256_of(folder: Path, name: str) -> str:
+    """Hex sha256 of a regular file of a folder. Raises Unreadable."""
+    with open_file(folder, name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_provenance(folder: Path, hashes: dict[str, str]) -> Iterator[Check]:
-    try:
-        yield from check_provenance(folder, hashes)
-    except Unreadable as error:
-        yield Check("provenance", "failed", str(error))
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` of json: refuse a key that stands twice, as readers differ on it."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key stands twice")
+    return tree
 
 
-def _check_configs(folder: Path, role: Role) -> Iterator[Check]:
-    """JSON that is JSON, of the expected types, that names no code."""
-    problems: list[str] = []
-    hooks: list[str] = []
-    ignored: list[str] = []
-    present = {path.name for path in islice(folder.iterdir(), _ENTRIES)}
-    read = {name for name in present if name.endswith(".json")}
-    if role != "release":
-        read &= set(LIMITS["loaded_json"])
-    for name in sorted(read):
-        try:
-            tree = read_object(folder, name)
-            if name in SCHEMAS:
-                SCHEMAS[name].model_validate(tree)
-        except Unreadable as error:
-            problems.append(str(error))
-            continue
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = ".".join(str(part)[:80] for part in first["loc"])
-            problems.append(f"{name}: {at}: {first['msg']}")
-            continue
-        if name not in LIMITS["vocabularies"]:
-            for key in _hooks(tree):
-                found = ignored if role == "base" and key == "auto_map" else hooks
-                found.append(f"{name}: {key}")
-        base = tree.get("base_model_name_or_path")
-        if name == ADAPTER_CONFIG and role == "release" and not _HUB_ID.fullmatch(str(base)):
-            problems.append(f"{name}: base_model_name_or_path is {base!r}: no public model id")
-    yield Check.of("config", some(problems), f"{len(read)} JSON files")
-    asked = f"asks to import code ({some(hooks)})" if hooks else ""
-    yield Check.of("code hooks", asked, "no configuration names code")
-    if ignored:
-        yield Check("code hooks", "note", f"names code that is never imported ({some(ignored)})")
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
-def _check_template(folder: Path) -> Check:
-    """A chat template is a program: it may reach for messages, not for Python's internals.
-
-    Read as Jinja tokens and never run here. transformers' sandbox, in which it is rendered later,
-    is a second wall (CVE-2026-5760 is a server that had neither).
-    """
-    try:
-        texts = [read_text(folder, TEMPLATE)] if (folder / TEMPLATE).exists() else []
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            inline = read_object(folder, name) if (folder / name).exists() else {}
-            texts += _inline_templates(inline.get("chat_template"))
-    except Unreadable as error:
-        return Check("template", "failed", str(error))
-    for text in texts:
-        try:
-            reaches = template_reaches(text)
-        except (jinja2.TemplateError, RecursionError) as error:
-            return Check("template", "failed", f"not a Jinja template: {str(error)[:100]}")
-        if reaches:
-            return Check("template", "failed", f"reaches for {reaches}")
-    return Check("template", "ok" if texts else "note", "" if texts else "no chat template")
-
-
-def _inline_templates(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    rows = value if isinstance(value, list) else []
-    if isinstance(value, dict):
-        rows = [{"template": text} for text in value.values()]
-    return [str(row["template"]) for row in rows if isinstance(row, dict) and row.get("template")]
-
-
-def _hooks(tree: Any) -> Iterator[str]:
-    """Keys that name code to import, at any depth."""
-    if isinstance(tree, list):
-        for value in tree:
-            yield from _hooks(value)
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            kernel = key.endswith("_implementation") and not _IMPLEMENTATION.fullmatch(str(value))
-            if value and (key in LIMITS["hooks"] or key.endswith("_internal") or kernel):
-                yield key
-            if key == "quantization_config" and isinstance(value, dict):
-                method = value.get("quant_method", "bitsandbytes")
-                if method not in LIMITS["quantizations"]:
-                    yield f"quant_method {method!r}"
-            yield from _hooks(value)
-
-
-def template_reaches(source: str) -> str:
-    """The first thing in a template's code that no chat template needs, or nothing."""
-    last = ""
-    for _, kind, value in jinja2.Environment().lex(source):
-        if kind in {"name", "string"} and "__" in value:
-            return value.strip("'\"")
-        if kind == "name" and last == "." and value.startswith("_"):
-            return value
-        if kind == "name" and last == "|" and value == "attr":
-            return "the attr filter"
-        if kind == "name" and last == "{%" and value in LIMITS["template_tags"]:
-            return f"{{% {value} %}}"
-        if kind != "whitespace":
-            last = value.rstrip("-+") if kind == "block_begin" else value
-    return ""
+def _deeper(tree: Any, depth: int) -> bool:
+    if not isinstance(tree, dict | list):
+        return False
+    values = tree.values() if isinstance(tree, dict) else tree
+    return depth == 0 or any(_deeper(value, depth - 1) for value in values)

@@ -4,8 +4,9 @@ Tokenizers carry regular expressions, templates are programs, an adapter's targe
 patterns and a configuration names sizes: each is tried once on the meta device or on short texts.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune.chat import ChatFormat
-from fintune.errors import FintuneError, GateRefused, ModelError
+from fintune.errors import GateRefused, ModelError
 from fintune.example import Message
 from fintune.untrusted import checks
-from fintune.untrusted.checks import Check, Unreadable
+from fintune.untrusted.checks import Check, Note, Unreadable, ask_all, refuse
 from fintune.untrusted.child import run_limited
 
-_LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
-"""What transformers raises for a folder that it cannot load."""
 _RUN = 400
 """Characters of a repeated text: one that makes a pattern of nested repetitions explode."""
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
@@ -61,7 +60,7 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
         GateRefused: it passes a limit of the child.
     """
     _import_architecture(base)
-    rows = run_limited(lambda: [*_release_rows(folder, base)], folder.name)
+    rows = run_limited(lambda: [astuple(row) for row in _release_checks(folder, base)], folder.name)
     return [Check(*row) for row in rows]
 
 
@@ -72,10 +71,7 @@ def read_tokenizer(folder: Path) -> Any:
         GateRefused: it needs code of its own.
         ModelError: it does not load.
     """
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOADING as error:
-        raise _unusable(f"the tokenizer in {folder}", error) from None
+    return _read(AutoTokenizer, folder, "the tokenizer in")
 
 
 def read_architecture(folder: Path) -> Any:
@@ -85,23 +81,35 @@ def read_architecture(folder: Path) -> Any:
         GateRefused: it needs code of its own.
         ModelError: transformers does not know it, or it does not fit its class.
     """
+    return _read(AutoConfig, folder, "config.json of")
+
+
+def stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the generation_config's list and the tokenizer's own.
+
+    Args:
+        folder: of the base.
+    """
+    config = checks.read_object(folder, "generation_config.json", absent=True)
+    listed = config.get("eos_token_id") or []
+    ids = set([listed] if isinstance(listed, int) else listed)
+    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+
+
+def _read(kind: Any, folder: Path, what: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOADING as error:
-        raise _unusable(f"config.json of {folder}", error) from None
-
-
-def _unusable(what: str, error: Exception) -> FintuneError:
-    if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
-        return GateRefused(
-            f"{what} asks to run code of its own (auto_map)",
-            why="a model folder is data here; code found in one is never run",
-            fix="use a base whose architecture transformers itself has",
-        )
-    return ModelError(
-        f"{what} does not load: {str(error)[:200]}",
-        fix="compare the folder with its source, or use another base",
-    )
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
+            raise GateRefused(
+                f"{what} {folder} asks to run code of its own (auto_map)",
+                why="a model folder is data here; code found in one is never run",
+                fix="use a base whose architecture transformers itself has",
+            ) from None
+        raise ModelError(
+            f"{what} {folder} does not load: {str(error)[:200]}",
+            fix="compare the folder with its source, or use another base",
+        ) from None
 
 
 def _import_architecture(folder: Path) -> None:
@@ -135,122 +143,102 @@ def _empty_model(architecture: Any) -> Any:
         return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
-def _release_rows(folder: Path, base: Path) -> Iterator[tuple[str, str, str]]:
-    for check in _release_checks(folder, base):
-        yield check.name, check.status, check.detail
+@dataclass(frozen=True)
+class _Release:
+    """An adapter's folder, its base's, and what several checks read of them."""
+
+    folder: Path
+    base: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return read_tokenizer(self.folder)
+
+    @cached_property
+    def golden(self) -> dict[str, Any]:
+        """Its golden prompts; empty where it has none."""
+        return checks.read_object(self.folder, checks.FIXTURE, absent=True)
 
 
-def _release_checks(folder: Path, base: Path) -> Iterator[Check]:
+def _release_checks(folder: Path, base: Path) -> list[Check]:
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    try:
-        tokenizer = read_tokenizer(folder)
-        _try_tokenizer(tokenizer)
-    except ModelError as error:
-        yield Check("tokenizer", "failed", error.what)
-        return
-    yield _check_special_tokens(folder, tokenizer)
-    fixture = (folder / checks.FIXTURE).exists()
-    if fixture:
-        yield from _check_fixture(folder, base, tokenizer)
-    else:
-        yield Check("fixture", "note", "no prompt_fixture.json: prompts unproved")
-    yield _check_tensors(folder, base)
+    of = _Release(folder, base)
+    golden = [
+        ("tokenizer", _check_same_tokenizer),
+        ("stop tokens", _check_stop_tokens),
+        ("fixture", _check_golden_prompts),
+    ]
+    without = [("fixture", lambda of: Note(f"no {checks.FIXTURE}: prompts unproved"))]
+    questions = [("tokenizer", _check_special_tokens), *(golden if of.golden else without)]
+    return ask_all([*questions, ("keys", _check_keys)], of)
 
 
-def _check_special_tokens(folder: Path, tokenizer: Any) -> Check:
+def _check_special_tokens(of: _Release) -> str:
     """Both files that name special tokens say what the tokenizer does.
 
     transformers lets special_tokens_map.json win; other loaders read tokenizer_config.json alone.
     A release of ours names each token in both; in other folders one may be silent.
     """
-    ours = (folder / checks.FIXTURE).exists()
-    problems = []
+    _try_tokenizer(of.tokenizer)
+    differing = []
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        tree = checks.read_object(folder, name) if (folder / name).exists() else {}
-        for key, value in sorted(tokenizer.special_tokens_map.items()):
+        tree = checks.read_object(of.folder, name, absent=True)
+        for key, value in of.tokenizer.special_tokens_map.items():
             named = tree.get(key)
-            if (named is not None or ours) and _content(named) != _content(value):
-                problems.append(f"{key} of {name} is {named!r:.80}")
-    good = f"{len(tokenizer)} tokens, special tokens agree"
-    return Check.of("tokenizer", checks.some(problems), good)
+            if (named is not None or of.golden) and _content(named) != _content(value):
+                differing.append(f"{key} of {name} is {named!r:.80}")
+    refuse("other special tokens:", differing)
+    return f"{len(of.tokenizer)} tokens, special tokens agree"
 
 
-def _check_fixture(folder: Path, base: Path, tokenizer: Any) -> Iterator[Check]:
-    """Tokenizer and stop tokens are the base's; golden prompts render as they were trained."""
-    fixture = checks.read_object(folder, checks.FIXTURE)
-    yield _check_same_tokenizer(tokenizer, base)
-    stops, recorded = stop_token_ids(base, tokenizer), sorted(fixture["end_token_ids"])
-    other = f"stop tokens are {stops}, the adapter was trained with {recorded}"
-    yield Check.of("stop tokens", other if stops != recorded else "", f"{recorded}")
-    try:
-        yield check_fixture(fixture, ChatFormat(tokenizer, fixture["date_string"]), stops)
-    except (FintuneError, jinja2.TemplateError, KeyError, TypeError, IndexError) as error:
-        yield Check("fixture", "failed", f"unusable: {str(error)[:200]}")
-
-
-def _check_same_tokenizer(tokenizer: Any, base: Path) -> Check:
-    original = read_tokenizer(base)
-    for each in (tokenizer, original):
+def _check_same_tokenizer(of: _Release) -> str:
+    original = read_tokenizer(of.base)
+    for each in (of.tokenizer, original):
         each.backend_tokenizer.no_padding()
         each.backend_tokenizer.no_truncation()
     names = ("bos_token", "eos_token")
-    differing = [name for name in names if getattr(tokenizer, name) != getattr(original, name)]
-    if tokenizer.backend_tokenizer.to_str() != original.backend_tokenizer.to_str():
+    differing = [name for name in names if getattr(of.tokenizer, name) != getattr(original, name)]
+    if of.tokenizer.backend_tokenizer.to_str() != original.backend_tokenizer.to_str():
         differing.append("tokenizer.json")
-    problem = f"not the base's: {', '.join(differing)}" if differing else ""
-    return Check.of("tokenizer", problem, "the base's own")
+    refuse("not the base's:", differing)
+    return "the base's own"
 
 
-def check_fixture(fixture: dict[str, Any], chat: ChatFormat, stops: list[int]) -> Check:
+def _check_stop_tokens(of: _Release) -> str:
+    recorded = sorted(of.golden["end_token_ids"])
+    if (stops := stop_token_ids(of.base, of.tokenizer)) != recorded:
+        raise Unreadable(f"{stops}, the adapter was trained with {recorded}")
+    return f"{recorded}"
+
+
+def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the same text, ids and labels as when it was trained."""
-    if chat.template_sha256 != fixture["template_sha256"]:
-        return Check("fixture", "failed", "the chat template is not the one it was trained with")
-    for row in fixture["conversations"]:
-        messages = [Message(turn["role"], turn["content"]) for turn in row["messages"]]
-        now = chat.recorded(messages)
-        differing = [key for key, value in now.items() if value != row[key]]
-        if differing:
-            return Check("fixture", "failed", f"{row['name']}: other {', '.join(differing)}")
-        if not {*row["labels"]} & {*stops}:
-            return Check("fixture", "failed", f"{row['name']}: no stop token was trained")
+    chat = ChatFormat(of.tokenizer, of.golden["date_string"])
+    if chat.template_sha256 != of.golden["template_sha256"]:
+        raise Unreadable("the chat template is not the one it was trained with")
+    for row in of.golden["conversations"]:
+        now = chat.recorded([Message(turn["role"], turn["content"]) for turn in row["messages"]])
+        refuse(f"{row['name']}: other", [key for key, value in now.items() if value != row[key]])
+        if not {*row["labels"]} & {*of.golden["end_token_ids"]}:
+            raise Unreadable(f"{row['name']}: no stop token was trained")
         ids, logprobs = row["answer"]["ids"], row["answer"]["logprobs"]
         if len(ids) != len(logprobs) or max(ids) >= len(chat.tokenizer):
-            return Check("fixture", "failed", f"{row['name']}: an answer that no model gave")
-    return Check("fixture", "ok", f"{len(fixture['conversations'])} conversations, same ids")
+            raise Unreadable(f"{row['name']}: an answer that no model gave")
+    return f"{len(of.golden['conversations'])} conversations, same ids"
 
 
-def _check_tensors(folder: Path, base: Path) -> Check:
+def _check_keys(of: _Release) -> str:
     """The adapter's tensors have peft's own names and shapes for this base."""
-    try:
-        model = _empty_model(read_architecture(base))
-        peft = get_peft_model(model, LoraConfig.from_pretrained(folder), low_cpu_mem_usage=True)
-        state = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    except (ValueError, TypeError, KeyError) as error:
-        return Check("keys", "failed", f"peft cannot place it on {base.name}: {str(error)[:200]}")
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    found = {n: tensor.shape for n, tensor in checks.read_header(folder, checks.ADAPTER).items()}
-    problems = [f"missing key {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"extra key {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} is {found[name]}, the base needs {shape}"
-        for name, shape in sorted(expected.items())
-        if found.get(name, shape) != shape
-    ]
-    good = f"{len(expected)} keys and shapes as the base needs them"
-    return Check.of("keys", checks.some(problems), good)
-
-
-def stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the generation_config's list and the tokenizer's own.
-
-    Args:
-        folder: of the base.
-    """
-    name = "generation_config.json"
-    config = checks.read_object(folder, name) if (folder / name).exists() else {}
-    listed = config.get("eos_token_id") or []
-    ids = set([listed] if isinstance(listed, int) else listed)
-    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+    model = _empty_model(read_architecture(of.base))
+    peft = get_peft_model(model, LoraConfig.from_pretrained(of.folder), low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    needed = {name: tuple(value.shape) for name, value in state.items()}
+    header = checks.read_header(of.folder, checks.ADAPTER)
+    refuse("missing key", needed.keys() - header.keys())
+    refuse("extra key", header.keys() - needed.keys())
+    other = [name for name, shape in needed.items() if header[name][1] != shape]
+    refuse("another shape than the base needs:", other)
+    return f"{len(needed)} keys and shapes as the base needs them"
 
 
 def _content(value: Any) -> Any:

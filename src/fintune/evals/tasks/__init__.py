@@ -14,7 +14,6 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,11 @@ from fintune.evals.grading import UNREFERENCED, Kind, listed_choices
 from fintune.evals.items import Item
 from fintune.example import Message
 from fintune.files import sha256_file
+from fintune.hub import hub_error
 
 Row = dict[str, Any]
+SPLIT = "test"
+"""Of a data set on the hub."""
 
 
 class Question(NamedTuple):
@@ -37,16 +39,13 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A registered task."""
 
-    name: str
-    description: str
     question: Callable[[Row], Question]
+    description: str
     questions: str
     columns: dict[str, str]
-    split: str
 
 
 _TASKS: dict[str, Task] = {}
@@ -58,7 +57,6 @@ def task(
     *,
     questions: str = "",
     columns: dict[str, str] | None = None,
-    split: str = "test",
 ) -> Callable[[Callable[[Row], Question]], Callable[[Row], Question]]:
     """Register a function as a task.
 
@@ -67,11 +65,10 @@ def task(
         description: what the task asks.
         questions: a JSON Lines file in this package, for a task that brings its own questions.
         columns: columns of the data set on the hub, by the name that the function reads.
-        split: of the data set on the hub.
     """
 
     def register(function: Callable[[Row], Question]) -> Callable[[Row], Question]:
-        _TASKS[name] = Task(name, description, function, questions, columns or {}, split)
+        _TASKS[name] = Task(function, description, questions, columns or {})
         return function
 
     return register
@@ -94,17 +91,17 @@ def task_items(name: str, source: str, limit: int) -> list[Item]:
     Raises:
         ConfigError: no such task, or no source. DataError: a line without prompt or answer.
     """
-    known = registered()
-    if name not in known:
-        raise ConfigError(f"eval.tasks: no task {name!r}", fix=f"known: {', '.join(sorted(known))}")
-    found = known[name]
+    found = registered().get(name)
+    if found is None:
+        known = ", ".join(sorted(registered()))
+        raise ConfigError(f"eval.tasks: no task {name!r}", fix=f"known: {known}")
     if not source and not found.questions:
         raise ConfigError(
             f"eval.tasks.{name}: no file of questions",
             fix=f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH",
         )
     rows = _read(source or str(Path(__file__).with_name(found.questions)), found)
-    return [_item(found, row, at, source) for at, row in zip(range(limit), rows, strict=False)]
+    return [_item(name, found, row, at) for at, row in zip(range(limit), rows, strict=False)]
 
 
 def source_hash(source: str) -> str:
@@ -116,41 +113,38 @@ def source_hash(source: str) -> str:
 def _read(source: str, task: Task) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise DataError(f"{path}, line {number}: not JSON") from None
+        for number, line in enumerate(path.open(encoding="utf-8"), start=1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {number}: not JSON") from None
         return
     if path.suffix or source.startswith((".", "/", "~")):
         raise DataError(f"eval.tasks: no file at {path}")
     import datasets  # seconds to import, and only a hub id needs it
 
     try:
-        rows = datasets.load_dataset(source, split=task.split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"eval.tasks: {source} does not load: {str(error)[:200]}") from None
+        rows = datasets.load_dataset(source, split=SPLIT)
+    except Exception as error:
+        raise hub_error(error, source, setting="eval.tasks") from None
     for row in rows:
         yield {**row, **{ours: row.get(theirs) for ours, theirs in task.columns.items()}}
 
 
-def _item(task: Task, row: Row, number: int, source: str) -> Item:
+def _item(name: str, task: Task, row: Row, number: int) -> Item:
     try:
         prompt, reference, kind, choices = task.question(row)
     except (LookupError, TypeError):
         prompt, reference, kind, choices = Question("", "", "text")
     if not prompt or not (reference or kind in UNREFERENCED):
-        raise DataError(
-            f"{source or task.name}, line {number + 1}: no prompt or no answer",
-            fix="a line needs `prompt` and `answer`",
-        )
+        what = f"eval.tasks.{name}, line {number + 1}: no prompt or no answer"
+        raise DataError(what, fix="a line needs `prompt` and `answer`")
     key = row.get("id", number)
     return Item(
-        id=f"{task.name}/{key}",
-        task=task.name,
+        id=f"{name}/{key}",
+        task=name,
         kind=kind,
-        group=f"{task.name}/{row.get('context_id') or key}",
+        group=f"{name}/{row.get('context_id') or key}",
         messages=(Message("user", prompt),),
         reference=reference,
         choices=choices or listed_choices(prompt) if kind == "label" else (),

@@ -1,0 +1,322 @@
+"""What a folder's bytes say, before torch or transformers see any of it.
+
+JSON is held against schemas and searched for keys that name code, templates are read as Jinja
+tokens, weights as bits, and what a release says of its own files is held against the files:
+`training_config.json` names the sha256 of what the release was made from (`provenance`) and of
+every file beside it (`files`), the card that of `training_config.json` and the verdict. So a
+changed file is contradicted by another one, also where its line in SHA256SUMS was redone.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from pydantic import ValidationError
+
+from fintune.untrusted import checks
+from fintune.untrusted.checks import LIMITS, Check, Note, Unreadable, ask, ask_all, refuse, some
+from fintune.untrusted.schemas import SCHEMAS
+
+Role = Literal["release", "adapter", "base"]
+"""A release of ours (an allow-list of names), any peft folder, a base model."""
+_ENTRIES = 10_000
+_INDEX = "model.safetensors.index.json"
+_PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MADE_FROM = {
+    "adapter_sha256": checks.ADAPTER,
+    "test_results_sha256": checks.RESULTS,
+    "judged_sha256": checks.JUDGED,
+}
+"""Hashes of the provenance whose files are in the release."""
+_SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
+"""Of `sha256sum`, also with -b."""
+_VERDICT = re.compile(r"Verdict: \*\*([^*]*)\*\*")
+_CONFIG_SHA256 = re.compile(rf"`{re.escape(checks.CONFIG)}` \(sha256 `([^`]*)`\)")
+_EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
+    "F64": np.uint64(0x7FF0 << 48),
+    "F32": np.uint32(0x7F80 << 16),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+"""Floating types of an adapter: the bits of the exponent, all set where a number is not finite."""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder that is checked, and what several checks read of it."""
+
+    path: Path
+    role: Role
+    no_pickle: bool
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Its entries, at most `_ENTRIES`."""
+        return sorted(path.name for path in islice(self.path.iterdir(), _ENTRIES))
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each file, read once."""
+        return {name: checks.sha256_of(self.path, name) for name in self.names}
+
+    @cached_property
+    def trees(self) -> dict[str, dict[str, Any]]:
+        """JSON that is read of it by transformers, peft and fintune. Raises Unreadable."""
+        read = {name for name in self.names if name.endswith(".json")}
+        if self.role != "release":
+            read &= {*LIMITS["loaded_json"]}
+        return {name: checks.read_object(self.path, name) for name in sorted(read)}
+
+
+def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> list[Check]:
+    """Everything that can be said about a folder from its bytes alone, up to the first refusal.
+
+    Args:
+        no_pickle: also refuse `training_args.bin`, which is otherwise allowed in a release by
+            name and checksum and never opened.
+    """
+    of_releases = () if role == "release" else ("checksums", "provenance", "card")
+    questions = [row for row in _QUESTIONS if row[0] not in of_releases]
+    return ask_all(questions, _Folder(folder, role, no_pickle))
+
+
+def check_paths(folder: Path, private: list[str]) -> Check:
+    """No file names a folder of the machine that built it.
+
+    Args:
+        private: absolute folders of this build; found literally, in any file. Home folders of
+            others are found by their form, in every text file but the tokenizer's vocabulary.
+    """
+    return ask("paths", _no_paths, folder, private)
+
+
+def check_weights(folder: Path) -> list[Check]:
+    """Finite, non-empty LoRA tensors whose B matrices are not all zero; read without torch."""
+    return [ask("weights", _adapter_weights, folder)]
+
+
+def _no_paths(folder: Path, private: list[str]) -> str:
+    hits = []
+    for path in sorted(folder.iterdir()):
+        with checks.open_file(folder, path.name) as file:
+            data = file.read()
+        binary = path.name in {checks.ADAPTER, "tokenizer.json"}
+        named = [name for name in private if name.encode() in data]
+        named += [] if binary else _PATH.findall(data.decode("utf-8", "replace"))
+        hits += [f"{path.name} ({name})" for name in named[:1]]
+    refuse("a local path:", hits)
+    return "no local path in any file"
+
+
+def _check_files(of: _Folder) -> str:
+    """Regular files; of a release only names of the allow-list, no pickle without a checksum."""
+    release = of.role == "release"
+    loaded = {*LIMITS["loaded_json"], *LIMITS["loaded_files"]}
+    read = [n for n in of.names if release or n in loaded or n.endswith(".safetensors")]
+    for name in read:
+        checks.open_file(of.path, name).close()
+    needed = ("config.json",) if of.role == "base" else (checks.ADAPTER, checks.ADAPTER_CONFIG)
+    adapters = [n for n in read if of.role == "base" and n == checks.ADAPTER_CONFIG]
+    unknown = [name for name in read if release and name not in LIMITS["release_names"]]
+    pickles = [name for name in unknown if Path(name).suffix.lower() in LIMITS["pickles"]]
+    args = [name for name in read if name == checks.TRAINING_ARGS]
+    refuse("missing:", [name for name in needed if name not in of.names])
+    refuse("a pickle: reading it can run code:", pickles)
+    refuse("not in the allow-list:", unknown)
+    refuse("a pickle (--no-pickle):", args if of.no_pickle else [])
+    refuse("an adapter, no base:", adapters)
+    never_opened = f"; {checks.TRAINING_ARGS} is a pickle and never opened" if args else ""
+    return f"{len(read)} files" + (", all in the allow-list" if release else "") + never_opened
+
+
+def _check_sums(of: _Folder) -> str:
+    """SHA256SUMS names every file, and every file has the hash it names."""
+    sums, files = dict[str, str](), of.hashes.keys() - {checks.SUMS}
+    if checks.SUMS not in of.names:
+        unnoticed = f"no {checks.SUMS}: a change cannot be noticed"
+        if checks.TRAINING_ARGS in files:
+            raise Unreadable(f"{unnoticed}, and {checks.TRAINING_ARGS} is a pickle")
+        return Note(unnoticed)
+    for line in checks.read_text(of.path, checks.SUMS).splitlines():
+        match = _SUM_LINE.fullmatch(line.rstrip())
+        if match is None or match[2] in sums:
+            raise Unreadable(f"{checks.SUMS} has a line that is none of sha256sum: {line[:80]!r}")
+        sums[match[2]] = match[1]
+    refuse("changed:", [name for name in files & sums.keys() if of.hashes[name] != sums[name]])
+    refuse("missing:", sums.keys() - files)
+    refuse("not listed:", files - sums.keys())
+    return f"{len(sums)} files as listed"
+
+
+def _check_provenance(of: _Folder) -> str:
+    """Every hash that `training_config.json` states is that of its file."""
+    config = checks.read_object(of.path, checks.CONFIG, absent=True)
+    if checks.PROVENANCE not in config:
+        return Note(f"no {checks.CONFIG} says what it was made from")
+    provenance, files = config[checks.PROVENANCE], config.get("files", {})
+    if not isinstance(provenance, dict) or not isinstance(files, dict):
+        raise Unreadable(f"{checks.CONFIG} holds no provenance that can be read")
+    stated = [(name, provenance.get(key)) for key, name in _MADE_FROM.items()] + [*files.items()]
+    wrong = {name for name, digest in stated if of.hashes.get(name, "") != digest}
+    refuse(f"not the files that {checks.CONFIG} names:", wrong)
+    return f"{len(stated)} hashes as {checks.CONFIG} names them"
+
+
+def _check_card(of: _Folder) -> str:
+    """The verdict and the hash in the card's prose are those of the files."""
+    if checks.CARD not in of.names:
+        return Note(f"no {checks.CARD}")
+    card = checks.read_text(of.path, checks.CARD)
+    results = checks.read_object(of.path, checks.RESULTS, absent=True)
+    stated = (
+        (_VERDICT, checks.RESULTS, str(results.get("verdict")).replace("_", " ")),
+        (_CONFIG_SHA256, checks.CONFIG, of.hashes.get(checks.CONFIG, "")),
+    )
+    for form, name, true in stated:
+        if {*form.findall(card)} - {true}:
+            raise Unreadable(f"{checks.CARD} says something else than {name}")
+    return f"{checks.CARD} contradicts no file"
+
+
+def _check_configs(of: _Folder) -> str:
+    """JSON that is JSON, of the expected types."""
+    for name in of.trees.keys() & SCHEMAS:
+        try:
+            SCHEMAS[name].model_validate_json(json.dumps(of.trees[name]))
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(str(part)[:80] for part in first["loc"])
+            raise Unreadable(f"{name}: {at}: {first['msg']}") from None
+    base = of.trees.get(checks.ADAPTER_CONFIG, {}).get("base_model_name_or_path")
+    if of.role == "release" and not _HUB_ID.fullmatch(str(base)):
+        raise Unreadable(f"{checks.ADAPTER_CONFIG} names {base!r}: no public model id")
+    return f"{len(of.trees)} JSON files"
+
+
+def _check_hooks(of: _Folder) -> str:
+    """No JSON names code to import; `auto_map` of a base is never followed, and said."""
+    trees = [(name, of.trees[name]) for name in of.trees if name not in LIMITS["vocabularies"]]
+    hooks = [f"{name}: {hook}" for name, tree in trees for hook in _hooks(tree)]
+    ignored = [hook for hook in hooks if of.role == "base" and hook.endswith(": auto_map")]
+    if imported := [hook for hook in hooks if hook not in ignored]:
+        raise Unreadable(f"asks to import code ({some(imported)})")
+    if ignored:
+        return Note(f"names code that is never imported ({some(ignored)})")
+    return "no configuration names code"
+
+
+def _check_template(of: _Folder) -> str:
+    """A chat template is a program: it may reach for messages, not for Python's internals.
+
+    Read as Jinja tokens and never run here. transformers' sandbox, in which it is rendered later,
+    is a second wall (CVE-2026-5760 is a server that had neither).
+    """
+    texts = [checks.read_text(of.path, name) for name in of.names if name == checks.TEMPLATE]
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        inline = {"": of.trees.get(name, {}).get("chat_template")}
+        texts += [text for _, text in _values(inline) if isinstance(text, str)]
+    refuse("reaches for", [reach for text in texts if (reach := template_reaches(text))])
+    return "" if texts else Note("no chat template")
+
+
+def _values(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON tree at any depth, with its key."""
+    rows = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in rows:
+        yield str(key), value
+        if isinstance(value, dict | list):
+            yield from _values(value)
+
+
+def _hooks(tree: Any) -> Iterator[str]:
+    """Keys that name code to import, at any depth."""
+    for key, value in _values(tree):
+        kernel = key.endswith("_implementation") and not re.fullmatch("[a-z0-9_|]*", str(value))
+        if value and (key in LIMITS["hooks"] or key.endswith("_internal") or kernel):
+            yield key
+        if key == "quantization_config" and isinstance(value, dict):
+            method = value.get("quant_method", "bitsandbytes")
+            if method not in LIMITS["quantizations"]:
+                yield f"quant_method {method!r}"
+
+
+def template_reaches(source: str) -> str:
+    """The first thing in a template's code that no chat template needs, or nothing."""
+    last = ""
+    for _, kind, value in jinja2.Environment().lex(source):
+        if kind in {"name", "string"} and "__" in value:
+            return value.strip("'\"")
+        if kind == "name" and last == "." and value.startswith("_"):
+            return value
+        if kind == "name" and last == "|" and value == "attr":
+            return "the attr filter"
+        if kind == "name" and last == "{%" and value in LIMITS["template_tags"]:
+            return f"{{% {value} %}}"
+        if kind != "whitespace":
+            last = value.rstrip("-+") if kind == "block_begin" else value
+    return ""
+
+
+def _check_weights(of: _Folder) -> str:
+    """Of a base the headers; its bytes are read once, by torch."""
+    if of.role != "base":
+        return _adapter_weights(of.path)
+    names = [name for name in of.names if name.endswith(".safetensors")]
+    shards = of.trees.get(_INDEX, {}).get("weight_map") or {}
+    if not isinstance(shards, dict):
+        raise Unreadable(f"{_INDEX} has no weight_map")
+    refuse(f"{_INDEX} names other files:", {*map(str, shards.values())} - {*names})
+    counts = [len(checks.read_header(of.path, name)) for name in names]
+    return f"{sum(counts)} tensors in {len(names)} files"
+
+
+def _adapter_weights(folder: Path) -> str:
+    header = checks.read_header(folder, checks.ADAPTER)
+    refuse("no type of an adapter:", {dtype for dtype, _ in header.values()} - _EXPONENTS.keys())
+    counts = {name: int(np.prod(shape, dtype=object)) for name, (_, shape) in header.items()}
+    lora_b = [name for name in header if "lora_B" in name]
+    refuse("empty:", [name for name, count in counts.items() if not count])
+    refuse("empty:", [] if lora_b else ["no LoRA tensors"])
+    with checks.open_file(folder, checks.ADAPTER) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        bits = {name: _bits(file, header[name][0], count) for name, count in counts.items()}
+    refuse("NaN or infinite:", [name for name, (finite, _) in bits.items() if not finite])
+    zero = sum(not bits[name][1] for name in lora_b)
+    if zero == len(lora_b):
+        raise Unreadable("every B matrix is zero: the adapter changes nothing")
+    good = f"{len(header)} finite tensors, {sum(counts.values()):,} parameters"
+    return good + (f"; {zero} of {len(lora_b)} B matrices are zero" if zero else "")
+
+
+def _bits(file: BufferedReader, dtype: str, count: int) -> tuple[bool, bool]:
+    """Of the next `count` elements: whether all are finite, and whether any is not zero."""
+    finite, any_set, mask = True, False, _EXPONENTS[dtype]
+    while count:
+        bits = np.fromfile(file, mask.dtype, min(count, 2**22))
+        if not len(bits):
+            raise Unreadable(f"{checks.ADAPTER} was cut while it was read")
+        count -= len(bits)
+        finite = finite and not bool(((bits & mask) == mask).any())
+        any_set = any_set or bool((bits << mask.dtype.type(1)).any())
+    return finite, any_set
+
+
+_QUESTIONS: tuple[tuple[str, Callable[[_Folder], str]], ...] = (
+    ("files", _check_files),
+    ("checksums", _check_sums),
+    ("provenance", _check_provenance),
+    ("card", _check_card),
+    ("config", _check_configs),
+    ("code hooks", _check_hooks),
+    ("template", _check_template),
+    ("weights", _check_weights),
+)
