@@ -27,10 +27,10 @@ from fintune.untrusted import checks, open_folder, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
 
-LLAMA_NOTICE = (
-    "Llama {version} is licensed under the Llama {version} Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
-)
+LLAMA_NOTICE = """\
+Llama {0} is licensed under the Llama {0} Community License, \
+Copyright © Meta Platforms, Inc. All Rights Reserved.
+"""
 """The words section 1.b.iii of the Llama 3 licences asks for."""
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
@@ -175,15 +175,15 @@ def _write_llama_license(staging: Path, base: Base) -> str | None:
     found = _LLAMA.search(base.id)
     if found is None:
         return None
-    licenses = sorted(base.folder.glob("LICENSE*"))
-    if not licenses:
+    license_file = min(base.folder.glob("LICENSE*"), default=None)
+    if license_file is None:
         raise GateRefused(
             f"no licence text of {base.id} was found",
             why="Llama's licence asks for a copy of itself with everything derived from it",
             fix=f"put the base's LICENSE into {base.folder}",
         )
-    files.copy_file(licenses[0], staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(version=found.group(1)))
+    files.copy_file(license_file, staging / "LICENSE")
+    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found.group(1)))
     return found.group(1)
 
 

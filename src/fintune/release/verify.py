@@ -155,7 +155,7 @@ class _Server:
         try:
             return None, int(self._ask("/v1/chat/completions", body)["usage"]["prompt_tokens"])
         except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{self._url} gives no chat answer with usage") from None
+            raise ModelError(f"{self._url} does not count prompt tokens") from None
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """The JSON object of an answer; empty where the server refuses or does not have it."""
