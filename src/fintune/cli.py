@@ -400,7 +400,7 @@ def serve(
 ) -> None:
     """A page that compares base and adapter, and an OpenAI-compatible server; loopback only."""
     try:
-        from fintune.serve.server import serve as run_server
+        from fintune.serve.app import serve as run_server
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serving needs {error.name}, which is not installed",

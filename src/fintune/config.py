@@ -316,18 +316,14 @@ class EvalConfig(Section):
 
 
 class ReleaseConfig(Section):
-    """What leaves the house."""
+    """The release."""
 
     out: Path | None = Field(None, description="folder of the release; absent: OUT/release")
-    name: str | None = Field(None, description="name on the card; absent: the config's name")
     training_args_bin: bool = Field(
         False, description="also write training_args.bin (a pickle, as the seed's release has)"
     )
     license: str | None = Field(
         None, description="the adapter's licence on the card; absent: the base's, where it is known"
-    )
-    license_file: Path | None = Field(
-        None, description="the base's LICENSE, copied beside a Llama adapter; absent: looked for"
     )
 
 

@@ -33,7 +33,7 @@ from fintune.evals.report import COMMAND, RESULTS, read_evaluation, write_result
 from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
 from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
-from fintune.generation import Completion, Request, generate
+from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
 
 BANDS = (128, 256, 512, 1024, 2048)
@@ -315,7 +315,7 @@ def _generate(
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
 
 
-def _line(variant: str, item: Item, ids: list[int], answer: Completion) -> dict[str, Any]:
+def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str, Any]:
     return {
         "model": variant,
         "text": answer.text,
