@@ -10,39 +10,23 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import (
-    manifest,
-    manifest_problems,
-    reaching,
-    read_json,
-    sha256_json,
-    write_json,
-)
+from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
 from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
-"""Beginnings of names that no later stage reads: under manifests of their own, or a log that grows
+"""Beginnings of names that no later stage reads: under seals of their own, or a log that grows
 when its stage is finished."""
 HOLDER = "process "
 """How the line of a lock's holder begins."""
 _ELSEWHERE = "choose another folder: --set out=..."
-_OWNED = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
-
-
-class State(Enum):
-    """What a stage's folder is before the stage starts."""
-
-    NEW = "new"
-    UNFINISHED = "unfinished"
-    FINISHED = "finished"
 
 
 def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, Any]] = ()) -> None:
@@ -51,13 +35,19 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
     Args:
         accepted: changes of the inputs while the stage ran.
     """
-    done = {
-        "inputs": inputs,
-        "inputs_sha256": sha256_json(inputs),
-        "files": manifest(folder, without=DONE),
-    }
-    changes = [*accepted]
-    write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
+    hashes = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
+    changes = {"accepted": [*accepted]}
+    write_json(folder / DONE, hashes | (changes if changes["accepted"] else {}))
+
+
+def _manifest(folder: Path, unread: tuple[str, ...] = UNREAD) -> dict[str, Any]:
+    """`bytes` and `sha256` of every file that is read; not of hidden ones and the seal."""
+    found = {}
+    for path in sorted(folder.rglob("[!.]*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != DONE and not name.startswith(unread):
+            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return found
 
 
 def read_seal(
@@ -84,9 +74,14 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done = read_checked(folder / DONE)
-    problems = [f"{name} is missing" for name in sorted({*needed} - done["files"].keys())]
-    problems += manifest_problems(folder, done["files"], without=DONE, unread=unread)
+    done, found = read_checked(folder / DONE), _manifest(folder, unread)
+    listed = {name: fact for name, fact in done["files"].items() if not name.startswith(unread)}
+    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - found.keys())]
+    for name, fact in found.items():
+        if name not in listed:
+            problems.append(f"{name} was not there when it was finished")
+        elif listed[name] != fact:
+            problems.append(f"{name} was changed after it was finished")
     if problems:
         raise OutputError(
             f"{stage}: {folder}: {'; '.join(problems[:5])}",
@@ -116,13 +111,13 @@ def check_place(folder: Path) -> None:
     Raises:
         OutputError: a symbolic link, or a folder that is or holds the home or current directory.
     """
-    homes = {"home": os.path.expanduser("~"), "current": os.curdir}
     problem = "is a symbolic link" if folder.is_symlink() else ""
-    for name, home in homes.items():
-        if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(folder)):
+    for name, home in (("home", Path.home()), ("current", Path.cwd())):
+        if home.resolve().is_relative_to(folder.resolve()):
             problem = f"is or holds the {name} directory"
     if problem:
-        raise OutputError(f"{folder} {problem}", why=_OWNED, fix=_ELSEWHERE)
+        why = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
+        raise OutputError(f"{folder} {problem}", why=why, fix=_ELSEWHERE)
 
 
 @contextmanager
@@ -154,14 +149,13 @@ def lock(folder: Path) -> Iterator[str]:
             raise OutputError(
                 f"{folder} is being written by {file.read() or 'another process'}",
                 why="two runs in one folder would destroy each other's files",
-                fix="wait for it, stop it (SIGTERM), or choose another folder: --set out=...",
+                fix=f"wait for it, stop it (SIGTERM), or {_ELSEWHERE}",
             ) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
         if dead and not dead.startswith(HOLDER):
-            what = f"{path} holds something else than the lock of {folder}"
-            raise OutputError(what, fix=_ELSEWHERE)
+            raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
         file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
@@ -172,8 +166,8 @@ def lock(folder: Path) -> Iterator[str]:
             file.truncate(0)
 
 
-def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> State:
-    """Say whether a stage has to run, may be skipped, or must be refused.
+def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> bool:
+    """Whether a stage may be skipped; else it has to begin or go on.
 
     Args:
         also: another way out of an unfinished folder than a fresh one, for the message.
@@ -183,22 +177,22 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
             is finished and a file of it changed since.
     """
     if empty(folder):
-        return State.NEW
-    for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
-        if (folder / name).is_file():
-            differing = differences(read_checked(folder / name)["inputs"], inputs)
-            if differing:
-                ways = f"choose another folder (--set out=...), or: {command} --fresh"
-                raise OutputError(
-                    f"{folder} holds the {found.value} result of other inputs; these differ: "
-                    + "; ".join(differing),
-                    why="mixing two runs in one folder would make both unaccountable",
-                    fix=ways + also if found is State.UNFINISHED else ways,
-                )
-            if found is State.FINISHED:
-                read_seal(folder, stage=command, make=command)
-            return found
-    raise _foreign(folder)
+        return False
+    done = (folder / DONE).is_file()
+    mark = folder / (DONE if done else INPUTS)
+    if not mark.is_file():
+        raise _foreign(folder)
+    if differing := differences(read_checked(mark)["inputs"], inputs):
+        raise OutputError(
+            f"{folder} holds the {'' if done else 'un'}finished result of other inputs; these"
+            f" differ: {'; '.join(differing)}",
+            why="mixing two runs in one folder would make both unaccountable",
+            fix=f"choose another folder (--set out=...), or: {command} --fresh"
+            + ("" if done else also),
+        )
+    if done:
+        read_seal(folder, stage=command, make=command)
+    return done
 
 
 def empty(folder: Path) -> bool:
@@ -260,10 +254,8 @@ def move_aside(folder: Path) -> Path | None:
     if empty(folder):
         return None
     check_ours(folder)
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
-        number += 1
-    return folder.rename(aside)
+    names = (folder.with_name(f"{folder.name}.old-{number}") for number in count(1))
+    return folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def read_checked(path: Path) -> dict[str, Any]:

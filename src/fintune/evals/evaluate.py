@@ -60,7 +60,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        finished = seal.state(folder, inputs, command=COMMAND) is seal.State.FINISHED
+        finished = seal.finished(folder, inputs, command=COMMAND)
         if not finished:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
