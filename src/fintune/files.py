@@ -21,6 +21,7 @@ from fintune.errors import NoSpace, OutputError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
 """How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
+_FREE = "what was saved before is intact: free some space; the same command continues"
 SMALL_FILES = 2**20
 """Bytes to have free besides large files: JSON, a line of metrics, blocks of the file system."""
 FORMAT = 1
@@ -179,10 +180,8 @@ def reaching(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror}",
-            fix="choose another place for what is written, such as --set out=runs/mine",
-        ) from None
+        what = f"{folder} cannot be written: {error.strerror}"
+        raise OutputError(what, fix="choose another folder: --set out=...") from None
 
 
 @contextlib.contextmanager
@@ -230,7 +229,9 @@ def free_bytes(path: Path) -> int:
 def require_free_space(folder: Path, needed: int) -> None:
     """Raise NoSpace where fewer than `needed` bytes are free on the volume of a folder."""
     if (free := free_bytes(folder)) < needed:
-        raise _no_space(f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+        raise NoSpace(
+            f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free", fix=_FREE
+        )
 
 
 @contextlib.contextmanager
@@ -246,13 +247,5 @@ def space_for(folder: Path, needed: int) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
         if full or any(word in str(error) for word in _FULL_WORDS):
-            raise _no_space(f"no space left on the volume of {folder}") from error
+            raise NoSpace(f"no space left on the volume of {folder}", fix=_FREE) from error
         raise
-
-
-def _no_space(what: str) -> NoSpace:
-    return NoSpace(
-        what,
-        why="nothing is half-written; what was saved before is intact",
-        fix="free some space; the same command continues",
-    )

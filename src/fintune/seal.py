@@ -35,9 +35,9 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
     Args:
         accepted: changes of the inputs while the stage ran.
     """
-    hashes = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
-    changes = {"accepted": [*accepted]}
-    write_json(folder / DONE, hashes | (changes if changes["accepted"] else {}))
+    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
+    changes = [*accepted]
+    write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
 def _manifest(folder: Path, unread: tuple[str, ...] = UNREAD) -> dict[str, Any]:
@@ -83,11 +83,8 @@ def read_seal(
         elif listed[name] != fact:
             problems.append(f"{name} was changed after it was finished")
     if problems:
-        raise OutputError(
-            f"{stage}: {folder}: {'; '.join(problems[:5])}",
-            why="a later stage must read exactly what the earlier one wrote",
-            fix=f"put the files back, or run: {make} --fresh (it moves the old folder aside)",
-        )
+        fix = f"put the files back, or run: {make} --fresh (it moves the old folder aside)"
+        raise OutputError(f"{stage}: {folder}: {'; '.join(problems[:5])}", fix=fix)
     return done
 
 
@@ -96,11 +93,8 @@ def read_data(folder: Path) -> dict[str, Any]:
     validation, test = "validation.parquet", "test.parquet"
     files = read_checked(folder / DONE)["files"] if (folder / DONE).is_file() else {}
     if validation in files and test not in files:
-        raise OutputError(
-            f"{folder} was prepared by an earlier version: it has no {test}",
-            why="the rows that decide the verdict have a file of their own now",
-            fix="run: fintune prepare --fresh",
-        )
+        what = f"{folder} was prepared by an earlier version: it has no {test}"
+        raise OutputError(what, fix="run: fintune prepare --fresh")
     needed = ("train.parquet", validation, test, "manifest.json")
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
@@ -116,8 +110,7 @@ def check_place(folder: Path) -> None:
         if home.resolve().is_relative_to(folder.resolve()):
             problem = f"is or holds the {name} directory"
     if problem:
-        why = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
-        raise OutputError(f"{folder} {problem}", why=why, fix=_ELSEWHERE)
+        raise OutputError(f"{folder} {problem}; a stage owns its folder", fix=_ELSEWHERE)
 
 
 @contextmanager
@@ -146,11 +139,9 @@ def lock(folder: Path) -> Iterator[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"{folder} is being written by {file.read() or 'another process'}",
-                why="two runs in one folder would destroy each other's files",
-                fix=f"wait for it, stop it (SIGTERM), or {_ELSEWHERE}",
-            ) from None
+            what = f"{folder} is being written by {file.read() or 'another process'}"
+            fix = f"wait for it, stop it (SIGTERM), or {_ELSEWHERE}"
+            raise OutputError(what, fix=fix) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
@@ -182,14 +173,10 @@ def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = 
     mark = folder / (DONE if done else INPUTS)
     if not mark.is_file():
         raise _foreign(folder)
-    if differing := differences(read_checked(mark)["inputs"], inputs):
-        raise OutputError(
-            f"{folder} holds the {'' if done else 'un'}finished result of other inputs; these"
-            f" differ: {'; '.join(differing)}",
-            why="mixing two runs in one folder would make both unaccountable",
-            fix=f"choose another folder (--set out=...), or: {command} --fresh"
-            + ("" if done else also),
-        )
+    if differing := "; ".join(differences(read_checked(mark)["inputs"], inputs)):
+        state, also = ("finished", "") if done else ("unfinished", also)
+        what = f"{folder} holds the {state} result of other inputs; these differ: {differing}"
+        raise OutputError(what, fix=f"{_ELSEWHERE}, or: {command} --fresh{also}")
     if done:
         read_seal(folder, stage=command, make=command)
     return done
@@ -216,11 +203,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _foreign(folder: Path) -> OutputError:
-    return OutputError(
-        f"{folder} holds files that are not of this stage",
-        why="they would be mixed with the result, or moved with it",
-        fix=_ELSEWHERE,
-    )
+    return OutputError(f"{folder} holds files that are not of this stage", fix=_ELSEWHERE)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -265,16 +248,12 @@ def read_checked(path: Path) -> dict[str, Any]:
         OutputError: it has another form, or `inputs` are not those of `inputs_sha256`.
     """
     try:
-        tree = read_json(path)
-        inputs, files = tree.get("inputs"), tree.setdefault("files", {})
-        ours = isinstance(inputs, dict) and isinstance(files, dict)
-        ours &= path.name == INPUTS or tree.get("inputs_sha256") == sha256_json(inputs)
-    except (OSError, ValueError, RecursionError):
+        tree = {"files": {}} | read_json(path)
+        ours = isinstance(tree["inputs"], dict) and isinstance(tree["files"], dict)
+        ours &= path.name == INPUTS or tree["inputs_sha256"] == sha256_json(tree["inputs"])
+    except (OSError, ValueError, LookupError, RecursionError):
         ours = False
     if not ours:
-        raise OutputError(
-            f"{path} was changed or damaged after it was written",
-            why="it says what the folder was made from, and nothing else does",
-            fix="put the file back, or choose another folder: --set out=...",
-        )
+        fix = f"put the file back, or {_ELSEWHERE}"
+        raise OutputError(f"{path} was changed or damaged after it was written", fix=fix)
     return tree
