@@ -19,7 +19,17 @@ import jinja2
 import numpy as np
 
 from fintune.untrusted import checks
-from fintune.untrusted.checks import LIMITS, Check, Note, Unreadable, ask, ask_all, refuse, some
+from fintune.untrusted.checks import (
+    LIMITS,
+    Check,
+    Note,
+    Report,
+    Unreadable,
+    ask,
+    ask_all,
+    refuse,
+    some,
+)
 
 Role = Literal["release", "adapter", "base"]
 """A release of ours (an allow-list of names), any peft folder, a base model."""
@@ -84,6 +94,18 @@ def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> Itera
     of_releases = () if role == "release" else ("checksums", "provenance", "card")
     questions = [row for row in _QUESTIONS if row[0] not in of_releases]
     return ask_all(questions, _Folder(folder, role, no_pickle))
+
+
+def open_folder(folder: Path, role: Role) -> list[Check]:
+    """Check a folder's bytes; what transformers and peft say of it is asked by `probe`.
+
+    Raises:
+        GateRefused: a static check failed; the message names it.
+    """
+    report = Report(folder)
+    report.run(lambda: static_checks(folder, role))
+    report.settle()
+    return report.checks
 
 
 def check_paths(folder: Path, private: list[str]) -> Check:
