@@ -113,9 +113,9 @@ def stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
         folder: of the base.
     """
     config = checks.read_object(folder, "generation_config.json", absent=True)
-    listed = config.get("eos_token_id") or []
-    ids = set([listed] if isinstance(listed, int) else listed)
-    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+    listed = config.get("eos_token_id")
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    return sorted(ids - {None})
 
 
 def _read(kind: Any, folder: Path, what: str) -> Any:
@@ -123,11 +123,9 @@ def _read(kind: Any, folder: Path, what: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
-            raise GateRefused(
-                f"{what} {folder} asks to run code of its own (auto_map)",
-                why="a model folder is data here; code found in one is never run",
-                fix="use a base whose architecture transformers itself has",
-            ) from None
+            what = f"{what} {folder} asks to run code of its own (auto_map), which is never run"
+            fix = "use a base whose architecture transformers itself has"
+            raise GateRefused(what, fix=fix) from None
         raise ModelError(f"{what} {folder} does not load: {str(error)[:200]}") from None
 
 
@@ -163,11 +161,8 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
         return answer["result"]
     if kind := getattr(errors, answer.pop("class", ""), None):
         raise kind(**answer)
-    raise GateRefused(
-        f"{subject} is refused: {answer.get('what', 'reading it crashed or passed a limit')}",
-        why=f"it was read in a process of its own, with limits: {_LIMITS}",
-        fix="get the folder from its source again, or use another one",
-    )
+    what = answer.get("what", f"reading it crashed or passed a limit ({_LIMITS})")
+    raise GateRefused(f"{subject} is refused: {what}")
 
 
 def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
@@ -281,11 +276,12 @@ def _check_same_tokenizer(of: _Release) -> str:
     for each in (of.tokenizer, original):
         each.backend_tokenizer.no_padding()
         each.backend_tokenizer.no_truncation()
-    names = ("bos_token", "eos_token")
-    differing = [name for name in names if getattr(of.tokenizer, name) != getattr(original, name)]
-    if of.tokenizer.backend_tokenizer.to_str() != original.backend_tokenizer.to_str():
-        differing.append("tokenizer.json")
-    refuse("not the base's:", differing)
+    mine, theirs = (
+        (each.bos_token, each.eos_token, each.backend_tokenizer.to_str())
+        for each in (of.tokenizer, original)
+    )
+    if mine != theirs:
+        raise Unreadable("BOS, end of turn or tokenizer.json are not the base's")
     return "the base's own"
 
 

@@ -19,17 +19,7 @@ import jinja2
 import numpy as np
 
 from fintune.untrusted import checks
-from fintune.untrusted.checks import (
-    LIMITS,
-    Check,
-    Note,
-    Report,
-    Unreadable,
-    ask,
-    ask_all,
-    refuse,
-    some,
-)
+from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask_all, refuse, some
 
 Role = Literal["release", "adapter", "base"]
 """A release of ours (an allow-list of names), any peft folder, a base model."""
@@ -115,12 +105,12 @@ def check_paths(folder: Path, private: list[str]) -> Check:
         private: absolute folders of this build; found literally, in any file. Home folders of
             others are found by their form, in every text file but the tokenizer's vocabulary.
     """
-    return ask("paths", _no_paths, folder, private)
+    return checks.ask("paths", _no_paths, folder, private)
 
 
 def check_weights(folder: Path) -> list[Check]:
     """Finite, non-empty LoRA tensors whose B matrices are not all zero; read without torch."""
-    return [ask("weights", _adapter_weights, folder)]
+    return [checks.ask("weights", _adapter_weights, folder)]
 
 
 def _no_paths(folder: Path, private: list[str]) -> str:
