@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="measure these, keep the others")
     options = parser.parse_args()
     code = (
-        "import sys, pathlib; from fintune.serve.server import serve;"
+        "import sys, pathlib; from fintune.serve.app import serve;"
         " serve(pathlib.Path(sys.argv[1]), port=int(sys.argv[2]), base=next(map(pathlib.Path,"
         " sys.argv[3:]), None))"
     )

@@ -136,7 +136,7 @@ def test_a_judge_joins_later_and_is_asked_once(finished, tmp_path):
 def test_whatever_the_judge_does_the_evaluation_stays_finished(finished, limit):
     config, _ = finished
     with serve(FakeJudge()) as server:
-        prices = {"usd_per_million_in": 2, "usd_per_million_out": 8, "max_usd": limit}
+        prices = {"usd_per_million": (2, 8), "max_usd": limit}
         judged = type(config.eval.judge)(model=f"m{limit}", base_url=server.url, **prices)
         tight = config.model_copy(update={"eval": config.eval.model_copy(update={"judge": judged})})
         before = {

@@ -31,7 +31,7 @@ def pair(item, base, adapter):
 
 
 def config(url="http://127.0.0.1:9/v1", **settings):
-    return JudgeConfig(model="fake", base_url=url, usd_per_million_in=2, usd_per_million_out=8,
+    return JudgeConfig(model="fake", base_url=url, usd_per_million=(2, 8),
                        **settings)  # fmt: skip
 
 

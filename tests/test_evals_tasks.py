@@ -84,8 +84,9 @@ def test_figures_out_of_nowhere_are_listed():
 
 def test_the_question_is_told_from_its_context():
     asked = item("number", "5", "in thousands\nfiscal 2019\n\nQuestion: what was it in millions?")
-    assert asked.question == "Question: what was it in millions?"
-    assert "in thousands" in asked.context and "millions" not in asked.context
+    question, context = asked.parts()
+    assert question == asked.question == "Question: what was it in millions?"
+    assert "in thousands" in context and "millions" not in context
 
 
 def test_test_rows_are_checkable_by_number_or_by_label():
@@ -190,6 +191,6 @@ def test_a_hub_id_is_read_with_the_columns_of_its_task(tmp_path, monkeypatch):
     found = task_items("fpb", "owner/sentences", 3)
     assert [item.messages[-1].content for item in found] == [line["query"] for line in lines[:3]]
     assert {(item.kind, item.reference) for item in found} == {("label", "positive")}
-    with pytest.raises(DataError, match="owner/absent does not load"):
+    with pytest.raises(DataError, match="owner/absent is not on this machine"):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         task_items("fpb", "owner/absent", 3)

@@ -114,7 +114,7 @@ def ask(
     judge: fake_judge.FakeJudge, judged: tiny.Chain, *words: object, verb: str = "judge"
 ) -> tiny.Said:
     """`fintune judge` against the fake endpoint, or `eval`, which asks a judge too."""
-    prices = {"judge_price_in": 10, "judge_price_out": 30}
+    prices = {"judge_prices": [10, 30]}
     given = judged.words(judge="fake-1", judge_url=judge.url, **prices)
     with mock.patch.dict(os.environ, {"OPENAI_API_KEY": KEY}):
         return tiny.fintune(verb, *given, *words)

@@ -132,7 +132,12 @@ def test_help_is_instant_and_loads_no_torch() -> None:
     assert "prepare" in done.stdout
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "lm_eval": "lm-eval",
+    "pydantic_core": "pydantic-core",
+}
 """Names under which a package is imported and installed, where they differ."""
 
 

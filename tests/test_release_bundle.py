@@ -6,6 +6,7 @@ import json
 import os
 import pickletools
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
-from fintune.release import card
 from fintune.release.bundle import release
 from fintune.release.card import vllm_rank
 from fintune.release.verify import verify
@@ -91,9 +91,9 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
     assert card.data.license is None, "not known, so not stated"
     for text in (
         "Verdict: **better**.",
-        "| accuracy | 50.0% | 75.0% |",
-        "25.0% (18.0% to 32.0%), over 240 paired questions",
-        "80 % power is 7.0%",
+        "| accuracy | 50.0 % | 75.0 % |",
+        "25.0 % (18.0 % to 32.0 %), over 240 paired questions",
+        "80 % power is 7.0 %",
         "3 unscored (no_judge)",
         "| rows.jsonl | sha256:abc | Apache-2.0 | 10 | 5 |",
         "| dropped: too_short | 2 |",
@@ -115,11 +115,14 @@ def test_card_says_what_was_measured_and_nothing_else(config: Config, base: Path
     assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
 
 
-def test_card_names_the_judge() -> None:
+def test_card_names_the_judge(base: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", base)
     scored = {"status": "scored", "model": "judge-1", "served_model": "judge-1-2026-01-01"}
     rows = [scored, scored, {**scored, "served_model": None}, {"status": "unscored"}]
-    said = card._judges(rows)
-    assert "2 verdicts of judge-1-2026-01-01" in said and "1 verdicts of judge-1;" in said + ";"
+    files.write_jsonl(config.eval_dir / "eval_50_gpt_judged_raw.jsonl", rows)
+    seal.seal(config.eval_dir, json.loads((config.eval_dir / "done.json").read_text())["inputs"])
+    said = (release(config) / "README.md").read_text()
+    assert "2 verdicts of judge-1-2026-01-01" in said and "1 verdicts of judge-1;" in said
     assert "verdicts of None" not in said
 
 
@@ -176,9 +179,9 @@ def test_same_release_again_is_kept_and_another_refused(config: Config) -> None:
     assert release(config) == config.release_dir
     assert (config.release_dir / "SHA256SUMS").stat().st_mtime_ns == before
     other = config.model_copy(
-        update={"release": config.release.model_copy(update={"name": "other"})}
+        update={"release": config.release.model_copy(update={"license": "mit"})}
     )
-    with pytest.raises(OutputError, match="release.name"):
+    with pytest.raises(OutputError, match="release.license"):
         release(other)
 
 
@@ -223,13 +226,15 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
         release(config)
     weights.write_bytes(good)
     seal.seal(config.run_dir, run)
-    pq.write_table(pa.table({"group": ["a"]}), config.data_dir / "test.parquet")
+    pq.write_table(pa.table({"group": ["e"]}), config.data_dir / "test.parquet")
     seal.seal(config.data_dir, {})
     with pytest.raises(GateRefused, match="decided by other rows"):
         release(config)
     seals["test"] = files.sha256_file(config.data_dir / "test.parquet")
+    results = json.loads((config.eval_dir / "test_results.json").read_text())
+    files.write_json(config.eval_dir / "test_results.json", results | {"n": {"contaminated": 1}})
     seal.seal(config.eval_dir, seals)
-    with pytest.raises(GateRefused, match="1 groups of the test rows"):
+    with pytest.raises(GateRefused, match="found contaminated test rows"):
         release(config)
     (config.run_dir / "done.json").unlink()
     with pytest.raises(OutputError, match="fintune train"):
@@ -241,20 +246,19 @@ def test_gate_refuses_what_does_not_belong_together(base: Path, tmp_path: Path) 
 
 
 def test_llama_base_brings_its_licence(base: Path, tmp_path: Path) -> None:
-    config = tiny_run(tmp_path / "run", base)
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    config = tiny_run(tmp_path / "run", folder)
     llama = config.model.model_copy(update={"id": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
     config = config.model_copy(update={"model": llama})
     with pytest.raises(GateRefused, match="no licence text"):
         release(config)
-    licence = tmp_path / "LICENSE.txt"
-    licence.write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n")
-    update = config.release.model_copy(update={"license_file": licence})
-    folder = release(config.model_copy(update={"release": update}))
-    card = (folder / "README.md").read_text()
+    (folder / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n")
+    made = release(config)
+    card = (made / "README.md").read_text()
     assert "# Llama tiny" in card and "**Built with Llama.**" in card
     assert "license: llama3.1" in card
-    assert (folder / "LICENSE").read_text() == licence.read_text()
-    assert "Llama 3.1 is licensed under" in (folder / "NOTICE").read_text()
+    assert (made / "LICENSE").read_text() == (folder / "LICENSE").read_text()
+    assert "Llama 3.1 is licensed under" in (made / "NOTICE").read_text()
 
 
 def test_two_builds_have_the_same_bytes(config: Config, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_real_llama_template_passes_and_becomes_ollamas() -> None:
         pytest.skip("no ../shared/tokenizers/llama3")
     chat = ChatFormat(AutoTokenizer.from_pretrained(folder), DATE)
     assert template_reaches(chat.template) == ""
-    template = export.ollama_template(chat)
+    template = export.ollama_modelfile(chat).split('"""')[1]
     for messages in CONVERSATIONS.values():
         prompt = chat.render(messages[:-1], prompt=True)
         assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt

@@ -3,6 +3,7 @@
 llama-cpp-python is built from source (about six minutes), so this runs by `make test-gguf` alone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fintune import nano
 from fintune.chat import ChatFormat
 from fintune.config import ModelConfig
 from fintune.example import Message
-from fintune.model import find_base, load_adapter, load_base, load_tokenizer
+from fintune.model import LoadedRelease, find_base, load_adapter, load_base, load_tokenizer
 from fintune.release import gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built here")
@@ -34,7 +35,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ChatFormat, Pa
     base = find_base(ModelConfig())
     tokenizer = load_tokenizer(base)
     plain = load_base(base, "none", "fp32")
-    gguf.write_model(base, tokenizer, plain.state_dict(), folder / "base.gguf", "f32", "nano")
+    loaded = LoadedRelease(base, plain, "fp32", ChatFormat(tokenizer, "26 Jul 2024"), [])
+    gguf.write_model(loaded, folder / "base.gguf", "f32", "nano")
     # Small enough to leave the base its words: near ties of noise would part f16 from f32.
     adapter = tiny_adapter(base.folder, folder / "adapter", scale=0.03)
     gguf.write_adapter(adapter, base, folder / "adapter.gguf", "f32")
@@ -42,8 +44,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ChatFormat, Pa
     merged = load_adapter(load_base(base, "none", "fp32"), adapter).merge_and_unload()
     for dtype in ("f32", "f16"):
         path = folder / f"merged-{dtype}.gguf"
-        gguf.write_model(base, tokenizer, merged.state_dict(), path, dtype, "nano")
-    return model, ChatFormat(tokenizer, "26 Jul 2024"), folder, base.folder
+        gguf.write_model(replace(loaded, model=merged), path, dtype, "nano")
+    return model, loaded.chat, folder, base.folder
 
 
 def greedy(model: Any, ids: list[int]) -> list[int]:

@@ -375,7 +375,7 @@ def test_hanging_up_frees_the_row(server: Served, client: Any) -> None:
 
 def test_binding_elsewhere_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fintune.errors import ConfigError
-    from fintune.serve.server import serve
+    from fintune.serve.app import serve
 
     for key in ("", "short"):
         monkeypatch.setenv("FINTUNE_API_KEY", key)

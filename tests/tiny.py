@@ -77,8 +77,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "judge": ("eval.judge.model", "judge-1"),
     "judge_url": ("eval.judge.base_url", "http://127.0.0.1:1/v1"),
     "judge_key": ("eval.judge.key_variable", "OPENAI_API_KEY"),
-    "judge_price_in": ("eval.judge.usd_per_million_in", 1.0),
-    "judge_price_out": ("eval.judge.usd_per_million_out", 1.0),
+    "judge_prices": ("eval.judge.usd_per_million", [1.0, 1.0]),
     "release_out": ("release.out", "release"),
     "training_args_bin": ("release.training_args_bin", True),
 }

@@ -12,7 +12,7 @@ from tiny_release import built
 
 from fintune.generation import Request, generate
 from fintune.model import LoadedRelease, load_release, open_release
-from fintune.serve.server import running
+from fintune.serve.app import running
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def served(*, key: str | None = None) -> Iterator[Served]:
     """Serve the tiny release."""
     folder, base = built()
     loaded, port = load_release(folder, open_release(folder, base)), free_port()
-    arguments = {"host": "127.0.0.1", "port": port, "key": key, "run": None}
+    arguments = {"host": "127.0.0.1", "port": port, "key": key}
     with running(loaded, folder, **arguments) as server:  # type: ignore[arg-type]
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -9,6 +9,7 @@ that and writes bench/results/gguf.json. (Not called gguf.py: it would hide the 
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def main() -> None:
     rows = list(files.read_jsonl(options.release / JUDGED))[:QUESTIONS]
     prompts = [[Message("user", row["question"])] for row in rows]
     ids = [chat.prompt_ids(messages) for messages in prompts]
-    model = load_release(options.release, base, dtype="fp32").model
+    loaded = load_release(options.release, base, dtype="fp32")
+    model = loaded.model
     wanted = greedy(model, tokenizer, ids, ends)
     with model.disable_adapter():
         plain = greedy(model, tokenizer, ids, ends)
@@ -74,8 +76,8 @@ def main() -> None:
             export.gguf(options.release, root / f"{dtype}.gguf", base=options.base, dtype=dtype,
                         merged=True)  # fmt: skip
         export.gguf(options.release, root / "adapter.gguf", base=options.base, dtype="f32")
-        weights = load_base(base, "none", "fp32").state_dict()
-        gguf.write_model(base, tokenizer, weights, root / "base.gguf", "f32", "base")
+        plain = replace(loaded, model=load_base(base, "none", "fp32"))
+        gguf.write_model(plain, root / "base.gguf", "f32", "base")
         forms = {
             "merged f32": ("f32", None),
             "merged f16": ("f16", None),

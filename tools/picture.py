@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from fintune import console
 from fintune.model import load_release, open_release
-from fintune.serve.server import running
+from fintune.serve.app import running
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -26,9 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     release, report = options.run / "release", options.run / "eval" / "report.html"
     loaded = load_release(release, open_release(release, None))
-    with running(
-        loaded, release, host="127.0.0.1", port=options.port, key=None, run=None
-    ) as server:
+    with running(loaded, release, host="127.0.0.1", port=options.port, key=None) as server:
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:
             time.sleep(0.01)

@@ -309,6 +309,9 @@ def judge(
         float | None, typer.Option(help="Stop before the call that may pass this sum.")
     ] = None,
     judge_host: JudgeHost = "",
+    labels: Annotated[
+        Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
@@ -316,7 +319,7 @@ def judge(
 
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
     loaded = _load(config, [*(overrides or []), *budget])
-    results = judge_answers(loaded, judge_host=judge_host)
+    results = judge_answers(loaded, judge_host=judge_host, labels=labels)
     if as_json:
         console.emit_json(results)
 
@@ -397,7 +400,7 @@ def serve(
 ) -> None:
     """A page that compares base and adapter, and an OpenAI-compatible server; loopback only."""
     try:
-        from fintune.serve.server import serve as run_server
+        from fintune.serve.app import serve as run_server
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serving needs {error.name}, which is not installed",

@@ -64,6 +64,9 @@ Columns = Annotated[
 ]
 
 
+Price = Annotated[float, Field(ge=0)]
+
+
 class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, finite numbers only."""
 
@@ -254,15 +257,16 @@ class JudgeConfig(Section):
         "OPENAI_API_KEY",
         description="environment variable that holds the key; never the key itself",
     )
-    reasoning: bool = Field(
-        False, description="the model takes max_completion_tokens, and no temperature or seed"
+    usd_per_million: tuple[Price, Price] = Field(
+        (0.0, 0.0), description="price of a million prompt and of a million reply tokens"
     )
-    usd_per_million_in: float = Field(0, ge=0, description="price of a million prompt tokens")
-    usd_per_million_out: float = Field(0, ge=0, description="price of a million reply tokens")
     max_usd: float | None = Field(None, ge=0, description="stop before the call that may pass it")
-    labels: Path | None = Field(
-        None, description="human verdicts to compare with, JSON Lines of id and verdict"
-    )
+
+    @model_validator(mode="after")
+    def _priced(self) -> "JudgeConfig":
+        if self.max_usd is not None and not any(self.usd_per_million):
+            raise ValueError("max_usd stops nothing without usd_per_million, the model's prices")
+        return self
 
     @field_validator("base_url", "key_variable")
     @classmethod
@@ -299,12 +303,10 @@ class EvalConfig(Section):
         {}, description="finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"
     )
     regression: tuple[str, ...] = Field(
-        (), description="lm-eval tasks on which the adapter must not be worse than its base"
+        (),
+        description="lm-eval tasks on which the adapter must not be worse than its base: names, or"
+        " task files NAME.yaml of one's own",
     )
-    regression_folder: Path | None = Field(
-        None, description="folder of lm-eval task files of one's own"
-    )
-    regression_limit: int = Field(200, ge=1, description="most questions of each of those")
     judged_items: int = Field(
         50, ge=1, description="items of the judged set, by hash: 50 to smoke-test, 200 to decide"
     )
@@ -314,18 +316,14 @@ class EvalConfig(Section):
 
 
 class ReleaseConfig(Section):
-    """What leaves the house."""
+    """The release."""
 
     out: Path | None = Field(None, description="folder of the release; absent: OUT/release")
-    name: str | None = Field(None, description="name on the card; absent: the config's name")
     training_args_bin: bool = Field(
         False, description="also write training_args.bin (a pickle, as the seed's release has)"
     )
     license: str | None = Field(
         None, description="the adapter's licence on the card; absent: the base's, where it is known"
-    )
-    license_file: Path | None = Field(
-        None, description="the base's LICENSE, copied beside a Llama adapter; absent: looked for"
     )
 
 

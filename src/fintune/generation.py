@@ -43,6 +43,7 @@ class Request:
         temperature: 0 is greedy.
         seed: of this request's own noise; None: another answer each time.
         token_ids: generated ids, up to and with the first stop token.
+        text: of a finished answer of `generate`, without stop tokens.
         cancelled: may be set from any thread; the row leaves at the next token.
     """
 
@@ -54,6 +55,7 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     token_ids: list[int] = field(default_factory=list)
+    text: str = ""
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     _generator: torch.Generator | None = None
@@ -74,16 +76,6 @@ class Request:
         return torch.empty_like(like, dtype=torch.float32).exponential_(generator=self._generator)
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """An answer; `token_ids` end with the stop token where `finish_reason` is `stop`."""
-
-    id: str
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-
-
 def generate(
     model: Any,
     tokenizer: Any,
@@ -91,8 +83,8 @@ def generate(
     *,
     stop_token_ids: Collection[int],
     batch_size: int,
-) -> Iterator[list[Completion]]:
-    """Answer requests, those with the longest prompts first; yield some whenever they are done.
+) -> Iterator[list[Request]]:
+    """Answer requests, those with the longest prompts first; yield each when it is done.
 
     The longest come first, so that a machine too small fails at once and not at the end.
 
@@ -105,32 +97,19 @@ def generate(
         NotFinite: the model's logits are NaN or infinite.
     """
     waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
-    batch, done = Batch(model, stop_token_ids), list[Request]()
+    batch, stops = Batch(model, stop_token_ids), frozenset(stop_token_ids)
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
-            if done:
-                yield _completions(done, tokenizer, stop_token_ids)
-                done = []
             free = min(batch_size - len(batch.requests), len(waiting))
-            done += batch.add([waiting.popleft() for _ in range(free)])
+            done = batch.add([waiting.popleft() for _ in range(free)])
         else:
-            done += batch.step()
-    if done:
-        yield _completions(done, tokenizer, stop_token_ids)
-
-
-def _completions(
-    done: list[Request], tokenizer: Any, stop_token_ids: Collection[int]
-) -> list[Completion]:
-    texts = tokenizer.batch_decode(
-        [[token for token in r.token_ids if token not in stop_token_ids] for r in done],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-    return [
-        Completion(request.id, text.strip(), request.token_ids, request.finish_reason or "length")
-        for request, text in zip(done, texts, strict=True)
-    ]
+            done = batch.step()
+        for request in done:
+            ids = [token for token in request.token_ids if token not in stops]
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            request.text = tokenizer.decode(ids, **options).strip()
+        if done:
+            yield done
 
 
 class Batch:
@@ -156,36 +135,36 @@ class Batch:
         mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long().to(device)
         with torch.inference_mode():
             cache = Cache(layer_class_to_replicate=_GrowingLayer)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(new, ids, mask if any(missing) else None, positions, cache)
-            _check_finite(logits)
+            logits = self._forward(new, ids, mask, cache, padded=any(missing))
+            if not torch.isfinite(logits).all():
+                raise NotFinite(
+                    "the model's logits are not finite",
+                    why="every answer would be noise",
+                    fix="check the weights, or use --set train.precision=fp32",
+                )
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
                 width = max(self._mask.shape[1], width)
-                cache = _joined(self._cache, cache, width)
+                for old, joining in zip(self._cache.layers, cache.layers, strict=True):
+                    old.join(joining, width)
+                cache = self._cache
                 mask = torch.cat([_left_padded(part, width) for part in (self._mask, mask)])
                 last = torch.cat([self._last, last])
             self._cache, self._mask, self._last = cache, mask, last
             self.requests = [*self.requests, *new]
             self._padded = bool((mask == 0).any())
-            return self._append(range(len(self.requests) - len(new), len(self.requests)), logits)
+            return self._append(logits)
 
     def step(self) -> list[Request]:
         """Generate one token of every row; returns the rows that leave, finished or cancelled."""
         with torch.inference_mode():
             self._mask = pad(self._mask, (0, 1), value=1)
-            positions = self._mask.sum(-1, keepdim=True) - 1
-            mask = self._mask if self._padded else None
-            logits = self._forward(self.requests, self._last, mask, positions, self._cache)
-            return self._append(range(len(self.requests)), logits)
+            last, padded = self._last, self._padded
+            logits = self._forward(self.requests, last, self._mask, self._cache, padded=padded)
+            return self._append(logits)
 
     def _forward(
-        self,
-        requests: list[Request],
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        cache: Cache | None,
+        self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any, *, padded: bool
     ) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
         per_row: dict[str, Any] = {}
@@ -196,8 +175,8 @@ class Batch:
             per_row = {"adapter_names": names}
         logits: Tensor = self._model(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
+            attention_mask=mask if padded else None,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -205,24 +184,24 @@ class Batch:
         ).logits[:, -1]
         return logits
 
-    def _append(self, rows: range, logits: Tensor) -> list[Request]:
-        """Choose the next token of these rows, and drop and return the ones that are complete."""
-        requests = [self.requests[row] for row in rows]
+    def _append(self, logits: Tensor) -> list[Request]:
+        """Choose the next token of the last rows, and drop and return every complete row."""
+        requests = self.requests[-len(logits) :]
         chosen = logits.argmax(-1)
         sampled = [row for row, request in enumerate(requests) if request.temperature > 0]
         if sampled:
             chosen[sampled] = sample(logits[sampled], [requests[row] for row in sampled])
-        self._last[rows.start :, 0] = chosen
+        self._last[-len(logits) :, 0] = chosen
         for request, token in zip(requests, chosen.tolist(), strict=True):
             if not request.cancelled:
                 request.append(token, self._stop_token_ids)
-        gone = [r for r in self.requests if r.finish_reason or r.cancelled]
+        gone = [request for request in self.requests if request.finish_reason or request.cancelled]
         if gone:
-            self._drop_finished()
+            self._drop(gone)
         return gone
 
-    def _drop_finished(self) -> None:
-        kept = [row for row, r in enumerate(self.requests) if not (r.finish_reason or r.cancelled)]
+    def _drop(self, gone: list[Request]) -> None:
+        kept = [row for row, request in enumerate(self.requests) if request not in gone]
         self.requests = [self.requests[row] for row in kept]
         if not kept or self._cache is None:
             self._cache = None
@@ -239,45 +218,35 @@ class Batch:
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """DynamicLayer whose keys and values are views of buffers with space for more tokens."""
 
-    _buffers: tuple[Tensor, Tensor] | None = None
+    _buffers: list[Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, new, size] behind what is there; return views of everything."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
         if self._buffers is None or self._buffers[0].shape[-2] < end:
-            self._buffers = (
-                self._grown(self.keys, key_states, end + CACHE_GROWTH),
-                self._grown(self.values, value_states, end + CACHE_GROWTH),
-            )
+            space = (0, 0, 0, end + CACHE_GROWTH - start)
+            self._buffers = [pad(self.keys, space), pad(self.values, space)]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
-        self.keys: Tensor = self._buffers[0][:, :, :end]
-        self.values: Tensor = self._buffers[1][:, :, :end]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    @staticmethod
-    def _grown(old: Tensor, new: Tensor, length: int) -> Tensor:
-        buffer = new.new_empty((*new.shape[:2], length, new.shape[-1]))
-        if old.numel():
-            buffer[:, :, : old.shape[-2]] = old
-        return buffer
+    def join(self, other: DynamicLayer, width: int) -> None:
+        """Add another layer's rows; both are padded on the left to `width` tokens."""
+        pairs = (self.keys, other.keys), (self.values, other.values)
+        self.keys, self.values = (
+            torch.cat([_left_padded(part, width, 2) for part in pair]) for pair in pairs
+        )
+        self._buffers = None
 
     def select(self, rows: Tensor, first: int) -> None:
         """Keep these rows, and of them the tokens from column `first` on."""
         self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
         self._buffers = None
-
-
-def _joined(old: Cache, new: Cache, width: int) -> Cache:
-    """One cache of the rows of both, padded on the left to `width` tokens."""
-    joined = Cache(layer_class_to_replicate=_GrowingLayer)
-    for index, (one, other) in enumerate(zip(old.layers, new.layers, strict=True)):
-        keys = torch.cat([_left_padded(layer.keys, width, 2) for layer in (one, other)])
-        values = torch.cat([_left_padded(layer.values, width, 2) for layer in (one, other)])
-        joined.update(keys, values, index)
-    return joined
 
 
 def _left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
@@ -302,12 +271,3 @@ def sample(logits: Tensor, requests: list[Request]) -> Tensor:
         scores = scores.masked_fill(cut.gather(-1, order.argsort(-1)), float("-inf"))
     noise = torch.stack([request.noise(logits[0]) for request in requests])
     return (scores - noise.log()).argmax(-1)
-
-
-def _check_finite(logits: Tensor) -> None:
-    if not torch.isfinite(logits).all():
-        raise NotFinite(
-            "the model's logits are not finite",
-            why="every answer would be noise",
-            fix="check the weights, or use --set train.precision=fp32",
-        )

@@ -36,7 +36,7 @@ disable_progress_bar()  # loading a base has a line of ours
 
 COMMIT, WEIGHTS = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 """What `Base.revision` is: a commit of the hub, or the sha256 of a local base's weights."""
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
 """All of a hub base but its weights; no *.py: code of a hub is never run."""
 
 

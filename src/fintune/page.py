@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, made from the templates of this package.
+"""Self-contained HTML pages and Markdown, made from the templates of this package.
 
 A page opens offline from a file: no script, no font, no image from elsewhere, and its policy
 forbids them whatever text of others stands in it. It follows the reader's light or dark setting
@@ -17,7 +17,12 @@ from fintune.files import write_text
 
 def save_page(path: Path, template: str, **values: Any) -> None:
     """Write a page whole: `template`.html.jinja with these values, every text of them escaped."""
-    write_text(path, _ENVIRONMENT.get_template(f"{template}.html.jinja").render(values))
+    write_text(path, render(f"{template}.html.jinja", **values))
+
+
+def render(template: str, /, **values: Any) -> str:
+    """The text of a template; in HTML every value is escaped, elsewhere none."""
+    return _ENVIRONMENT.get_template(template).render(values)
 
 
 def _show(value: object) -> object:
@@ -51,7 +56,7 @@ def percent(value: float | None, sign: str = "") -> str:
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("fintune"),
-    autoescape=True,
+    autoescape=lambda name: str(name).endswith(".html.jinja"),
     finalize=_show,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

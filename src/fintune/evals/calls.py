@@ -26,8 +26,9 @@ LOG = "judge_calls.jsonl"
 CONCURRENCY = 8
 RETRIES = 5
 TIMEOUT_S = 300.0
-MAX_TOKENS, MAX_REASONING_TOKENS = 600, 8_000
-"""Longest reply; a reasoning model's thoughts count as part of it."""
+LIMITS = {"max_tokens": 600, "temperature": 0, "seed": 7}
+REASONING_LIMITS = {"max_completion_tokens": 8_000}
+"""For a model that refuses the first: its reasoning counts as part of the reply."""
 NO_KEY = "no-key-is-needed"
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; a verdict is read from all of it."""
@@ -45,11 +46,11 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
         return {row["key"]: row for row in log.rows() if row.pop("row") == "done"}
 
 
-def most_usd(call: Call, config: JudgeConfig) -> float:
+def most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
     """Upper bound of one call: a token is at least one byte of the prompt."""
     prompt = sum(len(message["content"].encode()) + 16 for message in call.messages)
-    reply = MAX_REASONING_TOKENS if config.reasoning else MAX_TOKENS
-    return (prompt * config.usd_per_million_in + reply * config.usd_per_million_out) / 1e6
+    price_in, price_out = config.usd_per_million
+    return (prompt * price_in + max(limits.values()) * price_out) / 1e6
 
 
 def ask(
@@ -69,7 +70,7 @@ def ask(
     todo = [call for call in calls if call.key not in done]
     if not todo:
         return done
-    most = sum(most_usd(call, config) for call in todo)
+    most = sum(most_usd(call, config, LIMITS) for call in todo)
     say(
         f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
         f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
@@ -95,12 +96,12 @@ def _make_calls(
 
     The first error stops those that wait; those under way end and are logged.
     """
-    lock, stopped = threading.Lock(), threading.Event()
+    lock, stopped, limits = threading.Lock(), threading.Event(), dict(LIMITS)
     spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
 
     def make(call: Call) -> None:
         nonlocal spent
-        most = most_usd(call, config)
+        most = most_usd(call, config, limits)
         try:
             with lock:
                 if stopped.is_set():
@@ -112,7 +113,7 @@ def _make_calls(
                         fix="the same command with a higher limit continues; no call is made twice",
                     )
                 spent += most
-            row = _ask(client, call, config)
+            row = _ask(client, call, config, limits)
             with lock:
                 log.append({"row": "done", **row})
                 done[call.key] = row
@@ -146,14 +147,14 @@ def _client(config: JudgeConfig, judge_host: str) -> Any:
     )
 
 
-def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
-    """The row of one call. Raises ModelError where it stays without a completion."""
+def _ask(client: Any, call: Call, config: JudgeConfig, limits: dict[str, int]) -> dict[str, Any]:
+    """The row of one call; `limits` are changed for all calls where the model refuses them.
+
+    Raises:
+        ModelError: the call stays without a completion.
+    """
     import openai
 
-    if config.reasoning:
-        limits: dict[str, Any] = {"max_completion_tokens": MAX_REASONING_TOKENS}
-    else:
-        limits = {"max_tokens": MAX_TOKENS, "temperature": 0, "seed": 7}
     schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
     try:
         raw = client.chat.completions.with_raw_response.create(
@@ -163,13 +164,23 @@ def _ask(client: Any, call: Call, config: JudgeConfig) -> dict[str, Any]:
             extra_headers={"Idempotency-Key": call.key},
             **limits,
         )
+    except openai.BadRequestError as error:
+        if "max_completion_tokens" in error.response.text and "max_tokens" in limits:
+            limits.clear()
+            limits.update(REASONING_LIMITS)
+            return _ask(client, call, config, limits)
+        raise _refusal(error, client, config) from None
     except openai.APIStatusError as error:
-        said = error.response.text.replace(client.api_key, "[redacted]")
-        raise _failure(f"HTTP {error.status_code}", said, config) from None
+        raise _refusal(error, client, config) from None
     except openai.APIConnectionError as error:
         raise _failure("no reply", str(error), config) from None
     # A server that writes the key into its reply must not bring it into a file.
     return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
+
+
+def _refusal(error: Any, client: Any, config: JudgeConfig) -> ModelError | ConfigError:
+    said = error.response.text.replace(client.api_key, "[redacted]")
+    return _failure(f"HTTP {error.status_code}", said, config)
 
 
 def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
@@ -181,8 +192,8 @@ def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
         tokens = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _failure("no completion", body, config) from None
-    prices = (config.usd_per_million_in, config.usd_per_million_out)
-    usd = sum(count * price for count, price in zip(tokens, prices, strict=True)) / 1e6
+    priced = zip(tokens, config.usd_per_million, strict=True)
+    usd = sum(count * price for count, price in priced) / 1e6
     verdict = read_verdict(call, text)
     finish = str(choice.get("finish_reason"))[:40]
     return {

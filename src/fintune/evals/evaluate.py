@@ -33,7 +33,7 @@ from fintune.evals.report import COMMAND, RESULTS, read_evaluation, write_result
 from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
 from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
-from fintune.generation import Completion, Request, generate
+from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
 
 BANDS = (128, 256, 512, 1024, 2048)
@@ -74,8 +74,14 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     return _show(config)
 
 
-def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
+def judge_answers(
+    config: Config, *, judge_host: str = "", labels: Path | None = None
+) -> dict[str, Any]:
     """Ask the judge about a finished evaluation's answers and make its results anew.
+
+    Args:
+        judge_host: a host that may get the judge's key besides the variable's own.
+        labels: human verdicts to compare with, JSON Lines of id and verdict.
 
     Raises:
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
@@ -85,16 +91,22 @@ def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(folder):
-        _judge(config, folder, read_evaluation(folder)["inputs"], judge_host)
+        _judge(config, folder, read_evaluation(folder)["inputs"], judge_host, labels)
     return _show(config)
 
 
-def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str) -> None:
+def _judge(
+    config: Config,
+    folder: Path,
+    inputs: dict[str, Any],
+    judge_host: str,
+    labels: Path | None = None,
+) -> None:
     """Make the results again with the judge's verdicts; until all are in, those before stay."""
     pairs, settings = _judged_set(folder), config.eval.judge
     planned = judge.plan(pairs, settings, config.seed)
     done = calls.ask(folder, planned, settings, judge_host)
-    _finish(folder, inputs, judge.judged_rows(pairs, planned, done, settings))
+    _finish(folder, inputs, judge.judged_rows(pairs, planned, done, settings.model, labels))
 
 
 def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -126,7 +138,7 @@ def _inputs(config: Config) -> dict[str, Any]:
     run = seal.read_seal(
         config.run_dir, stage="training run", make="fintune train", needed=[adapter]
     )
-    apart = {"out", "judge", "tasks", "regression_folder"}  # paths say nothing on another machine
+    apart = {"out", "judge", "tasks"}  # paths say nothing on another machine
     return {
         "train": data["files"]["train.parquet"]["sha256"],
         "test": data["files"]["test.parquet"]["sha256"],
@@ -303,7 +315,7 @@ def _generate(
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
 
 
-def _line(variant: str, item: Item, ids: list[int], answer: Completion) -> dict[str, Any]:
+def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str, Any]:
     return {
         "model": variant,
         "text": answer.text,

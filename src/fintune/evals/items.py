@@ -38,19 +38,14 @@ class Item:
     @property
     def question(self) -> str:
         """What is asked, without the table or text above it, where the prompt marks it."""
-        return self._cut[1]
+        return self.parts()[0]
 
-    @property
-    def context(self) -> str:
-        """Everything else that the model was shown."""
-        before = [message.content for message in self.messages[:-1]]
-        return "\n".join([*before, self._cut[0]])
-
-    @property
-    def _cut(self) -> tuple[str, str]:
+    def parts(self) -> tuple[str, str]:
+        """The question, and everything else that the model was shown."""
         text = self.messages[-1].content
-        marks = [match.start() for match in _QUESTION.finditer(text)]
-        return (text[: marks[-1]], text[marks[-1] :]) if marks else ("", text)
+        start = max((match.start() for match in _QUESTION.finditer(text)), default=0)
+        before = [message.content for message in self.messages[:-1]]
+        return text[start:], "\n".join([*before, text[:start]])
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> "Item":
@@ -60,8 +55,7 @@ class Item:
 
     def grade(self, answer: str) -> Graded | None:
         """Grade an answer to this question; None where only a judge can."""
-        material = (self.choices, self.question, self.context)
-        return grade(self.kind, self.reference, answer, *material)
+        return grade(self.kind, self.reference, answer, self.choices, *self.parts())
 
 
 class HeldOutItems:

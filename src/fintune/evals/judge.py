@@ -168,16 +168,17 @@ def judged_rows(
     pairs: Sequence[Pair],
     calls: Sequence[Call],
     done: dict[str, dict[str, Any]],
-    config: JudgeConfig,
+    model: str | None,
+    labels: Path | None,
 ) -> list[dict[str, Any]]:
     """The lines of the raw file from the finished calls by key; see `calls.ask`."""
     facts = {pair.item.id: _facts(pair) for pair in pairs}
-    human, rubric = _labels(config.labels), sha256_bytes(RUBRIC.encode())
+    human, rubric = _labels(labels), sha256_bytes(RUBRIC.encode())
     return [
         {
             **facts[call.item],
             **done[call.key],
-            "model": config.model,
+            "model": model,
             "rubric_sha256": rubric,
             "positions": call.positions,
             "control": call.control,
@@ -208,14 +209,13 @@ def _labels(path: Path | None) -> dict[str, str]:
         return {}
     try:
         labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
+        if set(labels.values()) <= SCORE.keys():
+            return labels
     except (OSError, ValueError, KeyError, TypeError):
-        labels = {"": ""}
-    if set(labels.values()) <= SCORE.keys():
-        return labels
-    raise DataError(
-        f"eval.judge.labels: {path} is no file of human verdicts",
-        fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie',
-    )
+        pass
+    what = f"--labels {path}: no file of human verdicts"
+    fix = 'lines such as {"id": "...", "verdict": "adapter"}; or base, or tie'
+    raise DataError(what, fix=fix)
 
 
 def summary(

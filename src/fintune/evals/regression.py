@@ -4,6 +4,7 @@ Non-inferiority, not significance: learning finance costs a little of everything
 al. 2024, arXiv 2405.09673), and the question is whether it can be more than a margin.
 """
 
+from pathlib import Path
 from typing import Any
 
 from fintune.config import EvalConfig
@@ -12,6 +13,8 @@ from fintune.evals import stats
 
 MARGIN, MEAN_MARGIN = 0.03, 0.015
 """A task passes while its lower 95 % bound is not under -3 points; the mean of all, -1.5 points."""
+QUESTIONS = 200
+"""Most questions of each task."""
 METRICS = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc")
 """Per-question scores that a task may report; the first it has is compared."""
 
@@ -31,9 +34,11 @@ def scores(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dic
             "eval.regression needs lm-eval-harness, which is not installed",
             fix="pip install 'fintune[regression]', or leave eval.regression empty",
         ) from None
-    folder = str(config.regression_folder) if config.regression_folder else None
-    manager = TaskManager(include_path=folder)
-    unknown = sorted(set(config.regression) - set(manager.all_tasks))
+    files = [Path(name) for name in config.regression if name.endswith(".yaml")]
+    tasks = [name for name in config.regression if not name.endswith(".yaml")]
+    tasks += [file.stem for file in files]
+    manager = TaskManager(include_path=[str(file.parent) for file in files])
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ConfigError(f"eval.regression: lm-eval knows no task {', '.join(unknown)}")
     model = HFLM(
@@ -43,9 +48,9 @@ def scores(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dic
     )
     ran = simple_evaluate(
         model=model,
-        tasks=list(config.regression),
+        tasks=tasks,
         task_manager=manager,
-        limit=config.regression_limit,
+        limit=QUESTIONS,
         bootstrap_iters=0,
         apply_chat_template=True,
         log_samples=True,

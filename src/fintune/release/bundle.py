@@ -1,8 +1,8 @@
-"""A finished run and its evaluation in; a release folder out, or a refusal that says why.
+"""Build the release folder from a finished run and its evaluation, or refuse it.
 
-Built beside its place and renamed (`files.staged_folder`), so a release is whole or absent. The
-same inputs give the same bytes: no clock, no set order, modes 0644. What may be inside is the
-allow-list of `untrusted.checks`, and every file is made or copied here by name.
+It is built beside its place and renamed (`files.staged_folder`), so a release is whole or absent.
+The same inputs give the same bytes: no clock, no set order, modes 0644. What may be inside is the
+allow-list of `untrusted.checks`; every file is made or copied here by name.
 """
 
 import io
@@ -13,15 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import COMMIT, WEIGHTS, check_revision, load_release, load_tokenizer
+from fintune.model import COMMIT, Base, check_revision, load_release, load_tokenizer
 from fintune.release.card import write_card
 from fintune.release.gate import Inputs, gate, read_inputs
 from fintune.release.golden import make_golden_prompts
@@ -29,15 +27,15 @@ from fintune.untrusted import checks, open_folder, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
 
-LLAMA_NOTICE = (
-    "Llama {version} is licensed under the Llama {version} Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
-)
+LLAMA_NOTICE = """\
+Llama {0} is licensed under the Llama {0} Community License, \
+Copyright © Meta Platforms, Inc. All Rights Reserved.
+"""
 """The words section 1.b.iii of the Llama 3 licences asks for."""
 _PRIVATE_ARGUMENTS = re.compile(
-    r"(_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
+    r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
-_FOLDERS = frozenset({"out", "path", "license_file"})
+_FOLDERS = frozenset({"out", "path"})
 _LLAMA = re.compile(r"llama-?(\d(?:\.\d)?)", re.IGNORECASE)
 
 
@@ -63,10 +61,12 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             seal.check_ours(final)
             if not fresh:
                 return _keep(final, inputs)
-        gate(inputs, accept)
-        console.heading(f"release {config.release.name or config.name}")
-        with files.staged_folder(final, published=True, free=lambda: _move(final)) as staging:
-            _build(staging, inputs, accept)
+        gate(inputs)
+        console.heading(f"release {config.name}")
+        with files.staged_folder(
+            final, published=True, free=lambda: seal.move_aside(final)
+        ) as staging:
+            _build(staging, inputs)
             report = checks.Report(final)
             report.run(lambda: static.static_checks(staging, "release"))
             report.run(lambda: [static.check_paths(staging, _private(inputs))])
@@ -77,19 +77,10 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
     return final
 
 
-def _move(final: Path) -> None:
-    if aside := seal.move_aside(final):
-        console.say(f"moved the old release to {aside}")
-
-
 def _keep(final: Path, inputs: Inputs) -> Path:
     """An existing release of the same inputs stays; any other is never overwritten."""
-    try:
-        old = files.read_json(final / CONFIG).get(PROVENANCE)
-    except (OSError, ValueError, RecursionError):
-        old = None
-    differing = seal.differences(old if isinstance(old, dict) else {}, _provenance(inputs))
-    if differing:
+    old = files.read_json(final / CONFIG) if (final / CONFIG).is_file() else {}
+    if differing := seal.differences(old.get(PROVENANCE, {}), inputs.provenance):
         raise OutputError(
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
             fix="choose another folder (--set release.out=...), or --fresh (moves it aside)",
@@ -99,56 +90,39 @@ def _keep(final: Path, inputs: Inputs) -> Path:
     return final
 
 
-def _build(staging: Path, inputs: Inputs, accept: str | None) -> None:
+def _build(staging: Path, inputs: Inputs) -> None:
     """Write every file of the release; SHA256SUMS last."""
     config, base = inputs.config, inputs.base
-    files.copy_file(config.run_dir / "best" / checks.ADAPTER, staging / checks.ADAPTER)
-    _write_json(staging / checks.ADAPTER_CONFIG, _adapter_config(inputs))
+    best = config.run_dir / "best"
+    files.copy_file(best / checks.ADAPTER, staging / checks.ADAPTER)
+    # peft asks the hub for `revision`, so only a commit may stand there.
+    revision = base.revision if COMMIT.fullmatch(base.revision) else None
+    named = {"base_model_name_or_path": base.id, "revision": revision, "inference_mode": True}
+    tree = files.read_json(best / checks.ADAPTER_CONFIG) | named
+    _write_json(staging / checks.ADAPTER_CONFIG, tree)
     _write_tokenizer(load_tokenizer(base), staging)
-    arguments = _training_arguments(config.run_dir)
+    kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
-        files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(arguments))
+        files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
     loaded = load_release(staging, base, date_string=inputs.recipe.chat.date_string)
     files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded))
-    llama = _llama_duties(staging, inputs)
-    hashes = {path.name: files.sha256_file(path) for path in staging.iterdir()}
+    llama = _write_llama_license(staging, base)
     facts = {
         "fintune": __version__,
         "config": _without_paths(inputs.recipe.model_dump(mode="json")),
-        "training_arguments": _without_paths(arguments),
-        PROVENANCE: _provenance(inputs),
-        "files": dict(sorted(hashes.items())),
+        "training_arguments": _without_paths(kept),
+        PROVENANCE: inputs.provenance,
+        "files": {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())},
     }
     files.write_json(staging / CONFIG, facts)
-    hashes[CONFIG] = files.sha256_file(staging / CONFIG)
     judged = list(files.read_jsonl(staging / JUDGED))
-    card = write_card(inputs, judged, hashes[CONFIG], llama=llama, accepted=accept)
+    card = write_card(inputs, judged, files.sha256_file(staging / CONFIG), llama=llama)
     files.write_text(staging / CARD, card)
-    hashes[CARD] = files.sha256_file(staging / CARD)
-    sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    hashes = {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())}
+    sums = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
     files.write_text(staging / checks.SUMS, sums)
-
-
-def _provenance(inputs: Inputs) -> dict[str, Any]:
-    """What the release was made from; a base without a commit by the sha256 of its weights."""
-    local = WEIGHTS.fullmatch(inputs.base.revision)
-    return inputs.provenance | ({"base_sha256": inputs.base.revision} if local else {})
-
-
-def _adapter_config(inputs: Inputs) -> dict[str, Any]:
-    """peft's configuration with the base by public name.
-
-    `revision` is what peft asks the hub for, so only a commit may stand there.
-    """
-    path = inputs.config.run_dir / "best" / checks.ADAPTER_CONFIG
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree | {
-        "base_model_name_or_path": inputs.base.id,
-        "revision": inputs.base.revision if COMMIT.fullmatch(inputs.base.revision) else None,
-        "inference_mode": True,
-    }
 
 
 def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
@@ -161,7 +135,7 @@ def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
         tokenizer.save_pretrained(folder)
         for name in ("tokenizer.json", checks.TEMPLATE):
             files.copy_file(Path(folder) / name, staging / name)
-        tree = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tree = files.read_json(Path(folder) / "tokenizer_config.json")
     for key in ("is_local", "local_files_only", "name_or_path", "backend"):
         tree.pop(key, None)
     tree["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -169,19 +143,10 @@ def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
     _write_json(staging / "special_tokens_map.json", dict(tokenizer.special_tokens_map))
 
 
-def _training_arguments(run: Path) -> dict[str, Any]:
-    """The run's effective TrainingArguments without paths, names and tokens of its machine."""
-    path = run / "training_arguments.json"
-    tree = files.read_json(path) if path.is_file() else {}
-    tree.pop("format", None)
-    return {key: value for key, value in tree.items() if not _PRIVATE_ARGUMENTS.search(key)}
-
-
 def _without_paths(value: Any) -> Any:
-    """The same tree without folders; a file is named by its last part, as a stranger would."""
+    """The same tree without folders; of a file's path the last part is kept."""
     if isinstance(value, dict):
-        kept = {key: part for key, part in value.items() if key not in _FOLDERS}
-        return {key: _without_paths(part) for key, part in kept.items()}
+        return {key: _without_paths(part) for key, part in value.items() if key not in _FOLDERS}
     if isinstance(value, list):
         return [_without_paths(part) for part in value]
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
@@ -189,58 +154,37 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _interned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_interned(key): _interned(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_interned(part) for part in value]
-    return sys.intern(value) if type(value) is str else value
-
-
 def _pickled(arguments: dict[str, Any]) -> bytes:
     """training_args.bin as the Trainer writes it, from a fresh object; it is never read here."""
-    known = set(TrainingArguments.__dataclass_fields__)
-    kept = {k: v for k, v in arguments.items() if k in known and v is not None}
+    fields = TrainingArguments.__dataclass_fields__
+    known = {k: v for k, v in arguments.items() if k in fields and v is not None}
     # transformers would take an absent disable_tqdm from this process's log level.
     fixed = {"output_dir": ".", "report_to": [], "use_cpu": True}
-    fresh = TrainingArguments(**{"disable_tqdm": False} | kept | fixed)
+    fresh = TrainingArguments(**{"disable_tqdm": False} | known | fixed)
     fresh.use_cpu = bool(arguments.get("use_cpu", False))
     # A pickle writes a string once for each object that holds it, so equal strings must be one.
-    fresh.__dict__.update(_interned(vars(fresh)))
+    texts = {k: sys.intern(v) for k, v in vars(fresh).items() if type(v) is str}
+    vars(fresh).update(texts)
     buffer = io.BytesIO()
     torch.save(fresh, buffer)
     return buffer.getvalue()
 
 
-def _llama_duties(staging: Path, inputs: Inputs) -> str | None:
-    """Licence and notice of a Llama base beside its adapter; its version, or None for others."""
-    found = _LLAMA.search(inputs.base.id)
+def _write_llama_license(staging: Path, base: Base) -> str | None:
+    """LICENSE and NOTICE of a Llama base beside its adapter; its version, or None for others."""
+    found = _LLAMA.search(base.id)
     if found is None:
         return None
-    source = _license_file(inputs)
-    if source is None:
+    license_file = min(base.folder.glob("LICENSE*"), default=None)
+    if license_file is None:
         raise GateRefused(
-            f"no licence text of {inputs.base.id} was found",
+            f"no licence text of {base.id} was found",
             why="Llama's licence asks for a copy of itself with everything derived from it",
-            fix="set release.license_file to the base's LICENSE",
+            fix=f"put the base's LICENSE into {base.folder}",
         )
-    files.copy_file(source, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(version=found.group(1)))
+    files.copy_file(license_file, staging / "LICENSE")
+    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found.group(1)))
     return found.group(1)
-
-
-def _license_file(inputs: Inputs) -> Path | None:
-    named = inputs.config.release.license_file
-    if named is not None:
-        return named if named.is_file() else None
-    beside = sorted(inputs.base.folder.glob("LICENSE*"))
-    if beside or inputs.config.model.path is not None:
-        return beside[0] if beside else None
-    try:
-        base = inputs.base
-        return Path(huggingface_hub.hf_hub_download(base.id, "LICENSE", revision=base.revision))
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError):
-        return None
 
 
 def _private(inputs: Inputs) -> list[str]:

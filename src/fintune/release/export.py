@@ -3,63 +3,52 @@
 import importlib.util
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import huggingface_hub
 import torch
 import typer
 
-from fintune import console, files, seal
+from fintune import console, files, page, seal
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
-from fintune.model import DTYPES, LoadedRelease, load_release, open_release
+from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
 from fintune.release.card import VLLM_RANKS, vllm_rank
 from fintune.release.golden import CONVERSATIONS, read_golden_prompts
 from fintune.release.verify import verify
 from fintune.untrusted import checks, open_folder
-from fintune.untrusted.probe import read_tokenizer
 
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
-NOTICES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 
 exports = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="A release folder.")]
 Out = Annotated[Path, typer.Option(help="What to write; nothing may be there yet.")]
-BaseFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the base; absent: the bundled one or the hub's.")
-]
-GgufType = Annotated[
-    Literal["f16", "f32"], typer.Option(help="Precision of matrices; vectors are f32.")
-]
+BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
+DType = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the weights.")]
+GgufType = Annotated[Literal["f16", "f32"], typer.Option(help="Of matrices; vectors are f32.")]
 
 
 @exports.command()
-def merged(
-    folder: Folder,
-    out: Out,
-    base: BaseFolder = None,
-    dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the weights.")
-    ] = "bf16",
-) -> Path:
+def merged(folder: Folder, out: Out, base: BaseFolder = None, dtype: DType = "bf16") -> Path:
     """Write base and adapter as one model that needs no peft.
 
     Merged in fp32, where the logits are held against the adapter's, and rounded once at the end.
     """
-    with _claimed(out):
+    with _claimed(out), files.staged_folder(out, published=True) as staging:
         loaded = _load_merged(folder, base)
-        with files.staged_folder(out, published=True) as staging:
-            loaded.model.to(DTYPES[dtype]).save_pretrained(staging)
-            loaded.chat.tokenizer.save_pretrained(staging)
-            for name in NOTICES:
-                if (folder / name).is_file():
-                    files.copy_file(folder / name, staging / name)
+        loaded.model.to(DTYPES[dtype]).save_pretrained(staging)
+        loaded.chat.tokenizer.save_pretrained(staging)
+        for notice in ("LICENSE", "NOTICE"):
+            if (folder / notice).is_file():
+                files.copy_file(folder / notice, staging / notice)
     console.say(f"merged {loaded.base.id} and {folder.name} into {out} ({dtype})")
     return out
 
@@ -70,35 +59,20 @@ def gguf(
     out: Out,
     base: BaseFolder = None,
     dtype: GgufType = "f16",
-    merged: Annotated[
-        bool, typer.Option("--merged", help="The merged model, not the adapter alone.")
-    ] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Of the merged model.")] = False,
 ) -> Path:
     """Write the adapter, or the merged model, as one GGUF file for llama.cpp."""
-    with _claimed(out):
-        _write_gguf(folder, out, base, dtype, merged)
-    console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
-    return out
-
-
-def _write_gguf(folder: Path, out: Path, base: Path | None, dtype: str, merged: bool) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
-    from fintune.release import gguf as writer
-
-    part = out.with_name(f".{out.name}.part")
-    part.unlink(missing_ok=True)  # of a killed export; never written through a link
-    try:
+    writer = _gguf_writer()
+    with _claimed(out), tempfile.TemporaryDirectory(dir=out.parent) as staging:
+        part = Path(staging, out.name)
         if merged:
-            loaded = _load_merged(folder, base)
-            weights, tokenizer = loaded.model.state_dict(), loaded.chat.tokenizer
-            writer.write_model(loaded.base, tokenizer, weights, part, dtype, folder.name)
+            writer.write_model(_load_merged(folder, base), part, dtype, folder.name)
         else:
             writer.write_adapter(folder, open_release(folder, base), part, dtype)
         part.chmod(0o644)
         os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    console.say(f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB)")
+    return out
 
 
 @exports.command()
@@ -110,22 +84,22 @@ def vllm(folder: Folder) -> str:
     """
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
-    refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
     if rank > VLLM_RANKS[-1]:
         refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
     if config.get("bias", "none") != "none":
         refused.append(f"bias {config['bias']!r}")
     if refused:
         raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
-    golden, path = read_golden_prompts(folder), folder.resolve()
+    path = folder.resolve()
     words = ["vllm", "serve", config["base_model_name_or_path"]]
-    if config.get("revision") and len(config["revision"]) == 40:  # a commit of the hub
+    if COMMIT.fullmatch(config.get("revision") or ""):
         words += ["--revision", config["revision"]]
     words += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
     words += ["--lora-modules", f"{folder.name}={path}"]
     words += ["--chat-template", str(path / checks.TEMPLATE), "--generation-config", "vllm"]
-    if golden:
+    if golden := read_golden_prompts(folder):
         date = files.canonical_json({"date_string": golden["date_string"]})
         words += ["--default-chat-template-kwargs", date]
     return shlex.join(words)
@@ -134,19 +108,11 @@ def vllm(folder: Folder) -> str:
 @exports.command()
 def ollama(folder: Folder, out: Out, base: BaseFolder = None, dtype: GgufType = "f16") -> Path:
     """Write a folder that `ollama create NAME -f Modelfile` takes: merged GGUF and Modelfile."""
-    open_release(folder, base)
-    golden = read_golden_prompts(folder)
-    if golden is None:
-        raise ModelError(f"{folder} has no {checks.FIXTURE}", why="it pins the template's date")
-    tokenizer = read_tokenizer(folder)
-    template = ollama_template(ChatFormat(tokenizer, golden["date_string"]))
+    writer = _gguf_writer()
     with _claimed(out), files.staged_folder(out, published=True) as staging:
-        _write_gguf(folder, staging / "model.gguf", base, dtype, merged=True)
-        modelfile = (
-            f'FROM ./model.gguf\nTEMPLATE """{template}"""\n'
-            f"PARAMETER stop {tokenizer.eos_token}\nPARAMETER temperature 0\n"
-        )
-        files.write_text(staging / "Modelfile", modelfile)
+        loaded = _load_merged(folder, base)
+        files.write_text(staging / "Modelfile", ollama_modelfile(loaded.chat) + "\n")
+        writer.write_model(loaded, staging / "model.gguf", dtype, folder.name)
     console.say(f"next: ollama create {folder.name.lower()} -f {out / 'Modelfile'}")
     return out
 
@@ -156,9 +122,7 @@ def push(
     folder: Folder,
     repository: Annotated[str, typer.Option(help="Where to on the hub: you/name.")],
     base: BaseFolder = None,
-    really: Annotated[
-        bool, typer.Option("--really", help="Upload, instead of saying what would be.")
-    ] = False,
+    really: Annotated[bool, typer.Option("--really", help="Upload, not only say what.")] = False,
 ) -> str:
     """Verify a release and upload it to the hub, private.
 
@@ -179,12 +143,11 @@ def push(
         ) from None
 
 
-def ollama_template(chat: ChatFormat) -> str:
-    """The chat template in Ollama's language (Go's), read off the template's own output.
+def ollama_modelfile(chat: ChatFormat) -> str:
+    """A Modelfile whose template, in Go's language, writes what the chat template does.
 
-    Marked texts are rendered and the words between the marks become the template: what opens a
-    system, user or assistant turn, what closes one, and what stands there without a system text.
-    BOS is left out, since llama.cpp adds it.
+    Conversations of marked texts are rendered, and the text between the marks is what opens and
+    closes each turn. BOS is left out, since llama.cpp adds it.
 
     Raises:
         ModelError: a template whose turns are not alike.
@@ -193,31 +156,35 @@ def ollama_template(chat: ChatFormat) -> str:
     whole = chat.render([system, user, answer, user], prompt=True)
     head, after_system, after_user, after_answer, last = _between(whole)
     plain, opened = _between(chat.render([user], prompt=True))
-    close = chat.tokenizer.eos_token
-    if not after_system.startswith(close) or (after_system, after_user) != (after_answer, last):
+    close, bos = chat.tokenizer.eos_token, chat.tokenizer.bos_token or ""
+    open_user, open_answer = after_system.removeprefix(close), after_user.removeprefix(close)
+    alike = after_system == close + open_user == after_answer and after_user == last == opened
+    if not alike or not plain.endswith(open_user) or last != close + open_answer:
         raise ModelError("this chat template cannot be written in Ollama's template language")
-    open_user, open_answer = after_system[len(close) :], after_user[len(close) :]
-    if not plain.endswith(open_user) or opened != close + open_answer:
-        raise ModelError("this chat template writes other turns when there is no system text")
-    bos = chat.tokenizer.bos_token or ""
-    template: str = (
-        "{{ if .System }}" + head.removeprefix(bos) + "{{ .System }}" + close
-        + "{{ else }}" + plain.removesuffix(open_user).removeprefix(bos) + "{{ end }}"
-        + '{{ range .Messages }}{{ if eq .Role "user" }}' + open_user + "{{ .Content }}" + close
-        + '{{ else if eq .Role "assistant" }}' + open_answer + "{{ .Content }}" + close
-        + "{{ end }}{{ end }}" + open_answer
-    )  # fmt: skip
-    return template
+    return page.render(
+        "Modelfile.jinja",
+        with_system=head.removeprefix(bos),
+        without_system=plain.removesuffix(open_user).removeprefix(bos),
+        user=open_user,
+        assistant=open_answer,
+        stop=close,
+    )
+
+
+def _gguf_writer() -> ModuleType:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
+    from fintune.release import gguf
+
+    return gguf
 
 
 def _load_merged(folder: Path, base: Path | None) -> LoadedRelease:
     """The release merged in fp32, its logits held against the adapter's."""
     loaded = load_release(folder, open_release(folder, base), dtype="fp32")
-    prompts = [loaded.chat.encode(messages).input_ids for messages in CONVERSATIONS.values()]
-    before = _logits(loaded.model, prompts)
+    before = _logits(loaded.model, loaded.chat)
     merged = loaded.model.merge_and_unload()
-    after = _logits(merged, prompts)
-    worst = max(float((old - new).abs().max()) for old, new in zip(before, after, strict=True))
+    worst = float((_logits(merged, loaded.chat) - before).abs().max())
     if not worst <= MERGE_LIMIT:
         raise GateRefused(
             f"merged and adapter logits differ by {worst:.1e} (limit {MERGE_LIMIT:.0e})",
@@ -227,12 +194,13 @@ def _load_merged(folder: Path, base: Path | None) -> LoadedRelease:
     return replace(loaded, model=merged)
 
 
-def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+def _logits(model: Any, chat: ChatFormat) -> torch.Tensor:
+    """Logits of every token of the golden prompts, [tokens, vocabulary]."""
+    rows = [chat.encode(messages).input_ids for messages in CONVERSATIONS.values()]
     with torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([ids], device=model.device)).logits.cpu()
-            for ids in prompts
-        ]
+        return torch.cat(
+            [model(torch.tensor([ids], device=model.device)).logits[0] for ids in rows]
+        )
 
 
 def _between(text: str) -> list[str]:

@@ -1,74 +1,99 @@
-"""Evidence before release: what the three finished folders say of themselves and of each other."""
+"""Read the finished data, run and evaluation folders, and refuse what they do not prove."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from fintune import files, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused
-from fintune.model import Base, find_base
+from fintune.model import WEIGHTS, Base, find_base
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import JUDGED, RESULTS
+
+Json = dict[str, Any]
+RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a release is made of, read once."""
+    """What a release is made of.
+
+    Attributes:
+        config: of this command. recipe: of the training run.
+        seals: `done.json` of the folders data, run and eval.
+        arguments: transformers' effective TrainingArguments.
+        accepted: the reason given for publishing without the verdict `better`.
+        provenance: hashes that the release states.
+    """
 
     config: Config
     recipe: Config
     base: Base
-    seals: dict[str, dict[str, Any]]
-    manifest: dict[str, Any]
-    results: dict[str, Any]
-    environment: dict[str, Any]
-    provenance: dict[str, Any]
+    seals: dict[str, Json]
+    manifest: Json
+    results: Json
+    environment: Json
+    arguments: Json
+    accepted: str | None
+    provenance: Json
 
 
-def read_inputs(config: Config, accept: str | None) -> Inputs:
-    """Read the three finished folders; each seal says what it was made from."""
-    adapter, evidence = f"best/{checks.ADAPTER}", (RESULTS, JUDGED)
-    run, evaluation = config.run_dir, config.eval_dir
+def read_inputs(config: Config, accepted: str | None) -> Inputs:
+    """Read the three finished folders.
+
+    Raises:
+        OutputError: one is absent, unfinished or changed since.
+    """
+    run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
+    made, judged = (adapter, *RUN_FILES), (RESULTS, JUDGED)
     seals = {
         "data": seal.read_data(config.data_dir),
-        "run": seal.read_seal(run, stage="training run", make="fintune train", needed=[adapter]),
-        "eval": seal.read_seal(
-            evaluation, stage="evaluation", make="fintune eval", needed=evidence
-        ),
+        "run": seal.read_seal(run, stage="training run", make="fintune train", needed=made),
+        "eval": seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged),
     }
-    results, judged = (seals["eval"]["files"][name] for name in evidence)
-    environment, written = config.run_dir / "environment.json", config.run_dir / "config.yaml"
+
+    def sha256(stage: str, name: str) -> Any:
+        return seals[stage]["files"][name]["sha256"]
+
+    recipe, environment, arguments = (run / name for name in RUN_FILES)
+    base = find_base(config.model)
+    local = {"base_sha256": base.revision} if WEIGHTS.fullmatch(base.revision) else {}
     return Inputs(
         config=config,
-        recipe=load_config(written) if written.is_file() else config,
-        base=find_base(config.model),
+        recipe=load_config(recipe),
+        base=base,
         seals=seals,
         manifest=files.read_json(config.data_dir / "manifest.json"),
-        results=files.read_json(config.eval_dir / RESULTS),
-        environment=files.read_json(environment) if environment.is_file() else {},
+        results=files.read_json(evaluation / RESULTS),
+        environment=files.read_json(environment),
+        arguments=files.read_json(arguments),
+        accepted=accepted,
         provenance={
-            "adapter_sha256": seals["run"]["files"][adapter]["sha256"],
-            "manifest_sha256": seals["data"]["files"]["manifest.json"]["sha256"],
-            "test_results_sha256": results["sha256"],
-            "judged_sha256": judged["sha256"],
-            "release": config.release.model_dump(mode="json", exclude={"out", "license_file"}),
-            "accepted": accept,
+            "adapter_sha256": sha256("run", adapter),
+            "manifest_sha256": sha256("data", "manifest.json"),
+            "test_results_sha256": sha256("eval", RESULTS),
+            "judged_sha256": sha256("eval", JUDGED),
+            "release": config.release.model_dump(mode="json", exclude={"out"}),
+            "accepted": accepted,
+            **local,
         },
     )
 
 
-def gate(inputs: Inputs, accept: str | None) -> None:
-    """Refuse what evidence does not carry. Every reason is named, not only the first."""
-    if accept is not None and not accept.strip():
+def gate(inputs: Inputs) -> None:
+    """Refuse what the evidence does not prove, naming every reason.
+
+    Raises:
+        GateRefused: the verdict is not `better` and none was accepted, the folders do not belong
+            together, test rows were trained on, or the adapter is empty or not finite.
+    """
+    if inputs.accepted is not None and not inputs.accepted.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
-    best = inputs.config.run_dir / "best"
-    reasons = _unaccountable(inputs)
-    reasons += [check.detail for check in static.check_weights(best) if check.status == "failed"]
+    reasons = _mismatches(inputs)
+    weights = static.check_weights(inputs.config.run_dir / "best")
+    reasons += [check.detail for check in weights if check.status == "failed"]
     verdict = inputs.results.get("verdict")
-    if verdict != "better" and accept is None:
+    if verdict != "better" and inputs.accepted is None:
         reasons.insert(0, f"the verdict is {verdict!r}, not 'better'")
     if reasons:
         raise GateRefused(
@@ -79,49 +104,18 @@ def gate(inputs: Inputs, accept: str | None) -> None:
         )
 
 
-def _unaccountable(inputs: Inputs) -> list[str]:
+def _mismatches(inputs: Inputs) -> list[str]:
     """Where data, run and evaluation do not belong together, or leak into each other."""
-    data, run, evaluation = (inputs.seals[name] for name in ("data", "run", "eval"))
-    train = data["files"]["train.parquet"]["sha256"]
-    claims = [
-        (
-            _at(run, "inputs", "data", "train.parquet"),
-            train,
-            "the run was trained on other data than data/train.parquet",
-        ),
-        (
-            _at(run, "inputs", "base", "revision"),
-            inputs.base.revision,
-            "the run was trained on another revision of the base",
-        ),
-        (
-            _at(evaluation, "inputs", "adapter"),
-            inputs.provenance["adapter_sha256"],
-            "the evaluation is of another adapter than run/best",
-        ),
-        (_at(evaluation, "inputs", "train"), train, "the evaluation knows other training rows"),
-        (
-            _at(evaluation, "inputs", "test"),
-            data["files"]["test.parquet"]["sha256"],
-            "the evaluation decided by other rows than data/test.parquet",
-        ),
+    data, run, evaluation = (inputs.seals[stage] for stage in ("data", "run", "eval"))
+    train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
+    trained_on, evaluated = run["inputs"], evaluation["inputs"]
+    adapter = inputs.provenance["adapter_sha256"]
+    compared = [
+        ("run was trained on other data", trained_on["data"]["train.parquet"], train),
+        ("run was trained on another base", trained_on["base"]["revision"], inputs.base.revision),
+        ("evaluation is of another adapter", evaluated["adapter"], adapter),
+        ("evaluation compared with other training rows", evaluated["train"], train),
+        ("evaluation decided by other rows", evaluated["test"], test),
+        ("evaluation found contaminated test rows", inputs.results["n"]["contaminated"], 0),
     ]
-    reasons = [reason for claimed, found, reason in claims if claimed != found]
-    if not reasons and (shared := _shared_groups(inputs.config.data_dir)):
-        reasons.append(f"{shared} groups of the test rows are also in the training rows")
-    flagged = _at(inputs.results, "n", "contaminated")
-    if flagged != 0:
-        reasons.append(f"contaminated rows in the test set: {flagged}")
-    return reasons
-
-
-def _shared_groups(data: Path) -> int:
-    """Groups of related rows that are both trained on and decided by; 0 where split properly."""
-    trained = set(pq.read_table(data / "train.parquet", columns=["group"])["group"].to_pylist())
-    return len(trained.intersection(pq.read_table(data / "test.parquet")["group"].to_pylist()))
-
-
-def _at(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
+    return [f"the {reason}" for reason, stated, expected in compared if stated != expected]

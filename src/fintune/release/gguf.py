@@ -7,7 +7,6 @@ table, and an adapter's B of q and k must follow the order of the weights it is 
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune.errors import ModelError
-from fintune.model import Base
+from fintune.model import Base, LoadedRelease
 from fintune.untrusted.checks import ADAPTER, ADAPTER_CONFIG, read_object
 from fintune.untrusted.probe import read_architecture
 
@@ -29,35 +29,32 @@ UNSUPPORTED_LORA = ("use_dora", "modules_to_save", "rank_pattern", "alpha_patter
 _LORA_PREFIX = "base_model.model."
 
 
-def write_model(
-    base: Base, tokenizer: Any, tensors: dict[str, Tensor], path: Path, dtype: str, name: str
-) -> None:
+def write_model(loaded: LoadedRelease, path: Path, dtype: str, name: str) -> None:
     """Write a whole model.
 
     Args:
-        base: where its config.json and tokenizer.json are.
-        tensors: transformers' names -> weights, [out, in].
+        loaded: a model without adapters; its base has the config.json and tokenizer.json.
         dtype: f32 or f16, for matrices; vectors stay f32, as llama.cpp wants them.
+        name: of the model, for people.
 
     Raises:
         ModelError: a model that is not Llama-shaped.
     """
-    config = _llama_config(base)
+    config = _llama_config(loaded.base)
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     _add_shape(writer, config)
-    _add_vocabulary(writer, base, tokenizer, config.vocab_size)
-    gguf_name = _names(config)
-    factors = rope_factors(config)
-    if factors is not None:
-        writer.add_tensor(gguf_name("rope_freqs") + ".weight", factors)
-    for source, weight in tensors.items():
+    _add_vocabulary(writer, loaded.base, loaded.chat.tokenizer, config.vocab_size)
+    names = _names(config)
+    if (factors := rope_factors(config)) is not None:
+        writer.add_tensor(names["rope_freqs"] + ".weight", factors)
+    for source, weight in loaded.model.state_dict().items():
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp falls back on the embedding
         value = _in_gguf_order(source, weight.float(), config)
         kind = NUMPY_TYPES[dtype] if value.ndim > 1 else np.float32
-        stem = gguf_name(source.removesuffix(".weight"))
+        stem = names[source.removesuffix(".weight")]
         writer.add_tensor(f"{stem}.weight", value.numpy().astype(kind))
     _finish(writer)
 
@@ -78,14 +75,14 @@ def write_adapter(folder: Path, base: Base, path: Path, dtype: str) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-    gguf_name = _names(config)
+    names = _names(config)
     for source, weight in load_file(folder / ADAPTER).items():
         module, _, matrix = source.removeprefix(_LORA_PREFIX).rpartition(".lora_")
         kind = matrix.removesuffix(".weight").lower()
         value = weight.float()
         if kind == "b":  # [out, rank]: its rows are the weight's rows
             value = _in_gguf_order(f"{module}.weight", value, config)
-        name = f"{gguf_name(module)}.weight.lora_{kind}"
+        name = f"{names[module]}.weight.lora_{kind}"
         writer.add_tensor(name, value.numpy().astype(NUMPY_TYPES[dtype]))
     _finish(writer)
 
@@ -119,17 +116,9 @@ def _llama_config(base: Base) -> PretrainedConfig:
     return config
 
 
-def _names(config: PretrainedConfig) -> Callable[[str], str]:
-    """transformers' module name -> llama.cpp's, by the gguf package's own table."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-
-    def gguf_name(module: str) -> str:
-        found = table.get_name(module)
-        if found is None:
-            raise ModelError(f"GGUF has no name for {module}", fix="export merged instead")
-        return str(found)
-
-    return gguf_name
+def _names(config: PretrainedConfig) -> gguf.TensorNameMap:
+    """transformers' module name -> llama.cpp's."""
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
 
 
 def _add_shape(writer: Any, config: PretrainedConfig) -> None:
@@ -155,8 +144,8 @@ def _head_size(config: PretrainedConfig) -> int:
 def rope_factors(config: PretrainedConfig) -> Any:
     """Llama 3.1's frequency divisors, an fp32 array [head / 2]; None where nothing is scaled.
 
-    High frequencies stay, low ones are divided by `factor`, those between are blended
-    (transformers.modeling_rope_utils, `llama3`). Any other scaling is refused.
+    Raises:
+        ModelError: any other scaling.
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
@@ -164,11 +153,10 @@ def rope_factors(config: PretrainedConfig) -> Any:
         return None
     if kind != "llama3":
         raise ModelError(f"rotary scaling {kind!r} is not known to this export")
-    steps = torch.arange(0, _head_size(config), 2, dtype=torch.float64) / _head_size(config)
-    turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** -steps / (2 * math.pi)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    head = _head_size(config)
+    plain = 1 / rope["rope_theta"] ** (torch.arange(0, head, 2) / head)
+    return (plain / scaled).numpy()
 
 
 def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:

@@ -5,7 +5,6 @@ base gets different prompts from different servers (a second BOS, a missing date
 template), and the adapter then answers a question it was never taught.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fintune.example import Message
 from fintune.files import read_json
-from fintune.generation import Completion, Request, generate
+from fintune.generation import Request, generate
 from fintune.model import LoadedRelease
 from fintune.untrusted.checks import FIXTURE, Check
 
@@ -41,18 +40,24 @@ def make_golden_prompts(loaded: LoadedRelease) -> dict[str, Any]:
         Request(name, chat.prompt_ids(messages), ANSWER_TOKENS)
         for name, messages in CONVERSATIONS.items()
     ]
-    settings: dict[str, Any] = {"stop_token_ids": loaded.stop_token_ids, "batch_size": 1}
-    parts = generate(loaded.model, chat.tokenizer, requests, **settings)
-    answers = {answer.id: answer for part in parts for answer in part}
+    stops = loaded.stop_token_ids
+    list(generate(loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=1))
+    conversations = []
+    for request in requests:
+        logprobs, _ = _likelihood(loaded.model, request.prompt_ids, request.token_ids)
+        answer = {
+            "ids": request.token_ids,
+            "logprobs": [round(value, 4) for value in logprobs.tolist()],
+            "text": chat.tokenizer.decode(request.token_ids, skip_special_tokens=True),
+        }
+        recorded = chat.recorded(CONVERSATIONS[request.id])
+        conversations.append({"name": request.id, **recorded, "answer": answer})
     return {
         "template_sha256": chat.template_sha256,
         "date_string": chat.date_string,
-        "end_token_ids": loaded.stop_token_ids,
+        "end_token_ids": stops,
         "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": loaded.dtype},
-        "conversations": [
-            {"name": name, **chat.recorded(messages), "answer": _recorded(loaded, answers[name])}
-            for name, messages in CONVERSATIONS.items()
-        ],
+        "conversations": conversations,
     }
 
 
@@ -61,7 +66,7 @@ def read_golden_prompts(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
 
 
-def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Iterator[Check]:
+def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
     """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
 
     One forward pass a conversation over prompt and recorded answer, compared position by position
@@ -77,17 +82,15 @@ def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Iterator[Ch
         # NaN compares false with everything, so ask whether all are within, not whether any is out.
         if not bool((gaps <= atol).all()):
             at = int((~(gaps <= atol)).nonzero()[0])
-            yield Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
-            return
+            return Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
         found.append(gaps)
     every = torch.cat(found)
     mean, largest = float(every.mean()), float(every.max())
     if mean > MEAN_SHARE * atol:
         said = f"log-probabilities differ by {mean:.1e} in the mean (limit {MEAN_SHARE * atol:.1e})"
-        yield Check("answers", "failed", said)
-        return
+        return Check("answers", "failed", said)
     said = f"{len(every)} greedy tokens reproduced (largest gap {largest:.1e}, mean {mean:.1e})"
-    yield Check("answers", "ok", said)
+    return Check("answers", "ok", said)
 
 
 def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,13 +100,3 @@ def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tenso
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
-
-
-def _recorded(loaded: LoadedRelease, answer: Completion) -> dict[str, Any]:
-    prompt = loaded.chat.prompt_ids(CONVERSATIONS[answer.id])
-    logprobs, _ = _likelihood(loaded.model, prompt, answer.token_ids)
-    return {
-        "ids": answer.token_ids,
-        "logprobs": [round(value, 4) for value in logprobs.tolist()],
-        "text": loaded.chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True),
-    }

@@ -1,13 +1,17 @@
-"""Any release folder, ours or not: does it hold what it says, and does it answer as trained?
+"""Check a release folder, ours or not: contents, loading, recorded answers, a server's prompts.
 
-First what the bytes say (`untrusted.static`), and nothing is loaded unless all of that passed.
-Then, in a limited child, tokenizer, golden prompts, keys and shapes (`untrusted.probe`). Then the
-adapter is loaded as the seed's usage snippet loads it, and the recorded greedy answers are held
-against the weights.
+The stages, in order: bytes (`untrusted.static`; nothing is loaded unless all of that passed);
+tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the recorded
+greedy answers against the weights; on request the prompts of a running server.
 """
 
+import json
+import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fintune.errors import FintuneError, ModelError, OutputError
 from fintune.model import (
@@ -19,10 +23,16 @@ from fintune.model import (
     release_base,
 )
 from fintune.release.golden import check_answers, read_golden_prompts
-from fintune.release.server_check import check_server
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import Check, Report
 from fintune.untrusted.probe import probe_release, read_tokenizer
+
+KEY_VARIABLE = "FINTUNE_API_KEY"
+TIMEOUT_S = 120.0
+MAX_BYTES = 4 << 20
+"""Bytes read of a server's answer."""
+CONTROL = "control"
+"""The golden prompt whose text spells control tokens: reported, and never a reason to fail."""
 
 
 def verify(
@@ -43,7 +53,8 @@ def verify(
     Raises:
         OutputError: no such folder.
         GateRefused: the base is refused, or the release passed a limit of the child.
-        ModelError: the base is not on this machine and cannot be fetched.
+        ModelError: the base is not on this machine and cannot be fetched, or the server does not
+            answer.
     """
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
@@ -69,14 +80,101 @@ def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
         yield Check("load", "failed", error.what)
         return
     yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
-    golden = read_golden_prompts(folder)
-    if golden is not None:
-        yield from check_answers(golden, model, dtype)
+    if golden := read_golden_prompts(folder):
+        yield check_answers(golden, model, dtype)
 
 
-def _check_server(folder: Path, server: str) -> list[Check]:
+def _check_server(folder: Path, url: str) -> Iterator[Check]:
+    """The server's prompts are the golden ones: by ids where it shows them, else by their number.
+
+    Equal numbers are a note, since another prompt may have the same length.
+    """
     golden = read_golden_prompts(folder)
     if golden is None:
         raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
-    names = ["adapter", folder.resolve().name]
-    return [*check_server(golden, read_tokenizer(folder), server, names)]
+    server, tokenizer = _Server(url, ["adapter", folder.resolve().name]), read_tokenizer(folder)
+    compared, shown, differing = 0, True, dict[str, str]()
+    for row in golden["conversations"]:
+        name, expected = row["name"], row["prompt_ids"]
+        ids, count = server.prompt(row["messages"][:-1], tokenizer)
+        compared, shown = compared + (name != CONTROL), shown and ids is not None
+        if count != len(expected) or ids not in (None, expected):
+            differing[name] = f"{name} ({count - len(expected):+} tokens)"
+    how = "are changed" if differing.pop(CONTROL, "") else "stay text"
+    if differing:
+        yield Check(
+            "server", "failed", f"different: other prompts in {', '.join(differing.values())}"
+        )
+    elif shown:
+        yield Check("server", "ok", f"equal: the same ids in {compared} conversations")
+    else:
+        same = f"the same number of prompt tokens in {compared} conversations"
+        yield Check("server", "note", f"undecided: {same}, and no ids are shown there")
+    yield Check("server", "note", f"control tokens in a user's text {how} there")
+
+
+class _Server:
+    """The few requests that are sent to an OpenAI-compatible server."""
+
+    def __init__(self, url: str, names: list[str]) -> None:
+        """Choose a model.
+
+        Args:
+            url: address of the server, with or without /v1.
+            names: of the models to look for, best first; else its only one.
+
+        Raises:
+            ModelError: no server there, or none of the models.
+        """
+        self._url, self._model = url.rstrip("/").removesuffix("/v1"), ""
+        try:
+            found = [str(row["id"]) for row in self._ask("/v1/models", None)["data"]]
+        except (KeyError, TypeError):
+            found = []
+        chosen = [name for name in names if name in found] or (found if len(found) == 1 else [])
+        if not chosen:
+            raise ModelError(
+                f"{url} lists {', '.join(found) or 'no models'}, none called {' or '.join(names)}",
+                fix="serve the adapter under the name of its release folder, OpenAI-compatible",
+            )
+        self._model = chosen[0]
+
+    def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
+        """Ids of a conversation's prompt, None where the server shows none, and their number."""
+        ids = self._ask("/tokenize", {"messages": messages}).get("tokens")
+        if not ids:
+            rendered = self._ask("/apply-template", {"messages": messages}).get("prompt")
+            if isinstance(rendered, str):
+                ids = tokenizer.encode(rendered, add_special_tokens=False)
+                # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
+                bos = tokenizer.bos_token_id
+                ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        if isinstance(ids, list) and ids:
+            return ids, len(ids)
+        body = {"messages": messages, "max_tokens": 1, "temperature": 0}
+        try:
+            return None, int(self._ask("/v1/chat/completions", body)["usage"]["prompt_tokens"])
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(f"{self._url} does not count prompt tokens") from None
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """The JSON object of an answer; empty where the server refuses or does not have it."""
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        data = None if body is None else json.dumps({"model": self._model, **body}).encode()
+        request = urllib.request.Request(self._url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                tree = json.loads(response.read(MAX_BYTES))
+                return tree if isinstance(tree, dict) else {}
+        except urllib.error.HTTPError as error:
+            if error.code in {401, 403}:
+                fix = f"set {KEY_VARIABLE}"
+                raise ModelError(f"{self._url} refused the key", fix=fix) from None
+            return {}
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"no answer from {self._url}{path} ({type(error).__name__})",
+                fix="start the server, or check the address",
+            ) from None

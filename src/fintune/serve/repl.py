@@ -1,16 +1,15 @@
 """A chat in the terminal, with the adapter, its base, or both one after the other."""
 
+import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
 
 from fintune import console
 from fintune.errors import ModelError
 from fintune.example import Message
 from fintune.model import LoadedRelease, load_release, open_release
-from fintune.serve.engine import Engine, StreamedRequest, max_context
+from fintune.serve.engine import Engine, StreamedRequest
 
 HELP = "/adapter, /base, /both: who answers · /reset: forget · /quit"
 COMMANDS = {"/adapter": ["adapter"], "/base": ["base"], "/both": ["base", "adapter"]}
@@ -32,38 +31,27 @@ def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -
                 history.append(Message("user", line))
                 for model in models:
                     console.heading(model)
-                    answer = ""
-                    for piece in _reply(loaded, engine, history, model, max_new_tokens):
-                        answer += piece
-                        console.stream(piece)
-                    console.stream("\n")
+                    reply = _reply(loaded, engine, history, model == "adapter", max_new_tokens)
+                    answer = asyncio.run(reply)
                 history.append(Message("assistant", answer.strip()))
 
 
-def _reply(
-    loaded: LoadedRelease, engine: Engine, history: list[Message], model: str, limit: int
-) -> Iterator[str]:
-    """Pieces of the answer of `base` or `adapter` to a conversation that ends with the user."""
-    ids = loaded.chat.prompt_ids(history)
-    remaining = max_context(loaded) - len(ids)
-    if remaining < 1:
-        raise ModelError(f"{len(ids)} tokens leave no room in the context of {max_context(loaded)}")
-    pieces = SimpleQueue[tuple[str, str | None]]()
-    request = StreamedRequest(
-        "chat",
-        ids,
-        min(limit, remaining),
-        adapter=model == "adapter",
-        emit=lambda *said: pieces.put(said),
-        tokenizer=loaded.chat.tokenizer.backend_tokenizer,
-    )
+async def _reply(
+    loaded: LoadedRelease, engine: Engine, history: list[Message], adapter: bool, limit: int
+) -> str:
+    """Print the answer to a conversation that ends with the user, and return it."""
+    ids, context = loaded.chat.prompt_ids(history), engine.max_context
+    if len(ids) >= context:
+        raise ModelError(f"{len(ids)} tokens leave no room in the context of {context}")
+    tokenizer, limit = loaded.chat.tokenizer.backend_tokenizer, min(limit, context - len(ids))
+    request = StreamedRequest("chat", ids, limit, adapter=adapter, tokenizer=tokenizer)
     engine.submit(request)
-    reason = None
-    while reason is None:
-        text, reason = pieces.get()
-        yield text
-    if reason == "error":
-        raise ModelError("the model failed on this question")
+    answer = ""
+    async for piece, _ in request.pieces():
+        answer += piece
+        console.stream(piece)
+    console.stream("\n")
+    return answer
 
 
 def _ask() -> str | None:

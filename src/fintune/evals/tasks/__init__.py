@@ -100,7 +100,7 @@ def task_items(name: str, source: str, limit: int) -> list[Item]:
             f"eval.tasks.{name}: no file of questions",
             fix=f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH",
         )
-    rows = _read(source or str(Path(__file__).with_name(found.questions)), found)
+    rows = _read(name, source or str(Path(__file__).with_name(found.questions)), found)
     return [_item(name, found, row, at) for at, row in zip(range(limit), rows, strict=False)]
 
 
@@ -110,7 +110,7 @@ def source_hash(source: str) -> str:
     return (sha256_file(path) if path.is_file() else source) if source else "bundled"
 
 
-def _read(source: str, task: Task) -> Iterator[Row]:
+def _read(name: str, source: str, task: Task) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         for number, line in enumerate(path.open(encoding="utf-8"), start=1):
@@ -126,7 +126,7 @@ def _read(source: str, task: Task) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(source, split=SPLIT)
     except Exception as error:
-        raise hub_error(error, source, setting="eval.tasks") from None
+        raise hub_error(error, source, setting=f"eval.tasks.{name}") from None
     for row in rows:
         yield {**row, **{ours: row.get(theirs) for ours, theirs in task.columns.items()}}
 
