@@ -47,10 +47,10 @@ from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.train import memory  # noqa: E402
-from fintune.train.rows import Order, Rows  # noqa: E402
-from fintune.train.run import build  # noqa: E402
-from fintune.train.run_state import RunState  # noqa: E402
+from fintune.training import memory  # noqa: E402
+from fintune.training.rows import Order, Rows  # noqa: E402
+from fintune.training.run import build  # noqa: E402
+from fintune.training.run_state import RunState  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DROPOUT = 0.1

@@ -45,8 +45,8 @@ from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
-from fintune.train import run_state, trainer  # noqa: E402
-from fintune.train.run import train  # noqa: E402
+from fintune.training import run_state, trainer  # noqa: E402
+from fintune.training.run import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
 Row = dict[str, Any]

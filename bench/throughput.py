@@ -52,8 +52,8 @@ from fintune.config import load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
-from fintune.train.memory import trim_heap  # noqa: E402
-from fintune.train.run import train  # noqa: E402
+from fintune.training.memory import trim_heap  # noqa: E402
+from fintune.training.run import train  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 SHAPE = {

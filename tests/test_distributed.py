@@ -36,9 +36,9 @@ from fintune.files import read_json, read_jsonl
 from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import distributed, lora, run_state, trainer
-from fintune.train.rows import read_train
-from fintune.train.run import train
+from fintune.training import distributed, lora, run_state, trainer
+from fintune.training.rows import read_train
+from fintune.training.run import train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these ranks are CPU processes")
 STEPS, DEADLINE_S = 6, 120

@@ -23,8 +23,8 @@ from fintune.example import IGNORE_INDEX
 from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.train import lora
-from fintune.train.memory import fits
+from fintune.training import lora
+from fintune.training.memory import fits
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -27,8 +27,8 @@ from fintune.errors import ConfigError
 from fintune.evals import calls, judge, report
 from fintune.evals import evaluate as evaluating
 from fintune.model import find_base, load_tokenizer
-from fintune.release import bundle, export
-from fintune.train.run import train
+from fintune.releasing import bundle, export
+from fintune.training.run import train
 
 KEYS = {"prepare": "data.out", "train": "train.out", "eval": "eval.out", "release": "release.out"}
 

@@ -15,7 +15,7 @@ from fintune import nano
 from fintune.config import load_config
 from fintune.data.prepare import prepare
 from fintune.files import read_json, read_jsonl
-from fintune.train.run import train
+from fintune.training.run import train
 
 GOLDEN = Path(__file__).with_name("golden.json")
 LOSSES = ("loss", "grad_norm", "eval_loss")

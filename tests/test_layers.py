@@ -42,7 +42,7 @@ SPINE = (
     "page",
 )
 """A module imports only what stands before it; `nano` is a folder of data with an __init__."""
-STAGES = ("data", "train", "evals", "release", "serve")
+STAGES = ("data", "training", "evals", "releasing", "serve")
 TOP = ("pipeline", "demo", "doctor", "init", "plan", "cli")
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fintune"]
 OVER = {"config.py", "cli.py"}

@@ -18,7 +18,7 @@ from fintune.kernels import pointwise
 from fintune.memory import PROBE_TOKENS, model_size
 from fintune.model import attach
 from fintune.plan import count, dry_run, lengths, plan, read_rates
-from fintune.train import lora
+from fintune.training import lora
 
 PUBLISHED = {
     "llama": (8_030_261_248, {}),

@@ -32,7 +32,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
     """On the tiny base in place of nano, with two steps: the path is the same."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
-    words = tiny.words(out=str(tmp_path / "run"), max_steps=2)[1::2]
+    words = tiny.chain(tmp_path / "run")[3::2]
     program = "\n".join(blocks).replace(
         'load_config("nano", ["out=runs/python"])', f"load_config({str(tiny.config())!r}, {words})"
     )

@@ -24,9 +24,9 @@ from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.model import trained_revision
-from fintune.release.bundle import release
-from fintune.release.card import vllm_rank
-from fintune.release.verify import verify
+from fintune.releasing.bundle import release
+from fintune.releasing.card import vllm_rank
+from fintune.releasing.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_two_builds_have_the_same_bytes(config: Config, tmp_path: Path) -> None:
     script = (
         "import os,sys; os.umask(0o077)\n"
         "from pathlib import Path; from fintune.config import load_config\n"
-        "from fintune.release.bundle import release\n"
+        "from fintune.releasing.bundle import release\n"
         "release(load_config(sys.argv[1], ['release.out=' + sys.argv[2]]))\n"
     )
     out = tmp_path / "again"

@@ -20,9 +20,9 @@ from fintune.cli import app
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.model import load_release, release_base
-from fintune.release import export
-from fintune.release import gguf as writing
-from fintune.release.golden import CONVERSATIONS
+from fintune.releasing import export
+from fintune.releasing import gguf as writing
+from fintune.releasing.golden import CONVERSATIONS
 from fintune.untrusted.static import template_reaches
 
 DATE = "26 Jul 2024"

@@ -16,7 +16,7 @@ from fintune.chat import ChatFormat
 from fintune.config import ModelConfig
 from fintune.example import Message
 from fintune.model import LoadedRelease, find_base, load_adapter, load_base, load_tokenizer
-from fintune.release import gguf
+from fintune.releasing import gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built here")
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny_server import Served, served
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError
 from fintune.example import Message
-from fintune.release.verify import verify
+from fintune.releasing.verify import verify
 
 
 @pytest.fixture(scope="module")

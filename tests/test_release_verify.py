@@ -13,8 +13,8 @@ from tiny_release import built, rewrite_sums, tiny_base
 
 from fintune.errors import GateRefused, OutputError
 from fintune.model import load_release, open_release, release_base, trained_revision
-from fintune.release.golden import check_answers, make_golden_prompts
-from fintune.release.verify import verify
+from fintune.releasing.golden import check_answers, make_golden_prompts
+from fintune.releasing.verify import verify
 
 Folders = tuple[Path, Path]
 

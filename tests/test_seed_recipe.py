@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fintune.config import Config, load_config
 from fintune.data.prepare import PARTS, prepare
 from fintune.files import read_json
-from fintune.train.run import train
+from fintune.training.run import train
 
 
 @pytest.fixture(scope="module")

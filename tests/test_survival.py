@@ -50,10 +50,10 @@ from fintune.config import Config, dump_yaml
 from fintune.data import prepare
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import read_json, read_jsonl, space_for, write_json
-from fintune.release.bundle import release
-from fintune.train import memory, metrics, run_state, trainer
-from fintune.train import run as stage
-from fintune.train.run import train
+from fintune.releasing.bundle import release
+from fintune.training import memory, metrics, run_state, trainer
+from fintune.training import run as stage
+from fintune.training.run import train
 from fintune.untrusted.child import run_limited
 
 CI_KILLS = 20

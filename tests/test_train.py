@@ -17,10 +17,10 @@ from fintune.config import SEVEN_PROJECTIONS, Config, load_config
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.plan import dry_run
-from fintune.train import memory, run_state, trainer
-from fintune.train.rows import Order, read_train
-from fintune.train.run import build, train
-from fintune.train.run_state import RunState
+from fintune.training import memory, run_state, trainer
+from fintune.training.rows import Order, read_train
+from fintune.training.run import build, train
+from fintune.training.run_state import RunState
 
 STEPS = 8
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, seal
 from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
-from fintune.release.bundle import release
+from fintune.releasing.bundle import release
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 

@@ -32,8 +32,8 @@ from fintune.config import Config, load_config
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.train import run, run_state, trainer
-from fintune.train.run import train
+from fintune.training import run, run_state, trainer
+from fintune.training.run import train
 
 Harm = Callable[[], None]
 STEPS, SAVE = 20, 5

@@ -29,7 +29,7 @@ from fintune.evals.stats import paired
 from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_tokenizer
-from fintune.train.run import train
+from fintune.training.run import train
 
 # Made-up company names are two capitalised words ("Tarnwick Steel"); a number has two digits.
 ENTITY = re.compile(r"\b[A-Z][a-z]{3,} [A-Z][a-z]{3,}\b")

@@ -20,9 +20,9 @@ from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_base, load_release, read_tokenizer, release_base
-from fintune.release import export, gguf
-from fintune.release.gate import JUDGED
-from fintune.release.golden import read_golden_prompts
+from fintune.releasing import export, gguf
+from fintune.releasing.gate import JUDGED
+from fintune.releasing.golden import read_golden_prompts
 
 QUESTIONS, TOKENS = 20, 48
 

@@ -17,8 +17,8 @@ from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_release, read_tokenizer, release_base
-from fintune.release.export import merged
-from fintune.release.gate import JUDGED
+from fintune.releasing.export import merged
+from fintune.releasing.gate import JUDGED
 
 TOKENS = 48
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fintune.evals.evaluate import evaluate
     from fintune.evals.grading import Graded, grade
     from fintune.pipeline import release
-    from fintune.release.verify import verify
-    from fintune.train.run import train
+    from fintune.releasing.verify import verify
+    from fintune.training.run import train
     from fintune.untrusted.checks import Check, Report
 
 __all__ = [
@@ -41,8 +41,8 @@ _MODULES = {
     "fintune.evals.evaluate": ("evaluate",),
     "fintune.evals.grading": ("Graded", "grade"),
     "fintune.pipeline": ("release",),
-    "fintune.release.verify": ("verify",),
-    "fintune.train.run": ("train",),
+    "fintune.releasing.verify": ("verify",),
+    "fintune.training.run": ("train",),
     "fintune.untrusted.checks": ("Check", "Report"),
 }
 

@@ -178,7 +178,7 @@ def train(
                 console.table(part, ["key", "value"], found[part].items())
             planned.show(found)
         return
-    from fintune.train.run import train as stage
+    from fintune.training.run import train as stage
 
     folder = stage(loaded, fresh=fresh, force_resume=force_resume)
     if as_json:
@@ -337,7 +337,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
-    from fintune.release.verify import verify as stage
+    from fintune.releasing.verify import verify as stage
 
     try:
         report = stage(folder, base=base, no_pickle=no_pickle, server=server)
@@ -364,7 +364,7 @@ class _ExportGroup(TyperGroup):
         return self._loaded().get_command(ctx, cmd_name)
 
     def _loaded(self) -> TyperGroup:
-        from fintune.release.export import exports
+        from fintune.releasing.export import exports
 
         return typer.main.get_group(exports)
 

@@ -6,9 +6,9 @@ from fintune.config import Config
 from fintune.data.prepare import prepare
 from fintune.evals import report
 from fintune.evals.evaluate import evaluate
-from fintune.release import bundle
+from fintune.releasing import bundle
 from fintune.seal import check_place
-from fintune.train.run import train
+from fintune.training.run import train
 
 
 def run(

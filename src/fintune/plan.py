@@ -26,9 +26,9 @@ from fintune.kernels import pointwise
 from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
-from fintune.train import lora
-from fintune.train.rows import configured_epoch, read_train, read_validation
-from fintune.train.trainer import effective, training_arguments
+from fintune.training import lora
+from fintune.training.rows import configured_epoch, read_train, read_validation
+from fintune.training.trainer import effective, training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")

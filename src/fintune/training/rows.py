@@ -21,7 +21,7 @@ from fintune.collate import Collator
 from fintune.config import Config
 from fintune.errors import DataError
 from fintune.files import sha256_bytes
-from fintune.train.distributed import micro_batches_per_rank
+from fintune.training.distributed import micro_batches_per_rank
 
 Row = dict[str, NDArray[np.int32]]
 _TOKENS = ["input_ids", "labels"]

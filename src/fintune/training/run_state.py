@@ -26,9 +26,9 @@ from fintune.config import Config, dump_yaml
 from fintune.console import say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
 from fintune.model import Base
-from fintune.train import distributed, memory
-from fintune.train.distributed import world_size
-from fintune.train.rows import Order
+from fintune.training import distributed, memory
+from fintune.training.distributed import world_size
+from fintune.training.rows import Order
 
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 """Packages whose versions are part of the fingerprint."""

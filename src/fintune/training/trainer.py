@@ -30,10 +30,10 @@ from fintune.console import say
 from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
 from fintune.model import device
-from fintune.train import distributed, run_state
-from fintune.train.metrics import Losses
-from fintune.train.rows import Order, RankBatches, Rows
-from fintune.train.run_state import KEEP, RESUME, RunState, step_of
+from fintune.training import distributed, run_state
+from fintune.training.metrics import Losses
+from fintune.training.rows import Order, RankBatches, Rows
+from fintune.training.run_state import KEEP, RESUME, RunState, step_of
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"

@@ -20,9 +20,9 @@ from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
-from fintune.release.card import VLLM_RANKS, vllm_rank
-from fintune.release.golden import CONVERSATIONS, read_golden_prompts
-from fintune.release.verify import verify
+from fintune.releasing.card import VLLM_RANKS, vllm_rank
+from fintune.releasing.golden import CONVERSATIONS, read_golden_prompts
+from fintune.releasing.verify import verify
 from fintune.untrusted import checks, open_folder
 
 MERGE_LIMIT = 1e-4
@@ -174,7 +174,7 @@ def ollama_modelfile(chat: ChatFormat) -> str:
 def _gguf_writer() -> ModuleType:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
-    from fintune.release import gguf
+    from fintune.releasing import gguf
 
     return gguf
 

@@ -22,7 +22,7 @@ from fintune.model import (
     load_base,
     release_base,
 )
-from fintune.release.golden import check_answers, read_golden_prompts
+from fintune.releasing.golden import check_answers, read_golden_prompts
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import Check, Report
 from fintune.untrusted.probe import probe_release, read_tokenizer

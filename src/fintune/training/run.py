@@ -20,11 +20,11 @@ from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
 from fintune.stop import STOP
-from fintune.train import distributed, lora, memory, run_state
-from fintune.train.metrics import MetricsCallback, draw_curves, open_metrics
-from fintune.train.rows import Order, Rows, read_train, read_validation
-from fintune.train.run_state import KEEP, PACKAGES, RunState, run_fingerprint
-from fintune.train.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
+from fintune.training import distributed, lora, memory, run_state
+from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
+from fintune.training.rows import Order, Rows, read_train, read_validation
+from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
+from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
 from fintune.untrusted.static import check_weights
 
 

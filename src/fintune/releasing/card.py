@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fintune import page
-from fintune.release.gate import Inputs
+from fintune.releasing.gate import Inputs
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""

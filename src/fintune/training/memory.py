@@ -19,9 +19,9 @@ from fintune.config import TrainConfig
 from fintune.loss import sum_loss
 from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
 from fintune.model import DTYPES
-from fintune.train import lora
-from fintune.train.distributed import any_rank
-from fintune.train.rows import Order
+from fintune.training import lora
+from fintune.training.distributed import any_rank
+from fintune.training.rows import Order
 
 HEADROOM = 0.7
 """Share of the free memory that a step may take: glibc needs up to 1.5 times the live bytes, as

@@ -20,9 +20,9 @@ from fintune import __version__, console, files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.model import COMMIT, Base, check_revision, load_release, load_tokenizer
-from fintune.release.card import write_card
-from fintune.release.gate import Inputs, gate, read_inputs
-from fintune.release.golden import make_golden_prompts
+from fintune.releasing.card import write_card
+from fintune.releasing.gate import Inputs, gate, read_inputs
+from fintune.releasing.golden import make_golden_prompts
 from fintune.untrusted import checks, open_folder, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from fintune.console import Meter, warn
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
-from fintune.train.memory import in_use, trim_heap
+from fintune.training.memory import in_use, trim_heap
 
 matplotlib.use("Agg")
 
