@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
-from hf_xet import XetFileInfo, XetSession
+from hf_xet import XetFileInfo, XetSession  # type: ignore[import-untyped]
 from huggingface_hub.utils.sha import git_hash
 
 # Stored as LFS: these suffixes, files above 10 MB, a zero byte in the first 512.
