@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,14 @@ def test_a_snapshot_is_of_the_commit_it_began_with(hub: Hub) -> None:
     assert api(hub).model_info(BASE).sha != first
     tree = {row.path: row.blob_id for row in get_cached_repo_tree(BASE, revision=first)}
     assert tree["config.json"] == hub.repos["model", BASE].commits[first].files["config.json"].oid
+
+
+@pytest.mark.parametrize("status", [401, 429, 503])
+def test_the_client_takes_an_older_commit_from_its_cache_in_silence(hub: Hub, status: int) -> None:
+    old = Path(snapshot_download(BASE, endpoint=hub.url, token=False))
+    hub.commit("model", BASE, {"config.json": b"[]"})
+    hub.fault("GET", "/api/models/", status=status)
+    assert Path(snapshot_download(BASE, endpoint=hub.url, token=False)) == old
 
 
 def test_storage_is_another_origin_and_gets_no_token(hub: Hub) -> None:
@@ -325,11 +334,11 @@ def push(hub: Hub, files: dict[str, bytes | None], parent: str | None = None) ->
 
 def test_a_push_is_one_commit_of_regular_files_lfs_and_deletions(hub: Hub) -> None:
     first = hub.repos["model", BASE].refs["refs/heads/main"]
-    new = {"a.safetensors": WEIGHTS[::-1], "b.txt": b"b", "config.json": None, "README.md": CARD}
+    new = {"a.safetensors": WEIGHTS[::-1], "b.txt": b"b", "config.json": None, "sub/": None}
     made = push(hub, new, first)
     commit = hub.repos["model", BASE].at("main")
     assert (commit.id, commit.parent, commit.message) == (made, first, "push")
-    assert {*commit.files} == {*FILES, "a.safetensors", "b.txt"} - {"config.json"}
+    assert {*commit.files} == {"README.md", "a.safetensors", "b.txt"}
     assert commit.files["a.safetensors"].path.read_bytes() == WEIGHTS[::-1]
     assert push(hub, {"a.safetensors": WEIGHTS[::-1], "b.txt": b"b"}) == made  # nothing to do
     assert len(hub.requests("PUT", "/lfs/")) == 1
@@ -367,6 +376,10 @@ def test_uploads_are_held_against_their_hash(hub: Hub) -> None:
     oid = hashlib.sha256(b"ab").hexdigest()
     assert httpx2.put(f"{hub.storage}/lfs/{oid}", content=chunks).status_code == 200
     assert oid in hub.lfs
+    with socket.create_connection(("127.0.0.1", hub.ports[1])) as client:  # killed half way
+        client.sendall(f"PUT /lfs/{oid} HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf".encode())
+    assert httpx2.get(f"{hub.url}/api/models/{BASE}").status_code == 200
+    assert [r.status for r in hub.requests("PUT")] == [400, 200, 0]
 
 
 def test_a_card_that_is_no_yaml_is_refused_before_anything_is_sent(hub: Hub) -> None:
@@ -387,6 +400,19 @@ def test_xet_goes_both_ways_and_can_be_read_without(
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     assert fetch(hub, "a.safetensors", cache_dir=tmp_path / "plain").read_bytes() == data
     assert len(hub.requests("GET", "/cdn/")) == 1
+
+
+def test_xet_resumes_what_is_cut_and_does_not_see_a_flipped_bit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    push(hub, {"a.safetensors": WEIGHTS[::-1]})
+    hub.fault("GET", "/v1/xorbs/", cut=50_000)
+    whole = fetch(hub, "a.safetensors", cache_dir=tmp_path / "whole").read_bytes()
+    assert whole == WEIGHTS[::-1] and len(hub.requests("GET", "/v1/xorbs/")) == 2
+    hub.fault("GET", "/v1/xorbs/", flip=5_000)
+    damaged = fetch(hub, "a.safetensors", cache_dir=tmp_path / "damaged").read_bytes()
+    assert [a ^ b for a, b in zip(damaged, whole, strict=True) if a != b] == [1]
 
 
 def test_xet_that_is_refused_is_no_hub_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
