@@ -35,6 +35,7 @@ from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.untrusted.probe import stop_token_ids
 
 BANDS = (128, 256, 512, 1024, 2048)
 """Upper ends, in tokens, of the length bands; longer conversations share the last."""
@@ -60,7 +61,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        finished = seal.state(folder, inputs, command=COMMAND) is seal.State.FINISHED
+        finished = seal.finished(folder, inputs, command=COMMAND)
         if not finished:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
@@ -170,7 +171,7 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     facts["provenance"] = {**inputs, "precision": dtype, "decoding": "greedy", **_environment()}
     write_json(folder / "run.json", facts)
     _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
-    ends = model.end_token_ids(base, tokenizer)
+    ends = stop_token_ids(base.folder, tokenizer)
     _generate(config, folder, peft_model, tokenizer, prompts, ends)
     if config.eval.regression and not (folder / "regression.json").is_file():
         found = {}
