@@ -28,7 +28,6 @@ SPINE = (
     "yaml12",
     "config",
     "example",
-    "numbers",
     "chat",
     "untrusted",
     "model",

@@ -225,13 +225,13 @@ def evaluate(
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
-        from fintune.evals import report
+        from fintune.evals.results import rescore as make_again
         from fintune.seal import lock
 
         if not rescore.is_dir():
             raise OutputError(f"no evaluation folder at {rescore}")
         with lock(rescore):
-            results = report.rescore(rescore)
+            results = make_again(rescore)
     else:
         from fintune.evals import evaluate as stage
 
