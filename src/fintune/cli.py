@@ -349,7 +349,8 @@ def verify(
         console.emit_json([asdict(check) for check in report.checks])
     else:
         rows = [(check.name, check.status, check.detail) for check in report.checks]
-        said = "refused" if report.failed else "verified"
+        refused = [check for check in report.failed if check.name != "server"]
+        said = "refused" if refused else "verified"
         console.table(f"{folder}: {said}", ["check", "", "detail"], rows)
     report.settle()
 
