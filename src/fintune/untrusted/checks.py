@@ -75,10 +75,15 @@ class Report:
 
     def settle(self) -> None:
         """Raise GateRefused naming each failed check, if there is one."""
-        if self.failed:
+        failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
+        if self.failed and self.failed[0].name == "server":
             raise GateRefused(
-                f"{self.folder.name} is refused: "
-                + "; ".join(f"{check.name}: {check.detail}" for check in self.failed),
+                f"{self.folder.name} passed every check of its own, but not {failed}",
+                why="another prompt gets another answer than the adapter was trained to give",
+            )
+        if failed:
+            raise GateRefused(
+                f"{self.folder.name} is refused: {failed}",
                 why="a folder that fails a check may answer differently, or run code, elsewhere",
                 fix="get it again from its source; a release of your own: fintune release",
             )
