@@ -21,7 +21,7 @@ import sys, time
 start = time.perf_counter()
 from pathlib import Path
 from fintune.untrusted.static import static_checks
-found = static_checks(Path(sys.argv[1]), "release")
+found = [*static_checks(Path(sys.argv[1]), "release")]
 seconds = time.perf_counter() - start
 heavy = sorted({"torch", "transformers", "peft"} & set(sys.modules))
 print(seconds, [check.detail for check in found if check.status == "failed"], heavy, sep="|")

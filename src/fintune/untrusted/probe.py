@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ from fintune.chat import ChatFormat
 from fintune.errors import FintuneError, GateRefused, ModelError
 from fintune.example import Message
 from fintune.untrusted import checks
-from fintune.untrusted.checks import Check, Note, Unreadable, ask_all, refuse
+from fintune.untrusted.checks import Check, Unreadable, ask, refuse
 
 CPU_S = 20
 """Processor time of the child itself."""
@@ -240,16 +240,20 @@ class _Release:
 
 def _release_checks(folder: Path, base: Path) -> list[Check]:
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    of = _Release(folder, base)
-    golden = (
-        ("tokenizer", _check_same_tokenizer),
-        ("stop tokens", _check_stop_tokens),
-        ("fixture", _check_golden_prompts),
-    )
-    without = (("fixture", lambda of: Note(f"no {checks.FIXTURE}: prompts unproved")),)
-    prompts = golden if of.golden else without
-    questions = (("tokenizer", _check_special_tokens), *prompts, ("keys", _check_keys))
-    return [*ask_all(questions, of)]
+    of, report = _Release(folder, base), checks.Report(folder)
+    report.run(lambda: _asked(of))
+    return report.checks
+
+
+def _asked(of: _Release) -> Iterator[Check]:
+    yield ask("tokenizer", _check_special_tokens, of)
+    if of.golden:
+        yield ask("tokenizer", _check_same_tokenizer, of)
+        yield ask("stop tokens", _check_stop_tokens, of)
+        yield ask("fixture", _check_golden_prompts, of)
+    else:
+        yield Check("fixture", "note", f"no {checks.FIXTURE}: prompts unproved")
+    yield ask("keys", _check_keys, of)
 
 
 def _check_special_tokens(of: _Release) -> str:
