@@ -117,7 +117,7 @@ def check_place(folder: Path) -> None:
         OutputError: a symbolic link, or a folder that is or holds the home or current directory.
     """
     homes = {"home": os.path.expanduser("~"), "current": os.curdir}
-    problem = "is a symbolic link" if folder.is_symlink() else ""
+    problem = "is a symbolic link" if os.path.islink(folder) else ""
     for name, home in homes.items():
         if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(folder)):
             problem = f"is or holds the {name} directory"
