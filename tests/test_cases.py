@@ -41,7 +41,7 @@ NOT_YET = {
     " d32 d33",
     "tasks": "e01 e02 e04 e06 e07 e09 e10 e12 e13 e35",
     "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
-    "training": "t01 t02 t04 t06 t08 t10",
+    "training": "t01 t02 t04 t08",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""
 SLOW = ("c13",)

@@ -27,7 +27,6 @@ SPINE = (
     "nano",
     "config",
     "example",
-    "numbers",
     "chat",
     "untrusted",
     "model",
