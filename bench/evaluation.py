@@ -46,10 +46,10 @@ from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import calls, judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
 from fintune.evals.items import Item, Pair  # noqa: E402
+from fintune.evals.numbers import compare, is_number_answer  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
-from fintune.numbers import compare, is_number_answer  # noqa: E402
 from fintune.untrusted.probe import stop_token_ids  # noqa: E402
 
 ITEMS, DISCORDANT = 200, 0.3

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fintune.releasing.card import vllm_rank
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny_release import tiny_base, tiny_run
@@ -24,7 +25,6 @@ from fintune import files, seal
 from fintune.config import Config
 from fintune.errors import GateRefused, OutputError
 from fintune.releasing.bundle import release
-from fintune.releasing.card import vllm_rank
 from fintune.releasing.verify import verify
 
 
