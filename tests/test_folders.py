@@ -325,7 +325,7 @@ def test_nohup_keeps_working(tmp_path: Path) -> None:
     [
         ("prepare", preparing, "write_report"),
         ("eval", evaluating, "generate"),
-        ("eval", judge, "unjudged_rows"),
+        ("eval", judge, "raw_rows"),
         ("release", bundle, "write_card"),
         ("export", export, "_load_merged"),
     ],
