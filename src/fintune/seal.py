@@ -41,11 +41,11 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
 
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`bytes` and `sha256` of every file but hidden ones, seals and what is not read."""
+    """`bytes` and `sha256` of every file but hidden ones, the seal and what is not read."""
     found = {}
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name != DONE and not name.startswith(unread):
+        if path.is_file() and name != DONE and not name.startswith(unread):
             found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return found
 
