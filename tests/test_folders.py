@@ -18,14 +18,14 @@ from tiny_release import built, tiny_run
 from tiny_release import tiny_base as release_base
 from victims import at_call, harmed, send, settings
 
-from fintune import cli, files, nano, seal
+from fintune import cli, files, nano, pipeline, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, dump_yaml, load_config
 from fintune.data import prepare as preparing
 from fintune.data.prepare import prepare
 from fintune.errors import ConfigError
-from fintune.evals import calls, judge, report
 from fintune.evals import evaluate as evaluating
+from fintune.evals import judge
 from fintune.model import find_base, load_tokenizer
 from fintune.releasing import bundle, export
 from fintune.training.run import train
@@ -43,7 +43,7 @@ def rows(root: Path, count: int = 200) -> str:
 @pytest.fixture(autouse=True)
 def _results_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """tiny_run writes its results by hand; test_forged.py holds them against the answers."""
-    monkeypatch.setattr(report, "check_results", lambda folder: None)
+    monkeypatch.setattr(pipeline, "check_results", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -382,11 +382,11 @@ def test_a_stopped_judge_is_a_stop(tmp_path: Path, finished: Config) -> None:
 
         def work() -> None:
             with STOP.listening():
-                calls.ask(tmp_path, plan, settings)
+                judge.ask(tmp_path, plan, settings)
 
-        outcome = harmed(work, at_call(calls, "_row", 2, lambda: send(signal.SIGTERM)))
+        outcome = harmed(work, at_call(judge, "_row", 2, lambda: send(signal.SIGTERM)))
     assert outcome.code == 75, outcome.text
-    assert json.loads((tmp_path / calls.LOG).read_text().splitlines()[-1])
+    assert json.loads((tmp_path / judge.LOG).read_text().splitlines()[-1])
 
 
 # Releases, modes
