@@ -254,6 +254,12 @@ class Pair:
     texts: dict[str, str]
     graded: dict[str, Graded | None]
 
+    @property
+    def better(self) -> str | None:
+        """Whose answer arithmetic or label prefers; None where both are right or both wrong."""
+        base, adapter = (self.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
+        return None if base == adapter else VARIANTS[adapter]
+
     def holds(self, variant: str, test: Callable[[Graded], bool]) -> bool:
         """Whether an answer is graded and its grade passes a test."""
         graded = self.graded[variant]

@@ -65,7 +65,7 @@ def results(folder: Path, pairs: list[Pair]) -> Json:
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     judged = judge_summary(
         list(read_jsonl(folder / judge.NAME)),
-        {pair.item.id: _preferred(pair) for pair in pairs},
+        {pair.item.id: pair.better for pair in pairs},
         {pair.item.id: pair.item.group for pair in pairs},
         run["seed"],
     )
@@ -197,14 +197,6 @@ def _pairwise(
         "against_arithmetic": against,
         "items": wins,
     }
-
-
-def _preferred(pair: Pair) -> str | None:
-    """Whose answer arithmetic or label prefers; None where it finds both right or both wrong."""
-    base, adapter = pair.graded["base"], pair.graded["adapter"]
-    if base is None or adapter is None or base.correct == adapter.correct:
-        return None
-    return "adapter" if adapter.correct else "base"
 
 
 def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> Json:
@@ -372,9 +364,9 @@ def write_results(folder: Path) -> Json:
             verdicts.setdefault(row["id"], []).append(row)
     groups: dict[str, list[Pair]] = {name: [] for name in GROUPS}
     for pair in pairs:
-        base, adapter = (pair.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
-        at = (2 + base if base == adapter else int(base)) if pair.item.kind in CHECKED else 4
-        groups[GROUPS[at]].append(pair)
+        both = pair.holds("base", lambda graded: graded.correct)
+        name = f"Only the {pair.better} is right" if pair.better else GROUPS[2 + both]
+        groups[name if pair.item.kind in CHECKED else GROUPS[-1]].append(pair)
     save_page(
         folder / REPORT,
         "eval_report",
