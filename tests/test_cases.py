@@ -40,7 +40,7 @@ NOT_YET = {
     " d32 d33",
     "tasks": "e01 e02 e04 e06 e07 e09 e10 e12 e13 e35",
     "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
-    "training": "t01 t02 t04 t06 t08 t10",
+    "training": "t01 t02 t04 t08",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""
 SLOW = ("c13",)
@@ -637,7 +637,7 @@ def names_are_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
     values = {name: tiny.SETTINGS[name][1] for name in cases_product.KEYS}
     values |= {"out": tmp_path_factory.mktemp("keys"), "source": tiny.rows(), "min_tokens": 5}
     small = [word for setting in cases_product.SMALL for word in ("-s", setting)]
-    tiny.done("train", "--dry-run", *cases_product.BASE, *tiny.words(**values), *small)
+    tiny.done("plan", *cases_product.BASE, *tiny.words(**values), *small)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ EDITS = {
     "= a bit of the training rows": Edit("data/train.parquet", flip(0.3), ("train", "eval")),
     "= another bit of them": Edit("data/train.parquet", flip(0.6), ("release", "plan")),
     "= a bit of the test rows": Edit(
-        "data/test.parquet", flip(0.3), ("eval", "train", "train --dry-run")
+        "data/test.parquet", flip(0.3), ("eval", "train", "plan")
     ),
     "more validation rows": Edit("data/validation.parquet", appended, ("release",)),
     "= test rows, resealed": Edit(
@@ -303,7 +303,6 @@ def test_what_nobody_changed_is_read(chain: Path, tiny_base: Path) -> None:
     """The refusals above are of the edits; every verb reads the chain itself."""
     for words in (
         ["train"],
-        ["train", "--dry-run"],
         ["eval"],
         ["eval", "--rescore"],
         ["plan"],

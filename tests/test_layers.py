@@ -25,7 +25,6 @@ SPINE = (
     "stop",
     "seal",
     "nano",
-    "yaml12",
     "config",
     "example",
     "chat",

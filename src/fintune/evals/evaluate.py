@@ -31,6 +31,7 @@ from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
 BATCH_TOKENS = 4096
@@ -59,7 +60,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        kept = seal.state(folder, inputs, command=results.COMMAND) is seal.State.FINISHED
+        kept = seal.finished(folder, inputs, command=results.COMMAND)
         if not kept:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
@@ -173,7 +174,7 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     }
     write_json(folder / "run.json", facts)
     _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
-    ends, size = model.end_token_ids(base, tokenizer), config.eval.per_device_eval_batch_size
+    ends, size = stop_token_ids(base.folder, tokenizer), config.eval.per_device_eval_batch_size
     ask = partial(generate, peft_model, tokenizer, stop_token_ids=ends, batch_size=size)
     _generate(folder, peft_model, ask, prompts, config.eval.max_new_tokens)
     if config.eval.regression and not (folder / "regression.json").is_file():

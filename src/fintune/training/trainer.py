@@ -30,10 +30,10 @@ from fintune.console import say
 from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
 from fintune.model import device
-from fintune.training import distributed
+from fintune.training import distributed, run_state
 from fintune.training.metrics import Losses
 from fintune.training.rows import Order, RankBatches, Rows
-from fintune.training.run_state import KEEP, RESUME, RunState, rotate, save_checkpoint, step_of
+from fintune.training.run_state import KEEP, RESUME, RunState, step_of
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
@@ -294,8 +294,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
         def save() -> None:
             with files.space_for(folder, self.checkpoint_bytes()):
-                save_checkpoint(folder, step, lambda staging: self._fill(staging, generators))
-            rotate(folder, KEEP, step)
+                run_state.save_checkpoint(
+                    folder, step, lambda staging: self._fill(staging, generators)
+                )
+            run_state.rotate(folder, KEEP, step)
 
         distributed.from_rank0(save)
 

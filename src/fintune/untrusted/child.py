@@ -27,12 +27,7 @@ MEMORY = 2 * 2**30
 _POLL_S = 0.02
 _ANSWER = 8 * 2**20
 """Largest result in bytes; a longer one is a hostile one."""
-_DEATHS: dict[int, str] = {
-    signal.SIGXCPU: f"it takes more than {CPU_S} s of processor time",
-    signal.SIGKILL: "the process that read it was killed, as one that takes too much memory is",
-    signal.SIGALRM: f"it takes longer than {CLOCK_S} s",
-    signal.SIGXFSZ: "it writes a file",
-}
+_LIMITS = f"{CPU_S} s of processor time, {CLOCK_S} s, {MEMORY >> 30} GB of memory, no file written"
 
 
 def run_limited(work: Callable[[], Any], subject: str) -> Any:
@@ -50,13 +45,12 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
     child = context.Process(target=_work_and_exit, args=(work, sender))
     memory = psutil.Process().memory_info().rss + MEMORY
     child.start()
-    answer, reason = dict[str, Any](), ""
+    answer = dict[str, Any]()
     try:
         sender.close()
         while not receiver.poll(_POLL_S) and child.is_alive():
             with suppress(psutil.Error):
                 if psutil.Process(child.pid).memory_info().rss > memory:
-                    reason = f"it takes more than {MEMORY / 2**30:.0f} GB of memory"
                     child.kill()
         with suppress(EOFError, OSError, ValueError):
             answer = json.loads(receiver.recv_bytes(_ANSWER)) if receiver.poll() else {}
@@ -68,10 +62,9 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
         return answer["result"]
     if kind := getattr(errors, answer.pop("class", ""), None):
         raise kind(**answer)
-    death = _DEATHS.get(-(child.exitcode or 0), f"reading it ends with {child.exitcode}")
     raise GateRefused(
-        f"{subject} is refused: {answer.get('what') or reason or death}",
-        why="it was read in a process of its own with limits on time and memory",
+        f"{subject} is refused: {answer.get('what', 'reading it crashed or passed a limit')}",
+        why=f"it was read in a process of its own, with limits: {_LIMITS}",
         fix="get the folder from its source again, or use another one",
     )
 
@@ -82,8 +75,8 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(CLOCK_S)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -91,9 +84,8 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
     os.closerange(3, pipe.fileno())
     os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-    answer: dict[str, Any]
     try:
-        answer = {"result": work()}
+        answer: dict[str, Any] = {"result": work()}
     except FintuneError as error:
         answer = {"class": type(error).__name__, **vars(error)}
     except Exception as error:  # whatever transformers, peft or a template raise: refused

@@ -4,6 +4,7 @@ Tokenizers carry regular expressions, templates are programs, an adapter's targe
 patterns and a configuration names sizes: each is tried once on the meta device or on short texts.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ from fintune.untrusted.child import run_limited
 
 _RUN = 400
 """Characters of a repeated text: one that makes a pattern of nested repetitions explode."""
+_ANSWER = 4096
+"""Most tokens of a recorded answer."""
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
     "Net loss (€1,234.5m) vs. £0.9bn, −3.4 %, 25 bps, ¥10兆 – café?" * 8
 ]
@@ -106,10 +109,7 @@ def _read(kind: Any, folder: Path, what: str) -> Any:
                 why="a model folder is data here; code found in one is never run",
                 fix="use a base whose architecture transformers itself has",
             ) from None
-        raise ModelError(
-            f"{what} {folder} does not load: {str(error)[:200]}",
-            fix="compare the folder with its source, or use another base",
-        ) from None
+        raise ModelError(f"{what} {folder} does not load: {str(error)[:200]}") from None
 
 
 def _import_architecture(folder: Path) -> None:
@@ -163,14 +163,15 @@ class _Release:
 def _release_checks(folder: Path, base: Path) -> list[Check]:
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     of = _Release(folder, base)
-    golden = [
+    golden = (
         ("tokenizer", _check_same_tokenizer),
         ("stop tokens", _check_stop_tokens),
         ("fixture", _check_golden_prompts),
-    ]
-    without = [("fixture", lambda of: Note(f"no {checks.FIXTURE}: prompts unproved"))]
-    questions = [("tokenizer", _check_special_tokens), *(golden if of.golden else without)]
-    return ask_all([*questions, ("keys", _check_keys)], of)
+    )
+    without = (("fixture", lambda of: Note(f"no {checks.FIXTURE}: prompts unproved")),)
+    prompts = golden if of.golden else without
+    questions = (("tokenizer", _check_special_tokens), *prompts, ("keys", _check_keys))
+    return [*ask_all(questions, of)]
 
 
 def _check_special_tokens(of: _Release) -> str:
@@ -183,9 +184,10 @@ def _check_special_tokens(of: _Release) -> str:
     differing = []
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         tree = checks.read_object(of.folder, name, absent=True)
-        for key, value in of.tokenizer.special_tokens_map.items():
-            named = tree.get(key)
-            if (named is not None or of.golden) and _content(named) != _content(value):
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            named, value = tree.get(key), getattr(of.tokenizer, key)
+            text = named.get("content") if isinstance(named, dict) else named
+            if text != value and (named is not None or of.golden):
                 differing.append(f"{key} of {name} is {named!r:.80}")
     refuse("other special tokens:", differing)
     return f"{len(of.tokenizer)} tokens, special tokens agree"
@@ -213,18 +215,23 @@ def _check_stop_tokens(of: _Release) -> str:
 
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the same text, ids and labels as when it was trained."""
-    chat = ChatFormat(of.tokenizer, of.golden["date_string"])
-    if chat.template_sha256 != of.golden["template_sha256"]:
+    golden, rows = of.golden, of.golden["conversations"]
+    chat, words = ChatFormat(of.tokenizer, golden["date_string"]), range(len(of.tokenizer))
+    if chat.template_sha256 != golden["template_sha256"]:
         raise Unreadable("the chat template is not the one it was trained with")
-    for row in of.golden["conversations"]:
+    if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
+        raise Unreadable("no recorded answers of a known precision")
+    for row in rows:
         now = chat.recorded([Message(turn["role"], turn["content"]) for turn in row["messages"]])
         refuse(f"{row['name']}: other", [key for key, value in now.items() if value != row[key]])
-        if not {*row["labels"]} & {*of.golden["end_token_ids"]}:
+        if not {*row["labels"]} & {*golden["end_token_ids"]}:
             raise Unreadable(f"{row['name']}: no stop token was trained")
         ids, logprobs = row["answer"]["ids"], row["answer"]["logprobs"]
-        if len(ids) != len(logprobs) or max(ids) >= len(chat.tokenizer):
+        finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
+        whole = [type(token) is int and token in words for token in ids]
+        if not 0 < len(ids) == len(logprobs) <= _ANSWER or not all(finite + whole):
             raise Unreadable(f"{row['name']}: an answer that no model gave")
-    return f"{len(of.golden['conversations'])} conversations, same ids"
+    return f"{len(rows)} conversations, same ids"
 
 
 def _check_keys(of: _Release) -> str:
@@ -239,9 +246,3 @@ def _check_keys(of: _Release) -> str:
     other = [name for name, shape in needed.items() if header[name][1] != shape]
     refuse("another shape than the base needs:", other)
     return f"{len(needed)} keys and shapes as the base needs them"
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_content(part) for part in value]
-    return value["content"] if isinstance(value, dict) and "content" in value else str(value)
