@@ -38,10 +38,13 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+Reader = Callable[[Row], Question]
+
+
 class Task(NamedTuple):
     """A registered task."""
 
-    question: Callable[[Row], Question]
+    question: Reader
     questions: str
     columns: dict[str, str]
 
@@ -52,7 +55,7 @@ TASKS: dict[str, Task] = {}
 
 def task(
     name: str, *, questions: str = "", columns: dict[str, str] | None = None
-) -> Callable[[Callable[[Row], Question]], Callable[[Row], Question]]:
+) -> Callable[[Reader], Reader]:
     """Register a function as a task.
 
     Args:
@@ -60,7 +63,7 @@ def task(
         columns: columns of the data set on the hub, by the name that the function reads.
     """
 
-    def register(function: Callable[[Row], Question]) -> Callable[[Row], Question]:
+    def register(function: Reader) -> Reader:
         TASKS[name] = Task(function, questions, columns or {})
         return function
 

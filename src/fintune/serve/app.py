@@ -41,6 +41,8 @@ SHORTEST_KEY = 22
 MAX_BODY = 1 << 20
 MAX_DROPPED = 8 * MAX_BODY
 """Bytes read and dropped of a body that is refused for its length, before the answer."""
+DROPPING_S = 1.0
+"""A client may also announce a long body and wait for the answer."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
 """Held-out questions that the page offers to click."""
@@ -207,9 +209,11 @@ def _dropping_rest(app: ASGIApp) -> ASGIApp:
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
             more, left = message.get("status") == 413, MAX_DROPPED
-            while more and left > 0:
-                part = await receive()
-                more, left = part.get("more_body", False), left - len(part.get("body", b""))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DROPPING_S):
+                    while more and left > 0:
+                        part = await receive()
+                        more, left = part.get("more_body", False), left - len(part.get("body", b""))
             await send(message)
 
         await app(scope, receive, answer)
