@@ -54,7 +54,7 @@ from fintune.releasing.bundle import release
 from fintune.training import memory, metrics, run_state, trainer
 from fintune.training import run as stage
 from fintune.training.run import train
-from fintune.untrusted.child import run_limited
+from fintune.untrusted.probe import run_limited
 
 CI_KILLS = 20
 

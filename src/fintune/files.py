@@ -25,7 +25,7 @@ _FREE = "what was saved before is intact: free some space; the same command cont
 SMALL_FILES = 2**20
 """Bytes to have free besides large files: JSON, a line of metrics, blocks of the file system."""
 FORMAT = 1
-"""Version of every JSON file written here; a reader refuses a number it does not know."""
+"""Version of every JSON file written here."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -145,7 +145,7 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
     """An append-only JSON Lines file of whoever holds its folder's lock (`seal.lock`).
 
     A line that a kill or a full disk left torn is cut off when it is opened again. A row is with
-    the kernel when `append` returns, on disk when `close` does.
+    the kernel when `append` returns, on disk when the block ends.
     """
 
     def __init__(self, path: Path) -> None:

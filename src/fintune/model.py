@@ -21,9 +21,10 @@ from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ModelError, NoSpace, OutputError
 from fintune.files import cached_sha256, require_free_space, sha256_bytes
 from fintune.hub import hub_error
-from fintune.untrusted import Check, Report, checks, open_folder
-from fintune.untrusted.checks import CONFIG, PROVENANCE
+from fintune.untrusted import checks
+from fintune.untrusted.checks import CONFIG, PROVENANCE, Check, Report
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
+from fintune.untrusted.static import open_folder
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {

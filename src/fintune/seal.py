@@ -105,7 +105,7 @@ def check_place(folder: Path) -> None:
     Raises:
         OutputError: a symbolic link, or a folder that is or holds the home or current directory.
     """
-    problem = "is a symbolic link" if folder.is_symlink() else ""
+    problem = "is a symbolic link" if os.path.islink(folder) else ""
     for name, home in (("home", Path.home()), ("current", Path.cwd())):
         if home.resolve().is_relative_to(folder.resolve()):
             problem = f"is or holds the {name} directory"

@@ -22,7 +22,7 @@ from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.releasing.verify import make_golden_prompts
-from fintune.untrusted import checks, open_folder, static
+from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
 
@@ -170,7 +170,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
             fix="choose another folder (--set release.out=...), or --fresh (moves it aside)",
         )
-    open_folder(final, "release")
+    static.open_folder(final, "release")
     console.say(f"released already, unchanged: {final}")
     return final
 

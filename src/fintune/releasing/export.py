@@ -22,7 +22,8 @@ from fintune.example import Message
 from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
 from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
 from fintune.releasing.verify import CONVERSATIONS, verify
-from fintune.untrusted import checks, open_folder
+from fintune.untrusted import checks
+from fintune.untrusted.static import open_folder
 
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -67,26 +67,21 @@ class Report:
         return [check for check in self.checks if check.status == "failed"]
 
     def run(self, stage: Callable[[], Iterable[Check]]) -> None:
-        """Add a stage's checks, unless an earlier stage failed."""
+        """Add a stage's checks up to the first refusal, unless an earlier stage failed."""
         for check in [] if self.failed else stage():
             # Names of files stand in details: a line break in one would paint a row of its own.
             line = printable(check.detail).replace("\n", "\\n").replace("\t", "\\t")
             self.checks.append(replace(check, detail=line))
+            if self.failed:
+                break
 
     def settle(self) -> None:
         """Raise GateRefused naming each failed check, if there is one."""
         failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
         if self.failed and self.failed[0].name == "server":
-            raise GateRefused(
-                f"{self.folder.name} passed every check of its own, but not {failed}",
-                why="another prompt gets another answer than the adapter was trained to give",
-            )
-        if failed:
-            raise GateRefused(
-                f"{self.folder.name} is refused: {failed}",
-                why="a folder that fails a check may answer differently, or run code, elsewhere",
-                fix="get it again from its source; a release of your own: fintune release",
-            )
+            failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
+            fix = "get it again from its source; a release of your own: fintune release"
+            raise GateRefused(f"{self.folder.name} is refused: {failed}", fix=fix)
 
 
 def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
@@ -98,15 +93,6 @@ def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
     except Exception as error:  # whatever a library raises for bytes that it cannot read
         return Check(name, "failed", f"{type(error).__name__}: {str(error)[:200]}")
     return Check(name, "note" if isinstance(answer, Note) else "ok", answer)
-
-
-def ask_all(questions: Iterable[tuple[str, Callable[..., str]]], about: Any) -> Iterator[Check]:
-    """The answers up to the first that refuses."""
-    for name, question in questions:
-        answer = ask(name, question, about)
-        yield answer
-        if answer.status == "failed":
-            break
 
 
 def refuse(what: str, names: Collection[str]) -> None:

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 
 from fintune.untrusted import checks
-from fintune.untrusted.checks import LIMITS, Check, Note, Unreadable, ask, ask_all, refuse, some
+from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask, refuse, some
 
 Role = Literal["release", "adapter", "base"]
 """A release of ours (an allow-list of names), any peft folder, a base model."""
@@ -75,15 +75,28 @@ class _Folder:
 
 
 def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> Iterator[Check]:
-    """Everything that can be said about a folder from its bytes alone, up to the first refusal.
+    """Everything that can be said about a folder from its bytes alone, a check at a time.
 
     Args:
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed in a release by
             name and checksum and never opened.
     """
-    of_releases = () if role == "release" else ("checksums", "provenance", "card")
-    questions = [row for row in _QUESTIONS if row[0] not in of_releases]
-    return ask_all(questions, _Folder(folder, role, no_pickle))
+    of, of_releases = _Folder(folder, role, no_pickle), ("checksums", "provenance", "card")
+    for name, question in _QUESTIONS.items():
+        if role == "release" or name not in of_releases:
+            yield ask(name, question, of)
+
+
+def open_folder(folder: Path, role: Role) -> list[Check]:
+    """Check a folder's bytes; what transformers and peft say of it is asked by `probe`.
+
+    Raises:
+        GateRefused: a static check failed; the message names it.
+    """
+    report = Report(folder)
+    report.run(lambda: static_checks(folder, role))
+    report.settle()
+    return report.checks
 
 
 def check_paths(folder: Path, private: list[str]) -> Check:
@@ -293,13 +306,13 @@ def _adapter_weights(folder: Path) -> str:
     return good + (f"; {zero} of {len(lora_b)} B matrices are zero" if zero else "")
 
 
-_QUESTIONS: tuple[tuple[str, Callable[[_Folder], str]], ...] = (
-    ("files", _check_files),
-    ("checksums", _check_sums),
-    ("provenance", _check_provenance),
-    ("card", _check_card),
-    ("config", _check_configs),
-    ("code hooks", _check_hooks),
-    ("template", _check_template),
-    ("weights", _check_weights),
-)
+_QUESTIONS: dict[str, Callable[[_Folder], str]] = {
+    "files": _check_files,
+    "checksums": _check_sums,
+    "provenance": _check_provenance,
+    "card": _check_card,
+    "config": _check_configs,
+    "code hooks": _check_hooks,
+    "template": _check_template,
+    "weights": _check_weights,
+}
