@@ -79,7 +79,11 @@ class Report:
         """Raise GateRefused naming each failed check, if there is one."""
         failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
         if self.failed and self.failed[0].name == "server":
-            failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
+            raise GateRefused(
+                f"{self.folder.name} passed every check of its own, but not {failed}",
+                why="another prompt gets another answer than the adapter was trained to give",
+            )
+        if failed:
             fix = "get it again from its source; a release of your own: fintune release"
             raise GateRefused(f"{self.folder.name} is refused: {failed}", fix=fix)
 
