@@ -19,7 +19,6 @@ from fintune.plan import count
 from fintune.training import lora
 
 PUBLISHED = {
-    "llama": (8_030_261_248, {}),
     "qwen3": (8_190_735_360, {"vocab_size": 151936, "intermediate_size": 12288, "head_dim": 128,
                               "num_hidden_layers": 36}),
     "phi3": (14_659_507_200, {"vocab_size": 100352, "hidden_size": 5120, "num_hidden_layers": 40,

@@ -51,12 +51,7 @@ def _manifest(folder: Path, unread: tuple[str, ...] = UNREAD) -> dict[str, Any]:
 
 
 def read_seal(
-    folder: Path,
-    *,
-    stage: str,
-    make: str,
-    needed: Iterable[str] = (),
-    unread: tuple[str, ...] = UNREAD,
+    folder: Path, *, stage: str, make: str, needed: Iterable[str] = (), unread: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return a finished folder's `done.json`, after hashing every file that it names.
 
@@ -65,7 +60,7 @@ def read_seal(
         stage: its name in the message, such as "prepared data".
         make: the command that makes it.
         needed: files that the caller reads.
-        unread: beginnings of names that no caller reads: they may be changed or gone.
+        unread: beginnings of more names that the caller does not read: changed or gone.
 
     Raises:
         OutputError: when the folder is absent, unfinished, its seal is damaged, or a file in it
@@ -74,8 +69,9 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done, found = read_checked(folder / DONE), _manifest(folder, unread)
-    listed = {name: fact for name, fact in done["files"].items() if not name.startswith(unread)}
+    done, passed = read_checked(folder / DONE), (*UNREAD, *unread)
+    found = _manifest(folder, passed)
+    listed = {name: fact for name, fact in done["files"].items() if not name.startswith(passed)}
     problems = [f"{name} is missing" for name in sorted({*listed, *needed} - found.keys())]
     for name, fact in found.items():
         if name not in listed:

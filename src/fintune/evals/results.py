@@ -312,9 +312,7 @@ def words(found: Json) -> Sequence[str]:
 def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
     """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
     needed = ("run.json", "predictions.jsonl", "heldout.jsonl", judge.NAME)
-    return seal.read_seal(
-        folder, stage="evaluation", make=COMMAND, needed=needed, unread=(*seal.UNREAD, *unread)
-    )
+    return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
 
 
 def check_results(folder: Path) -> None:

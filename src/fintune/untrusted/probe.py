@@ -82,8 +82,13 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
         GateRefused: it passes a limit of the child.
     """
     _import_architecture(base)
-    rows = run_limited(lambda: [astuple(row) for row in _release_checks(folder, base)], folder.name)
-    return [Check(*row) for row in rows]
+    report = checks.Report(folder)
+
+    def asked() -> list[tuple[str, ...]]:
+        report.run(lambda: _asked(_Release(folder, base)))
+        return [astuple(row) for row in report.checks]
+
+    return [Check(*row) for row in run_limited(asked, folder.name)]
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -179,7 +184,8 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
     # A lock that the parent holds on an open file would outlive a kill of the parent.
     os.closerange(3, pipe.fileno())
     os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
+    torch.set_num_threads(1)  # threads of OpenMP and of tokenizers did not survive the fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         answer: dict[str, Any] = {"result": work()}
     except FintuneError as error:
@@ -198,7 +204,6 @@ def _import_architecture(folder: Path) -> None:
 
 
 def _try_base(folder: Path, weights: bool) -> None:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     architecture = read_architecture(folder)
     if weights:
         _empty_model(architecture)
@@ -236,13 +241,6 @@ class _Release:
     def golden(self) -> dict[str, Any]:
         """Its golden prompts; empty where it has none."""
         return checks.read_object(self.folder, checks.FIXTURE, absent=True)
-
-
-def _release_checks(folder: Path, base: Path) -> list[Check]:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    of, report = _Release(folder, base), checks.Report(folder)
-    report.run(lambda: _asked(of))
-    return report.checks
 
 
 def _asked(of: _Release) -> Iterator[Check]:
