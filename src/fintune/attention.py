@@ -107,12 +107,11 @@ def why_padded(model: Any) -> str | None:
         return f"{type(model).__name__} does not use transformers' attention interface"
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} carries a state across positions"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True):
-        return f"its attention has a sliding window ({window} tokens)"
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout"):
+    names = ["attn_logit_softcapping", "attention_chunk_size", "attention_dropout"]
+    names += ["sliding_window"] if getattr(config, "use_sliding_window", True) else []
+    for name in names:
         if getattr(config, name, None):
-            return f"its attention knows {name.replace('_', ' ')}"
+            return f"its configuration has {name}"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other:
         return f"it has layers of another kind ({', '.join(sorted(other))})"

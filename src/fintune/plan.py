@@ -28,7 +28,7 @@ from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
 from fintune.training import lora
 from fintune.training.rows import configured_epoch, read_train, read_validation
-from fintune.training.trainer import effective, training_arguments
+from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -126,7 +126,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         accumulation=config.train.gradient_accumulation_steps,
     )
     return {
-        "training_arguments": {**effective(arguments), "use_cpu": False},
+        "training_arguments": {**arguments.to_dict(), "use_cpu": False},
         "lora_config": {**config.train.lora.model_dump(mode="json"), "bias": "none"},
         **facts,
     }
@@ -135,7 +135,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
     """Facts of a run on any device."""
     train, mean = config.train, float(found.train.mean())
-    epoch = configured_epoch(config, found.train).steps
+    epoch = configured_epoch(config, found.train)
     steps = len(epoch) * train.num_train_epochs
     steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps

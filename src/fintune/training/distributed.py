@@ -59,9 +59,8 @@ def start(strategy: str, quantization: str) -> None:
         )
     if strategy == "fsdp" and quantization != "none":
         raise ConfigError(
-            f"train.strategy=fsdp with model.quantization={quantization}",
-            why="FSDP2 cannot shard the packed weights of bitsandbytes",
-            fix="a quantised base is small: use train.strategy=ddp",
+            f"train.strategy=fsdp cannot shard a base of model.quantization={quantization}",
+            fix="it is small: use train.strategy=ddp",
         )
     if world_size() > 1:
         # The others wait while rank 0 writes and hashes; NCCL's own limit is 10 minutes.
@@ -70,23 +69,9 @@ def start(strategy: str, quantization: str) -> None:
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
                 f"{world_size()} processes were launched and accelerate runs them as {kind}",
-                why="they would train apart, or write checkpoints that do not resume",
                 fix="unset the ACCELERATE_* variables, or: fintune train in one process",
             )
         console.err.quiet = not is_rank0()
-
-
-def micro_batches_per_rank(accumulation: int, processes: int) -> int:
-    """Micro-batches of an optimizer step for each process. Raises ConfigError: not a whole one."""
-    if accumulation % processes:
-        raise ConfigError(
-            f"train.gradient_accumulation_steps={accumulation}: the micro-batches of an optimizer"
-            f" step do not divide among {processes} processes",
-            why="every process takes as many, so that the step is that of one process",
-            fix="change train.gradient_accumulation_steps and train.per_device_train_batch_size;"
-            " their product is the examples of an optimizer step",
-        )
-    return accumulation // processes
 
 
 def stop_asked() -> bool:

@@ -15,7 +15,7 @@ from fintune.chat import ChatFormat
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
-from fintune.errors import OutputError, Stopped
+from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
@@ -24,7 +24,7 @@ from fintune.training import distributed, lora, memory, run_state
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
-from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
+from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, training_arguments
 from fintune.untrusted.static import check_weights
 
 
@@ -94,9 +94,7 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
         config, precision=name, checkpointing=checkpointing, accumulation=order.accumulation
     )
     if distributed.is_rank0():
-        files.write_json(state.folder / "training_arguments.json", effective(arguments))
-    if on_cpu and config.train.optim.startswith("paged"):
-        say(f"{config.train.optim}: nothing is paged on a CPU, the arithmetic is the same")
+        files.write_json(state.folder / "training_arguments.json", arguments.to_dict())
     sampling = config.train.train_sampling_strategy
     say(f"{device().type}, {name}; {order.steps_per_epoch} steps an epoch, {sampling} batches")
     validation = read_validation(config.data_dir, config.train.max_eval_samples)
@@ -107,10 +105,8 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
     """The base with a fresh adapter, fused and sharded; its precision; whether its batches are
     padding-free. Collective."""
     asked, on = config.train.precision, device()
-    resolved = state.resolve(
-        "precision", lambda: distributed.from_rank0(lambda: precision(asked, on))
-    )
-    name = precision(resolved, on)  # refused where the run began on another kind of device
+    name = state.resolve("precision", lambda: distributed.from_rank0(lambda: precision(asked, on)))
+    precision(name, on)  # refused where the run began on another kind of device
     sharded = config.train.strategy == "fsdp"
     model = load_base(
         base, config.model.quantization, name, attention=attention.NAME, on_cpu=sharded
@@ -122,31 +118,32 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
     pointwise.fuse(peft)
-    for reason, layers in lora.fuse(peft).items():
-        warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
+    if left := lora.fuse(peft):
+        warn(f"{left} LoRA layers keep peft's own arithmetic: quantized, or with a bias")
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
 
 
 def _checkpointing(config: Config, state: RunState, model: Any, order: Order, name: str) -> bool:
-    """Whether gradient checkpointing is on: as set, or as estimated and then tried. Collective."""
-
-    def attempt(on: bool) -> None:
+    """Whether gradient checkpointing is on: as set, or as estimated; then tried. Collective."""
+    train, key, fits = config.train, "gradient_checkpointing", True
+    auto = train.gradient_checkpointing == "auto"
+    on = train.gradient_checkpointing == "on"
+    if auto and train.strategy == "fsdp":
+        on = True  # a sharded base is one that hardly fits
+    elif auto:
+        on = state.resolve(key, lambda: memory.needs_checkpointing(model, order, name, train.optim))
+    try:
         memory.try_largest(model, order, name, checkpointing=on)
-
-    on: bool
-    on, why = state.resolve(
-        "gradient_checkpointing", lambda: memory.estimate(config.train, model, order, name)
-    )
-    say(why)
-    if on or config.train.gradient_checkpointing != "auto":
-        attempt(on)
-    elif distributed.any_rank(not memory.fits(lambda: attempt(False))):
-        why = "gradient checkpointing is on: the largest micro-batch did not fit without"
-        on, _ = state.record("gradient_checkpointing", (True, why))
-        say(why)
-        attempt(True)
+    except (RuntimeError, MemoryError) as error:
+        if on or not auto or not memory.is_out_of_memory(error):
+            raise
+        fits = False
+    if distributed.any_rank(not fits):
+        say("gradient checkpointing is on: the largest micro-batch did not fit without")
+        on = state.record(key, True)
+        memory.try_largest(model, order, name, checkpointing=True)
     return on
 
 
@@ -179,12 +176,17 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
 
 
 def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
-    """Write the last files and `done.json`. Raises OutputError: the adapter does nothing."""
+    """Write the last files and `done.json`.
+
+    Raises:
+        NotFinite: a weight of the adapter.
+        OutputError: the adapter does nothing.
+    """
     for check in check_weights(trainer.best):
         if check.status == "failed":
-            raise OutputError(
+            raise (NotFinite if "NaN" in check.detail else OutputError)(
                 f"{trainer.best}: {check.detail}",
-                fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
+                fix="train more steps, or at a lower rate: fintune train --fresh",
             )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))

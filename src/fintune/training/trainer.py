@@ -39,8 +39,6 @@ BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
-SKIPS = 40
-"""Steps in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
 _SAME_NAME = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "learning_rate"),
     *("lr_scheduler_type", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
@@ -95,15 +93,6 @@ def training_arguments(
     return arguments
 
 
-def effective(arguments: TrainingArguments) -> dict[str, Any]:
-    """What transformers made of them, as JSON; tokens are masked."""
-    return {
-        key: value
-        for key, value in arguments.to_dict().items()
-        if isinstance(value, str | int | float | bool | list | dict | None)
-    }
-
-
 class LoraTrainer(Trainer):  # type: ignore[misc]
     """See the module's docstring.
 
@@ -124,8 +113,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.best = run.folder / "best"
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
-        self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
-        self._evaluating = False
+        self._start, self._evaluating = time.monotonic(), False
         self._eval_batches = plan_evaluation(validation.lengths, order.most_tokens)
         # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
         multiple = order.most_tokens if collator.pad_to_multiple_of > 1 else 1
@@ -138,9 +126,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as planned, this rank's share; the device move is the Trainer's."""
-        rank, world = self.args.process_index, self.args.world_size
-        sampler = RankBatches(self.order, rank, world, lambda: self.state.global_step)
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        batches = RankBatches(
+            lambda: self.order.rank_batches(self.state.global_step, self.args.process_index)
+        )
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
@@ -160,7 +149,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; a loss or norm that is not finite stops the run before it reaches the weights.
 
-        Both are looked at, once a step: a loss may be infinite where its gradient is not.
+        Called once an optimizer step, on every rank, after its last backward pass: `p.grad` of
+        `self.model.named_parameters()` are the step's gradients, before they are clipped, and
+        `self.state.global_step` counts the steps made before it.
         """
         norm = super()._clip_grad_norm(model)
         if self.args.world_size > 1:
@@ -169,17 +160,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             self._step_loss /= self.args.world_size
         loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
         self._step_loss.zero_()
+        step, scaler = self.state.global_step, self.accelerator.scaler
         if math.isfinite(loss) and math.isfinite(value):
-            self._skipped = 0
-            self.losses.add(loss, self.order.share(self.state.global_step))
+            self.losses.add(loss, self.order.share(step))
             return norm
-        self._skipped += 1
-        scaler = self.accelerator.scaler
-        if math.isfinite(loss) and scaler is not None and self._skipped < SKIPS:
-            # fp16: the scaler skips this step and lowers its scale; that is its job.
+        if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
+            # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
             self.losses.limit = None
             return torch.zeros_like(norm)
-        step = self.state.global_step
         ids = self.order.example_ids(step)
         raise NotFinite(
             f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the optimizer step"
@@ -243,7 +231,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """Train on from a checkpoint until `total` steps; restores what transformers does not."""
         resume = files.read_json(checkpoint / RESUME)
         self.losses.last.extend(resume["losses"])
-        self._earlier_s = resume["seconds"]
+        self._start -= resume["seconds"]
         if (checkpoint / BEST).exists():
             # `best/` may be of optimizer steps that are undone now.
             distributed.from_rank0(lambda: self._fill_best(lambda to: _copy_best(checkpoint, to)))
@@ -259,7 +247,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def seconds(self) -> float:
         """Wall time of the steps that count: until the checkpoint resumed from, and since."""
-        return self._earlier_s + time.monotonic() - self._start
+        return time.monotonic() - self._start
 
     def trainable_parameters(self) -> int:
         """Number of the adapter's weights, all of them fp32."""
