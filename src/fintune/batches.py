@@ -13,12 +13,12 @@ every w-th of them, after they were balanced.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Plan = Literal["stratified", "bucketed", "random"]
+from fintune.config import Config
+
 Ints = NDArray[np.int64]
 Steps = list[list[Ints]]
 """An epoch: `steps[step][micro_batch]` is an array of example indices."""
@@ -26,24 +26,11 @@ BUCKETS = 8
 """Length buckets where no boundaries are given."""
 
 
-def plan_epoch(
-    lengths: Ints,
-    *,
-    micro_batch_size: int,
-    accumulation: int,
-    seed: int,
-    epoch: int,
-    plan: Plan = "stratified",
-    boundaries: Iterable[int] | None = None,
-    world_size: int = 1,
-) -> Steps:
-    """Plan one epoch.
+def plan_epoch(config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1) -> Steps:
+    """Plan one epoch as `config.train` has it.
 
     Args:
         lengths: tokens of every example, shape (examples,).
-        micro_batch_size: examples of one forward pass (on average, where they are balanced).
-        accumulation: micro-batches of one optimizer step, of all processes together.
-        boundaries: for `bucketed`, the lengths that end a bucket; None: `choose_boundaries`.
         world_size: processes that share each step; rank r takes every `world_size`-th micro-batch
             from its r-th on.
 
@@ -51,12 +38,13 @@ def plan_epoch(
         Every example exactly once. Every step has the same number of micro-batches, but for
         the last of the epoch, which may have fewer when its examples do not suffice.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    rng = np.random.default_rng((seed, epoch))
-    step_size = micro_batch_size * accumulation
+    train, rng = config.train, np.random.default_rng((config.seed, epoch))
+    # Examples of a micro-batch: on average, where their tokens are balanced.
+    size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    step_size, plan = size * accumulation, train.train_sampling_strategy
     if plan == "bucketed":
-        edges = boundaries or choose_boundaries(lengths)
-        steps = _bucketed(lengths, micro_batch_size, accumulation, edges, rng)
+        edges = train.bucket_boundaries or choose_boundaries(lengths)
+        steps = _bucketed(lengths, size, accumulation, edges, rng)
     elif plan == "stratified":
         steps = [[group] for group in _strata_order(lengths, step_size, rng)]
     else:

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fintune import attention, console, memory
-from fintune.batches import Ints
+from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
 from fintune.errors import ConfigError, ModelError
 from fintune.files import read_toml
@@ -27,7 +27,7 @@ from fintune.memory import ModelSize, step_memory
 from fintune.model import device, find_base, peft_config, precision
 from fintune.seal import DONE, read_data
 from fintune.training import lora
-from fintune.training.rows import configured_epoch, read_train, read_validation
+from fintune.training.rows import read_train, read_validation
 from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
@@ -119,12 +119,9 @@ def dry_run(config: Config) -> dict[str, Any]:
     elif name == "auto":
         name = "bf16"
         facts["notes"].append("no GPU here: settings are those for a GPU with bf16")
-    arguments = training_arguments(
-        config,
-        precision=name,
-        checkpointing=config.train.gradient_checkpointing == "on",
-        accumulation=config.train.gradient_accumulation_steps,
-    )
+    checkpointing = config.train.gradient_checkpointing == "on"
+    accumulation = config.train.gradient_accumulation_steps
+    arguments = training_arguments(config, name, checkpointing, accumulation)
     return {
         "training_arguments": {**arguments.to_dict(), "use_cpu": False},
         "lora_config": {**config.train.lora.model_dump(mode="json"), "bias": "none"},
@@ -135,7 +132,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
     """Facts of a run on any device."""
     train, mean = config.train, float(found.train.mean())
-    epoch = configured_epoch(config, found.train)
+    epoch = plan_epoch(config, found.train)
     steps = len(epoch) * train.num_train_epochs
     steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps

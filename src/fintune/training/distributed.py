@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,6 @@ from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
 from fintune.stop import STOP
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -80,7 +78,7 @@ def stop_asked() -> bool:
     return STOP.asked
 
 
-def from_rank0(make: Callable[[], T]) -> T:
+def from_rank0(make: Callable[[], Any]) -> Any:
     """The result of `make` on rank 0, or its FintuneError, on every rank. Collective."""
     if world_size() == 1:
         return make()
@@ -93,8 +91,7 @@ def from_rank0(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=0, device=device())
     if isinstance(box[0], FintuneError):
         raise box[0]
-    value: T = box[0]
-    return value
+    return box[0]
 
 
 def any_rank(flag: bool) -> bool:

@@ -157,9 +157,7 @@ def _is_fusable(layer: LoraLayer) -> bool:
     return type(layer) is LoraLinear and type(base) is torch.nn.Linear and base.bias is None
 
 
-def _forward(group: _Group, index: int, peft_forward: Any, x: torch.Tensor) -> torch.Tensor:
+def _forward(group: _Group, index: int, peft_forward: Any, x: torch.Tensor) -> Any:
     """The group's forward, or the base's own while the adapter is switched off."""
-    if group.members[index].disable_adapters:
-        output: torch.Tensor = peft_forward(x)
-        return output
-    return group.project(index, x)
+    off = group.members[index].disable_adapters
+    return peft_forward(x) if off else group.project(index, x)

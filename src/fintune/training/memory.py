@@ -14,6 +14,7 @@ import psutil
 import torch
 from accelerate.utils import send_to_device
 
+from fintune.config import TrainConfig
 from fintune.console import say
 from fintune.loss import sum_loss
 from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
@@ -34,8 +35,10 @@ def in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def needs_checkpointing(model: Any, order: Order, precision: str, optimizer: str) -> bool:
+def needs_checkpointing(model: Any, order: Order, precision: str, train: TrainConfig) -> bool:
     """Whether the largest micro-batch is estimated not to fit without. Collective."""
+    if train.strategy == "fsdp":
+        return True  # a sharded base is one that hardly fits
     batches = (
         send_to_device(order.collator([{"input_ids": ids, "labels": ids}]), model.device)
         for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
@@ -43,7 +46,7 @@ def needs_checkpointing(model: Any, order: Order, precision: str, optimizer: str
     with _same_masks(model), autocast(model, precision):
         size = model_size(model, batches, DTYPES[precision].itemsize)
     largest = order.most_tokens
-    parts = step_memory(size, optimizer, largest, largest, checkpointing=False)
+    parts = step_memory(size, train.optim, largest, largest, checkpointing=False)
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
     free = int(psutil.virtual_memory().available)
     if model.device.type == "cuda":
@@ -71,9 +74,6 @@ def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool
     finally:
         lora.forget(model)
         model.zero_grad(set_to_none=True)
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -85,8 +85,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:
     """Restore the random state afterwards; of all devices torch would warn at length."""
-    used = [model.device] if model.device.type == "cuda" else []
-    return torch.random.fork_rng(devices=used)
+    return torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
 
 
 def autocast(model: Any, precision: str) -> torch.autocast:

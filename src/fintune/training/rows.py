@@ -1,8 +1,7 @@
 """Prepared rows as a torch data set, and which of them each optimizer step sees.
 
 An optimizer step is a set of examples. How it is divided into micro-batches may change while a run
-lives (less memory, another world size); which examples it has may not, so the hash of what was
-consumed is over the sorted ids of each step.
+lives (less memory, another world size); which examples it has may not.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from fintune.batches import Ints, Steps, micro_batches_under, plan_epoch, rebala
 from fintune.collate import Collator
 from fintune.config import Config
 from fintune.errors import ConfigError, DataError
-from fintune.files import sha256_bytes
 
 Row = dict[str, NDArray[np.int32]]
 _TOKENS = ["input_ids", "labels"]
@@ -62,26 +60,10 @@ def read_validation(data_dir: Path, most: int) -> Rows:
     table = pq.read_table(data_dir / "validation.parquet", columns=_COLUMNS)
     if table.num_rows == 0:
         raise DataError(
-            f"{data_dir / 'validation.parquet'} has no row",
-            why="without one, no evaluation can choose the best adapter",
+            "no validation row: no evaluation can choose the best adapter",
             fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
         )
     return Rows(table.sort_by("example_id").slice(0, most))
-
-
-def configured_epoch(config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1) -> Steps:
-    """An epoch's batches as a config has them."""
-    train = config.train
-    return plan_epoch(
-        lengths,
-        micro_batch_size=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
-        seed=config.seed,
-        epoch=epoch,
-        plan=train.train_sampling_strategy,
-        boundaries=train.bucket_boundaries,
-        world_size=world_size,
-    )
 
 
 class Order:
@@ -89,7 +71,8 @@ class Order:
 
     Args:
         world_size: processes that share a step.
-        cap: most tokens of a micro-batch, padding included, since memory ran out.
+        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: as many as
+            there are.
 
     Raises:
         ConfigError: the micro-batches of an optimizer step do not divide among the processes.
@@ -97,17 +80,10 @@ class Order:
     Attributes:
         rows, collator: what it was made with.
         accumulation: micro-batches of an optimizer step and process.
-        since: the step and hash that `consumed_sha256` starts from; (0, "") unless another order
-            was accepted in the middle of the run.
     """
 
     def __init__(
-        self,
-        config: Config,
-        rows: Rows,
-        collator: Collator,
-        world_size: int = 1,
-        cap: int | None = None,
+        self, config: Config, rows: Rows, collator: Collator, world_size: int = 1, cap: int = 0
     ) -> None:
         configured = config.train.gradient_accumulation_steps
         if configured % world_size:
@@ -118,9 +94,9 @@ class Order:
                 " examples of an optimizer step",
             )
         self.rows, self.collator, self._world_size = rows, collator, world_size
-        self._plan = partial(configured_epoch, config, rows.lengths, world_size=world_size)
+        self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
         self._epochs, self._parts = config.train.num_train_epochs, 0
-        if cap is not None:
+        if cap:
             plans = [self._plan(epoch) for epoch in range(self._epochs)]
             padded = collator.padded_tokens
             self._parts = micro_batches_under(
@@ -130,7 +106,6 @@ class Order:
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         first = self.epoch(0)
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
-        self.since = self._consumed = (0, "")
 
     def _epoch(self, number: int) -> Steps:
         steps = self._plan(number)
@@ -165,11 +140,6 @@ class Order:
         """Tokens of `largest`, padding included."""
         return self.tokens([self.largest])[1]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example, padding included: no cap can divide it."""
-        return self.collator.padded_tokens([int(self.rows.lengths.max())])
-
     def share(self, step: int) -> float:
         """Examples of a step over those of the first: the last of an epoch may have fewer."""
         return sum(batch.size for batch in self.step(step)) / self._whole
@@ -177,15 +147,6 @@ class Order:
     def example_ids(self, step: int) -> list[str]:
         """Ids of the examples of a step, micro-batch by micro-batch."""
         return [self.rows.ids[index] for batch in self.step(step) for index in batch]
-
-    def consumed_sha256(self, steps: int) -> str:
-        """Running hash of the example ids that the first `steps` steps consumed."""
-        done, digest = self._consumed if self.since[0] < self._consumed[0] <= steps else self.since
-        for step in range(done, steps):
-            ids = sorted(self.example_ids(step))
-            digest = sha256_bytes("\n".join([digest, *ids]).encode())
-        self._consumed = (steps, digest)
-        return digest
 
 
 class RankBatches:

@@ -29,8 +29,8 @@ from fintune.training import distributed, memory
 from fintune.training.distributed import world_size
 from fintune.training.rows import Order
 
-PACKAGES = ("fintune", "torch", "transformers", "peft")
-"""Packages whose versions are part of the fingerprint."""
+PACKAGES = ("fintune", "torch", "transformers", "peft", "numpy")
+"""Packages whose versions are part of the fingerprint; numpy draws the order of rows."""
 RECORD = "record.json"
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
@@ -75,8 +75,9 @@ class RunState:
     Attributes:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
-        accepted: changes of the fingerprint, each with its `reason` and what `differs`.
-        resolved: what `record.json` holds.
+        accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
+        resolved: what `record.json` holds; `token_caps` has an entry for each out-of-memory error:
+            the `step`, the tokens of a micro-batch that it `was`, the `max_tokens` since then.
         finished: whether there is nothing left to do.
     """
 
@@ -119,9 +120,9 @@ class RunState:
             if state is not seal.State.FINISHED:
                 seal.start(folder, fingerprint)
                 files.write_text(folder / "config.yaml", dump_yaml(config))
-            record = folder / RECORD
             accepted = seal.read_checked(folder / seal.INPUTS).get("accepted", [])
-            resolved = files.read_json(record) if record.is_file() else {}
+            known = (folder / RECORD).is_file()
+            resolved = files.read_json(folder / RECORD) if known else {}
             return accepted, resolved, state is seal.State.FINISHED
 
         return cls(folder, fingerprint, *distributed.from_rank0(begin))
@@ -136,16 +137,6 @@ class RunState:
         if distributed.is_rank0():
             files.write_json(self.folder / RECORD, self.resolved)
         return value
-
-    @property
-    def token_caps(self) -> list[dict[str, int]]:
-        """One entry for each out-of-memory error: `step`, the tokens that `was` tried, the cap."""
-        caps: list[dict[str, int]] = self.resolved["token_caps"]
-        return caps
-
-    def max_tokens(self) -> int | None:
-        """Most tokens of a micro-batch since memory ran out, or None."""
-        return min((cap["max_tokens"] for cap in self.token_caps), default=None)
 
     @contextmanager
     def capping_tokens(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
@@ -164,7 +155,8 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        was, longest = order.most_tokens, order.longest
+        was = order.most_tokens
+        longest = order.collator.padded_tokens([int(order.rows.lengths.max())])
         if was <= longest:
             raise ModelError(
                 f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
@@ -172,7 +164,7 @@ class RunState:
             )
         cap = max(was // 2, longest)
         self.resolved.pop("gradient_checkpointing", None)
-        self.token_caps.append({"step": step(), "was": was, "max_tokens": cap})
+        self.resolved["token_caps"].append({"step": step(), "was": was, "max_tokens": cap})
         # By the rank that met it; the others wait.
         files.write_json(self.folder / RECORD, self.resolved)
         raise Stopped(
@@ -181,36 +173,26 @@ class RunState:
             " a micro-batch (the same examples a step)",
         )
 
-    def continue_order(self, order: Order) -> tuple[Path | None, int, bool]:
-        """Let an order go on from the newest checkpoint of this run. Collective.
-
-        Returns:
-            The checkpoint, or None; its step; whether that step was evaluated.
+    def newest_checkpoint(self) -> dict[str, Any]:
+        """RESUME of the checkpoint to continue from and its folder, as `checkpoint`; empty where
+        there is none. Collective.
 
         Raises:
-            OutputError: none verifies, or the rows consumed until there are not of this order.
+            OutputError: none verifies, or it is of another run.
         """
-        folder = self.folder / "checkpoints"
-        found = distributed.from_rank0(lambda: newest_checkpoint(folder))
+        found = distributed.from_rank0(lambda: newest_checkpoint(self.folder / "checkpoints"))
         if found is None:
-            return None, 0, True
-        resume, step = files.read_json(found / RESUME), step_of(found)
+            return {}
+        resume = files.read_json(found / RESUME)
+        if resume["fingerprint_sha256"] not in {self.sha256, *(c["was"] for c in self.accepted)}:
+            raise OutputError(f"{found} is of another run", fix="remove it")
         if resume["processes"] != world_size():
             warn(
                 f"{found} is of {resume['processes']} processes, this is a run of {world_size()}:"
                 " rows and order are the same, dropout masks are not"
             )
-        if self.accepted and resume["fingerprint_sha256"] != self.sha256:
-            order.since = step, resume["consumed_sha256"]
-        else:
-            order.since = tuple(resume["since"])
-        if resume["consumed_sha256"] != order.consumed_sha256(step):
-            raise OutputError(
-                f"{found} was made with another order of rows",
-                fix="start again: fintune train --fresh",
-            )
         say(f"continuing from {found}")
-        return found, step, not resume["pending_evaluation"]
+        return {**resume, "checkpoint": found}
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
@@ -229,33 +211,27 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
             fix="start again: fintune train --fresh",
         )
     if differs:
-        changes = [*changes, {"reason": reason, "differs": differs}]
-        files.write_json(path, {"inputs": fingerprint, "accepted": changes})
+        change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}
+        files.write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
         warn(f"accepted, and recorded: {'; '.join(differs)}")
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Write a checkpoint whole: `write` fills a staging folder, the rest is done here.
 
     One of the same step that verifies is kept: it is of the same state.
     """
     final = folder / f"checkpoint-{step}"
-    if final.exists():
-        if corrupt(final) is None:
-            return final
-        shutil.rmtree(final)
-    with files.staged_folder(final) as staging:
+    if final.exists() and corrupt(final) is None:
+        return
+    with files.staged_folder(final, free=lambda: shutil.rmtree(final, True)) as staging:
         write(staging)
         seal.seal(staging, {"step": step})
-    return final
 
 
 def corrupt(checkpoint: Path) -> str | None:
     """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
     try:
-        inputs = seal.read_checked(checkpoint / seal.DONE)["inputs"]
-        if inputs != {"step": step_of(checkpoint)}:
-            return f"{seal.DONE} is of {inputs}"
         seal.read_seal(checkpoint, stage="checkpoint", make="fintune train")
     except OutputError as error:
         return error.what.removeprefix(f"checkpoint: {checkpoint}: ")
@@ -270,8 +246,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = corrupt(checkpoint)
-        if reason is None:
+        if (reason := corrupt(checkpoint)) is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
     if found:
