@@ -138,9 +138,10 @@ def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
     return adapter, [{key: row[key] for key in keep if key in row} for row in rows]
 
 
-def usable(config: Config) -> list[str]:
-    """Checkpoints that verify."""
-    found = run_state.checkpoints(config.run_dir / "checkpoints")
+def usable(run: Config | Path) -> list[str]:
+    """Checkpoints of a run that verify."""
+    folder = run if isinstance(run, Path) else run.run_dir
+    found = run_state.checkpoints(folder / "checkpoints")
     return [path.name for path in found if run_state.corrupt(path) is None]
 
 

@@ -100,9 +100,8 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._progress.advance()
         if (limit := self._losses.limit) is not None:
             loss, ids = self._losses.last[-1], self._order.example_ids(step - 1)
-            self._metrics.append(
-                {"step": step, "rows": ids, "spike_loss": loss, "spike_limit": limit}
-            )
+            spike = {"step": step, "rows": ids, "spike_loss": loss, "spike_limit": limit}
+            self._metrics.append(spike)
             warn(
                 f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
                 f" {limit:.3f}; its rows are in metrics.jsonl"

@@ -98,9 +98,8 @@ class Order:
         self._epochs, self._parts = config.train.num_train_epochs, 0
         if cap:
             plans = [self._plan(epoch) for epoch in range(self._epochs)]
-            padded = collator.padded_tokens
             self._parts = micro_batches_under(
-                cap, rows.lengths, plans, configured, world_size, padded
+                cap, rows.lengths, plans, configured, world_size, collator.padded_tokens
             )
         self.accumulation = (self._parts or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
