@@ -46,10 +46,11 @@ from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import calls, judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
 from fintune.evals.items import Item, Pair  # noqa: E402
+from fintune.evals.numbers import compare, is_number_answer  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
-from fintune.numbers import compare, is_number_answer  # noqa: E402
+from fintune.untrusted.probe import stop_token_ids  # noqa: E402
 
 ITEMS, DISCORDANT = 200, 0.3
 PAID_AGAIN = ("timeout", "drip")
@@ -262,7 +263,7 @@ def generation(count: int = 300) -> dict[str, Any]:
     loaded = model.load_base(base, "none", "fp32").eval()
     chat = ChatFormat(tokenizer, config.chat.date_string)
     prompts = _prompts(chat, count)
-    ends = model.end_token_ids(base, tokenizer)
+    ends = stop_token_ids(base.folder, tokenizer)
     warm = [Request("", prompts[0].prompt_ids, 4)]
     list(generate(loaded, tokenizer, warm, stop_token_ids=ends, batch_size=1))
 

@@ -638,7 +638,7 @@ def names_are_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
     values = {name: tiny.SETTINGS[name][1] for name in cases_product.KEYS}
     values |= {"out": tmp_path_factory.mktemp("keys"), "source": tiny.rows(), "min_tokens": 5}
     small = [word for setting in cases_product.SMALL for word in ("-s", setting)]
-    tiny.done("train", "--dry-run", *cases_product.BASE, *tiny.words(**values), *small)
+    tiny.done("plan", *cases_product.BASE, *tiny.words(**values), *small)
 
 
 @pytest.fixture(scope="module")

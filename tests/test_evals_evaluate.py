@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_judge import FakeJudge, serve
+from fintune.evals.report import rescore
 from test_cli import run
 from tiny_eval import eval_config
 
@@ -16,7 +17,6 @@ from fintune.errors import ConfigError, DataError, GateRefused, OutputError
 from fintune.evals import evaluate as module
 from fintune.evals import regression, results
 from fintune.evals.evaluate import evaluate, judge_answers
-from fintune.evals.report import rescore
 
 KEYS = ("verdict", "primary", "guards", "loss", "accuracy", "tasks", "misses", "measures", "judge")
 

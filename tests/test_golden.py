@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from frozen import read_json
-from tiny import read_lines
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fintune
 from fintune import load_config, prepare, train
 
-NANO = Path(fintune.__file__).with_name("nano")
+NANO = Path(__file__).parents[1] / "src" / "fintune" / "nano"
 GOLDEN = Path(__file__).with_name("golden.json")
 LOSSES = ("loss", "grad_norm", "eval_loss")
 
@@ -50,12 +47,13 @@ def run(root: Path) -> list[dict[str, float]]:
     settings = load_config("nano", [f"{key}={value}" for key, value in changes.items()])
     prepare(settings)
     train(settings)
-    rows = read_lines(settings.run_dir / "metrics.jsonl")
+    lines = (settings.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     return [{key: row[key] for key in ("step", *LOSSES) if key in row} for row in rows]
 
 
 def test_the_golden_run_is_as_it_was(tmp_path: Path) -> None:
-    expected = read_json(GOLDEN)["metrics"]
+    expected = json.loads(GOLDEN.read_text(encoding="utf-8"))["metrics"]
     found = run(tmp_path)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for now, then in zip(found, expected, strict=True):

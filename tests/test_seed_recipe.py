@@ -1,5 +1,6 @@
 """The published recipe on a Llama-3.1 shape of two layers, with the real Llama 3 tokenizer."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fintune.config import Config, load_config
-from fintune.data.prepare import PARTS, prepare
-from fintune.files import read_json
-from fintune.training.run import train
+from fintune import Config, load_config, prepare, train
+
+PARTS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_two_steps_of_the_recipe(config: Config) -> None:
     assert rows["read"] == 420
     assert rows["read"] == sum(rows[part] for part in PARTS) + sum(rows["dropped"].values())
     run = train(config)
-    arguments = read_json(run / "training_arguments.json")
+    arguments = json.loads((run / "training_arguments.json").read_text())
     assert arguments["optim"] == "paged_adamw_8bit"
     assert arguments["activation_checkpointing"] is True
-    facts = read_json(run / "environment.json")
+    facts = json.loads((run / "environment.json").read_text())
     assert facts["steps"] == 2
     # r (in + out) over the seven projections of two layers, r = 64
     assert facts["trainable_parameters"] == 2 * 64 * (

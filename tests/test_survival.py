@@ -49,7 +49,7 @@ from fintune.config import Config
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import space_for, write_json
 from fintune.training import memory, metrics, run_state, trainer
-from fintune.untrusted.child import run_limited
+from fintune.untrusted.probe import run_limited
 
 CI_KILLS = 4
 

@@ -18,11 +18,11 @@ import llama_cpp
 from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
+from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.model import load_base, load_release, read_tokenizer, release_base
 from fintune.releasing import export, gguf
-from fintune.releasing.gate import JUDGED
-from fintune.releasing.golden import read_golden_prompts
+from fintune.untrusted.checks import JUDGED
 
 QUESTIONS, TOKENS = 20, 48
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    fixture = read_golden_prompts(options.release)
+    fixture = read_json(options.release / "prompt_fixture.json")
     assert fixture is not None
     base = release_base(options.release, options.base)
     tokenizer = read_tokenizer(options.release)

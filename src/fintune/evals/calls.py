@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fintune.config import JudgeConfig
-from fintune.console import Meter, meter, say
+from fintune.console import meter, say
 from fintune.errors import ConfigError, GateRefused, ModelError
 from fintune.evals.grading import PHRASES
 from fintune.evals.judge import SCHEMA, Call, outcome, read_verdict
@@ -29,10 +29,8 @@ TIMEOUT_S = 300.0
 LIMITS = {"max_tokens": 600, "temperature": 0, "seed": 7}
 REASONING_LIMITS = {"max_completion_tokens": 8_000}
 """For a model that refuses the first: its reasoning counts as part of the reply."""
-NO_KEY = "no-key-is-needed"
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; a verdict is read from all of it."""
-OPENAI = "api.openai.com"
 KEY_HOSTS: dict[str, str] = PHRASES["key_hosts"]
 """The host that the key of a variable is for. OpenAI's also goes to a server on this machine, where
 any client sends it."""
@@ -46,17 +44,12 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
         return {row["key"]: row for row in log.rows() if row.pop("row") == "done"}
 
 
-def most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
-    """Upper bound of one call: a token is at least one byte of the prompt."""
-    prompt = sum(len(message["content"].encode()) + 16 for message in call.messages)
-    price_in, price_out = config.usd_per_million
-    return (prompt * price_in + max(limits.values()) * price_out) / 1e6
-
-
 def ask(
     folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Make every call that is not finished yet; return the finished rows by key.
+    """Make every call that is not finished yet, a few at once; return the finished rows by key.
+
+    The first error stops those that wait; those under way end and are logged.
 
     Args:
         judge_host: a host that may get the key besides the variable's own.
@@ -66,42 +59,19 @@ def ask(
         ModelError: the endpoint refuses the key, the account or the model, or does not answer.
         GateRefused: the next call could pass `max_usd`.
     """
-    done = finished(folder)
+    done, limits = finished(folder), dict(LIMITS)
     todo = [call for call in calls if call.key not in done]
     if not todo:
         return done
-    most = sum(most_usd(call, config, LIMITS) for call in todo)
-    say(
-        f"judge {config.model}: {len(todo)} calls to make, {len(calls) - len(todo)} done;"
-        f" at most ${most:.2f} at the config's prices (a repeated request comes on top)"
-    )
-    with (
-        _client(config, judge_host) as client,
-        JsonlLog(folder / LOG) as log,
-        meter("judge", len(todo)) as progress,
-    ):
-        _make_calls(client, todo, config, log, done, progress)
-    return done
-
-
-def _make_calls(
-    client: Any,
-    todo: list[Call],
-    config: JudgeConfig,
-    log: JsonlLog,
-    done: dict[str, dict[str, Any]],
-    progress: Meter,
-) -> None:
-    """Make calls, a few at once; each is logged and added to `done` as soon as it is finished.
-
-    The first error stops those that wait; those under way end and are logged.
-    """
-    lock, stopped, limits = threading.Lock(), threading.Event(), dict(LIMITS)
+    most = sum(_most_usd(call, config, limits) for call in todo)
+    made = len(calls) - len(todo)
+    say(f"judge {config.model}: {len(todo)} calls to make, {made} done; at most ${most:.2f}")
     spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
+    lock, stopped = threading.Lock(), threading.Event()
 
     def make(call: Call) -> None:
         nonlocal spent
-        most = most_usd(call, config, limits)
+        most = _most_usd(call, config, limits)
         try:
             with lock:
                 if stopped.is_set():
@@ -109,7 +79,6 @@ def _make_calls(
                 if config.max_usd is not None and spent + most > config.max_usd:
                     raise GateRefused(
                         f"judge: the next call may pass the limit of ${config.max_usd}",
-                        why=f"${spent:.4f} are spent or may be by calls under way",
                         fix="the same command with a higher limit continues; no call is made twice",
                     )
                 spent += most
@@ -123,27 +92,37 @@ def _make_calls(
             stopped.set()
             raise
 
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
+    with (
+        _client(config, judge_host) as client,
+        JsonlLog(folder / LOG) as log,
+        meter("judge", len(todo)) as progress,
+        ThreadPoolExecutor(CONCURRENCY) as pool,
+    ):
         list(pool.map(make, todo))
+    return done
+
+
+def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
+    """Upper bound of one call: a token is at least one byte of the prompt."""
+    prompt = sum(len(message["content"].encode()) + 16 for message in call.messages)
+    price_in, price_out = config.usd_per_million
+    return (prompt * price_in + max(limits.values()) * price_out) / 1e6
 
 
 def _client(config: JudgeConfig, judge_host: str) -> Any:
     try:
         import openai
     except ImportError:
-        raise ConfigError(
-            "a judge needs the openai client, which is not installed",
-            fix="pip install 'fintune[judge]'",
-        ) from None
+        what = "a judge needs the openai client, which is not installed"
+        raise ConfigError(what, fix="pip install 'fintune[judge]'") from None
+    # No redirect takes key and rows to another host, no proxy what is for this machine.
+    proxies = not _is_loopback(config)
     return openai.OpenAI(
         api_key=api_key(config, judge_host),
         base_url=config.base_url,
         max_retries=RETRIES,
         timeout=TIMEOUT_S,
-        # No redirect takes key and rows to another host, no proxy what is for this machine.
-        http_client=openai.DefaultHttpxClient(
-            follow_redirects=False, trust_env=not _is_loopback(config)
-        ),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=proxies),
     )
 
 
@@ -164,23 +143,17 @@ def _ask(client: Any, call: Call, config: JudgeConfig, limits: dict[str, int]) -
             extra_headers={"Idempotency-Key": call.key},
             **limits,
         )
-    except openai.BadRequestError as error:
-        if "max_completion_tokens" in error.response.text and "max_tokens" in limits:
+    except openai.APIStatusError as error:
+        said = error.response.text.replace(client.api_key, "[redacted]")
+        if "max_completion_tokens" in said and "max_tokens" in limits:
             limits.clear()
             limits.update(REASONING_LIMITS)
             return _ask(client, call, config, limits)
-        raise _refusal(error, client, config) from None
-    except openai.APIStatusError as error:
-        raise _refusal(error, client, config) from None
+        raise _failure(f"HTTP {error.status_code}", said, config) from None
     except openai.APIConnectionError as error:
         raise _failure("no reply", str(error), config) from None
     # A server that writes the key into its reply must not bring it into a file.
     return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
-
-
-def _refusal(error: Any, client: Any, config: JudgeConfig) -> ModelError | ConfigError:
-    said = error.response.text.replace(client.api_key, "[redacted]")
-    return _failure(f"HTTP {error.status_code}", said, config)
 
 
 def _row(call: Call, body: str, config: JudgeConfig) -> dict[str, Any]:
@@ -213,11 +186,10 @@ def _failure(what: str, said: str, config: JudgeConfig) -> ModelError:
     """A call that the client repeated in vain, or that no repeating helps."""
     fixes: dict[str, str] = PHRASES["judge_fixes"]
     fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
+    fix = fix.format(key_variable=config.key_variable, model=config.model)
     return ModelError(
         f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}",
-        why="what was judged so far is kept; key and rows go to no host but the configured one",
-        fix=fix.format(key_variable=config.key_variable, model=config.model)
-        + ", and run the same command again; no call is made twice",
+        fix=f"{fix}, and run the same command again; no call is made twice",
     )
 
 
@@ -227,30 +199,24 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
     Raises:
         ConfigError: the key is not for this host, would travel in clear, or is not set.
     """
-    url, loopback = urlsplit(config.base_url), _is_loopback(config)
-    key = os.environ.get(config.key_variable, "").strip()
+    url, loopback, variable = urlsplit(config.base_url), _is_loopback(config), config.key_variable
+    key = os.environ.get(variable, "").strip()
     if loopback and not key:
-        return NO_KEY
+        return "no-key-is-needed"
     if url.scheme != "https" and not loopback:
+        why = "key and rows would travel where others can read them"
+        raise ConfigError(f"judge: {config.base_url} is not https", why=why)
+    own = KEY_HOSTS.get(variable)
+    openai_here = loopback and variable == "OPENAI_API_KEY"
+    if url.hostname not in (own, judge_host.lower()) and not openai_here:
         raise ConfigError(
-            f"judge: {config.base_url} is not https",
-            why="key and rows would travel where others can read them",
-            fix="use https; http is for a server on this machine",
-        )
-    own = KEY_HOSTS.get(config.key_variable)
-    if url.hostname not in (own, judge_host.lower()) and not (loopback and own == OPENAI):
-        raise ConfigError(
-            f"judge: the key in {config.key_variable} is not for {url.hostname}",
-            why=f"it goes to {own or 'no host'} unless another is named outside the config, which"
-            " may be of somebody else",
+            f"judge: the key in {variable} is not for {url.hostname}",
+            why=f"it goes to {own or 'no host'} unless another is named outside the config",
             fix=f"if that host is to have it: --judge-host {url.hostname}",
         )
     if not key:
-        raise ConfigError(
-            f"judge: the environment variable {config.key_variable} is not set",
-            why="the key is read from the environment only",
-            fix=f"export {config.key_variable}=..., or evaluate without a judge",
-        )
+        what = f"judge: the environment variable {variable} is not set"
+        raise ConfigError(what, fix=f"export {variable}=..., or evaluate without a judge")
     return key
 
 

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,32 @@ import fintune
 from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
-from fintune.config import Config
+from fintune.config import Config, EvalConfig
 from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import calls, judge, regression
+from fintune.evals import calls, judge
 from fintune.evals.items import VARIANTS, HeldOutItems, Item, Pair, load_pairs
-from fintune.evals.report import COMMAND, RESULTS, read_evaluation, write_results
-from fintune.evals.results import CHECKED, FEWEST_CHECKABLE, words
+from fintune.evals.results import (
+    CHECKED,
+    COMMAND,
+    FEWEST_CHECKABLE,
+    RESULTS,
+    read_evaluation,
+    words,
+    write_results,
+)
 from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.untrusted.probe import stop_token_ids
 
-BANDS = (128, 256, 512, 1024, 2048)
-"""Upper ends, in tokens, of the length bands; longer conversations share the last."""
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss, unless one row alone is longer."""
+REGRESSION_QUESTIONS = 200
+"""Most questions of each task of lm-eval."""
+METRICS = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc")
+"""Per-question scores that a task of lm-eval may report; the first it has is compared."""
 
 
 def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
@@ -60,18 +69,18 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        finished = seal.state(folder, inputs, command=COMMAND) is seal.State.FINISHED
-        if not finished:
+        kept = seal.finished(folder, inputs, command=COMMAND)
+        if not kept:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
-            _finish(folder, inputs, judge.unjudged_rows(_judged_set(folder)))
+            found = _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - calls.finished(folder).keys():
-            _judge(config, folder, inputs, judge_host)
-        elif finished:
+            found = _judge(config, folder, inputs, judge_host)
+        elif kept:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / RESULTS)
-    return _show(config)
+    return _show(found)
 
 
 def judge_answers(
@@ -87,37 +96,33 @@ def judge_answers(
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
-    read_evaluation(folder)  # before anything is made there
+    inputs = read_evaluation(folder)["inputs"]
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(folder):
-        _judge(config, folder, read_evaluation(folder)["inputs"], judge_host, labels)
-    return _show(config)
+        found = _judge(config, folder, inputs, judge_host, labels)
+    return _show(found)
 
 
 def _judge(
-    config: Config,
-    folder: Path,
-    inputs: dict[str, Any],
-    judge_host: str,
-    labels: Path | None = None,
-) -> None:
+    config: Config, folder: Path, inputs: dict[str, Any], host: str, labels: Path | None = None
+) -> dict[str, Any]:
     """Make the results again with the judge's verdicts; until all are in, those before stay."""
     pairs, settings = _judged_set(folder), config.eval.judge
     planned = judge.plan(pairs, settings, config.seed)
-    done = calls.ask(folder, planned, settings, judge_host)
-    _finish(folder, inputs, judge.judged_rows(pairs, planned, done, settings.model, labels))
+    done = calls.ask(folder, planned, settings, host)
+    return _finish(folder, inputs, judge.raw_rows(pairs, planned, done, settings.model, labels))
 
 
-def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     (folder / seal.DONE).unlink(missing_ok=True)
     write_jsonl(folder / judge.NAME, rows)
-    write_results(folder)
+    found = write_results(folder)
     seal.seal(folder, inputs)
+    return found
 
 
-def _show(config: Config) -> dict[str, Any]:
-    found = read_json(config.eval_dir / RESULTS)
+def _show(found: dict[str, Any]) -> dict[str, Any]:
     accuracy, loss = found["accuracy"], found["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
@@ -170,13 +175,13 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     facts["provenance"] = {**inputs, "precision": dtype, "decoding": "greedy", **_environment()}
     write_json(folder / "run.json", facts)
     _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
-    ends = model.end_token_ids(base, tokenizer)
+    ends = stop_token_ids(base.folder, tokenizer)
     _generate(config, folder, peft_model, tokenizer, prompts, ends)
     if config.eval.regression and not (folder / "regression.json").is_file():
         found = {}
         for variant in VARIANTS:
             with _enabled(peft_model, variant):
-                found[variant] = regression.scores(peft_model, tokenizer, config.eval)
+                found[variant] = _regression(peft_model, tokenizer, config.eval)
         write_json(folder / "regression.json", found)
 
 
@@ -198,12 +203,6 @@ def _test_rows(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def _train_rows(config: Config) -> Iterator[dict[str, Any]]:
-    file = pq.ParquetFile(config.data_dir / "train.parquet")
-    for batch in file.iter_batches(1024, columns=["messages", "group"]):
-        yield from batch.to_pylist()
-
-
 def _choose(
     config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int
 ) -> tuple[list[tuple[Item, list[int]]], dict[str, Any]]:
@@ -212,7 +211,9 @@ def _choose(
     def by_hash(items: list[Item], salt: str = "") -> list[Item]:
         return sorted(items, key=lambda item: sha256_bytes(f"{salt}{item.id}".encode()))
 
-    reader = HeldOutItems(_train_rows(config))
+    train = pq.ParquetFile(config.data_dir / "train.parquet")
+    batches = train.iter_batches(1024, columns=["messages", "group"])
+    reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
     own = by_hash([reader.item(row) for row in rows])
     checkable = [item for item in own if item.kind != "text"]
     items = checkable[: config.eval.max_items]
@@ -246,23 +247,18 @@ def _environment() -> dict[str, Any]:
 
 
 def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
-    """Sums over the label tokens of each cell, a source and length band, by both models."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["source"], -len(row["input_ids"]))):
-        end = next((end for end in BANDS if len(row["input_ids"]) <= end), None)
-        band = f"<= {end}" if end else f"> {BANDS[-1]}"
-        cells.setdefault((row["source"], band), []).append(row)
+    """Sums over the label tokens of each source's rows, by both models."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
-        done = {(row["source"], row["length"]) for row in file.rows()}
-        for (source, band), chosen in cells.items():
-            progress.advance(len(chosen))
-            if (source, band) in done:
-                continue
-            cell = {"source": source, "length": band, "rows": len(chosen)}
+        done = {cell["source"] for cell in file.rows()}
+        for source in sorted({row["source"] for row in rows} - done):
+            chosen = [row for row in rows if row["source"] == source]
+            cell = {"source": source, "rows": len(chosen)}
             for variant in VARIANTS:
                 with _enabled(peft_model, variant):
                     cell[variant], cell["tokens"] = _loss_sum(peft_model, chosen, pad)
             file.append(cell)
+            progress.advance(len(chosen))
 
 
 def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[float, int]:
@@ -272,9 +268,10 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
         NotFinite: the loss is NaN or infinite.
     """
     padding_free = attention.why_padded(causal_model(peft_model)) is None
-    total, tokens, size = 0.0, 0, max(1, BATCH_TOKENS // len(rows[0]["input_ids"]))
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+    total, tokens, start = 0.0, 0, 0
+    while start < len(rows):
+        end = start + max(1, BATCH_TOKENS // len(rows[start]["input_ids"]))
+        batch, start = rows[start:end], end
         made = padding_free_batch(batch) if padding_free else padded_batch(batch, pad)
         with torch.inference_mode():
             loss, count = sum_loss(peft_model, send_to_device(made, peft_model.device))
@@ -283,6 +280,48 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     if not math.isfinite(total):
         raise NotFinite("the held-out loss is not finite", fix="or try --set train.precision=fp32")
     return total, tokens
+
+
+def _regression(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str, float]]:
+    """Score of every question of lm-eval by task and question, of the model as it is.
+
+    Raises:
+        ConfigError: the `lm_eval` package is missing, or a task is unknown or has no such score.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        what = "eval.regression needs lm-eval-harness, which is not installed"
+        raise ConfigError(what, fix="pip install 'fintune[regression]'") from None
+    files = [Path(name) for name in config.regression if name.endswith(".yaml")]
+    tasks = [name for name in config.regression if not name.endswith(".yaml")]
+    tasks += [file.stem for file in files]
+    manager = TaskManager(include_path=[str(file.parent) for file in files])
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise ConfigError(f"eval.regression: lm-eval knows no task {', '.join(unknown)}")
+    ran = simple_evaluate(
+        model=HFLM(
+            pretrained=peft_model.get_base_model(),
+            tokenizer=tokenizer,
+            batch_size=config.per_device_eval_batch_size,
+        ),
+        tasks=tasks,
+        task_manager=manager,
+        limit=REGRESSION_QUESTIONS,
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        log_samples=True,
+    )
+    found: dict[str, dict[str, float]] = {}
+    for task, samples in ran["samples"].items():
+        metric = next((name for name in METRICS if samples and name in samples[0]), None)
+        if metric is None:
+            raise ConfigError(f"eval.regression: {task} reports none of {', '.join(METRICS)}")
+        kept = [each for each in samples if each.get("filter") == samples[0].get("filter")]
+        found[task] = {str(sample["doc_id"]): float(sample[metric]) for sample in kept}
+    return found
 
 
 def _generate(
@@ -294,20 +333,20 @@ def _generate(
     ends: list[int],
 ) -> None:
     """Answers by both models to every item not yet answered, appended batch by batch."""
-    path, limit = folder / "predictions.jsonl", config.eval.max_new_tokens
+    path, settings = folder / "predictions.jsonl", config.eval
     by_id = {item.id: (item, ids) for item, ids in prompts}
+    size = settings.per_device_eval_batch_size
     with JsonlLog(path) as file, meter("answers", 2 * len(prompts)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
         for variant in VARIANTS:
             requests = [
-                Request(item.id, ids, limit)
-                for item, ids in prompts
-                if (variant, item.id) not in done
+                Request(key, ids, settings.max_new_tokens)
+                for key, (_, ids) in by_id.items()
+                if (variant, key) not in done
             ]
-            given = (peft_model, tokenizer, requests)
-            size = config.eval.per_device_eval_batch_size
             with _enabled(peft_model, variant):
+                given = (peft_model, tokenizer, requests)
                 for batch in generate(*given, stop_token_ids=ends, batch_size=size):
                     file.append(*(_line(variant, *by_id[one.id], one) for one in batch))
                     progress.advance(len(batch), note=variant)

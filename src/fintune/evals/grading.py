@@ -1,15 +1,15 @@
 """When an answer is right.
 
 `grade` reads an answer and gives one of four outcomes: correct, wrong, abstained (said that it
-cannot be answered), unparsed (no number or label found). Numbers are decided by `fintune.numbers`
-alone, labels by the words offered.
+cannot be answered), unparsed (no number or label found). Numbers are decided by `numbers.py`,
+labels by the words offered.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from fintune import numbers
+from fintune.evals import numbers
 from fintune.files import read_toml
 
 Kind = Literal["number", "label", "span", "tags", "text", "unanswerable", "refuse", "comply"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintune import numbers
+from fintune.evals import numbers
 from fintune.evals.grading import LABEL_WORDS, Graded, Kind, grade, listed_choices, plain
 from fintune.example import Message
 from fintune.files import read_jsonl, sha256_bytes

@@ -10,24 +10,23 @@ decides the item, and the judge's opposite opinion is counted against the judge.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib import resources
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fintune.config import JudgeConfig
 from fintune.errors import DataError
 from fintune.evals import stats
 from fintune.evals.grading import PHRASES
 from fintune.evals.items import VARIANTS, Item, Pair
-from fintune.files import FORMAT, read_jsonl, sha256_bytes, sha256_json
-from fintune.numbers import compare
+from fintune.evals.numbers import compare
+from fintune.files import FORMAT, read_json, read_jsonl, sha256_bytes, sha256_json
 
 NAME = "eval_50_gpt_judged_raw.jsonl"
 """A line a judge call, or a line an item of the judged set without a judge."""
-_FILES = resources.files("fintune.evals")
-RUBRIC = _FILES.joinpath("rubric.md").read_text("utf-8")
-SCHEMA: dict[str, Any] = json.loads(_FILES.joinpath("verdict_schema.json").read_text("utf-8"))
+RUBRIC = Path(__file__).with_name("rubric.md").read_text("utf-8")
+SCHEMA = read_json(Path(__file__).with_name("verdict_schema.json"))
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 """What an outcome of a pair counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
@@ -39,8 +38,7 @@ NUMERIC = ("digit", "scale")
 """References that must lose with another digit or scale."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One question to the judge.
 
     `positions` names who wrote candidates A and B. `key` hashes everything that the verdict
@@ -64,11 +62,8 @@ def plan(pairs: Sequence[Pair], config: JudgeConfig, seed: int) -> list[Call]:
     """
     if config.model is None:
         return []
-    calls = [
-        _call(pair.item, order, pair.texts, config)
-        for pair in pairs
-        for order in (VARIANTS, VARIANTS[::-1])
-    ]
+    orders = (VARIANTS, VARIANTS[::-1])
+    calls = [_call(pair.item, order, pair.texts, config) for pair in pairs for order in orders]
     return calls + _controls([pair.item for pair in pairs], config, seed)
 
 
@@ -136,21 +131,15 @@ def _changes(kind: str, item: Item) -> bool:
 
 
 def read_verdict(call: Call, reply: str) -> dict[str, Any] | None:
-    """The last JSON object of a reply, if it carries the call's nonce and fits the schema."""
-    decoder = json.JSONDecoder()
-    found: Any = None
-    at, tried = reply.find("{"), 0
-    while at >= 0 and tried < MOST_OBJECTS:
-        tried += 1
-        try:
-            found, end = decoder.raw_decode(reply, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        at = reply.find("{", end)
-    fits = isinstance(found, dict) and isinstance(found.get("rationale", ""), str)
-    if not fits or found.get("id") != call.nonce or found.get("winner") not in ("A", "B", "tie"):
-        return None
-    return dict(found)
+    """The last JSON object of a reply that carries the call's nonce, if it fits the schema."""
+    decoder, starts = json.JSONDecoder(), [match.start() for match in re.finditer("{", reply)]
+    for start in reversed(starts[-MOST_OBJECTS:]):
+        with suppress(ValueError, RecursionError):
+            found: dict[str, Any] = decoder.raw_decode(reply, start)[0]
+            if found.get("id") == call.nonce:
+                fits = found.get("winner") in ("A", "B", "tie")
+                return found if fits and isinstance(found.get("rationale", ""), str) else None
+    return None
 
 
 def outcome(call: Call, verdict: dict[str, Any]) -> str:
@@ -159,20 +148,26 @@ def outcome(call: Call, verdict: dict[str, Any]) -> str:
     return "tie" if winner == "tie" else call.positions["AB".index(winner)]
 
 
-def unjudged_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The lines of the raw file before any judge is asked."""
-    return [{**_facts(pair), "status": "unscored", "unscored_reason": "no_judge"} for pair in pairs]
-
-
-def judged_rows(
+def raw_rows(
     pairs: Sequence[Pair],
-    calls: Sequence[Call],
-    done: dict[str, dict[str, Any]],
-    model: str | None,
-    labels: Path | None,
+    calls: Sequence[Call] = (),
+    done: dict[str, dict[str, Any]] | None = None,
+    model: str | None = None,
+    labels: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The lines of the raw file from the finished calls by key; see `calls.ask`."""
+    """The lines of the raw file: one a call, or one an item where no judge was asked.
+
+    Args:
+        done: the finished calls by key; see `calls.ask`.
+        labels: human verdicts, JSON Lines of id and verdict.
+
+    Raises:
+        DataError: `labels` is no such file.
+    """
     facts = {pair.item.id: _facts(pair) for pair in pairs}
+    if not done:
+        unjudged = {"status": "unscored", "unscored_reason": "no_judge"}
+        return [{**row, **unjudged} for row in facts.values()]
     human, rubric = _labels(labels), sha256_bytes(RUBRIC.encode())
     return [
         {
@@ -190,6 +185,7 @@ def judged_rows(
 
 
 def _facts(pair: Pair) -> dict[str, Any]:
+    graded = {name: asdict(found) if found else None for name, found in pair.graded.items()}
     return {
         "format": FORMAT,
         "id": pair.item.id,
@@ -197,25 +193,18 @@ def _facts(pair: Pair) -> dict[str, Any]:
         "question": pair.item.question,
         "reference": pair.item.reference,
         "answers": pair.texts,
-        "deterministic": {
-            name: asdict(graded) if graded else None for name, graded in pair.graded.items()
-        },
+        "deterministic": graded,
     }
 
 
 def _labels(path: Path | None) -> dict[str, str]:
     """Human verdicts (`base`, `adapter`, `tie`) by item."""
-    if path is None:
-        return {}
-    try:
-        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)} if path else {}
         if set(labels.values()) <= SCORE.keys():
             return labels
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     what = f"--labels {path}: no file of human verdicts"
-    fix = 'lines such as {"id": "...", "verdict": "adapter"}; or base, or tie'
-    raise DataError(what, fix=fix)
+    raise DataError(what, fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie')
 
 
 def summary(
@@ -240,21 +229,15 @@ def summary(
     labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     human = None
     if labelled:
-        said, wanted = zip(*labelled, strict=True)
         alike = sum(one == other for one, other in labelled)
-        human = {
-            "kappa": round(stats.kappa(said, wanted), 6),
-            "agreement": stats.rate(alike, len(labelled)),
-        }
+        agreement = stats.rate(alike, len(labelled))
+        human = {"kappa": round(stats.kappa(labelled), 6), "agreement": agreement}
+    ok = sum(row["outcome"] == row["expect"] for row in controls)
     return {
         "model": asked[0]["model"],
         "calls": len(asked),
         "unscored": stats.rate(sum(row["outcome"] is None for row in asked), len(asked)),
-        "control_items": {
-            "ok": sum(row["outcome"] == row["expect"] for row in controls),
-            "of": len(controls),
-            "failed": failed,
-        },
+        "control_items": {"ok": ok, "of": len(controls), "failed": failed},
         "usd": round(sum(row["usage"]["usd"] for row in asked), 6),
         "human": human,
         **_pairwise(pairs, decided, groups, seed),

@@ -1,20 +1,29 @@
-"""The verdict: a pure function of the raw files of an evaluation.
+"""The verdict and its report: pure functions of the raw files of an evaluation.
 
 `results` reads `run.json`, `predictions.jsonl`, `heldout.jsonl` and, where a judge was
 asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns what is written to
 `test_results.json`. One measure, named before the run, decides; everything else is reported.
+`report.html` has the verdict first, then what it rests on, then every item with both answers.
+Nothing that is imported here loads torch: rescoring takes the time of the grading.
 """
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fintune.evals import judge, regression, stats
+from fintune import seal
+from fintune.errors import GateRefused
+from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, Graded
-from fintune.evals.items import VARIANTS, Pair
-from fintune.files import read_json, read_jsonl
+from fintune.evals.items import VARIANTS, Pair, load_pairs
+from fintune.files import FORMAT, json_text, read_json, read_jsonl, write_json
+from fintune.page import save_page
 
+COMMAND = "fintune eval"
+RESULTS, REPORT = "test_results.json", "report.html"
 FEWEST_CHECKABLE = 100
 """With fewer checkable items than this, accuracy cannot decide and the judge's win rate does."""
 FEWEST_ITEMS = 50
@@ -25,8 +34,25 @@ CHECKED = ("number", "label", "span", "tags")
 """Kinds of item whose correctness is accuracy; the others have measures of their own."""
 SLIPS = ("scale", "percent", "sign")
 """Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
-GUARDS: dict[str, str] = PHRASES["guards"]
-"""What it means that a guard failed; an adapter is not called better while one fails."""
+MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
+    "accuracy_lenient": (CHECKED, lambda g: g.lenient),
+    "wrong": (CHECKED, lambda g: g.outcome == "wrong"),
+    "abstained": (CHECKED, lambda g: g.outcome == "abstained"),
+    "unparsed": (CHECKED, lambda g: g.outcome == "unparsed"),
+    "scale_percent_or_sign_slip": (("number",), lambda g: g.miss in SLIPS),
+    "ungrounded_number": (("number",), lambda g: bool(g.ungrounded)),
+    "unanswerable_abstained": (("unanswerable",), lambda g: g.correct),
+    "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
+    "harmless_refused": (("comply",), lambda g: not g.correct),
+}
+"""Secondary measures, which never decide: shares of answers to some kinds of item."""
+MARGIN, MEAN_MARGIN = 0.03, 0.015
+"""Non-inferiority in general ability, since learning finance costs a little of everything else
+(Biderman et al. 2024, arXiv 2405.09673): a task of lm-eval passes while its lower 95 % bound is not
+under -3 points; the mean of all, -1.5 points."""
+GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is right",
+          "Both are right", "Not decided by arithmetic")  # fmt: skip
+"""Pairs by which answers are right, in the order of the page."""
 
 
 def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
@@ -35,7 +61,7 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
     general = None
     if (folder / "regression.json").is_file():
         scores = read_json(folder / "regression.json")
-        general = regression.summary(scores["base"], scores["adapter"], run["seed"])
+        general = regression_summary(scores["base"], scores["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     judged = judge.summary(
@@ -71,7 +97,7 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss (nats a label token), overall and by source and length, from the sums of the cells."""
+    """Loss (nats a label token), overall and by source, from the sums of the cells."""
 
     def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         tokens = sum(cell["tokens"] for cell in chosen)
@@ -84,11 +110,36 @@ def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
             "tokens": tokens,
         }
 
-    def by(key: str) -> dict[str, Any]:
-        names = dict.fromkeys(cell[key] for cell in cells)
-        return {name: over([cell for cell in cells if cell[key] == name]) for name in names}
+    sources = dict.fromkeys(cell["source"] for cell in cells)
+    by_source = {name: over([cell for cell in cells if cell["source"] == name]) for name in sources}
+    return {**over(cells), "by_source": by_source}
 
-    return {**over(cells), "by_source": by("source"), "by_length": by("length")}
+
+def regression_summary(
+    base: dict[str, dict[str, float]], adapter: dict[str, dict[str, float]], seed: int
+) -> dict[str, Any]:
+    """Differences by task with their lower bounds, and whether all keep within the margins."""
+    tasks: dict[str, Any] = {}
+    every: list[float] = []
+    names: list[str] = []
+    for task, scored in base.items():
+        change = [adapter[task][question] - score for question, score in scored.items()]
+        every += change
+        names += [f"{task}/{question}" for question in scored]
+        found = stats.paired(change, seed=seed)
+        tasks[task] = {
+            "base": round(sum(scored.values()) / len(scored), 6),
+            "adapter": round(sum(adapter[task].values()) / len(scored), 6),
+            "difference": found,
+            "pass": found["ci95"][0] >= -MARGIN,
+        }
+    mean = stats.paired(every, names, seed=seed)
+    kept = mean["ci95"][0] >= -MEAN_MARGIN
+    return {
+        "tasks": tasks,
+        "mean": {"difference": mean, "pass": kept},
+        "pass": kept and all(task["pass"] for task in tasks.values()),
+    }
 
 
 def _preferred(pair: Pair) -> str | None:
@@ -127,23 +178,11 @@ def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
 
 
 def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
-    """Secondary measures: share of answers with a property, base and adapter, never deciding."""
-    kinds: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
-        "accuracy_lenient": (CHECKED, lambda g: g.lenient),
-        "wrong": (CHECKED, lambda g: g.outcome == "wrong"),
-        "abstained": (CHECKED, lambda g: g.outcome == "abstained"),
-        "unparsed": (CHECKED, lambda g: g.outcome == "unparsed"),
-        "scale_percent_or_sign_slip": (("number",), lambda g: g.miss in SLIPS),
-        "ungrounded_number": (("number",), lambda g: bool(g.ungrounded)),
-        "unanswerable_abstained": (("unanswerable",), lambda g: g.correct),
-        "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
-        "harmless_refused": (("comply",), lambda g: not g.correct),
-    }
-    chosen = {
-        name: [pair for pair in pairs if pair.item.kind in wanted]
-        for name, (wanted, _) in kinds.items()
-    }
-    return {name: _compare(chosen[name], kinds[name][1], seed) for name in kinds if chosen[name]}
+    found = {}
+    for name, (kinds, test) in MEASURES.items():
+        if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
+            found[name] = _compare(chosen, test, seed)
+    return found
 
 
 def _tasks(checked: list[Pair]) -> dict[str, Any]:
@@ -164,8 +203,8 @@ def _tasks(checked: list[Pair]) -> dict[str, Any]:
 
 
 def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
-    counts = Counter(g.miss for pair in checked if (g := pair.graded[variant]) and g.miss)
-    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
+    misses = (g.miss for pair in checked if (g := pair.graded[variant]) and g.miss)
+    return dict(Counter(misses).most_common())
 
 
 def _verdict(
@@ -222,10 +261,79 @@ def words(found: dict[str, Any]) -> Sequence[str]:
     name = "accuracy" if primary["measure"] == "accuracy" else "the judge's win rate over one half"
     gain = f"{name}: {100 * primary['value']:+.1f} points ({low} to {high}, {primary['n']} items)"
     seen = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
-    failed = [GUARDS[guard] for guard, held in found["guards"].items() if not held]
+    failed = [PHRASES["guards"][guard] for guard, held in found["guards"].items() if not held]
     return [
         PHRASES["verdicts"][found["verdict"]],
         *(f"Reason: {reason}." for reason in found["invalid_reasons"]),
         *(f"Guard failed: {guard}." for guard in failed),
         f"{gain[0].upper()}{gain[1:]}; {seen}.",
     ]
+
+
+def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
+    needed = ("run.json", "predictions.jsonl", "heldout.jsonl", judge.NAME)
+    return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+
+
+def check_results(folder: Path) -> None:
+    """Hold test_results.json of a finished evaluation against what its raw files give.
+
+    Raises:
+        GateRefused: it says something else.
+        OutputError: the evaluation is unfinished, or a file of it was changed.
+    """
+    read_evaluation(folder)
+    path, differing = folder / RESULTS, ["they cannot be read"]
+    with contextlib.suppress(Exception):  # whatever forged raw files raise
+        text = json_text(results(folder, load_pairs(folder)))
+        if path.read_text(encoding="utf-8") == text:
+            return
+        differing = seal.differences(read_json(path), json.loads(text)) or ["its spelling"]
+    raise GateRefused(
+        f"{path} is not what its raw files give: {'; '.join(differing[:5])}",
+        why="a verdict is a function of the answers beside it, and of nothing else",
+        fix=f"make it again: fintune eval --rescore {folder}",
+    )
+
+
+def rescore(folder: Path) -> dict[str, Any]:
+    """Make test_results.json and report.html of an evaluation again, from its raw files alone.
+
+    Raises:
+        OutputError: the evaluation is unfinished, or a raw file is not the one that was sealed.
+    """
+    done = read_evaluation(folder, unread=(RESULTS, REPORT))
+    found = write_results(folder)
+    seal.seal(folder, done["inputs"])
+    return found
+
+
+def write_results(folder: Path) -> dict[str, Any]:
+    """Write test_results.json and report.html from the raw files; the former's content.
+
+    The page is a function of the raw files, so it carries no date.
+    """
+    pairs = load_pairs(folder)
+    found = results(folder, pairs)
+    write_json(folder / RESULTS, found)
+    verdicts: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(folder / judge.NAME):
+        if row.get("key") and not row["control"]:
+            verdicts.setdefault(row["id"], []).append(row)
+    groups: dict[str, list[Pair]] = {name: [] for name in GROUPS}
+    for pair in pairs:
+        base, adapter = (pair.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
+        at = (2 + base if base == adapter else int(base)) if pair.item.kind in CHECKED else 4
+        groups[GROUPS[at]].append(pair)
+    save_page(
+        folder / REPORT,
+        "eval_report",
+        found=found,
+        sentences=words(found),
+        names=PHRASES["names"],
+        outcomes=PHRASES["outcomes"],
+        groups=groups,
+        verdicts=verdicts,
+    )
+    return {"format": FORMAT, **found}

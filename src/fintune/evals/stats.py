@@ -28,13 +28,8 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
 def rate(count: int, n: int) -> dict[str, Any]:
     """A rate with its interval, for test_results.json."""
-    low, high = wilson(count, n)
-    return {
-        "value": round(count / n, 6) if n else None,
-        "k": count,
-        "n": n,
-        "ci95": [round(low, 6), round(high, 6)],
-    }
+    interval = [round(end, 6) for end in wilson(count, n)]
+    return {"value": round(count / n, 6) if n else None, "k": count, "n": n, "ci95": interval}
 
 
 def mcnemar_midp(gained: int, lost: int) -> float:
@@ -108,10 +103,10 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def kappa(first: Sequence[str], second: Sequence[str]) -> float:
+def kappa(pairs: Sequence[tuple[str, str]]) -> float:
     """Cohen's kappa of two graders; 1.0 where both say one and the same word throughout."""
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    left, right = Counter(first), Counter(second)
+    n = len(pairs)
+    observed = sum(first == second for first, second in pairs) / n
+    left, right = (Counter(pair[at] for pair in pairs) for at in (0, 1))
     expected = sum(left[word] * right[word] for word in left) / n**2
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)

@@ -15,7 +15,7 @@ from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.model import LoadedRelease
-from fintune.untrusted.checks import FIXTURE, Check
+from fintune.untrusted.checks import Check
 
 ANSWER_TOKENS = 24
 """Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
@@ -36,10 +36,8 @@ that tokenises the rendered prompt reads them as control tokens. It is compared,
 def make_golden_prompts(loaded: LoadedRelease) -> dict[str, Any]:
     """The golden prompts of a template, tokenizer and adapter, with greedy answers."""
     chat = loaded.chat
-    requests = [
-        Request(name, chat.prompt_ids(messages), ANSWER_TOKENS)
-        for name, messages in CONVERSATIONS.items()
-    ]
+    prompts = {name: chat.prompt_ids(messages) for name, messages in CONVERSATIONS.items()}
+    requests = [Request(name, ids, ANSWER_TOKENS) for name, ids in prompts.items()]
     stops = loaded.stop_token_ids
     list(generate(loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=1))
     conversations = []
@@ -61,11 +59,6 @@ def make_golden_prompts(loaded: LoadedRelease) -> dict[str, Any]:
     }
 
 
-def read_golden_prompts(folder: Path) -> dict[str, Any] | None:
-    """A release's golden prompts, or None where it has none."""
-    return read_json(folder / FIXTURE) if (folder / FIXTURE).is_file() else None
-
-
 def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
     """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
 
@@ -85,12 +78,12 @@ def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
             return Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
         found.append(gaps)
     every = torch.cat(found)
-    mean, largest = float(every.mean()), float(every.max())
-    if mean > MEAN_SHARE * atol:
-        said = f"log-probabilities differ by {mean:.1e} in the mean (limit {MEAN_SHARE * atol:.1e})"
+    mean, limit = float(every.mean()), MEAN_SHARE * atol
+    if mean > limit:
+        said = f"log-probabilities differ by {mean:.1e} in the mean (limit {limit:.1e})"
         return Check("answers", "failed", said)
-    said = f"{len(every)} greedy tokens reproduced (largest gap {largest:.1e}, mean {mean:.1e})"
-    return Check("answers", "ok", said)
+    gaps_said = f"largest gap {float(every.max()):.1e}, mean {mean:.1e}"
+    return Check("answers", "ok", f"{len(every)} greedy tokens reproduced ({gaps_said})")
 
 
 def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,9 @@ from fintune.model import (
     load_base,
     release_base,
 )
-from fintune.releasing.golden import check_answers, read_golden_prompts
-from fintune.untrusted import checks, static
-from fintune.untrusted.checks import Check, Report
+from fintune.releasing.golden import check_answers
+from fintune.untrusted import static
+from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
 from fintune.untrusted.probe import probe_release, read_tokenizer
 
 KEY_VARIABLE = "FINTUNE_API_KEY"
@@ -80,36 +80,36 @@ def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
         yield Check("load", "failed", error.what)
         return
     yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
-    if golden := read_golden_prompts(folder):
+    if golden := read_object(folder, FIXTURE, absent=True):
         yield check_answers(golden, model, dtype)
 
 
 def _check_server(folder: Path, url: str) -> Iterator[Check]:
-    """The server's prompts are the golden ones: by ids where it shows them, else by their number.
+    """The server's prompts are the golden ones: by ids where it shows them.
 
-    Equal numbers are a note, since another prompt may have the same length.
+    Equal numbers of tokens alone decide nothing, since another prompt may have the same length.
     """
-    golden = read_golden_prompts(folder)
-    if golden is None:
-        raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
+    golden = read_object(folder, FIXTURE, absent=True)
+    if not golden:
+        raise ModelError(f"{folder} has no {FIXTURE} to hold a server against")
     server, tokenizer = _Server(url, ["adapter", folder.resolve().name]), read_tokenizer(folder)
-    compared, shown, differing = 0, True, dict[str, str]()
-    for row in golden["conversations"]:
+    rows, shown, differing = golden["conversations"], True, dict[str, str]()
+    for row in rows:
         name, expected = row["name"], row["prompt_ids"]
         ids, count = server.prompt(row["messages"][:-1], tokenizer)
-        compared, shown = compared + (name != CONTROL), shown and ids is not None
+        shown = shown and ids is not None
         if count != len(expected) or ids not in (None, expected):
             differing[name] = f"{name} ({count - len(expected):+} tokens)"
     how = "are changed" if differing.pop(CONTROL, "") else "stay text"
+    compared = f"in {sum(row['name'] != CONTROL for row in rows)} conversations"
     if differing:
-        yield Check(
-            "server", "failed", f"different: other prompts in {', '.join(differing.values())}"
-        )
+        said = f"different: other prompts in {', '.join(differing.values())}"
+        yield Check("server", "failed", said)
     elif shown:
-        yield Check("server", "ok", f"equal: the same ids in {compared} conversations")
+        yield Check("server", "ok", f"equal: the same ids {compared}")
     else:
-        same = f"the same number of prompt tokens in {compared} conversations"
-        yield Check("server", "note", f"undecided: {same}, and no ids are shown there")
+        said = f"undecided: the same number of prompt tokens {compared}, and no ids are shown there"
+        yield Check("server", "failed", f"{said}; /tokenize or /apply-template would show them")
     yield Check("server", "note", f"control tokens in a user's text {how} there")
 
 
@@ -127,10 +127,7 @@ class _Server:
             ModelError: no server there, or none of the models.
         """
         self._url, self._model = url.rstrip("/").removesuffix("/v1"), ""
-        try:
-            found = [str(row["id"]) for row in self._ask("/v1/models", None)["data"]]
-        except (KeyError, TypeError):
-            found = []
+        found = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
         chosen = [name for name in names if name in found] or (found if len(found) == 1 else [])
         if not chosen:
             raise ModelError(
@@ -142,20 +139,18 @@ class _Server:
     def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
         """Ids of a conversation's prompt, None where the server shows none, and their number."""
         ids = self._ask("/tokenize", {"messages": messages}).get("tokens")
-        if not ids:
-            rendered = self._ask("/apply-template", {"messages": messages}).get("prompt")
-            if isinstance(rendered, str):
-                ids = tokenizer.encode(rendered, add_special_tokens=False)
-                # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
-                bos = tokenizer.bos_token_id
-                ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        if isinstance(ids, list) and ids:
+        if not ids and (text := self._ask("/apply-template", {"messages": messages}).get("prompt")):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
+            bos = tokenizer.bos_token_id
+            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        if ids:
             return ids, len(ids)
         body = {"messages": messages, "max_tokens": 1, "temperature": 0}
-        try:
-            return None, int(self._ask("/v1/chat/completions", body)["usage"]["prompt_tokens"])
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{self._url} does not count prompt tokens") from None
+        usage = self._ask("/v1/chat/completions", body).get("usage") or {}
+        if not (count := usage.get("prompt_tokens")):
+            raise ModelError(f"{self._url} does not count prompt tokens")
+        return None, int(count)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """The JSON object of an answer; empty where the server refuses or does not have it."""
@@ -169,12 +164,10 @@ class _Server:
                 tree = json.loads(response.read(MAX_BYTES))
                 return tree if isinstance(tree, dict) else {}
         except urllib.error.HTTPError as error:
-            if error.code in {401, 403}:
-                fix = f"set {KEY_VARIABLE}"
-                raise ModelError(f"{self._url} refused the key", fix=fix) from None
-            return {}
+            if error.code not in {401, 403}:
+                return {}
+            refused = f"{self._url} refused the key"
+            raise ModelError(refused, fix=f"set {KEY_VARIABLE}") from None
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"no answer from {self._url}{path} ({type(error).__name__})",
-                fix="start the server, or check the address",
-            ) from None
+            what = f"no answer from {self._url}{path} ({type(error).__name__})"
+            raise ModelError(what, fix="start the server, or check the address") from None

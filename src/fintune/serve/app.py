@@ -23,6 +23,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
@@ -38,6 +39,8 @@ KEY_VARIABLE = "FINTUNE_API_KEY"
 SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
 MAX_BODY = 1 << 20
+MAX_DROPPED = 8 * MAX_BODY
+"""Bytes read and dropped of a body that is refused for its length, before the answer."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
 """Held-out questions that the page offers to click."""
@@ -204,6 +207,22 @@ def _objects(path: Path, *, whole: bool = False) -> Iterator[dict[str, Any]]:
                 yield tree
 
 
+def _dropping_rest(app: ASGIApp) -> ASGIApp:
+    """Read the rest of a body that is too long: a client still sending would not see the answer."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            more, left = message.get("status") == 413, MAX_DROPPED
+            while more and left > 0:
+                part = await receive()
+                more, left = part.get("more_body", False), left - len(part.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, answer)
+
+    return wrapped
+
+
 @contextlib.contextmanager
 def running(
     loaded: LoadedRelease, folder: Path, *, host: str, port: int, key: str | None
@@ -224,7 +243,7 @@ def running(
     app.include_router(public)
     app.include_router(guarded)
     settings = uvicorn.Config(
-        app,
+        _dropping_rest(app),  # outside of the limit of bodies
         host=host,
         port=port,
         http="h11",

@@ -116,14 +116,14 @@ class RunState:
             if force_resume is not None:
                 _accept(folder, fingerprint, force_resume)
             also = ', or go on and have it recorded: --force-resume "why"'
-            state = seal.state(folder, fingerprint, command="fintune train", also=also)
-            if state is not seal.State.FINISHED:
+            finished = seal.finished(folder, fingerprint, command="fintune train", also=also)
+            if not finished:
                 seal.start(folder, fingerprint)
                 files.write_text(folder / "config.yaml", dump_yaml(config))
             accepted = seal.read_checked(folder / seal.INPUTS).get("accepted", [])
             known = (folder / RECORD).is_file()
             resolved = files.read_json(folder / RECORD) if known else {}
-            return accepted, resolved, state is seal.State.FINISHED
+            return accepted, resolved, finished
 
         return cls(folder, fingerprint, *distributed.from_rank0(begin))
 

@@ -1,6 +1,6 @@
 """Amounts read out of prose.
 
-    read_amounts("Revenue fell 3.5% to $1.2bn in FY2023")   3.5 % (down), 1,200,000,000 $, a year
+    scan("Revenue fell 3.5% to $1.2bn in FY2023")   3.5 % (down), 1,200,000,000 $, a year
 
 Values are exact `Decimal`s in one system: the scale is applied, and percent, percentage points
 and basis points are fractions (12.5 % is 0.125, 25 bps is 0.0025). A number is negative when it
@@ -128,19 +128,15 @@ _GRAMMAR, _AROUND = patterns("grammar", re.VERBOSE), patterns("around")
 """The parts of an amount, and what stands before, after or between amounts; see numbers.toml."""
 
 
-def read_amounts(text: str) -> list[Amount]:
-    """Every number of a text but those of dates and sections (7.1.2), in order, with its `role`.
+def scan(text: str) -> tuple[str, list[Amount]]:
+    """The cleaned text and its numbers in order, each with its `role`, but those of dates and
+    sections (7.1.2); offsets are those of the text given.
 
     "3M" is the company, "1,234" is grouped and "12,5" has a decimal comma; a small whole number
     in parentheses after a word is a footnote mark. The first end of "$10 to $12 million" takes
     the scale and unit of the second, and both have the role `range` ("from ... to" is a change,
     not a range). About 0.5 ms for 500 characters, linear in the length.
     """
-    return scan(text)[1]
-
-
-def scan(text: str) -> tuple[str, list[Amount]]:
-    """The cleaned text and its numbers; offsets are those of the text given."""
     text, found = _clean(text), list[Amount]()
     cue: re.Match[str] | None = None
     end = 0
