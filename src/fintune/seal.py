@@ -40,12 +40,12 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
-def _manifest(folder: Path, unread: tuple[str, ...] = UNREAD) -> dict[str, Any]:
-    """`bytes` and `sha256` of every file that is read; not of hidden ones and the seal."""
+def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`bytes` and `sha256` of every file but hidden ones, seals and what is not read."""
     found = {}
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != DONE and not name.startswith(unread):
+        if path.is_file() and path.name != DONE and not name.startswith(unread):
             found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return found
 
