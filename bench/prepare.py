@@ -43,9 +43,9 @@ from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import Texts, not_english  # noqa: E402
 from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
-from fintune.data.pii import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.sources import named  # noqa: E402
+from fintune.data.texts import mask  # noqa: E402
 from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
@@ -98,7 +98,7 @@ def language(_: Path) -> dict[str, Any]:
     rows, facts = sample()
     settings = DataConfig()
     start = time.perf_counter()
-    texts = [Texts([user], [answer], 0) for user, answer in map(text_of, rows)]
+    texts = [Texts([user], [answer]) for user, answer in map(text_of, rows)]
     out = [not_english(each, settings) is not None for each in texts]
     rate = len(rows) / (time.perf_counter() - start)
     foreign = [fact["lang"] != "en" for fact in facts]
@@ -240,7 +240,7 @@ def siblings(_: Path) -> dict[str, Any]:
         "rows": len(examples),
         "dropped": len(hits),
         "share": round(len(hits) / len(examples), 4),
-        "by_measure": dict(Counter(hit.measure for hit in hits.values())),
+        "by_measure": dict(Counter(hit["measure"] for hit in hits.values())),
         "by_source": dict(Counter(chosen[at][1] for at in hits)),
     }
 
@@ -278,7 +278,7 @@ def _planted(half: int, seed: int, questions: list[Question]) -> dict[str, Any]:
     return {
         "recall": {name: found[name] / PLANTED for name in RULES},
         "false": len(false),
-        "by": Counter(hit.measure for hit in false),
+        "by": Counter(hit["measure"] for hit in false),
         "seconds": round(seconds, 1),
     }
 

@@ -169,8 +169,8 @@ class DataConfig(Section):
     max_length: int = Field(
         2048, ge=64, description="most tokens of a conversation; the adaptive length stays below"
     )
-    over_length: Literal["drop", "truncate", "fail"] = Field(
-        "drop", description="rows over the adaptive length: drop, cut their end off, or stop"
+    over_length: Literal["drop", "truncate"] = Field(
+        "drop", description="rows over the adaptive length: drop, or cut their end off"
     )
     near_duplicates: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of near duplicates; 1: exact ones only"

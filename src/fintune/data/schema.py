@@ -30,7 +30,6 @@ FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
 """Flat formats: columns that make up the question, answer column."""
 
 TURNS = ("messages", "conversations")
-COLUMNS = sorted({*TURNS, *(name for question, answer in FORMATS for name in (*question, answer))})
 _TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
 
 
