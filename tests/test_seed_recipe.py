@@ -1,17 +1,22 @@
 """The published recipe on a Llama-3.1 shape of two layers, with the real Llama 3 tokenizer."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fintune.config import Config, load_config
-from fintune.data.prepare import PARTS, prepare
-from fintune.files import read_json
-from fintune.training.run import train
+from fintune import Config, load_config, prepare, train
+
+PARTS = ("train", "validation", "test")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Config:
         "model.path": base,
         "data.source": root / "rows.jsonl",
         "train.max_steps": 2,
-        "train.max_eval_samples": 8,
-        "train.eval_steps": 1,
+        "data.max_length": 256,
+        "train.max_eval_samples": 2,
+        "train.eval_steps": 2,
         "train.save_steps": 2,
     }
     return load_config("llama-3.1-8b-finance", [f"{key}={value}" for key, value in changes.items()])

@@ -15,20 +15,18 @@ less a cost for every word not found. A question in wholly other words is not fo
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.config import DataConfig, SourceConfig
 from fintune.console import warn
 from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, passage, sequences, words
 from fintune.data.schema import Rejected, to_messages
-from fintune.data.sources import Source, named, parse
-from fintune.data.texts import mask
+from fintune.data.sources import Source, parse
+from fintune.data.texts import mask_messages
 from fintune.errors import DataError
-from fintune.example import Example
+from fintune.example import Example, Message
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
 """A question of at least 40 own words is compared by sequences of 13, a shorter one of 8."""
@@ -62,23 +60,8 @@ Found = tuple[Integers, Integers, Any]
 """Indices of rows, indices of questions and scores of all pairs, equally long."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One benchmark question: where it is from, its text and answer."""
-
-    benchmark: str
-    line: int
-    text: str
-    answer: str
-
-
-def find_benchmarks(config: DataConfig) -> list[Source]:
-    """Every file and hub id of `data.benchmarks`; errors as of `find_sources`."""
-    return named([SourceConfig(**item.model_dump()) for item in config.benchmarks])
-
-
-def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Question]:
-    """Questions of the benchmarks; rows without one are passed over.
+def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Example]:
+    """Questions of the benchmarks, with their answers.
 
     Args:
         redact: mask personal data, as in the rows that they are compared with.
@@ -86,33 +69,31 @@ def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Ques
     Raises:
         DataError: a benchmark without one readable question.
     """
-    questions: list[Question] = []
+    questions: list[Example] = []
     for source in sources:
-        rows = (row for batch in source.batches() for row in batch)
-        found = [_question(source, line, parse(row), redact) for line, row in rows]
-        if not (readable := [question for question in found if question]):
+        rows = [row for batch in source.batches() for row in batch]
+        found = [each for row in rows if asked(each := _question(source, *row, redact)).strip()]
+        if not found:
             raise DataError(
                 f"benchmark {source.name} holds no readable question",
                 fix="name its columns: data.benchmarks: [{path: ..., columns: {user: QUESTION}}]",
             )
-        if unread := len(found) - len(readable):
+        if unread := len(rows) - len(found):
             warn(f"benchmark {source.name}: {unread} rows hold no readable question: not compared")
-        questions += readable
+        questions += found
     return questions
 
 
-def _question(source: Source, line: int, raw: Any, redact: bool) -> Question | None:
+def _question(source: Source, line: int, given: Any, redact: bool) -> Example:
+    raw, messages = parse(given), tuple[Message, ...]()
     if isinstance(raw, dict):  # a yes or no is an answer here
         raw = {name: str(cell) if isinstance(cell, bool) else cell for name, cell in raw.items()}
     with contextlib.suppress(Rejected):
         messages = to_messages(raw, source.config.columns)
-        if (text := asked(Example(source.name, line, "", messages))).strip():
-            pair = (text, messages[-1].content or str(raw.get("answer", "")))
-            return Question(source.name, line, *(mask(t)[0] if redact else t for t in pair))
-    return None
+    return Example(source.name, line, "", mask_messages(messages)[0] if redact else messages)
 
 
-def contaminated(examples: list[Example], questions: list[Question]) -> dict[int, dict[str, Any]]:
+def contaminated(examples: list[Example], questions: list[Example]) -> dict[int, dict[str, Any]]:
     """Index of every contaminated row -> it and its nearest question by the first measure that hit.
 
     The keys: source, line, row_sha256, measure, score, benchmark, benchmark_line, and the ends of
@@ -122,11 +103,12 @@ def contaminated(examples: list[Example], questions: list[Question]) -> dict[int
     if not examples or not questions:
         return hits
     rows = [words(asked(example)) for example in examples]
-    texts = [words(question.text) for question in questions]
+    texts = [words(asked(question)) for question in questions]
     own = [*zip(texts, _own_places(rows, examples, texts), strict=True)]
     long = np.array([len(places) >= LONG_WORDS for _, places in own])
-    answers = _hashes(question.answer for question in questions)
-    row_answers = _hashes(example.messages[-1].content for example in examples)
+    answers, row_answers = (
+        _hashes(each.messages[-1].content for each in texts) for texts in (questions, examples)
+    )
 
     def same_answer(found: Found) -> Found:
         return _where(found, row_answers[found[0]] == answers[found[1]])
@@ -134,7 +116,7 @@ def contaminated(examples: list[Example], questions: list[Question]) -> dict[int
     similar = same_answer(_sequences(rows, own, 1, ~long, CANDIDATE))
     sizes, most = np.array(list(map(len, rows))), np.array([2 * len(text) + 20 for text in texts])
     similar = _where(similar, sizes[similar[0]] <= most[similar[1]])
-    evidence = [ANSWER * (len(question.answer.split()) >= ANSWER_WORDS) for question in questions]
+    evidence = [ANSWER * (len(q.messages[-1].content.split()) >= ANSWER_WORDS) for q in questions]
     for measure, found in (
         (f"{LONG}-grams", _sequences(rows, own, LONG, long, COVERED)),
         (f"{SHORT}-grams", _sequences(rows, own, SHORT, ~long, COVERED_SHORT)),
@@ -145,9 +127,9 @@ def contaminated(examples: list[Example], questions: list[Question]) -> dict[int
         for at, of, score in sorted(zip(*found, strict=True), key=lambda pair: -pair[2]):
             row, question = examples[at], questions[of]
             hit = {name: getattr(row, name) for name in ("source", "line", "row_sha256")}
-            hit |= {"benchmark": question.benchmark, "benchmark_line": question.line}
+            hit |= {"benchmark": question.source, "benchmark_line": question.line}
             hit |= {"measure": measure, "score": round(float(score), 3)}
-            hit |= {"row_text": asked(row)[-300:], "benchmark_text": question.text[-300:]}
+            hit |= {"row_text": asked(row)[-300:], "benchmark_text": asked(question)[-300:]}
             hits.setdefault(int(at), hit)
     return hits
 

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from fintune import __version__, seal
 from fintune.chat import ChatFormat
-from fintune.config import Config, DataConfig
+from fintune.config import Config, DataConfig, SourceConfig
 from fintune.console import heading, meter, say
-from fintune.data.decontaminate import Question, contaminated, find_benchmarks, read_benchmarks
+from fintune.data.decontaminate import contaminated, read_benchmarks
 from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
-from fintune.data.sources import Source, find_sources
+from fintune.data.sources import Source, find_sources, named
 from fintune.data.split import near_duplicates, split
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
@@ -62,7 +62,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     heading("prepare")
     base = find_base(config.model, weights=False)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
-    sources, benchmarks = find_sources(config.data), find_benchmarks(config.data)
+    sources = find_sources(config.data)
+    benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
     inputs = _inputs(config, base, chat, sources, benchmarks)
     folder = config.data_dir
     with seal.lock(folder):
@@ -107,7 +108,7 @@ def _inputs(
 
 
 def _select(
-    config: Config, sources: list[Source], chat: ChatFormat, questions: list[Question]
+    config: Config, sources: list[Source], chat: ChatFormat, questions: list[Example]
 ) -> Selected:
     """Select the rows; where the caps are not filled, again among four times the candidates."""
     data = config.data
@@ -149,7 +150,7 @@ def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]
 
 
 def _decontaminate(
-    examples: list[Example], questions: list[Question], ledger: Ledger
+    examples: list[Example], questions: list[Example], ledger: Ledger
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Rows that repeat no benchmark, and of the others what they repeat."""
     hits = contaminated(examples, questions)
@@ -264,9 +265,7 @@ def _write_rows(folder: Path, parts: Parts) -> None:
     for part, rows in parts.items():
         records = [
             {
-                "example_id": row.example.example_id,
-                "source": row.example.source,
-                "line": row.example.line,
+                **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
                 "group": group,
                 "messages": [asdict(message) for message in row.example.messages],
                 "input_ids": row.input_ids,

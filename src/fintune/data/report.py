@@ -73,9 +73,7 @@ class Ledger:
         text = text or "\n".join(f"{m.role}: {m.content}" for m in example.messages)
         if len(self.samples[reason]) < SAMPLES and text:
             shown = self.shown(text)
-            if len(shown) > SAMPLE:
-                shown = f"{shown[: SAMPLE // 2]} [...] {shown[-SAMPLE // 2 :]}"
-            self.samples[reason].append(f"{example.place} ({detail})\n{shown}")
+            self.samples[reason].append(f"{example.place} ({detail})\n{shown[:SAMPLE]}")
 
     def extend(self, other: "Ledger") -> None:
         """Take over what another ledger holds."""
@@ -90,10 +88,8 @@ class Ledger:
         return Counter(row.reason for row in self.rows)
 
     def shown(self, text: str) -> str:
-        """A text without escapes, which would hide values, and masked; both ends of a long one."""
-        if len(text) > SHOWN:
-            text = f"{text[: SHOWN // 2]}\n{text[-SHOWN // 2 :]}"
-        plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text)
+        """The start of a text without escapes, which would hide values, and masked."""
+        plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:SHOWN])
         plain = repair(plain, Counter()).replace("\ufffd", " ")
         return mask(plain)[0] if self.redact else plain
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,6 @@ class ScannedRow:
     label: int = 0
     """Hashes of what stands before the answer and of the answer, where that is short; else 0."""
 
-    def order(self) -> tuple[float, str, str, int]:
-        """Hash order, the same whatever the order of the input."""
-        example = self.example
-        return self.priority, example.row_sha256, example.source, example.line
-
 
 def scan(
     sources: list[Source], config: DataConfig, seed: int, wanted: int
@@ -71,7 +67,8 @@ def scan(
         if texts > 2 * wanted:
             threshold = np.partition([row.priority for row in rows], wanted)[wanted]
             texts = _strip(rows, threshold)
-    rows.sort(key=ScannedRow.order)
+    place = attrgetter("priority", "example.row_sha256", "example.source", "example.line")
+    rows.sort(key=place)  # the same whatever the order of the input
     return ledger, _deduplicate(rows, wanted, ledger)
 
 

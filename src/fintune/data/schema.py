@@ -26,6 +26,7 @@ FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("context", "instruction", "input"), "response"),
     (("prompt",), "response"),
     (("context", "question"), "response"),
+    (("prompt",), "answer"),
 )
 """Flat formats: columns that make up the question, answer column."""
 
