@@ -40,12 +40,12 @@ sys.path.insert(0, str(ROOT / "src"))
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
-from fintune.data.decontaminate import Question, contaminated, read_benchmarks  # noqa: E402
+from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import Texts, not_english  # noqa: E402
 from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
-from fintune.data.pii import mask  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.sources import named  # noqa: E402
+from fintune.data.texts import mask  # noqa: E402
 from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
@@ -98,7 +98,7 @@ def language(_: Path) -> dict[str, Any]:
     rows, facts = sample()
     settings = DataConfig()
     start = time.perf_counter()
-    texts = [Texts([user], [answer], 0) for user, answer in map(text_of, rows)]
+    texts = [Texts([user], [answer]) for user, answer in map(text_of, rows)]
     out = [not_english(each, settings) is not None for each in texts]
     rate = len(rows) / (time.perf_counter() - start)
     foreign = [fact["lang"] != "en" for fact in facts]
@@ -183,7 +183,7 @@ def change_numbers(text: str, rng: random.Random, _: list[str]) -> str:
     return re.sub(r"\d", lambda _: str(rng.randrange(10)), text)
 
 
-def benchmark_questions() -> list[Question]:
+def benchmark_questions() -> list[Example]:
     """The questions of all benchmark files."""
     return read_benchmarks(named([SourceConfig(path=str(BENCHMARKS))]))
 
@@ -240,7 +240,7 @@ def siblings(_: Path) -> dict[str, Any]:
         "rows": len(examples),
         "dropped": len(hits),
         "share": round(len(hits) / len(examples), 4),
-        "by_measure": dict(Counter(hit.measure for hit in hits.values())),
+        "by_measure": dict(Counter(hit["measure"] for hit in hits.values())),
         "by_source": dict(Counter(chosen[at][1] for at in hits)),
     }
 
@@ -249,7 +249,7 @@ def _half(text: str) -> int:
     return hash64("half", normal(text)) & 1
 
 
-def _planted(half: int, seed: int, questions: list[Question]) -> dict[str, Any]:
+def _planted(half: int, seed: int, questions: list[Example]) -> dict[str, Any]:
     """One world: rows of one half, with questions of that half planted in them."""
     rng = random.Random(f"{half} {seed}")
     rows, facts = sample()
@@ -263,9 +263,9 @@ def _planted(half: int, seed: int, questions: list[Question]) -> dict[str, Any]:
     clean = [*mine, *(vary(rng.choice(mine), n, rng) for n in range(ROWS_UNDER_PLANTS))]
     base = [_example(*text_of(row)) for row in clean[:ROWS_UNDER_PLANTS]]
     vocabulary = [w for e in rng.sample(base, 2000) for w in re.findall("[a-z]{3,}", asked(e))]
-    pool = [question for question in questions if _half(question.text) == half]
+    pool = [question for question in questions if _half(asked(question)) == half]
     planted = [
-        (name, _example(rule(question.text, rng, vocabulary), question.answer))
+        (name, _example(rule(asked(question), rng, vocabulary), question.messages[-1].content))
         for name, rule in RULES.items()
         for question in rng.sample(pool, PLANTED)
     ]
@@ -278,7 +278,7 @@ def _planted(half: int, seed: int, questions: list[Question]) -> dict[str, Any]:
     return {
         "recall": {name: found[name] / PLANTED for name in RULES},
         "false": len(false),
-        "by": Counter(hit.measure for hit in false),
+        "by": Counter(hit["measure"] for hit in false),
         "seconds": round(seconds, 1),
     }
 

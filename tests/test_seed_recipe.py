@@ -44,8 +44,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Config:
         "model.path": base,
         "data.source": root / "rows.jsonl",
         "train.max_steps": 2,
-        "train.max_eval_samples": 8,
-        "train.eval_steps": 1,
+        "data.max_length": 256,
+        "train.max_eval_samples": 2,
+        "train.eval_steps": 2,
         "train.save_steps": 2,
     }
     return load_config("llama-3.1-8b-finance", [f"{key}={value}" for key, value in changes.items()])

@@ -18,7 +18,6 @@ import llama_cpp
 from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
-from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.model import load_base, load_release, read_tokenizer, release_base
 from fintune.releasing import export, gguf
@@ -49,8 +48,7 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    fixture = read_json(options.release / "prompt_fixture.json")
-    assert fixture is not None
+    fixture = files.read_json(options.release / "prompt_fixture.json")
     base = release_base(options.release, options.base)
     tokenizer = read_tokenizer(options.release)
     chat, ends = ChatFormat(tokenizer, fixture["date_string"]), fixture["end_token_ids"]

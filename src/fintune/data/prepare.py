@@ -10,45 +10,39 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintune import __version__, seal
 from fintune.chat import ChatFormat
-from fintune.config import Config, DataConfig
-from fintune.console import heading, say
-from fintune.data.decontaminate import Question, contaminated, find_benchmarks, read_benchmarks
-from fintune.data.ledger import Ledger
-from fintune.data.ngrams import asked
-from fintune.data.pii import mask_messages
-from fintune.data.report import PARTS, Parts, Selected, make_manifest, write_report
-from fintune.data.scan import Scanned, scan
-from fintune.data.sources import Source, find_sources
+from fintune.config import Config, DataConfig, SourceConfig
+from fintune.console import heading, meter, say
+from fintune.data.decontaminate import contaminated, read_benchmarks
+from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
+from fintune.data.scan import scan
+from fintune.data.sources import Source, find_sources, named
 from fintune.data.split import near_duplicates, split
-from fintune.data.tokenize import Tokenized, adaptive_max_length, fit, tokenize
+from fintune.data.texts import mask_messages
 from fintune.errors import DataError
-from fintune.example import Example
-from fintune.files import read_json, sha256_file, staged_folder, write_json
+from fintune.example import IGNORE_INDEX, Example
+from fintune.files import read_json, sha256_file, staged_folder
 from fintune.model import Base, find_base, load_tokenizer
 
 MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
 
+LENGTH_MULTIPLE = 64
+"""The maximum length is a multiple of this, as attention kernels and padding like it."""
+
+KEPT_SHARE = 0.99
+"""Share of rows that the adaptive maximum length must keep, as the published recipe's."""
+
+MOST_TOO_LONG = 0.1
+"""Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
+
+ROWS_A_CALL = 512
 ROW_GROUP = 8192
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-ROWS = pa.schema(
-    {
-        "example_id": pa.string(),
-        "source": pa.string(),
-        "line": pa.int64(),
-        "group": pa.string(),
-        "messages": MESSAGES,
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
-        "length": pa.int32(),
-    }
-)
-"""Columns of prepared rows."""
 
 
 def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -68,7 +62,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     heading("prepare")
     base = find_base(config.model, weights=False)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
-    sources, benchmarks = find_sources(config.data), find_benchmarks(config.data)
+    sources = find_sources(config.data)
+    benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
     inputs = _inputs(config, base, chat, sources, benchmarks)
     folder = config.data_dir
     with seal.lock(folder):
@@ -80,8 +75,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         with staged_folder(folder) as staging:
             questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
-            manifest = make_manifest(selected, sources, inputs)
-            _write(staging, selected, questions, manifest)
+            _write_rows(staging, selected.parts)
+            manifest = write_account(staging, selected, sources, inputs)
             seal.seal(staging, inputs)
     rows = manifest["rows"]
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
@@ -93,19 +88,18 @@ def _inputs(
     config: Config, base: Base, chat: ChatFormat, sources: list[Source], benchmarks: list[Source]
 ) -> dict[str, Any]:
     """What the prepared rows depend on; other inputs are refused in the same folder."""
-    settings = config.data.model_dump(
-        mode="json", exclude={"out", "source", "sources", "benchmarks"}
-    )
-    found = {
-        kind: {
-            source.name: source.config.model_dump(mode="json", exclude={"path"})
-            | {"identity": source.identity}
-            for source in named
-        }
-        for kind, named in (("sources", sources), ("benchmarks", benchmarks))
-    }
-    return found | {
-        "settings": settings | {"chat": config.chat.model_dump(mode="json"), "seed": config.seed},
+
+    def described(source: Source) -> dict[str, Any]:
+        settings = source.config.model_dump(mode="json", exclude={"path"})
+        return settings | {"identity": source.identity}
+
+    places = {"out", "source", "sources", "benchmarks"}
+    settings = config.data.model_dump(mode="json", exclude=places)
+    settings |= {"chat": config.chat.model_dump(mode="json"), "seed": config.seed}
+    return {
+        "sources": {source.name: described(source) for source in sources},
+        "benchmarks": {source.name: described(source) for source in benchmarks},
+        "settings": settings,
         "base": base.id,
         "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
@@ -114,7 +108,7 @@ def _inputs(
 
 
 def _select(
-    config: Config, sources: list[Source], chat: ChatFormat, questions: list[Question]
+    config: Config, sources: list[Source], chat: ChatFormat, questions: list[Example]
 ) -> Selected:
     """Select the rows; where the caps are not filled, again among four times the candidates."""
     data = config.data
@@ -122,58 +116,100 @@ def _select(
     most = max(data.max_train_rows / (1 - share), data.max_held_out_rows / share)
     wanted = math.ceil(MARGIN * most)
     while True:
-        scanned = scan(sources, data, config.seed, wanted)
-        ledger = scanned.ledger
-        say(f"{len(scanned.candidates)} of {scanned.read.total()} rows go on")
-        examples, kinds = _mask(scanned.candidates, data.pii, ledger)
+        ledger, examples = scan(sources, data, config.seed, wanted)
+        complete = not ledger.counts()["over_cap"]
+        say(f"{len(examples)} of {ledger.read.total()} rows go on")
+        if data.pii != "off":
+            examples = _mask(examples, data.pii, ledger)
         examples, hits = _decontaminate(examples, questions, ledger)
-        rows = tokenize(examples, chat, data.min_tokens, ledger)
+        rows = _tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
-        max_length = adaptive_max_length(lengths, data.max_length, data.over_length)
-        rows = fit(rows, max_length, data.over_length, ledger)
+        max_length = _adaptive_max_length(lengths, data.max_length)
+        rows = _fit(rows, max_length, data.over_length, ledger)
         rows = _drop_near_duplicates(rows, data.near_duplicates, ledger)
         parts, full = _fill(rows, sources, data, ledger)
-        if full or scanned.complete:
-            _check_left(scanned, parts)
-            return Selected(scanned, kinds, hits, lengths, max_length, parts)
+        if full or complete:
+            _check_left(ledger, parts)
+            return Selected(ledger, hits, lengths, max_length, parts)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
 
-def _mask(
-    examples: list[Example], policy: str, ledger: Ledger
-) -> tuple[list[Example], Counter[str]]:
-    """Rows without personal data (all under `off`), and in how many which kinds were found."""
-    kept, counts = list[Example](), Counter[str]()
-    if policy == "off":
-        return examples, counts
+def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]:
+    """Rows without personal data; the ledger counts in how many each kind was found."""
+    kept = []
     for example in examples:
         messages, kinds = mask_messages(example.messages)
         clean = replace(example, messages=messages)
-        counts.update(kinds)
+        ledger.personal.update(kinds)
         if kinds and policy == "drop":
             ledger.drop(clean, "personal_data", " ".join(sorted(kinds)))
         else:
             kept.append(clean)
-    return kept, counts
+    return kept
 
 
 def _decontaminate(
-    examples: list[Example], questions: list[Question], ledger: Ledger
+    examples: list[Example], questions: list[Example], ledger: Ledger
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Rows that repeat no benchmark, and of the others what they repeat."""
     hits = contaminated(examples, questions)
-    found = []
     for at, hit in sorted(hits.items()):
-        row, question = examples[at], hit.question
-        detail = f"{question.benchmark}:{question.line} {hit.measure} {hit.score}"
-        ledger.drop(row, "contaminated", detail)
-        place = {"source": row.source, "line": row.line, "row_sha256": row.row_sha256}
-        near = {"measure": hit.measure, "score": hit.score}
-        of = {"benchmark": question.benchmark, "benchmark_line": question.line}
-        texts = {"row_text": asked(row)[-300:], "benchmark_text": question.text[-300:]}
-        found.append({**place, **near, **of, **texts})
-    return [example for at, example in enumerate(examples) if at not in hits], found
+        near = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
+        ledger.drop(examples[at], "contaminated", near)
+    return [example for at, example in enumerate(examples) if at not in hits], [*hits.values()]
+
+
+def _tokenize(
+    examples: list[Example], chat: ChatFormat, min_tokens: int, ledger: Ledger
+) -> list[Tokenized]:
+    """Encode rows; those with fewer than `min_tokens` of text, the template apart, are dropped."""
+    rows: list[Tokenized] = []
+    with meter("tokenize", len(examples)) as progress:
+        for start in range(0, len(examples), ROWS_A_CALL):
+            chunk = examples[start : start + ROWS_A_CALL]
+            encoded = chat.encode_many([example.messages for example in chunk])
+            for example, row in zip(chunk, encoded, strict=True):
+                tokens = chat.text_tokens(example.messages, row)
+                if tokens < min_tokens:
+                    ledger.drop(example, "too_short", f"{tokens} tokens")
+                else:
+                    ids, labels = (np.array(each, np.int32) for each in (row.input_ids, row.labels))
+                    rows.append(Tokenized(example, ids, labels))
+            progress.advance(len(chunk))
+    return rows
+
+
+def _adaptive_max_length(lengths: list[int], cap: int) -> int:
+    """The smallest multiple of 64 that 99 % of the lengths fit in, at most `cap`."""
+    needed = sorted(lengths)[math.ceil(KEPT_SHARE * len(lengths)) - 1] if lengths else cap
+    return min(cap, math.ceil(needed / LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+
+
+def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) -> list[Tokenized]:
+    """Drop rows over the maximum length, or cut their end off.
+
+    A row without a token left to train is dropped in any case.
+
+    Raises:
+        DataError: more than `MOST_TOO_LONG` of the rows would be dropped.
+    """
+    long = sum(row.length > max_length for row in rows)
+    if policy == "drop" and long > MOST_TOO_LONG * len(rows):
+        raise DataError(
+            f"{long} of {len(rows)} rows are longer than {max_length} tokens",
+            fix="raise data.max_length, or set data.over_length=truncate",
+        )
+    kept = []
+    for row in rows:
+        excess, labels = row.length - max_length, row.labels[:max_length]
+        if excess <= 0:
+            kept.append(row)
+        elif policy == "truncate" and (labels != IGNORE_INDEX).any():
+            kept.append(Tokenized(row.example, row.input_ids[:max_length], labels, excess))
+        else:
+            ledger.drop(row.example, "too_long", f"{row.length} tokens")
+    return kept
 
 
 def _drop_near_duplicates(
@@ -209,11 +245,11 @@ def _fill(
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 
 
-def _check_left(scanned: Scanned, parts: Parts) -> None:
-    reasons, read = scanned.ledger.counts(), scanned.read.total()
+def _check_left(ledger: Ledger, parts: Parts) -> None:
+    reasons, read = ledger.counts(), ledger.read.total()
     if reasons["unknown_columns"] == read > 0:
         raise DataError(
-            f"no row fits a known format; the first one's columns: {scanned.ledger.rows[0].detail}",
+            f"no row fits a known format; the first one's columns: {ledger.rows[0].detail}",
             fix="name them: data.sources=[{path: ..., columns: {user: ..., assistant: ...}}]",
         )
     if empty := [part for part, rows in parts.items() if not rows]:
@@ -225,11 +261,8 @@ def _check_left(scanned: Scanned, parts: Parts) -> None:
         )
 
 
-def _write(
-    folder: Path, selected: Selected, questions: list[Question], manifest: dict[str, Any]
-) -> None:
-    """Write everything but the seal."""
-    for part, rows in selected.parts.items():
+def _write_rows(folder: Path, parts: Parts) -> None:
+    for part, rows in parts.items():
         records = [
             {
                 **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
@@ -241,13 +274,5 @@ def _write(
             }
             for group, row in rows
         ]
-        table = pa.Table.from_pylist(records, ROWS)
-        path = folder / f"{part}.parquet"
+        table, path = pa.Table.from_pylist(records), folder / f"{part}.parquet"
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
-    selected.scanned.ledger.write(folder / "ledger.parquet")
-    write_json(folder / "manifest.json", manifest)
-    if questions:
-        counts = dict(Counter(question.benchmark for question in questions))
-        facts = {"benchmarks": counts, "contaminated": selected.contaminated}
-        write_json(folder / "contamination.json", facts)
-    write_report(folder / "report.html", manifest, selected)

@@ -1,31 +1,110 @@
-"""The account of a preparation: `manifest.json`, and `report.html` for people."""
+"""The account of a preparation: `ledger.parquet`, `manifest.json`, and `report.html` for people."""
 
-from collections import Counter
-from dataclasses import dataclass
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fintune.data.filters import MEANINGS
-from fintune.data.scan import Scanned
 from fintune.data.sources import Source
-from fintune.data.tokenize import Tokenized
-from fintune.files import sha256_json
+from fintune.data.texts import mask, repair
+from fintune.example import Dropped, Example
+from fintune.files import sha256_json, write_json
 from fintune.page import save_page
 
 PARTS = ("train", "validation", "test")
+
+SAMPLES = 3
+"""Rows of each reason whose text the report shows."""
+
+SHOWN = 20_000
+"""Characters of a text that are masked; of them `SAMPLE` are shown, so that no cut number is."""
+
+SAMPLE = 500
+_LEDGER = pa.schema(
+    [(name, pa.int64() if name == "line" else pa.string()) for name in Dropped.__slots__]
+)
+_ESCAPED = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
+Int32 = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A row with its token ids and labels, int32 of the same length."""
+
+    example: Example
+    input_ids: Int32
+    labels: Int32
+    truncated: int = 0
+    """Tokens cut off its end."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the conversation."""
+        return len(self.input_ids)
+
+
 Parts = dict[str, list[tuple[str, Tokenized]]]
 """train, validation and test -> rows with the key of their group of related rows."""
+
+
+class Ledger:
+    """Counts of what was read and found, and dropped rows with their reasons.
+
+    Args:
+        redact: personal data is masked in what is shown.
+    """
+
+    def __init__(self, *, redact: bool) -> None:
+        self.redact = redact
+        self.read, self.repairs, self.personal = Counter[str](), Counter[str](), Counter[str]()
+        self.rows: list[Dropped] = []
+        self.samples: dict[str, list[str]] = defaultdict(list)
+
+    def drop(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
+        """Note a row that is out, and its text where samples of the reason lack."""
+        row = Dropped(example.source, example.line, example.row_sha256, reason, detail)
+        self.rows.append(row)
+        text = text or "\n".join(f"{m.role}: {m.content}" for m in example.messages)
+        if len(self.samples[reason]) < SAMPLES and text:
+            shown = self.shown(text)
+            self.samples[reason].append(f"{example.place} ({detail})\n{shown[:SAMPLE]}")
+
+    def extend(self, other: "Ledger") -> None:
+        """Take over what another ledger holds."""
+        self.read += other.read
+        self.repairs += other.repairs
+        self.rows += other.rows
+        for reason, samples in other.samples.items():
+            self.samples[reason] += samples[: SAMPLES - len(self.samples[reason])]
+
+    def counts(self) -> Counter[str]:
+        """Rows by reason."""
+        return Counter(row.reason for row in self.rows)
+
+    def shown(self, text: str) -> str:
+        """The start of a text without escapes, which would hide values, and masked."""
+        plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:SHOWN])
+        plain = repair(plain, Counter()).replace("\ufffd", " ")
+        return mask(plain)[0] if self.redact else plain
+
+    def write(self, path: Path) -> None:
+        """Write the rows by source and line."""
+        self.rows.sort(key=lambda row: (row.source, row.line))
+        table = pa.Table.from_pylist([asdict(row) for row in self.rows], _LEDGER)
+        pq.write_table(table, path, compression="zstd")
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
     """All rows of one preparation: kept in a part, or dropped in the ledger."""
 
-    scanned: Scanned
-    pii: Counter[str]
-    """Rows in which each kind of personal data was found."""
+    ledger: Ledger
     contaminated: list[dict[str, Any]]
     lengths: list[int]
     """Tokens of every row before the maximum length applied."""
@@ -33,47 +112,66 @@ class Selected:
     parts: Parts
 
 
-def make_manifest(
-    selected: Selected, sources: list[Source], inputs: dict[str, Any]
+def write_account(
+    folder: Path, selected: Selected, sources: list[Source], inputs: dict[str, Any]
 ) -> dict[str, Any]:
+    """Write ledger, manifest and report, and where there are benchmarks what was contaminated.
+
+    Returns:
+        The manifest.
+    """
+    manifest = _manifest(selected, sources, inputs)
+    selected.ledger.write(folder / "ledger.parquet")
+    write_json(folder / "manifest.json", manifest)
+    if inputs["benchmarks"]:
+        write_json(folder / "contamination.json", {"contaminated": selected.contaminated})
+    _write_report(folder / "report.html", manifest, selected)
+    return manifest
+
+
+def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any]) -> dict[str, Any]:
     """Counts of every row read, by part, reason and source; lengths; and the inputs."""
-    scanned, parts = selected.scanned, selected.parts
-    read, dropped = scanned.read, scanned.ledger.counts()
+    ledger, parts = selected.ledger, selected.parts
+    dropped = ledger.counts()
     by_source: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
-    for out in scanned.ledger.rows:
+    for out in ledger.rows:
         by_source[out.source][out.reason] += 1
     for part, rows in parts.items():
         for _, row in rows:
             by_source[row.example.source][part] += 1
     sizes = {part: len(rows) for part, rows in parts.items()}
-    if read.total() != sum(sizes.values()) + dropped.total():
-        raise AssertionError(f"{read} rows read, {sizes} kept, {dropped}")
+    if ledger.read.total() != sum(sizes.values()) + dropped.total():
+        raise AssertionError(f"{ledger.read} rows read, {sizes} kept, {dropped}")
     cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
-    hits = Counter(str(hit["benchmark"]) for hit in selected.contaminated)
+    lengths = {part: [row.length for _, row in rows] for part, rows in parts.items()}
     return {
-        "rows": {"read": read.total(), **sizes, "dropped": dict(sorted(dropped.items()))},
+        "rows": {"read": ledger.read.total(), **sizes, "dropped": _sorted(dropped)},
         "sources": {
             source.name: {
                 "identity": source.identity,
                 "licence": source.config.licence,
-                "read": read[source.name],
-                **dict(sorted(by_source[source.name].items())),
+                "read": ledger.read[source.name],
+                **_sorted(by_source[source.name]),
             }
             for source in sources
         },
         "related": _related(parts),
         "max_length": selected.max_length,
         "lengths": {
-            "before": _distribution(selected.lengths),
-            **{part: _distribution([r.length for _, r in rows]) for part, rows in parts.items()},
+            part: _distribution(each)
+            for part, each in ({"before": selected.lengths} | lengths).items()
         },
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
-        "personal_data": dict(sorted(selected.pii.items())),
-        "contamination": dict(sorted(hits.items())),
-        "repairs": dict(sorted(scanned.repairs.items())),
+        "personal_data": _sorted(ledger.personal),
+        "contamination": _sorted(Counter(hit["benchmark"] for hit in selected.contaminated)),
+        "repairs": _sorted(ledger.repairs),
         "inputs": inputs,
         "inputs_sha256": sha256_json(inputs),
     }
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _related(parts: Parts) -> dict[str, int]:
@@ -95,12 +193,8 @@ def _distribution(lengths: list[int]) -> dict[str, float]:
     return {"rows": rows, "tokens": tokens, "mean": mean, **percentiles, "max": ordered[-1]}
 
 
-def write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> None:
+def _write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> None:
     """Write the page: what was read, what was dropped and why, with examples, and lengths."""
-    ledger = selected.scanned.ledger
-    dropped = sorted(manifest["rows"]["dropped"].items(), key=lambda item: -item[1])
-    foreign = (row.detail for row in ledger.rows if row.reason == "not_english")
-    languages = Counter("other script" if text[0].isdigit() else text[:2] for text in foreign)
     before = np.array(selected.lengths)
     train = np.array([row.length for _, row in selected.parts["train"]])
     edges = np.linspace(0, max(64, 2 * selected.max_length), 33)  # the last column holds the rest
@@ -109,8 +203,8 @@ def write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> No
         "data_report",
         manifest=manifest,
         dropped=[
-            (reason, count, MEANINGS.get(reason, ""), "\n\n".join(ledger.samples.get(reason, [])))
-            for reason, count in dropped
+            (reason, count, MEANINGS.get(reason, ""), "\n\n".join(selected.ledger.samples[reason]))
+            for reason, count in selected.ledger.counts().most_common()
         ],
         kept=float((before <= selected.max_length).mean()),
         edges=edges.astype(int).tolist(),
@@ -118,10 +212,5 @@ def write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> No
             name: np.histogram(np.minimum(lengths, edges[-1]), edges)[0].tolist()
             for name, lengths in (("before", before), ("train", train))
         },
-        content=[
-            *((f"dropped as {code}", count) for code, count in languages.most_common(8)),
-            *((f"repaired: {name}", count) for name, count in manifest["repairs"].items()),
-            *((f"personal: {kind}", count) for kind, count in manifest["personal_data"].items()),
-        ],
         hits=selected.contaminated[:12],
     )

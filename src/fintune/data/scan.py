@@ -7,24 +7,23 @@ taken in order, so their number changes nothing.
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from fintune.config import DataConfig
-from fintune.data.clean import repair
 from fintune.data.filters import first_rejection
-from fintune.data.ledger import Ledger
 from fintune.data.ngrams import hash64, normal
-from fintune.data.readers import Batch, Unreadable
+from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
-from fintune.data.sources import Source
-from fintune.example import Dropped, Example, Message
+from fintune.data.sources import Row, Source, Unreadable, parse
+from fintune.data.texts import repair
+from fintune.example import Example, Message
 from fintune.files import sha256_bytes, sha256_json
 
 LABEL_CHARACTERS = 40
@@ -32,6 +31,9 @@ LABEL_CHARACTERS = 40
 
 PARALLEL_BYTES = 24 << 20
 """Smaller inputs are scanned in this process: starting others takes longer than the work."""
+
+PROCESSES = min(16, os.cpu_count() or 1)
+"""Processes that scan; one that reads feeds no more."""
 
 
 @dataclass(slots=True)
@@ -48,23 +50,26 @@ class ScannedRow:
     """Hashes of what stands before the answer and of the answer, where that is short; else 0."""
 
 
-class TopK:
-    """All rows, of which about the first `wanted` by priority keep their text."""
+def scan(
+    sources: list[Source], config: DataConfig, seed: int, wanted: int
+) -> tuple[Ledger, list[Example]]:
+    """Scan everything; the ledger, and the `wanted` rows that come first in hash order.
 
-    def __init__(self, wanted: int) -> None:
-        self.rows: list[ScannedRow] = []
-        self.threshold = math.inf
-        """Priority above which a row needs no text."""
-        self._wanted, self._texts = wanted, 0
-
-    def extend(self, rows: list[ScannedRow]) -> None:
-        """Add rows; the threshold falls each time that twice as many texts are held as wanted."""
-        self.rows += rows
-        self._texts += _strip(rows, self.threshold)
-        if self._texts > 2 * self._wanted:
-            priorities = np.array([row.priority for row in self.rows])
-            self.threshold = float(np.partition(priorities, self._wanted)[self._wanted])
-            self._texts = _strip(self.rows, self.threshold)
+    Exact duplicates go here (the first in hash order stays), and every row of a prompt that
+    carries two different labels.
+    """
+    ledger, rows = Ledger(redact=config.pii != "off"), list[ScannedRow]()
+    texts, threshold = 0, math.inf
+    for part, found in _batches(sources, config, seed):
+        ledger.extend(part)
+        rows += found
+        texts += _strip(found, threshold)
+        if texts > 2 * wanted:
+            threshold = np.partition([row.priority for row in rows], wanted)[wanted]
+            texts = _strip(rows, threshold)
+    place = attrgetter("priority", "example.row_sha256", "example.source", "example.line")
+    rows.sort(key=place)  # the same whatever the order of the input
+    return ledger, _deduplicate(rows, wanted, ledger)
 
 
 def _strip(rows: list[ScannedRow], threshold: float) -> int:
@@ -75,83 +80,55 @@ def _strip(rows: list[ScannedRow], threshold: float) -> int:
     return sum(bool(row.example.messages) for row in rows)
 
 
-@dataclass(slots=True)
-class Scanned:
-    """What one batch, or all sources, came to."""
-
-    ledger: Ledger
-    read: Counter[str] = field(default_factory=Counter)
-    """Rows by source."""
-    repairs: Counter[str] = field(default_factory=Counter)
-    rows: list[ScannedRow] = field(default_factory=list)
-    candidates: list[Example] = field(default_factory=list)
-    """In hash order."""
-    complete: bool = True
-    """Every row that is no duplicate is a candidate."""
-
-
-def scan(sources: list[Source], config: DataConfig, seed: int, wanted: int) -> Scanned:
-    """Scan everything; keep the text of the `wanted` rows that come first in hash order.
-
-    Exact duplicates go here (the first in hash order stays), and every row of a prompt that
-    carries two different labels.
-    """
-    found = Scanned(Ledger(redact=config.pii != "off"))
-    top = TopK(wanted)
-    for batch in _batches(sources, config, seed, top):
-        found.ledger.extend(batch.ledger)
-        found.read += batch.read
-        found.repairs += batch.repairs
-        top.extend(batch.rows)
-    top.rows.sort(key=_order)
-    _deduplicate(top.rows, wanted, found)
-    return found
-
-
-def _order(row: ScannedRow) -> tuple[float, str, str, int]:
-    example = row.example
-    return row.priority, example.row_sha256, example.source, example.line
+def _batches(
+    sources: list[Source], config: DataConfig, seed: int
+) -> Iterator[tuple[Ledger, list[ScannedRow]]]:
+    """Every batch scanned, in order, whatever the number of processes."""
+    size = sum(source.path.stat().st_size for source in sources if source.path)
+    batches = ((batch, source) for source in sources for batch in source.batches())
+    if PROCESSES == 1 or size < PARALLEL_BYTES:
+        yield from (scan_batch(*batch, config, seed) for batch in batches)
+        return
+    waiting: list[Future[tuple[Ledger, list[ScannedRow]]]] = []
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        for batch in batches:
+            waiting.append(pool.submit(scan_batch, *batch, config, seed))
+            if len(waiting) > 2 * PROCESSES:
+                yield waiting.pop(0).result()
+        yield from (future.result() for future in waiting)
 
 
 def scan_batch(
-    batch: Batch, source: Source, config: DataConfig, seed: int, threshold: float
-) -> Scanned:
-    """Parse, repair, filter and key the rows of one batch.
-
-    Args:
-        threshold: rows whose priority is above it come back without their text.
-    """
-    found = Scanned(Ledger(redact=config.pii != "off"))
-    for line, raw in batch.parsed():
-        found.read[source.name] += 1
-        sha256 = _row_sha256(raw)
+    batch: list[Row], source: Source, config: DataConfig, seed: int
+) -> tuple[Ledger, list[ScannedRow]]:
+    """Parse, repair, filter and key the rows of one batch."""
+    ledger, rows = Ledger(redact=config.pii != "off"), list[ScannedRow]()
+    for line, given in batch:
+        raw = parse(given)
+        ledger.read[source.name] += 1
+        example = Example(source.name, line, _row_sha256(raw), ())
         try:
             if isinstance(raw, Unreadable):
                 raise Rejected(raw.reason, raw.detail)
             messages = tuple(
-                Message(message.role, repair(message.content, found.repairs).strip())
+                Message(message.role, repair(message.content, ledger.repairs).strip())
                 for message in to_messages(raw, source.config.columns)
             )
             if reason := first_rejection(messages, config):
                 raise Rejected(*reason)
         except Rejected as out:
-            detail = found.ledger.shown(out.detail)[:200]
-            dropped = Dropped(source.name, line, sha256, out.reason, detail)
-            found.ledger.add(dropped, str(raw))
-            continue
-        example = Example(source.name, line, sha256, messages)
-        found.rows.append(_keyed(example, source.config.weight, seed))
-    _strip(found.rows, threshold)
-    return found
+            ledger.drop(example, out.reason, ledger.shown(out.detail)[:200], str(raw))
+        else:
+            rows.append(_keyed(replace(example, messages=messages), source.config.weight, seed))
+    return ledger, rows
 
 
 def _row_sha256(raw: Any) -> str:
-    if isinstance(raw, Unreadable):
-        return sha256_bytes(raw.raw)
     try:
         return sha256_json(raw)
-    except (ValueError, TypeError, RecursionError):  # NaN, a date, bytes
-        return sha256_bytes(repr(raw).encode("utf-8", "backslashreplace"))
+    except (ValueError, TypeError, RecursionError):  # unreadable, NaN, a date, bytes
+        text = raw.raw if isinstance(raw, Unreadable) else repr(raw)
+        return sha256_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _keyed(example: Example, weight: float, seed: int) -> ScannedRow:
@@ -165,43 +142,20 @@ def _keyed(example: Example, weight: float, seed: int) -> ScannedRow:
     return row
 
 
-def _deduplicate(rows: list[ScannedRow], wanted: int, found: Scanned) -> None:
+def _deduplicate(rows: list[ScannedRow], wanted: int, ledger: Ledger) -> list[Example]:
     labels: dict[int, int] = {}
     torn = {row.prompt for row in rows if labels.setdefault(row.prompt, row.label) != row.label}
     first: dict[int, Example] = {}
+    candidates: list[Example] = []
     for row in rows:
         if row.label and row.prompt in torn:
-            found.ledger.drop(row.example, "contradictory_labels", f"{row.prompt:016x}")
+            ledger.drop(row.example, "contradictory_labels", f"{row.prompt:016x}")
         elif row.key in first:
-            found.ledger.drop(row.example, "duplicate", f"of {first[row.key].place}")
+            ledger.drop(row.example, "duplicate", f"of {first[row.key].place}")
         else:
             first[row.key] = row.example
-            if row.example.messages and len(found.candidates) < wanted:
-                found.candidates.append(row.example)
+            if row.example.messages and len(candidates) < wanted:
+                candidates.append(row.example)
             else:
-                found.ledger.drop(row.example, "over_cap")
-                found.complete = False
-
-
-def workers() -> int:
-    """Processes that scan: one a core that this process may use."""
-    limited = hasattr(os, "sched_getaffinity")  # Linux
-    return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
-
-
-def _batches(sources: list[Source], config: DataConfig, seed: int, top: TopK) -> Iterator[Scanned]:
-    """Every batch scanned, in order, whatever the number of processes."""
-    size = sum(source.path.stat().st_size for source in sources if source.path)
-    batches = ((batch, source) for source in sources for batch in source.batches())
-    count = workers()
-    if count == 1 or size < PARALLEL_BYTES:
-        for batch, source in batches:
-            yield scan_batch(batch, source, config, seed, top.threshold)
-        return
-    waiting: list[Future[Scanned]] = []
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        for batch, source in batches:
-            waiting.append(pool.submit(scan_batch, batch, source, config, seed, top.threshold))
-            if len(waiting) > 2 * count:
-                yield waiting.pop(0).result()
-        yield from (future.result() for future in waiting)
+                ledger.drop(row.example, "over_cap")
+    return candidates

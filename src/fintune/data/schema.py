@@ -26,11 +26,11 @@ FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("context", "instruction", "input"), "response"),
     (("prompt",), "response"),
     (("context", "question"), "response"),
+    (("prompt",), "answer"),
 )
 """Flat formats: columns that make up the question, answer column."""
 
 TURNS = ("messages", "conversations")
-COLUMNS = sorted({*TURNS, *(name for question, answer in FORMATS for name in (*question, answer))})
 _TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
 
 

@@ -1,28 +1,45 @@
-"""Where rows come from: local files, globs and folders, or a hub id, as batches of raw rows."""
+"""Where rows come from: local files, globs and folders, or a hub id, as batches of raw rows.
 
+Files are JSON Lines, JSON, CSV and Parquet, also packed by gzip or zstd. JSON Lines stay bytes
+until `parse`, which may be called in another process; every other format is parsed here, and a JSON
+array is read whole. A row that cannot be read is an `Unreadable`. Rows before the place where a
+file breaks off are kept; the place is one `Unreadable` more.
+"""
+
+import contextlib
+import csv
 import glob
+import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
-from fintune.data.readers import (
-    FORMATS,
-    PACKINGS,
-    ROWS_A_BATCH,
-    Batch,
-    file_batches,
-    format_of,
-    grouped,
-)
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 from fintune.hub import hub_error
 
+Row = tuple[int, Any]
+"""Line, counted from 1, and the row."""
+
+PACKINGS = (".gz", ".zst")
+MOST_CELL = 4 << 20
+"""Characters of a CSV's cell; a longer one is a quotation that is not closed."""
+
+PIECE_BYTES = 1 << 12
+"""Bytes of one read. What a packing gave in a read that fails is lost."""
+
+ROWS_A_BATCH = 4096
 HEADS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the data", "run: git lfs pull"),
     b"\x1f\x8b": ("packed with gzip", "add .gz to its name"),
@@ -31,8 +48,177 @@ HEADS = {
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
-_ENDINGS = f"data files end in one of {', '.join(FORMATS)}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""What bytes that are no UTF-8 become under `surrogateescape`."""
+_SKIPPED = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that could not be read, with the reason that goes into the ledger."""
+
+    reason: str
+    detail: str
+    raw: str = ""
+
+    def __str__(self) -> str:
+        # A comma may stand between two values.
+        return self.raw.replace(",", ", ") or self.detail
+
+
+def format_of(path: Path) -> str | None:
+    """The ending that names a file's format, a packing's apart; None for none known."""
+    suffix = path.with_suffix("").suffix if path.suffix in PACKINGS else path.suffix
+    return suffix if suffix in FORMATS else None
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """All rows of a file, in order.
+
+    Raises:
+        DataError: not one row can be read.
+    """
+    line = 0
+    try:
+        with pa.input_stream(str(path), compression="detect") as file:
+            for line, row in FORMATS[format_of(path) or ""](file):
+                yield line, row
+    except (OSError, ValueError, RuntimeError, csv.Error) as error:
+        if line == 0:
+            raise DataError(f"{path}: {error}", fix="check that it is what its name says") from None
+        yield line + 1, Unreadable("truncated_file", f"breaks off here: {error}"[:200])
+
+
+def parse(row: Any) -> Any:
+    """The JSON value of a line's bytes, or what is wrong with it; other rows as they are."""
+    if not isinstance(row, bytes):
+        return row
+    text = row.decode("utf-8-sig", "surrogateescape").strip()
+    try:
+        value, end = _decode(text, 0)
+        if end < len(text):
+            raise ValueError(f"more behind character {end}")
+    except (ValueError, RecursionError) as error:
+        return Unreadable(
+            "not_utf8" if _NO_UTF8.search(text) else "not_json", str(error)[:200], text
+        )
+    return value
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at a place, `Unreadable` where it is not strict, and its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    wrong: list[tuple[str, str]] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            wrong.append(("repeated_column", ", ".join(name for name, _ in pairs)))
+        return row
+
+    def constant(name: str) -> None:
+        wrong.append(("not_json", f"{name} is no JSON"))
+
+    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant)
+    value, end = decoder.raw_decode(text, at)
+    if _NO_UTF8.search(text, at, end):
+        wrong.append(("not_utf8", ""))
+    return (Unreadable(*wrong[0], text[at:end]) if wrong else value), end
+
+
+def _check_columns(names: list[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f'the column "{twice[0]}" stands twice, all but one would be lost')
+
+
+def _json_lines(file: Any) -> Iterator[Row]:
+    for line, raw in enumerate(io.BufferedReader(file, PIECE_BYTES), 1):
+        if not raw.isspace():
+            yield line, raw
+
+
+def _json(file: Any) -> Iterator[Row]:
+    """JSON Lines, or the elements of an array, from 1; what is no JSON ends the reading."""
+    stream = io.BufferedReader(file, PIECE_BYTES)
+    if stream.peek().decode("utf-8-sig", "replace").lstrip()[:1] != "[":
+        yield from _json_lines(stream)
+        return
+    data = bytearray()
+    with contextlib.suppress(OSError):  # the element that is cut off says so
+        while piece := stream.read1():
+            data += piece
+    text = data.decode("utf-8-sig", "surrogateescape")
+    number, at = 0, text.index("[") + 1
+    while not text.startswith("]", at := _SKIPPED.match(text, at).end()):  # type: ignore[union-attr]
+        row, at = _decode(text, at)
+        yield (number := number + 1), row
+    if text[at + 1 :].strip():
+        raise ValueError("a second value stands behind the array")
+
+
+def _csv(file: Any) -> Iterator[Row]:
+    """Rows by the header's names, cut where the header is: at commas, semicolons or tabs."""
+    stream = io.BufferedReader(file, PIECE_BYTES)
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    before, head = 0, text.readline()
+    while head and not head.strip():
+        before, head = before + 1, text.readline()
+    csv.field_size_limit(MOST_CELL)
+    reader = csv.reader(chain([head], text), delimiter=max(",;\t", key=head.count), strict=True)
+    header = next(reader, [])
+    _check_columns(header)
+    while True:
+        line = before + reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, Unreadable("wrong_cells", str(error)[:200])
+            continue
+        raw = ",".join(cells)
+        if not raw.strip():
+            continue
+        if len(cells) != len(header):
+            detail = f"{len(cells)} cells, {len(header)} columns"
+            yield line, Unreadable("wrong_cells", detail, raw)
+        elif _NO_UTF8.search(raw):
+            yield line, Unreadable("not_utf8", "", raw)
+        else:
+            yield line, dict(zip(header, cells, strict=True))
+
+
+def _parquet(file: Any) -> Iterator[Row]:
+    with pq.ParquetFile(file) as table:
+        _check_columns(table.schema_arrow.names)
+        yield from arrow_rows(table.iter_batches(ROWS_A_BATCH))
+
+
+def arrow_rows(tables: Iterable[Any]) -> Iterator[Row]:
+    """Rows of Arrow tables; one that Python cannot hold costs itself."""
+    return enumerate(chain.from_iterable(map(_rows, tables)), 1)
+
+
+def _rows(table: Any) -> list[Any]:
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(table) == 1:
+            return [Unreadable("not_text", str(error)[:200])]
+        return [row for at in range(len(table)) for row in _rows(table.slice(at, 1))]
+
+
+FORMATS: dict[str, Callable[[Any], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+"""Ending -> how such a file is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +236,25 @@ class Source:
     config: SourceConfig
     path: Path | None
 
-    def batches(self) -> Iterator[Batch]:
-        """All rows in order.
+    def batches(self) -> Iterator[list[Row]]:
+        """All rows in order, `ROWS_A_BATCH` at a time, those of JSON Lines not parsed yet.
 
         Raises:
-            DataError: the file is no data of its format, or the hub refuses.
+            DataError: the file is no data of its format, the hub refuses, or none of the first
+                rows has a column that the config names.
         """
-        if self.path is None:
-            return _hub_batches(self.config, self.identity)
-        return file_batches(self.path)
-
-    def rows(self) -> Iterator[tuple[int, Any]]:
-        """All rows with their lines, parsed; see `batches`."""
-        for batch in self.batches():
-            yield from batch.parsed()
+        rows = file_rows(self.path) if self.path else _hub_rows(self.config, self.identity)
+        there: set[str] = set()
+        while batch := list(islice(rows, ROWS_A_BATCH)):
+            if self.config.columns and not there:
+                found = [row for _, raw in batch if isinstance(row := parse(raw), dict)]
+                there = {str(name) for row in found for name in row}
+                if there and (unknown := {*self.config.columns.values()} - there):
+                    raise DataError(
+                        f"{self.name} has no column {', '.join(sorted(unknown))}",
+                        fix=f"its columns: {', '.join(sorted(there))}; name them under `columns`",
+                    )
+            yield batch
 
 
 def find_sources(config: DataConfig) -> list[Source]:
@@ -109,13 +300,17 @@ def locate(item: SourceConfig) -> list[Source]:
     found = sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
     files = [file for file in found if format_of(file) and file.is_file()]
     if not files:
-        raise DataError(f"{item.path} holds no data file", fix=_ENDINGS)
+        raise DataError(
+            f"{item.path} holds no data file", fix=f"data files end in one of {', '.join(FORMATS)}"
+        )
     return [_local(file, file.relative_to(root).as_posix(), item) for file in files]
 
 
 def _local(path: Path, name: str, item: SourceConfig) -> Source:
     if format_of(path) is None:
-        raise DataError(f"{path}: no known data format", fix=_ENDINGS)
+        raise DataError(
+            f"{path}: no known data format", fix=f"data files end in one of {', '.join(FORMATS)}"
+        )
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
@@ -130,20 +325,17 @@ def _hub_commit(item: SourceConfig) -> str:
     """The commit that a hub id means now; a pinned full commit needs no network."""
     if item.revision and re.fullmatch(r"[0-9a-f]{40}", item.revision):
         return item.revision
-    import huggingface_hub
-
     try:
         return str(huggingface_hub.dataset_info(item.path, revision=item.revision).sha)
     except Exception as error:
         raise hub_error(error, item.path, setting="data.source", revision=item.revision) from None
 
 
-def _hub_batches(item: SourceConfig, commit: str) -> Iterator[Batch]:
-    import datasets
+def _hub_rows(item: SourceConfig, commit: str) -> Iterator[Row]:
+    import datasets  # seconds
 
     try:
         rows = datasets.load_dataset(item.path, revision=commit, split=item.split)
     except Exception as error:
         raise hub_error(error, item.path, setting="data.source", revision=commit) from None
-    tables = rows.with_format("arrow").iter(ROWS_A_BATCH)
-    yield from grouped(enumerate((row for table in tables for row in table.to_pylist()), 1))
+    return arrow_rows(rows.with_format("arrow").iter(ROWS_A_BATCH))

@@ -15,10 +15,10 @@ import re
 from typing import Any
 
 import numpy as np
+from datasketch import MinHash, MinHashLSH
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fintune.data import optional
 from fintune.data.ngrams import Integers, asked, fixed, hash64, jaccard, passage, sequences, words
 from fintune.example import Example
 
@@ -110,14 +110,13 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
     """
     if threshold >= 1:
         return {}
-    library = optional("datasketch", "data.near_duplicates", "1")
-    index = library.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     texts = [(asked(example), example.messages[-1].content) for example in examples]
     said = [hash64(part) for text, _ in texts for part in set(_SENTENCE.split(text))]
     parts, often = np.unique(np.array(said, np.uint64), return_counts=True)
     instructions = set(parts[often > INSTRUCTION_ROWS].tolist())
     repeats: dict[int, int] = {}
-    template = library.MinHash(PERMUTATIONS, hashfunc=int)
+    template = MinHash(PERMUTATIONS, hashfunc=int)
     for at, (question, answer) in enumerate(texts):
         sketch = template.copy()
         both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)

@@ -152,10 +152,8 @@ def scan(text: str) -> tuple[str, list[Amount]]:
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
     mantissa = _mantissa(match)
-    before, after = (
-        ends_with(_GRAMMAR["prefix"], text, match.start(), 10),
-        _GRAMMAR["suffix"].match(text, match.end()),
-    )
+    before = ends_with(_GRAMMAR["prefix"], text, match.start(), 10)
+    after = _GRAMMAR["suffix"].match(text, match.end())
     assert before and after  # both patterns also match nothing
     mark = re.sub("[ .]", "", before["currency"] or after["currency"] or "").lower()
     word = after["scale"] or after["letter"] or after["capital"] or ""
@@ -236,12 +234,10 @@ def _role(text: str, match: re.Match[str], begin: int, end: int, rich: bool) -> 
     if _AROUND["glue"].match(text, end) or text[begin:end] == "3M":  # the company
         return "label"
     if not rich:
-        modern = (
-            len(digits) == 4
-            and digits[:2] in ("19", "20")
-            and not _AROUND["counted"].match(text, end)
-        )
-        if modern or (fiscal and len(digits) in (2, 4)):
+        counted = _AROUND["counted"].match(text, end)
+        if (re.fullmatch("(?:19|20)..", digits) and not counted) or (
+            fiscal and len(digits) in (2, 4)
+        ):
             return "year"
         listed = ends_with(_AROUND["bullet"], text, begin, 8) and _AROUND["listed"].match(text, end)
         if len(digits) <= 3 and (listed or text[begin - 1 : end + 1] == f"[{digits}]"):
@@ -257,9 +253,8 @@ def _parenthesis(text: str, first: int, stop: int, rich: bool, marked: bool) -> 
     sign will do. `sales (1)` and `12.3(1)` are footnote marks; `= (5)` and a table cell are not.
     Next to an operator they group.
     """
-    if _AROUND["operator_after"].match(text, stop) or ends_with(
-        _AROUND["operator_before"], text, first, 6
-    ):
+    operator = ends_with(_AROUND["operator_before"], text, first, 6)
+    if operator or _AROUND["operator_after"].match(text, stop):
         return ""
     back = text[max(0, first - 4) : first].rstrip(" ")[-1:]
     linked = not back or back in "\n$" or ends_with(_AROUND["verb"], text, first, 16)
@@ -283,22 +278,17 @@ def _join_ranges(text: str, found: list[Amount]) -> None:
     """Mark both ends of each range in place; the first takes what only the second prints."""
     for left in range(len(found) - 1):
         a, b = found[left], found[left + 1]
-        if (
-            a.cue
-            and not b.cue
-            and not b.role
-            and _AROUND["restated"].fullmatch(text, a.end, b.start)
-        ):
+        restated = _AROUND["restated"].fullmatch(text, a.end, b.start)
+        if restated and a.cue and not b.cue and not b.role:
             found[left + 1] = replace(b, cue=a.cue)  # "decreased by $5 million, or 3.7%"
         join = _AROUND["join"].fullmatch(text, a.end, b.start) if b.start - a.end <= 9 else None
         if not join or a.role or b.role or b.sign < 0 or a.cue in ("up", "down"):
             continue
         if a.unit not in ("plain", b.unit) or a.currency not in ("", b.currency or a.currency):
             continue
-        either = (join[1] or "").lower() in ("and", "or")
-        if _AROUND["more"].match(text, b.end) or (
-            either and not ends_with(_AROUND["between"], text, a.start, 10)
-        ):
+        both = (join[1] or "").lower() not in ("and", "or")
+        both = both or bool(ends_with(_AROUND["between"], text, a.start, 10))
+        if _AROUND["more"].match(text, b.end) or not both:
             continue
         scale = b.scale if a.scale == 1 else a.scale
         a = replace(a, scale=scale, unit=b.unit, currency=a.currency or b.currency)

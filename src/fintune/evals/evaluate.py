@@ -7,9 +7,8 @@ are made from the raw files alone (`rescore`).
 
 import contextlib
 import math
-import os
-import platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,15 @@ from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config, EvalConfig
 from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import calls, judge
-from fintune.evals.items import VARIANTS, HeldOutItems, Item, Pair, load_pairs
-from fintune.evals.results import (
-    CHECKED,
-    COMMAND,
-    FEWEST_CHECKABLE,
-    RESULTS,
-    read_evaluation,
-    words,
-    write_results,
-)
+from fintune.evals import judge, results
+from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
 from fintune.evals.tasks import source_hash, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
 from fintune.untrusted.probe import stop_token_ids
 
+Prompts = list[tuple[Item, list[int]]]
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss, unless one row alone is longer."""
 REGRESSION_QUESTIONS = 200
@@ -69,17 +60,17 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        kept = seal.finished(folder, inputs, command=COMMAND)
+        kept = seal.finished(folder, inputs, command=results.COMMAND)
         if not kept:
             seal.start(folder, inputs)
             _answer(config, folder, inputs)
             found = _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
-        if {call.key for call in planned} - calls.finished(folder).keys():
+        if {call.key for call in planned} - judge.finished(folder).keys():
             found = _judge(config, folder, inputs, judge_host)
         elif kept:
             say(f"{folder}: unchanged, kept")
-            return read_json(folder / RESULTS)
+            return read_json(folder / results.RESULTS)
     return _show(found)
 
 
@@ -96,7 +87,7 @@ def judge_answers(
         ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
-    inputs = read_evaluation(folder)["inputs"]
+    inputs = results.read_evaluation(folder)["inputs"]
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(folder):
@@ -110,14 +101,14 @@ def _judge(
     """Make the results again with the judge's verdicts; until all are in, those before stay."""
     pairs, settings = _judged_set(folder), config.eval.judge
     planned = judge.plan(pairs, settings, config.seed)
-    done = calls.ask(folder, planned, settings, host)
+    done = judge.ask(folder, planned, settings, host)
     return _finish(folder, inputs, judge.raw_rows(pairs, planned, done, settings.model, labels))
 
 
 def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     (folder / seal.DONE).unlink(missing_ok=True)
     write_jsonl(folder / judge.NAME, rows)
-    found = write_results(folder)
+    found = results.write_results(folder)
     seal.seal(folder, inputs)
     return found
 
@@ -126,7 +117,7 @@ def _show(found: dict[str, Any]) -> dict[str, Any]:
     accuracy, loss = found["accuracy"], found["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
-    for sentence in words(found):
+    for sentence in results.words(found):
         say(sentence)
     return found
 
@@ -145,8 +136,7 @@ def _inputs(config: Config) -> dict[str, Any]:
     )
     apart = {"out", "judge", "tasks"}  # paths say nothing on another machine
     return {
-        "train": data["files"]["train.parquet"]["sha256"],
-        "test": data["files"]["test.parquet"]["sha256"],
+        **{part: data["files"][f"{part}.parquet"]["sha256"] for part in ("train", "test")},
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": model.find_base(config.model).revision,
@@ -161,22 +151,32 @@ def _inputs(config: Config) -> dict[str, Any]:
 
 def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     """Held-out loss and answers of both models, from one copy of the base weights."""
-    base = model.find_base(config.model)
+    base, choice, on = model.find_base(config.model), config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
     chat = ChatFormat(tokenizer, config.chat.date_string)
-    rows = _test_rows(config)
-    on = model.device()
-    choice = config.train.precision
+    rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()
+    if not rows:
+        what = f"{config.data_dir / 'test.parquet'} has no row"
+        raise DataError(what, fix="prepare more rows, or raise data.test_share")
     # fp32 on a CPU: the answers are then those of the plain `generate` of any other program.
     dtype = model.precision("fp32" if choice == "auto" and on.type == "cpu" else choice, on)
     bare = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
     peft_model = model.load_adapter(bare, config.run_dir / "best")
     prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings)
-    facts["provenance"] = {**inputs, "precision": dtype, "decoding": "greedy", **_environment()}
+    facts["provenance"] = {
+        **inputs,
+        "precision": dtype,
+        "decoding": "greedy",
+        "packages": {
+            each.__name__: each.__version__ for each in (fintune, torch, transformers, peft)
+        },
+        "device": torch.cuda.get_device_name() if on.type == "cuda" else "cpu",
+    }
     write_json(folder / "run.json", facts)
     _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
-    ends = stop_token_ids(base.folder, tokenizer)
-    _generate(config, folder, peft_model, tokenizer, prompts, ends)
+    ends, size = stop_token_ids(base.folder, tokenizer), config.eval.per_device_eval_batch_size
+    ask = partial(generate, peft_model, tokenizer, stop_token_ids=ends, batch_size=size)
+    _generate(folder, peft_model, ask, prompts, config.eval.max_new_tokens)
     if config.eval.regression and not (folder / "regression.json").is_file():
         found = {}
         for variant in VARIANTS:
@@ -185,27 +185,14 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
         write_json(folder / "regression.json", found)
 
 
-def _enabled(peft_model: Any, variant: str) -> contextlib.AbstractContextManager[None]:
-    """The adapter switched off for `base`, on for `adapter`."""
-    off: contextlib.AbstractContextManager[None] = peft_model.disable_adapter()
-    return off if variant == "base" else contextlib.nullcontext()
-
-
-def _test_rows(config: Config) -> list[dict[str, Any]]:
-    path = config.data_dir / "test.parquet"
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    if not rows:
-        raise DataError(
-            f"{path} has no row",
-            why="the rows that chose the checkpoint cannot also judge it",
-            fix="prepare more rows, or raise data.test_share",
-        )
-    return rows
+def _enabled(peft_model: Any, variant: str) -> Any:
+    """The adapter switched off for `base`, on for `adapter`, while the block runs."""
+    return peft_model.disable_adapter() if variant == "base" else contextlib.nullcontext()
 
 
 def _choose(
     config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int
-) -> tuple[list[tuple[Item, list[int]]], dict[str, Any]]:
+) -> tuple[Prompts, dict[str, Any]]:
     """The items to answer with their prompts' ids, and what run.json says of the choice."""
 
     def by_hash(items: list[Item], salt: str = "") -> list[Item]:
@@ -215,11 +202,10 @@ def _choose(
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
     own = by_hash([reader.item(row) for row in rows])
-    checkable = [item for item in own if item.kind != "text"]
-    items = checkable[: config.eval.max_items]
+    items = [item for item in own if item.kind != "text"][: config.eval.max_items]
     for name, source in config.eval.tasks.items():
         items += task_items(name, source, config.eval.max_items)
-    if sum(item.kind in CHECKED for item in items) < FEWEST_CHECKABLE:
+    if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in own if item.kind == "text"][: config.eval.judged_items]
     if len({item.id for item in items}) < len(items):
         raise OutputError("eval.tasks: two items share their id", fix="give each line its own `id`")
@@ -233,16 +219,6 @@ def _choose(
         "seed": config.seed,
         "judged": [item.id for item in by_hash(pool, "judged:")[: config.eval.judged_items]],
         "contaminated": [item.id for item in fitting if reader.saw(item)],
-    }
-
-
-def _environment() -> dict[str, Any]:
-    packages = (fintune, torch, transformers, peft)
-    return {
-        "packages": {package.__name__: package.__version__ for package in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
     }
 
 
@@ -324,30 +300,16 @@ def _regression(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str
     return found
 
 
-def _generate(
-    config: Config,
-    folder: Path,
-    peft_model: Any,
-    tokenizer: Any,
-    prompts: list[tuple[Item, list[int]]],
-    ends: list[int],
-) -> None:
+def _generate(folder: Path, peft_model: Any, ask: Any, prompts: Prompts, limit: int) -> None:
     """Answers by both models to every item not yet answered, appended batch by batch."""
-    path, settings = folder / "predictions.jsonl", config.eval
-    by_id = {item.id: (item, ids) for item, ids in prompts}
-    size = settings.per_device_eval_batch_size
+    path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}
     with JsonlLog(path) as file, meter("answers", 2 * len(prompts)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
         for variant in VARIANTS:
-            requests = [
-                Request(key, ids, settings.max_new_tokens)
-                for key, (_, ids) in by_id.items()
-                if (variant, key) not in done
-            ]
+            left = [(key, ids) for key, (_, ids) in by_id.items() if (variant, key) not in done]
             with _enabled(peft_model, variant):
-                given = (peft_model, tokenizer, requests)
-                for batch in generate(*given, stop_token_ids=ends, batch_size=size):
+                for batch in ask([Request(key, ids, limit) for key, ids in left]):
                     file.append(*(_line(variant, *by_id[one.id], one) for one in batch))
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}

@@ -17,11 +17,11 @@ from typing import Any
 from fintune import seal
 from fintune.errors import GateRefused
 from fintune.evals import judge, stats
-from fintune.evals.grading import PHRASES, Graded
-from fintune.evals.items import VARIANTS, Pair, load_pairs
+from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
 from fintune.files import FORMAT, json_text, read_json, read_jsonl, write_json
 from fintune.page import save_page
 
+Json = dict[str, Any]
 COMMAND = "fintune eval"
 RESULTS, REPORT = "test_results.json", "report.html"
 FEWEST_CHECKABLE = 100
@@ -55,18 +55,17 @@ GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is rig
 """Pairs by which answers are right, in the order of the page."""
 
 
-def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
+def results(folder: Path, pairs: list[Pair]) -> Json:
     """Everything of test_results.json but its format number; `pairs` as `load_pairs` gives them."""
     run = read_json(folder / "run.json")
-    general = None
-    if (folder / "regression.json").is_file():
-        scores = read_json(folder / "regression.json")
-        general = regression_summary(scores["base"], scores["adapter"], run["seed"])
+    scores = folder / "regression.json"
+    ability = read_json(scores) if scores.is_file() else None
+    general = ability and regression_summary(ability["base"], ability["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
-    judged = judge.summary(
+    judged = judge_summary(
         list(read_jsonl(folder / judge.NAME)),
-        {pair.item.id: _preferred(pair) for pair in pairs},
+        {pair.item.id: pair.better for pair in pairs},
         {pair.item.id: pair.item.group for pair in pairs},
         run["seed"],
     )
@@ -76,9 +75,8 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
     adjusted = stats.holm({name: measure["p"] for name, measure in measures.items()})
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
-    verdict = _verdict(run, checked, loss, accuracy, judged, general)
     return {
-        **verdict,
+        **_verdict(run, len(checked), loss, accuracy, judged, general),
         "loss": loss,
         "accuracy": accuracy,
         "tasks": _tasks(checked),
@@ -96,10 +94,10 @@ def results(folder: Path, pairs: list[Pair]) -> dict[str, Any]:
     }
 
 
-def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+def loss_summary(cells: list[Json]) -> Json:
     """Loss (nats a label token), overall and by source, from the sums of the cells."""
 
-    def over(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+    def over(chosen: list[Json]) -> Json:
         tokens = sum(cell["tokens"] for cell in chosen)
         base, adapter = (sum(cell[name] for cell in chosen) / max(tokens, 1) for name in VARIANTS)
         return {
@@ -115,42 +113,93 @@ def loss_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {**over(cells), "by_source": by_source}
 
 
-def regression_summary(
-    base: dict[str, dict[str, float]], adapter: dict[str, dict[str, float]], seed: int
-) -> dict[str, Any]:
+def regression_summary(base: Json, adapter: Json, seed: int) -> Json:
     """Differences by task with their lower bounds, and whether all keep within the margins."""
-    tasks: dict[str, Any] = {}
-    every: list[float] = []
-    names: list[str] = []
+    tasks, every = dict[str, Json](), dict[str, float]()
     for task, scored in base.items():
-        change = [adapter[task][question] - score for question, score in scored.items()]
-        every += change
-        names += [f"{task}/{question}" for question in scored]
-        found = stats.paired(change, seed=seed)
+        change = {name: adapter[task][name] - score for name, score in scored.items()}
+        every |= {f"{task}/{name}": value for name, value in change.items()}
+        difference = stats.paired([*change.values()], seed=seed)
         tasks[task] = {
             "base": round(sum(scored.values()) / len(scored), 6),
             "adapter": round(sum(adapter[task].values()) / len(scored), 6),
-            "difference": found,
-            "pass": found["ci95"][0] >= -MARGIN,
+            "difference": difference,
+            "pass": difference["ci95"][0] >= -MARGIN,
         }
-    mean = stats.paired(every, names, seed=seed)
+    mean = stats.paired([*every.values()], [*every], seed=seed)
     kept = mean["ci95"][0] >= -MEAN_MARGIN
+    passed = kept and all(task["pass"] for task in tasks.values())
+    return {"tasks": tasks, "mean": {"difference": mean, "pass": kept}, "pass": passed}
+
+
+def judge_summary(
+    rows: Sequence[Json], decided: dict[str, str | None], groups: dict[str, str], seed: int
+) -> Json | None:
+    """What the judge's calls add up to; None where no judge was asked.
+
+    Args:
+        rows: of the raw file, one a call.
+        decided: for every item whose completion arithmetic or label prefers, or None.
+        groups: the document of every item, the unit of resampling.
+    """
+    asked = [row for row in rows if row.get("key")]
+    if not asked:
+        return None
+    pairs = [row for row in asked if row["control"] is None]
+    controls = [row for row in asked if row["control"] is not None]
+    failed = sorted({row["control"] for row in controls if row["outcome"] != row["expect"]})
+    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
+    human = None
+    if labelled:
+        alike = sum(one == other for one, other in labelled)
+        agreement = stats.rate(alike, len(labelled))
+        human = {"kappa": round(stats.kappa(labelled), 6), "agreement": agreement}
+    ok = sum(row["outcome"] == row["expect"] for row in controls)
     return {
-        "tasks": tasks,
-        "mean": {"difference": mean, "pass": kept},
-        "pass": kept and all(task["pass"] for task in tasks.values()),
+        "model": asked[0]["model"],
+        "calls": len(asked),
+        "unscored": stats.rate(sum(row["outcome"] is None for row in asked), len(asked)),
+        "control_items": {"ok": ok, "of": len(controls), "failed": failed},
+        "usd": round(sum(row["usage"]["usd"] for row in asked), 6),
+        "human": human,
+        **_pairwise(pairs, decided, groups, seed),
     }
 
 
-def _preferred(pair: Pair) -> str | None:
-    """Whose answer arithmetic or label prefers; None where it finds both right or both wrong."""
-    base, adapter = pair.graded["base"], pair.graded["adapter"]
-    if base is None or adapter is None or base.correct == adapter.correct:
-        return None
-    return "adapter" if adapter.correct else "base"
+def _pairwise(
+    rows: list[Json], decided: dict[str, str | None], groups: dict[str, str], seed: int
+) -> Json:
+    """Win rate and reliability. Orders that disagree are a tie; arithmetic outranks both."""
+    orders: dict[str, list[str | None]] = {}
+    for row in rows:
+        orders.setdefault(row["id"], []).append(row["outcome"])
+    wins: dict[str, str] = {}
+    consistent = against = 0
+    for key, (one, other) in orders.items():
+        opinion = None if not (one and other) else one if one == other else "tie"
+        consistent += opinion is not None and one == other
+        exact = decided.get(key)
+        against += exact is not None and opinion not in (None, "tie", exact)
+        if exact or opinion:
+            wins[key] = exact or opinion or ""
+    scores = [judge.SCORE[winner] for winner in wins.values()]
+    difference = stats.paired([s - 0.5 for s in scores], [groups[key] for key in wins], seed=seed)
+    chosen = [row for row in rows if row["outcome"] in VARIANTS]
+    first = sum(row["outcome"] == row["positions"][0] for row in chosen)
+    won, tied, lost = (scores.count(score) for score in (1.0, 0.5, 0.0))
+    value = round(sum(scores) / len(scores), 6) if scores else None
+    p = round(stats.mcnemar_midp(won, lost), 6)
+    shares = {"value": value, "difference": difference, "won": won, "tied": tied, "lost": lost}
+    return {
+        "win_rate": {**shares, "p": p},
+        "position_consistency": stats.rate(consistent, len(orders)),
+        "first_position": stats.rate(first, len(chosen)),
+        "against_arithmetic": against,
+        "items": wins,
+    }
 
 
-def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> dict[str, Any]:
+def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> Json:
     """Shares of both models' answers that pass a test, and their paired difference."""
     flags = {name: [pair.holds(name, test) for pair in pairs] for name in VARIANTS}
     change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
@@ -165,7 +214,7 @@ def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> di
     }
 
 
-def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
+def _accuracy(checked: list[Pair], seed: int) -> Json:
     found = _compare(checked, lambda graded: graded.correct, seed)
     known = [pair.item for pair in checked if pair.item.majority is not None]
     majority = sum(bool((g := item.grade(item.majority or "")) and g.correct) for item in known)
@@ -177,7 +226,7 @@ def _accuracy(checked: list[Pair], seed: int) -> dict[str, Any]:
     }
 
 
-def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
+def _measures(pairs: list[Pair], seed: int) -> Json:
     found = {}
     for name, (kinds, test) in MEASURES.items():
         if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
@@ -185,9 +234,9 @@ def _measures(pairs: list[Pair], seed: int) -> dict[str, Any]:
     return found
 
 
-def _tasks(checked: list[Pair]) -> dict[str, Any]:
+def _tasks(checked: list[Pair]) -> Json:
     """Counts of the four outcomes by task and model, and what wrong answers cost."""
-    table: dict[str, Any] = {}
+    table: Json = {}
     for name in dict.fromkeys(pair.item.task for pair in checked):
         chosen = [pair for pair in checked if pair.item.task == name]
         table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
@@ -208,19 +257,14 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 
 
 def _verdict(
-    run: dict[str, Any],
-    checked: list[Pair],
-    loss: dict[str, Any],
-    accuracy: dict[str, Any],
-    judged: dict[str, Any] | None,
-    general: dict[str, Any] | None,
-) -> dict[str, Any]:
+    run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None, general: Json | None
+) -> Json:
     """better | worse | no_detectable_difference | invalid, and every reason."""
     primary, invalid = run["primary"], []
     wins = judged["win_rate"]["difference"] if judged else None
-    if primary == "accuracy" and len(checked) < FEWEST_CHECKABLE:
+    if primary == "accuracy" and checkable < FEWEST_CHECKABLE:
         if wins is None:
-            few = f"{len(checked)} checkable items (fewer than {FEWEST_CHECKABLE})"
+            few = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
             invalid.append(f"{few} and no judge")
         else:
             primary = "win_rate"
@@ -229,16 +273,15 @@ def _verdict(
     difference = wins if primary == "win_rate" and wins else accuracy["difference"]
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
-    if judged and judged["control_items"]["failed"]:
-        invalid.append(f"control items failed: {', '.join(judged['control_items']['failed'])}")
-    if judged and judged["unscored"]["value"] and judged["unscored"]["value"] > MOST_UNSCORED:
-        invalid.append(f"{judged['unscored']['value']:.1%} of the judge's calls unscored")
+    if judged and (failed := judged["control_items"]["failed"]):
+        invalid.append(f"control items failed: {', '.join(failed)}")
+    if judged and (unscored := judged["unscored"]["value"] or 0) > MOST_UNSCORED:
+        invalid.append(f"{unscored:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
-    guards = {
-        "held_out_loss": loss["adapter"] <= loss["base"],
-        **({"general_regression": general["pass"]} if general else {}),
-    }
+    guards = {"held_out_loss": loss["adapter"] <= loss["base"]}
+    if general:
+        guards["general_regression"] = general["pass"]
     low, high = difference["ci95"]
     if invalid:
         verdict = "invalid"
@@ -246,15 +289,11 @@ def _verdict(
         verdict = "better"
     else:
         verdict = "worse" if high < 0 else "no_detectable_difference"
-    return {
-        "verdict": verdict,
-        "primary": {"measure": primary, **difference},
-        "guards": guards,
-        "invalid_reasons": invalid,
-    }
+    decided = {"measure": primary, **difference}
+    return {"verdict": verdict, "primary": decided, "guards": guards, "invalid_reasons": invalid}
 
 
-def words(found: dict[str, Any]) -> Sequence[str]:
+def words(found: Json) -> Sequence[str]:
     """The verdict in sentences, for a terminal and the head of the report."""
     primary = found["primary"]
     low, high = (f"{100 * end:+.1f}" for end in primary["ci95"])
@@ -270,7 +309,7 @@ def words(found: dict[str, Any]) -> Sequence[str]:
     ]
 
 
-def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
     """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
     needed = ("run.json", "predictions.jsonl", "heldout.jsonl", judge.NAME)
     return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
@@ -297,7 +336,7 @@ def check_results(folder: Path) -> None:
     )
 
 
-def rescore(folder: Path) -> dict[str, Any]:
+def rescore(folder: Path) -> Json:
     """Make test_results.json and report.html of an evaluation again, from its raw files alone.
 
     Raises:
@@ -309,7 +348,7 @@ def rescore(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write_results(folder: Path) -> dict[str, Any]:
+def write_results(folder: Path) -> Json:
     """Write test_results.json and report.html from the raw files; the former's content.
 
     The page is a function of the raw files, so it carries no date.
@@ -317,15 +356,15 @@ def write_results(folder: Path) -> dict[str, Any]:
     pairs = load_pairs(folder)
     found = results(folder, pairs)
     write_json(folder / RESULTS, found)
-    verdicts: dict[str, list[dict[str, Any]]] = {}
+    verdicts: dict[str, list[Json]] = {}
     for row in read_jsonl(folder / judge.NAME):
         if row.get("key") and not row["control"]:
             verdicts.setdefault(row["id"], []).append(row)
     groups: dict[str, list[Pair]] = {name: [] for name in GROUPS}
     for pair in pairs:
-        base, adapter = (pair.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
-        at = (2 + base if base == adapter else int(base)) if pair.item.kind in CHECKED else 4
-        groups[GROUPS[at]].append(pair)
+        both = pair.holds("base", lambda graded: graded.correct)
+        name = f"Only the {pair.better} is right" if pair.better else GROUPS[2 + both]
+        groups[name if pair.item.kind in CHECKED else GROUPS[-1]].append(pair)
     save_page(
         folder / REPORT,
         "eval_report",

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fintune.errors import ConfigError, DataError
-from fintune.evals.grading import UNREFERENCED, Kind, listed_choices
-from fintune.evals.items import Item
+from fintune.evals.grading import UNREFERENCED, Item, Kind, listed_choices
 from fintune.evals.numbers import is_number_answer
 from fintune.example import Message
 from fintune.files import sha256_file
@@ -28,12 +27,6 @@ SPLIT = "test"
 """Of a data set on the hub."""
 QUERY = {"prompt": "query"}
 SENTIMENTS = ("negative", "neutral", "positive")
-STRENGTHS = ("strong", "moderately", "mildly")
-SEVEN = (
-    *(f"{strength} negative" for strength in STRENGTHS),
-    "neutral",
-    *(f"{strength} positive" for strength in reversed(STRENGTHS)),
-)
 
 
 class Question(NamedTuple):
@@ -45,10 +38,13 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+Reader = Callable[[Row], Question]
+
+
 class Task(NamedTuple):
     """A registered task."""
 
-    question: Callable[[Row], Question]
+    question: Reader
     questions: str
     columns: dict[str, str]
 
@@ -59,7 +55,7 @@ TASKS: dict[str, Task] = {}
 
 def task(
     name: str, *, questions: str = "", columns: dict[str, str] | None = None
-) -> Callable[[Callable[[Row], Question]], Callable[[Row], Question]]:
+) -> Callable[[Reader], Reader]:
     """Register a function as a task.
 
     Args:
@@ -67,7 +63,7 @@ def task(
         columns: columns of the data set on the hub, by the name that the function reads.
     """
 
-    def register(function: Callable[[Row], Question]) -> Callable[[Row], Question]:
+    def register(function: Reader) -> Reader:
         TASKS[name] = Task(function, questions, columns or {})
         return function
 
@@ -85,13 +81,11 @@ def task_items(name: str, source: str, limit: int) -> list[Item]:
     """
     found = TASKS.get(name)
     if found is None:
-        known = ", ".join(sorted(TASKS))
-        raise ConfigError(f"eval.tasks: no task {name!r}", fix=f"known: {known}")
+        fix = f"known: {', '.join(sorted(TASKS))}"
+        raise ConfigError(f"eval.tasks: no task {name!r}", fix=fix)
     if not source and not found.questions:
-        raise ConfigError(
-            f"eval.tasks.{name}: no file of questions",
-            fix=f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH",
-        )
+        fix = f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH"
+        raise ConfigError(f"eval.tasks.{name}: no file of questions", fix=fix)
     rows = _read(name, source or str(Path(__file__).with_name(found.questions)), found.columns)
     return [_item(name, found, row, at) for at, row in zip(range(limit), rows, strict=False)]
 
@@ -158,12 +152,6 @@ def sentiment(row: Row) -> Question:
     return _label(row, *SENTIMENTS)
 
 
-@task("nwgi")
-def seven_levels(row: Row) -> Question:
-    """Sentiment of financial news."""
-    return _label(row, *SEVEN)
-
-
 @task("headline", columns=QUERY)
 def headline(row: Row) -> Question:
     """Whether a gold headline says a thing."""
@@ -176,9 +164,10 @@ def entity(row: Row) -> Question:
     return _label(row, "location", "organization", "person")
 
 
+@task("nwgi")
 @task("banking77")
-def intent(row: Row) -> Question:
-    """The intent of a bank customer's message, out of 77 that the prompt lists."""
+def listed(row: Row) -> Question:
+    """Sentiment in seven levels; a customer's intent out of 77: the prompt lists them."""
     return _label(row)
 
 

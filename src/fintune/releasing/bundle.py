@@ -18,19 +18,10 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-from fintune import __version__, console, files, page, seal
+from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import (
-    COMMIT,
-    WEIGHTS,
-    Base,
-    check_revision,
-    find_base,
-    load_release,
-    load_tokenizer,
-)
-from fintune.releasing.golden import make_golden_prompts
+from fintune.releasing.verify import make_golden_prompts
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
@@ -64,7 +55,7 @@ class Inputs(NamedTuple):
 
     config: Config
     recipe: Config
-    base: Base
+    base: model.Base
     manifest: Json
     results: Json
     environment: Json
@@ -103,7 +94,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             report = checks.Report(final)
             report.run(lambda: static.static_checks(staging, "release"))
             report.run(lambda: [static.check_paths(staging, _private(inputs))])
-            report.run(lambda: check_revision(staging, inputs.base))
+            report.run(lambda: model.check_revision(staging, inputs.base))
             report.run(lambda: probe_release(staging, inputs.base.folder))
             report.settle()
     console.say(f"released: {final}")
@@ -122,7 +113,7 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
     trained = seal.read_seal(run, stage="training run", make="fintune train", needed=made)
     tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged)
     recipe, environment, arguments = (run / name for name in RUN_FILES)
-    base, results = find_base(config.model), files.read_json(evaluation / RESULTS)
+    base, results = model.find_base(config.model), files.read_json(evaluation / RESULTS)
     provenance = {
         "adapter_sha256": trained["files"][adapter]["sha256"],
         "manifest_sha256": data["files"]["manifest.json"]["sha256"],
@@ -131,7 +122,7 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         "release": config.release.model_dump(mode="json", exclude={"out"}),
         "accepted": accepted,
     }
-    if WEIGHTS.fullmatch(base.revision):
+    if model.WEIGHTS.fullmatch(base.revision):
         provenance["base_sha256"] = base.revision
     train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
     of_run, of_eval = trained["inputs"], tested["inputs"]
@@ -143,18 +134,10 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         ("evaluation decided by other rows", of_eval["test"], test),
         ("evaluation found contaminated test rows", results["n"]["contaminated"], 0),
     ]
-    return Inputs(
-        config=config,
-        recipe=load_config(recipe),
-        base=base,
-        manifest=files.read_json(config.data_dir / "manifest.json"),
-        results=results,
-        environment=files.read_json(environment),
-        arguments=files.read_json(arguments),
-        accepted=accepted,
-        provenance=provenance,
-        mismatches=[f"the {reason}" for reason, stated, found in compared if stated != found],
-    )
+    mismatches = [f"the {reason}" for reason, stated, found in compared if stated != found]
+    manifest = files.read_json(config.data_dir / "manifest.json")
+    facts = (manifest, results, files.read_json(environment), files.read_json(arguments))
+    return Inputs(config, load_config(recipe), base, *facts, accepted, provenance, mismatches)
 
 
 def _gate(inputs: Inputs) -> None:
@@ -198,17 +181,17 @@ def _build(staging: Path, inputs: Inputs) -> None:
     best = config.run_dir / "best"
     files.copy_file(best / checks.ADAPTER, staging / checks.ADAPTER)
     # peft asks the hub for `revision`, so only a commit may stand there.
-    revision = base.revision if COMMIT.fullmatch(base.revision) else None
+    revision = base.revision if model.COMMIT.fullmatch(base.revision) else None
     named = {"base_model_name_or_path": base.id, "revision": revision, "inference_mode": True}
     tree = files.read_json(best / checks.ADAPTER_CONFIG) | named
     _write_json(staging / checks.ADAPTER_CONFIG, tree)
-    _write_tokenizer(load_tokenizer(base), staging)
+    _write_tokenizer(model.load_tokenizer(base), staging)
     kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
-    loaded = load_release(staging, base, date_string=inputs.recipe.chat.date_string)
+    loaded = model.load_release(staging, base, date_string=inputs.recipe.chat.date_string)
     files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded))
     llama = _write_llama_license(staging, base)
     facts = {
@@ -271,7 +254,7 @@ def _pickled(arguments: Json) -> bytes:
     return buffer.getvalue()
 
 
-def _write_llama_license(staging: Path, base: Base) -> str | None:
+def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     """LICENSE and NOTICE of a Llama base beside its adapter; its version, or None for others."""
     found = _LLAMA.search(base.id)
     if found is None:

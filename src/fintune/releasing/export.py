@@ -21,8 +21,7 @@ from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
 from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
-from fintune.releasing.golden import CONVERSATIONS
-from fintune.releasing.verify import verify
+from fintune.releasing.verify import CONVERSATIONS, verify
 from fintune.untrusted import checks
 from fintune.untrusted.static import open_folder
 
@@ -132,15 +131,13 @@ def push(
     names = sorted(path.name for path in folder.iterdir())
     if not really:
         return f"would upload to {repository} (private): {', '.join(names)}"
-    api = huggingface_hub.HfApi()
     try:
+        api = huggingface_hub.HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names))
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise OutputError(
-            f"the hub did not take {repository} ({type(error).__name__})",
-            fix="set HF_TOKEN to a token that may write there, and check the network",
-        ) from None
+        what = f"the hub did not take {repository} ({type(error).__name__})"
+        raise OutputError(what, fix="set HF_TOKEN to a token that may write there") from None
 
 
 def ollama_modelfile(chat: ChatFormat) -> str:
