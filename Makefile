@@ -43,7 +43,7 @@ lock: .venv/installed
 	$(BIN)/python -m pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --allow-unsafe --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links --no-emit-options \
-		--extra data --extra judge --extra serve --extra export --extra dev -o requirements.lock pyproject.toml
+		--extra judge --extra serve --extra export --extra dev -o requirements.lock pyproject.toml
 	sed -i -e '/^#/d' -e '/^torch==/,/^[^ ]/{/^torch==/d;/^ /d}' requirements.lock
 
 clean:

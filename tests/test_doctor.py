@@ -18,7 +18,7 @@ def findings() -> dict[str, doctor.Finding]:
 def test_everything_is_reported_and_essentials_are_here() -> None:
     found = findings()
     assert {
-        "python", "packages", "extra data", "extra serve", "extra export", "CPU", "memory",
+        "python", "packages", "extra serve", "extra export", "CPU", "memory",
         "disk, here", "hub token", "nano base", "published 8B recipe",
     } <= set(found)  # fmt: skip
     assert "GPU" in found or "GPU 0" in found

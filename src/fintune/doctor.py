@@ -22,7 +22,6 @@ from fintune import console, nano
 from fintune.files import free_bytes
 
 EXTRAS = {
-    "data": "near duplicates, language identification, checksums of personal data",
     "judge": "a judge model behind an OpenAI-compatible endpoint",
     "serve": "fintune serve: the page and the OpenAI-compatible server",
     "export": "fintune export gguf and ollama",
