@@ -43,13 +43,14 @@ from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, JudgeConfig  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
-from fintune.evals import calls, judge, stats  # noqa: E402
+from fintune.evals import judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
-from fintune.evals.items import Item, Pair  # noqa: E402
+from fintune.evals.grading import Item, Pair  # noqa: E402
+from fintune.evals.numbers import compare, is_number_answer  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
-from fintune.numbers import compare, is_number_answer  # noqa: E402
+from fintune.untrusted.probe import stop_token_ids  # noqa: E402
 
 ITEMS, DISCORDANT = 200, 0.3
 PAID_AGAIN = ("timeout", "drip")
@@ -137,12 +138,12 @@ def faults() -> dict[str, Any]:
             while len(done) < len(plan) and runs < (1 if kind in STOPPED else len(plan)):
                 runs += 1
                 with contextlib.suppress(ModelError):
-                    calls.ask(Path(folder), plan, config)
-                done = calls.finished(Path(folder))
+                    judge.ask(Path(folder), plan, config)
+                done = judge.finished(Path(folder))
             seconds = time.monotonic() - start
             scored = sum(row["status"] == "scored" for row in done.values())
             asked, twice = sum(server.asked.values()), sum(n > 1 for n in server.paid.values())
-            wanted = asked <= calls.CONCURRENCY if kind in STOPPED else scored == len(plan)
+            wanted = asked <= judge.CONCURRENCY if kind in STOPPED else scored == len(plan)
             wanted = wanted or (kind in UNSCORED and len(done) == len(plan) and not scored)
             found[kind] = {
                 "scored": scored,
@@ -166,7 +167,7 @@ def kills(rounds: int = 100) -> dict[str, Any]:
             while code != 0 and killed < rounds:
                 code = _one_child(folder, server.url, rng.uniform(0.0, 3.0))
                 killed += code != 0
-                done = calls.finished(folder)
+                done = judge.finished(folder)
                 lost += len(keys - done.keys())
                 keys = set(done)
             time.sleep(0.5)
@@ -177,7 +178,7 @@ def kills(rounds: int = 100) -> dict[str, Any]:
         "runs_of_400_completed": runs,
         "done_rows_lost": lost,
         "calls_made_again": paid,
-        "most_possible": killed * calls.CONCURRENCY,
+        "most_possible": killed * judge.CONCURRENCY,
     }
 
 
@@ -201,7 +202,7 @@ def child(folder: str, url: str) -> None:
     import openai  # noqa: F401 - seconds to import: kills should meet calls, not the start
 
     print("ready", flush=True)  # noqa: T201
-    calls.ask(Path(folder), plan, config)
+    judge.ask(Path(folder), plan, config)
 
 
 def wall() -> dict[str, Any]:
@@ -210,13 +211,13 @@ def wall() -> dict[str, Any]:
         config = JudgeConfig(model="fake", base_url=server.url)
         plan = judge.plan(items(50), config, 42)
         start = time.monotonic()
-        calls.ask(Path(folder), plan, config)
+        judge.ask(Path(folder), plan, config)
         seconds = time.monotonic() - start
         allowed = 1.15 * len(plan) * 2 / 8 + 2
-        asked, before = sum(server.asked.values()), (Path(folder) / calls.LOG).read_bytes()
-        calls.ask(Path(folder), plan, config)
+        asked, before = sum(server.asked.values()), (Path(folder) / judge.LOG).read_bytes()
+        judge.ask(Path(folder), plan, config)
         again = sum(server.asked.values()) - asked
-        same = before == (Path(folder) / calls.LOG).read_bytes()
+        same = before == (Path(folder) / judge.LOG).read_bytes()
         return {
             "calls": len(plan),
             "seconds": round(seconds, 1),
@@ -262,7 +263,7 @@ def generation(count: int = 300) -> dict[str, Any]:
     loaded = model.load_base(base, "none", "fp32").eval()
     chat = ChatFormat(tokenizer, config.chat.date_string)
     prompts = _prompts(chat, count)
-    ends = model.end_token_ids(base, tokenizer)
+    ends = stop_token_ids(base.folder, tokenizer)
     warm = [Request("", prompts[0].prompt_ids, 4)]
     list(generate(loaded, tokenizer, warm, stop_token_ids=ends, batch_size=1))
 

@@ -45,10 +45,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 from prepare import DATE, conversations  # noqa: E402
 from sides import _forget_peak, _in_use, _peak, matrix_rate  # noqa: E402
 
-from fintune import batches  # noqa: E402
-from fintune.batches import Ints, plan_epoch  # noqa: E402
+from fintune.batches import Ints, Steps, plan_epoch  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
-from fintune.config import load_config  # noqa: E402
+from fintune.config import Config, load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
@@ -177,10 +176,7 @@ def make(
 
 def plans(lengths: Ints) -> dict[str, Any]:
     """Facts of an epoch over all real lengths: ours, and transformers' group_by_length."""
-    ours = [
-        plan_epoch(lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=seed, epoch=0)
-        for seed in range(SEEDS)
-    ]
+    ours = [plan_epoch(of_step(seed=seed), lengths) for seed in range(SEEDS)]
     torch.manual_seed(0)
     order = np.array(list(LengthGroupedSampler(MICRO, lengths=lengths.tolist())))
     micro = np.split(order, range(MICRO, len(order), MICRO))
@@ -192,15 +188,21 @@ def plans(lengths: Ints) -> dict[str, Any]:
             "mean": round(float(np.mean(every)), 4),
             "deviation": round(float(np.std(every)), 4),
         },
-        PADDED: _facts(lengths, batches.EpochPlan(grouped), True),
+        PADDED: _facts(lengths, grouped, True),
     }
 
 
-def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, float]:
+def of_step(seed: int = 0, world: int = 1) -> Config:
+    """A config of the seed's step: 64 rows for each process."""
+    step = (f"train.per_device_train_batch_size={MICRO}", f"seed={seed}")
+    return load_config("nano", [*step, f"train.gradient_accumulation_steps={ACCUMULATION * world}"])
+
+
+def _facts(lengths: Ints, plan: Steps, padded: bool) -> dict[str, float]:
     """Steps; tokens of the largest micro-batch; share of padding; spread of tokens a step."""
-    micro = [lengths[batch] for step in plan.steps for batch in step]
+    micro = [lengths[batch] for step in plan for batch in step]
     taken = [int(batch.max()) * len(batch) if padded else int(batch.sum()) for batch in micro]
-    steps = [np.concatenate(step) for step in plan.steps]
+    steps = [np.concatenate(step) for step in plan]
     tokens = np.array([lengths[step].sum() for step in steps if step.size == steps[0].size])
     found = {
         "steps": len(steps),
@@ -212,9 +214,9 @@ def _facts(lengths: Ints, plan: batches.EpochPlan, padded: bool) -> dict[str, fl
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def neighbour_correlation(lengths: Ints, plan: batches.EpochPlan) -> float:
+def neighbour_correlation(lengths: Ints, plan: Steps) -> float:
     """Pearson correlation of the mean lengths of successive steps, the short last one apart."""
-    means = [lengths[np.concatenate(step)].mean() for step in plan.steps[:-1]]
+    means = [lengths[np.concatenate(step)].mean() for step in plan[:-1]]
     return float(np.corrcoef(means[:-1], means[1:])[0, 1])
 
 
@@ -382,24 +384,20 @@ def cost(lengths: Ints) -> dict[str, float]:
     _forget_peak()
     for epoch in range(5):
         start = time.perf_counter()
-        plan_epoch(lengths, micro_batch_size=MICRO, accumulation=ACCUMULATION, seed=0, epoch=epoch)
+        plan_epoch(of_step(), lengths, epoch)
         seconds.append(time.perf_counter() - start)
     return {"seconds": round(median(seconds), 2), "peak_mb": round((_peak() - before) / 1e6)}
 
 
 def imbalance(lengths: Ints, world: int) -> dict[str, float]:
     """Mean and worst update of an epoch of the seed's step: 64 rows for each process."""
-    plan = plan_epoch(
-        lengths,
-        micro_batch_size=MICRO,
-        accumulation=ACCUMULATION,
-        seed=0,
-        epoch=0,
-        world_size=world,
-    )
+    plan = plan_epoch(of_step(world=world), lengths, world_size=world)
     shares = np.array(
         [
-            [sum(int(lengths[batch].sum()) for batch in step) for step in plan.rank(rank, world)]
+            [
+                sum(int(lengths[batch].sum()) for batch in step)
+                for step in (s[rank::world] for s in plan)
+            ]
             for rank in range(world)
         ]
     )[:, :-1]

@@ -20,8 +20,8 @@ _CODE = """
 import sys, time
 start = time.perf_counter()
 from pathlib import Path
-from fintune.untrusted import static_checks
-found = static_checks(Path(sys.argv[1]), "release")
+from fintune.untrusted.static import static_checks
+found = [*static_checks(Path(sys.argv[1]), "release")]
 seconds = time.perf_counter() - start
 heavy = sorted({"torch", "transformers", "peft"} & set(sys.modules))
 print(seconds, [check.detail for check in found if check.status == "failed"], heavy, sep="|")

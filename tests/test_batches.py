@@ -8,20 +8,30 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fintune.batches import (
-    EpochPlan,
+    Steps,
     choose_boundaries,
     micro_batches_under,
     plan_epoch,
     plan_evaluation,
     rebalance,
 )
+from fintune.config import Config, TrainConfig
 
 PLANS = ("stratified", "bucketed", "random")
 
 
-def make(lengths: list[int], **changes: object) -> EpochPlan:
-    settings_ = {"micro_batch_size": 4, "accumulation": 2, "seed": 1, "epoch": 0} | changes
-    return plan_epoch(np.array(lengths), **settings_)  # type: ignore[arg-type]
+def make(
+    lengths: list[int], size: int = 4, accumulation: int = 2, seed: int = 1, epoch: int = 0,
+    world_size: int = 1, plan: str = "stratified", boundaries: tuple[int, ...] | None = None,
+) -> Steps:  # fmt: skip
+    """An epoch; `accumulation` is of each process."""
+    train = TrainConfig(
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation * world_size,
+        train_sampling_strategy=plan,  # type: ignore[arg-type]
+        bucket_boundaries=boundaries,
+    )
+    return plan_epoch(Config(seed=seed, train=train), np.array(lengths), epoch, world_size)
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,11 +58,11 @@ def test_every_example_exactly_once(
         lengths,
         plan=plan,
         world_size=world_size,
-        micro_batch_size=micro_batch_size,
+        size=micro_batch_size,
         accumulation=accumulation,
         epoch=epoch,
     )
-    ranks = [planned.rank(rank, world_size) for rank in range(world_size)]
+    ranks = [[step[rank::world_size] for step in planned] for rank in range(world_size)]
     seen = [index for rank in ranks for step in rank for batch in step for index in batch.tolist()]
     assert sorted(seen) == list(range(len(lengths)))
     if len(lengths) >= world_size:
@@ -65,7 +75,7 @@ def test_order_is_a_function_of_seed_and_epoch(plan: str) -> None:
     lengths = list(range(20, 220))
 
     def order(seed: int, epoch: int) -> list[int]:
-        steps = make(lengths, plan=plan, seed=seed, epoch=epoch).steps
+        steps = make(lengths, plan=plan, seed=seed, epoch=epoch)
         return [int(index) for batch in chain(*steps) for index in batch]
 
     assert order(1, 0) == order(1, 0)
@@ -76,13 +86,13 @@ def test_order_is_a_function_of_seed_and_epoch(plan: str) -> None:
 def test_stratified_steps_are_alike() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5, 1, 32_000).astype(int), 20, 2048)
-    plan = make(lengths.tolist(), micro_batch_size=16, accumulation=4)
-    tokens = np.array([sum(lengths[batch].sum() for batch in step) for step in plan.steps[:-1]])
+    plan = make(lengths.tolist(), size=16, accumulation=4)
+    tokens = np.array([sum(lengths[batch].sum() for batch in step) for step in plan[:-1]])
     assert tokens.std() / tokens.mean() <= 0.03
-    means = [lengths[np.concatenate(step)].mean() for step in plan.steps]
+    means = [lengths[np.concatenate(step)].mean() for step in plan]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # 500 steps: noise is 0.045
-    random = make(lengths.tolist(), micro_batch_size=16, plan="random")
-    largest = [max(lengths[b].sum() for s in each.steps for b in s) for each in (plan, random)]
+    random = make(lengths.tolist(), size=16, plan="random")
+    largest = [max(lengths[b].sum() for s in each for b in s) for each in (plan, random)]
     assert largest[1] > 1.5 * largest[0]
 
 
@@ -94,13 +104,11 @@ def test_ranks_share_tokens_equally(plan: str, most: float, world: int) -> None:
     """Busiest rank over the mean, on average over steps; a bucket's batches stay whole."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5, 1, 3_200).astype(int), 20, 2048)
-    planned = make(
-        lengths.tolist(), plan=plan, micro_batch_size=4, accumulation=16, world_size=world
-    )
+    planned = make(lengths.tolist(), plan=plan, accumulation=16, world_size=world)
     shares = np.array(
         [
             [sum(lengths[batch].sum() for batch in step[rank::world]) for rank in range(world)]
-            for step in planned.steps[:-1]
+            for step in planned[:-1]
         ]
     )
     assert (shares.max(1) / shares.mean(1) - 1).mean() <= most
@@ -108,12 +116,12 @@ def test_ranks_share_tokens_equally(plan: str, most: float, world: int) -> None:
 
 def test_a_cap_on_tokens_splits_every_step() -> None:
     lengths = np.array([100] * 60 + [900] * 4)
-    planned = make(lengths.tolist(), micro_batch_size=16, accumulation=2)
+    planned = make(lengths.tolist(), size=16)
     parts = micro_batches_under(1000, lengths, [planned], 2)
     capped = rebalance(lengths, planned, parts)
-    assert max(lengths[batch].sum() for batch in chain(*capped.steps)) <= 1000
-    assert {len(step) for step in capped.steps} == {parts}
-    for before, after in zip(planned.steps, capped.steps, strict=True):
+    assert max(lengths[batch].sum() for batch in chain(*capped)) <= 1000
+    assert {len(step) for step in capped} == {parts}
+    for before, after in zip(planned, capped, strict=True):
         assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
     assert micro_batches_under(500, lengths, [planned], 2) == micro_batches_under(
         900, lengths, [planned], 2
@@ -130,8 +138,8 @@ def test_bucketed_batches_stay_in_their_bucket() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 400, 1_000)
     planned = make(lengths.tolist(), plan="bucketed", boundaries=(100, 200, 300, 400))
-    whole = [b for b in chain(*planned.steps) if len({(lengths[i] - 1) // 100 for i in b}) == 1]
-    mixed = sum(1 for _ in chain(*planned.steps)) - len(whole)
+    whole = [b for b in chain(*planned) if len({(lengths[i] - 1) // 100 for i in b}) == 1]
+    mixed = sum(1 for _ in chain(*planned)) - len(whole)
     assert mixed <= 4, "only what buckets leave over may be mixed"
 
 
@@ -140,8 +148,3 @@ def test_evaluation_batches_hold_all_within_the_cap() -> None:
     batches = plan_evaluation(lengths, 1000)
     assert sorted(int(i) for batch in batches for i in batch) == list(range(7))
     assert all(lengths[batch].sum() <= 1000 for batch in batches)
-
-
-def test_no_example_is_refused() -> None:
-    with pytest.raises(ValueError, match="no example"):
-        make([])

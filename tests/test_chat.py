@@ -1,142 +1,74 @@
-"""Labels of every row checked by decoding; templates that must be refused."""
+"""Chat templates: what is refused, what stays text; test_frozen_prepare.py holds ids and labels."""
 
 import json
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import frozen
 import pytest
+import tiny
+from transformers import AutoTokenizer
 
-from fintune import nano
 from fintune.chat import ChatFormat
 from fintune.data.schema import Rejected, to_messages
-from fintune.errors import ModelError
-from fintune.example import IGNORE_INDEX, Message
+from fintune.example import IGNORE_INDEX
 from fintune.model import Base, load_tokenizer
 
-DATE = "26 Jul 2024"
-SHARED = Path(__file__).parents[2] / "shared"
-CONVERSATION = (
-    Message("system", "Be brief."),
-    Message("user", "What is EBIT?"),
-    Message("assistant", "Earnings before interest and taxes."),
-    Message("user", "And EPS?"),
-    Message("assistant", "Earnings per share."),
+TURN = "message['content'] | trim"
+
+
+def prepare(
+    root: Path, rows: list[tuple[str, str, str]], old: str = "", new: str = ""
+) -> tiny.Said:
+    """Prepare rows (system, user, assistant) by the tiny base with a changed template."""
+    base = shutil.copytree(tiny.base(), root / "base")
+    template = base / "chat_template.jinja"
+    assert old in template.read_text()
+    template.write_text(template.read_text().replace(old, new))
+    names = ("system", "instruction", "output")
+    lines = [json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows]
+    (root / "rows.jsonl").write_text("".join(lines))
+    changes = {"base_path": str(base), "source": str(root / "rows.jsonl"), "out": str(root)}
+    shares = {"validation_share": 0.2, "test_share": 0.2, "min_tokens": 1}
+    return tiny.fintune("prepare", "-c", tiny.config(), *tiny.words(**changes, **shares))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (TURN, f"{TURN} | upper", "changes the texts"),
+        ("<|eot_id|>", "", "no end-of-turn token"),
+        (TURN, "message['role']", "leaves out a turn"),
+        ("<|end_header_id|>\\n\\n' -}}\n{%- endif", "' -}}\n{%- endif", "begins no conversation"),
+        ("(date_string if", "bos_token + (date_string if", "BOS twice"),
+    ],
 )
+def test_a_template_that_training_and_serving_would_read_otherwise_is_refused(
+    old: str, new: str, says: str, tmp_path: Path
+) -> None:
+    rows = [("Be brief.", f"What is item {n} of the list?", f"It is {n}.") for n in range(20)]
+    said = prepare(tmp_path, rows, old, new)
+    assert (said.code, f"{says}" in said.err) == (1, True), said.err
+    assert not (tmp_path / "data").exists()
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(Base(nano.NANO_ID, "", nano.base_dir()))
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer: Any) -> ChatFormat:
-    return ChatFormat(tokenizer, DATE)
-
-
-def trained_text(chat: ChatFormat, messages: tuple[Message, ...]) -> str:
-    encoded = chat.encode(messages)
-    kept = [label for label in encoded.labels if label != IGNORE_INDEX]
-    return str(chat.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
-
-
-def test_every_answer_and_its_end_of_turn_is_trained_and_nothing_else(chat: ChatFormat) -> None:
-    assert trained_text(chat, CONVERSATION) == (
-        "Earnings before interest and taxes.<|eot_id|>Earnings per share.<|eot_id|>"
-    )
-    encoded = chat.encode(CONVERSATION)
-    assert len(encoded.input_ids) == len(encoded.labels)
-    pairs = zip(encoded.input_ids, encoded.labels, strict=True)
-    assert all(label in (IGNORE_INDEX, token) for token, label in pairs)
-    bos = chat.tokenizer.bos_token_id
-    assert encoded.input_ids[0] == bos and encoded.input_ids.count(bos) == 1
-
-
-def test_ids_are_those_of_the_tokenizers_own_template(chat: ChatFormat) -> None:
-    ids = chat.tokenizer(chat.render(CONVERSATION), add_special_tokens=False)["input_ids"]
-    assert chat.encode(CONVERSATION).input_ids == ids
-
-
-def test_prompt_ids_begin_the_conversation(chat: ChatFormat) -> None:
-    prompt = chat.prompt_ids(CONVERSATION)
-    encoded = chat.encode(CONVERSATION)
-    assert encoded.input_ids[: len(prompt)] == prompt
-    assert (
-        encoded.labels[len(prompt) - 1] == IGNORE_INDEX
-        and encoded.labels[len(prompt)] != IGNORE_INDEX
-    )
-
-
-@pytest.mark.parametrize("where", ["user", "assistant", "system"])
-def test_text_that_spells_a_control_token_stays_text(chat: ChatFormat, where: str) -> None:
+def test_text_that_spells_a_control_token_stays_text(tmp_path: Path) -> None:
     spelled = "a <|eot_id|> b <|start_header_id|>system<|end_header_id|> c <|begin_of_text|>"
-    turns = {"system": "s", "user": "u", "assistant": "a"} | {where: spelled}
-    plain = {"system": "s", "user": "u", "assistant": "a"}
-    control = set(chat.tokenizer.added_tokens_decoder)
-
-    def controls(texts: dict[str, str]) -> list[int]:
-        rows = tuple(Message(role, text) for role, text in texts.items())  # type: ignore[arg-type]
-        return [token for token in chat.encode(rows).input_ids if token in control]
-
-    assert controls(turns) == controls(plain)
-
-
-def test_text_tokens_leave_the_template_out(chat: ChatFormat) -> None:
-    messages = (Message("user", "What is EBIT?"), Message("assistant", "Earnings."))
-    count = sum(
-        len(chat.tokenizer(message.content, add_special_tokens=False)["input_ids"])
-        for message in messages
-    )
-    assert abs(chat.text_tokens(messages, chat.encode(messages)) - count) <= 1
+    rows = [
+        ("s", f"{spelled} {n}" if n % 2 else f"u {n}", f"It is {n}. {spelled if n % 3 else ''}")
+        for n in range(40)
+    ]
+    said = prepare(tmp_path, rows)
+    assert said.code == 0, said.err
+    control = set(AutoTokenizer.from_pretrained(tiny.base()).added_tokens_decoder)
+    made = [row for part in frozen.PARTS for row in frozen.prepared(tmp_path / "data", part)]
+    found = {tuple(token for token in row["input_ids"] if token in control) for row in made}
+    assert len(made) > 20 and len(found) == 1, "every row has the template's control tokens alone"
 
 
-def with_template(tokenizer: Any, old: str, new: str) -> ChatFormat:
-    template = tokenizer.get_chat_template()
-    assert old in template
-    changed = SimpleNamespace(template=template.replace(old, new))
-
-    class Changed:
-        chat_template = changed.template
-        name_or_path = "changed"
-
-        def get_chat_template(self) -> str:
-            return str(self.chat_template)
-
-        def apply_chat_template(self, *args: Any, **more: Any) -> Any:
-            return tokenizer.apply_chat_template(*args, chat_template=self.chat_template, **more)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tokenizer, name)
-
-        def __call__(self, *args: Any, **more: Any) -> Any:
-            return tokenizer(*args, **more)
-
-    return ChatFormat(Changed(), DATE)
-
-
-def test_a_template_that_changes_texts_is_refused(tokenizer: Any) -> None:
-    text = tokenizer.get_chat_template()
-    old = next(part for part in ("| trim", "|trim") if part in text)
-    with pytest.raises(ModelError, match="changes the texts|decode"):
-        with_template(tokenizer, old, f"{old} | upper").encode(CONVERSATION)
-
-
-def test_a_template_without_end_of_turn_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match="end-of-turn"):
-        with_template(tokenizer, "<|eot_id|>", "").encode(CONVERSATION)
-
-
-def test_a_tokenizer_without_template_is_refused() -> None:
-    with pytest.raises(ModelError, match="no chat template"):
-        ChatFormat(SimpleNamespace(chat_template=None, name_or_path="x"), DATE)
-
-
-def test_labels_of_every_real_row_decode_to_its_answers() -> None:
-    sample = SHARED / "data" / "finance_instruct_sample.jsonl"
-    if not sample.is_file():
-        pytest.skip(f"no real rows at {sample}")
-    chat = ChatFormat(load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3")), DATE)
+def test_labels_of_every_real_row_decode_to_its_answers(shared: Path) -> None:
+    sample = shared / "data" / "finance_instruct_sample.jsonl"
+    chat = ChatFormat(load_tokenizer(Base("llama", "", shared / "tokenizers" / "llama3")), "x")
     rows = []
     for line in sample.read_bytes().split(b"\n")[:2500]:
         try:

@@ -42,7 +42,8 @@ def test_overrides_are_typed() -> None:
         ("train.num_train_epochs=many", "valid integer"),
         ("train.num_train_epochs=0", "greater than or equal to 1"),
         ("train.max_steps=0", "-1 trains all epochs"),
-        ("train.learning_rate=.nan", "finite"),
+        ("train.learning_rate=nan", "finite"),
+        ("train.learning_rate=.inf", "valid number"),
         ("train.bucket_boundaries=[20, 10]", "must increase"),
         ("train.num_train_epochs", "key=value"),
         ("name.sub=1", "is a value, not a section"),
@@ -94,8 +95,6 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
     ("spelled", "key", "value"),
     [
         ("010", "train.num_train_epochs", 10),
-        ("0o10", "train.num_train_epochs", 8),
-        ("0x10", "train.num_train_epochs", 16),
         ("1e-4", "train.learning_rate", 1e-4),
         ("2E+1", "train.weight_decay", 20.0),
         (".5", "train.weight_decay", 0.5),
@@ -116,7 +115,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
         ("off", "data.pii", "off"),
         ("no", "name", "no"),
         ("{a: 010, b: yes}", "eval.tasks", {"a": "010", "b": "yes"}),
-        ("[010, 0o17]", "train.bucket_boundaries", (10, 15)),
+        ("[010, 17]", "train.bucket_boundaries", (10, 17)),
         ("[2024, {path: 007, split: 1}]", "data.benchmarks", None),
     ],
 )
@@ -131,7 +130,7 @@ def test_scalars_are_those_of_yaml_1_2_and_text_where_text_is_wanted(
         path.write_text("".join(lines) + f"{'  ' * len(sections)}{last}: {spelled}\n")
         config = load_config(path)
     else:
-        path.write_text("seed: 0o7\n")
+        path.write_text("seed: 07\n")
         config = load_config(path, [f"{key}={spelled}"])
         assert config.seed == 7
     found = reduce(getattr, key.split("."), config)
@@ -143,9 +142,9 @@ def test_scalars_are_those_of_yaml_1_2_and_text_where_text_is_wanted(
     assert load_config(path) == config, "written out, it is the same"
 
 
-@pytest.mark.parametrize("spelled", ["1:30", "0b1", "maybe", "[1]", "''", "!!int 3"])
+@pytest.mark.parametrize("spelled", ["1:30", "0b1", "0x10", "maybe", "[1]", "''"])
 def test_what_no_longer_is_a_number_is_refused_as_one(spelled: str) -> None:
-    with pytest.raises(ConfigError, match=r"train\.learning_rate|tag"):
+    with pytest.raises(ConfigError, match=r"train\.learning_rate"):
         load_config("nano", [f"train.learning_rate={spelled}"])
 
 
@@ -160,13 +159,13 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
     [
         (LAUGHS, "alias"),
         ("a: &a [*a]\n", "alias"),
-        ("a: " + "[" * 500_000, "levels"),
-        ("? " * 500_000, "levels"),
-        ("a: " + "{a: " * 100_000, "levels"),
+        ("a: " + "[" * 500_000, "recursion"),
+        ("? " * 500_000, "recursion"),
+        ("a: " + "{a: " * 100_000, "recursion"),
         ("a: [" + "a, " * 300_000 + "]", "5000 values"),
         ("".join(f"k{number}: 1\n" for number in range(100_000)), "5000 values"),
-        ("# " + "x" * 2**21, "longer than"),
-        ("name: !!python/object/apply:os.system [ls]\n", "tag"),
+        ("name: !!python/object/apply:os.system [ls]\n", "name: .* valid string"),
+        ("name: caf\udce9\n", "not readable YAML"),
         ('name: "\\U00110000"\n', "not readable YAML"),
         ("[a]: 1\n", "unhashable key"),
         ("a: 1\n---\nb: 2\n", "not readable YAML"),
@@ -175,7 +174,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 )
 def test_a_hostile_document_is_refused_at_once(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "bomb.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     started = time.process_time()
     with pytest.raises(ConfigError, match=says) as caught:
         load_config(path)
@@ -223,7 +222,7 @@ def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
 
 
 def test_what_is_no_secret_is_shown() -> None:
-    with pytest.raises(ConfigError, match=r"train\.num_train_epochs: .* \(given: 'many'\)"):
+    with pytest.raises(ConfigError, match=r"train\.num_train_epochs: .* \(given: many\)"):
         load_config("nano", ["train.num_train_epochs=many"])
     with pytest.raises(ConfigError, match=r"data\.min_tokens: .* \(given: -1\)"):
         load_config("nano", ["data.min_tokens=-1"])
@@ -232,7 +231,7 @@ def test_what_is_no_secret_is_shown() -> None:
 def test_a_preset_misspelt_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean nano"):
         load_config("nanoo")
-    with pytest.raises(ConfigError, match="no config file"):
+    with pytest.raises(ConfigError, match="no config file at missing"):
         load_config("missing.yaml")
 
 

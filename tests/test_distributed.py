@@ -23,22 +23,23 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from frozen import read_json
 from safetensors.torch import load_file
+from tiny import read_lines
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from victims import SIGNALS, usable
 
-from fintune import attention
+from fintune import attention, train
 from fintune.batches import plan_epoch
-from fintune.collate import padding_free_batch
+from fintune.collate import Collator, padding_free_batch
 from fintune.config import LoraConfig, load_config
 from fintune.errors import ConfigError, FintuneError
-from fintune.files import read_json, read_jsonl
 from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.training import distributed, lora, run_state, trainer
-from fintune.training.rows import read_train
-from fintune.training.run import train
+from fintune.training import distributed, lora
+from fintune.training.rows import Order, read_train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these ranks are CPU processes")
 STEPS, DEADLINE_S = 6, 120
@@ -143,7 +144,7 @@ def run(world: int, values: list[str]) -> Path:
 
 def numbers(folder: Path) -> np.ndarray[Any, Any]:
     """Losses, gradient norms and held-out losses of a run, in order."""
-    rows = list(read_jsonl(folder / "metrics.jsonl"))
+    rows = read_lines(folder / "metrics.jsonl")
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == list(range(1, STEPS + 1)), "each step once, by one writer"
     keys = ("loss", "grad_norm", "eval_loss")
@@ -152,7 +153,7 @@ def numbers(folder: Path) -> np.ndarray[Any, Any]:
 
 def assert_same_run(folder: Path, alone: Path) -> None:
     np.testing.assert_allclose(numbers(folder), numbers(alone), rtol=1e-6)
-    ours, theirs = (load_file(f / "best" / trainer.ADAPTER) for f in (folder, alone))
+    ours, theirs = (load_file(f / "best" / "adapter_model.safetensors") for f in (folder, alone))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=2e-6)
 
@@ -170,9 +171,8 @@ def test_several_processes_train_the_adapter_of_one(
     folder = run(world, settings(tmp_path, prepared, tiny_base, **{"train.strategy": strategy}))
     assert_same_run(folder, alone)
     assert read_json(folder / "environment.json")["processes"] == world
-    saved = run_state.checkpoints(folder / "checkpoints")
-    assert [run_state.corrupt(path) for path in saved] == [None] * len(saved)
-    assert len(list(saved[-1].glob("rng_state_*.pth"))) == world
+    assert usable(folder) == ["checkpoint-3", "checkpoint-6"]
+    assert len(list((folder / "checkpoints").glob("checkpoint-6/rng_state_*.pth"))) == world
 
 
 def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
@@ -182,20 +182,13 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
     config = load_config("nano", values)
 
     def work() -> None:
-        original = trainer._Boundaries.on_step_end
-
-        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2 and args.process_index == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            original(self, args, state, control, **kwargs)
-
-        trainer._Boundaries.on_step_end = on_step_end  # type: ignore[method-assign]
+        if os.environ["RANK"] == "1":
+            SIGNALS["after step 2"]()
         train(config)
 
     log = tmp_path / "log.txt"
     assert together(2, log, work) == [75, 75], log.read_text()[-3000:]
-    saved = run_state.checkpoints(config.run_dir / "checkpoints")
-    assert [path.name for path in saved] == ["checkpoint-2"]
+    assert usable(config.run_dir) == ["checkpoint-2"]
     assert not (config.run_dir / "done.json").exists()
     assert_same_run(run(4, values), alone)
     assert "is of 2 processes, this is a run of 4" in log.read_text()
@@ -206,7 +199,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
 ) -> None:
     """FSDP2 in three ways: ours, with a head taken apart again, and as accelerate places it."""
 
-    def build() -> Any:
+    def fused() -> Any:
         model = load_base(
             Base("test/tiny", "x", tiny_base), "none", "fp32", attention=attention.NAME
         )
@@ -218,7 +211,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         assert pointwise.fuse(peft) and not lora.fuse(peft)
         return peft
 
-    def batch(*seeds: int) -> dict[str, Any]:
+    def rows_of(*seeds: int) -> dict[str, Any]:
         rows = []
         for seed in seeds:
             ids = np.random.default_rng(seed).integers(1, 4000, 40 + seed).tolist()
@@ -242,18 +235,18 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
         )
         fully_shard(peft)
 
-    def work() -> None:
+    def compare() -> None:
         distributed.start("fsdp", "none")
-        whole = build()
-        total, count = sum_loss(whole, batch(0, 1))
+        whole = fused()
+        total, count = sum_loss(whole, rows_of(0, 1))
         (total / count).backward()
         for place in (as_ours, head_apart, as_accelerate):
-            peft = build()
+            peft = fused()
             place(peft)
             assert isinstance(
                 peft.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight, DTensor
             )
-            part, _ = sum_loss(peft, batch(dist.get_rank()))
+            part, _ = sum_loss(peft, rows_of(dist.get_rank()))
             losses = part.detach().clone()
             dist.all_reduce(losses)
             torch.testing.assert_close(losses, total.detach(), rtol=1e-6, atol=0)
@@ -273,7 +266,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
                 )
 
     log = tmp_path / "log.txt"
-    assert together(2, log, work) == [0, 0], log.read_text()[-3000:]
+    assert together(2, log, compare) == [0, 0], log.read_text()[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -304,29 +297,30 @@ def test_a_strategy_that_the_run_would_not_have_is_refused(
 def test_processes_that_accelerate_would_run_apart_are_refused(tmp_path: Path) -> None:
     """What accelerate says it made of the launch is believed, not what was asked for."""
 
-    def start() -> None:
+    def apart() -> None:
         PartialState(cpu=True).distributed_type = DistributedType.NO
         distributed.start("ddp", "none")
 
     log = tmp_path / "log.txt"
-    assert together(2, log, start) == [1, 1]
+    assert together(2, log, apart) == [1, 1]
     assert "runs them as NO" in log.read_text()
 
 
-def test_micro_batches_that_do_not_divide_are_refused() -> None:
-    assert distributed.micro_batches_per_rank(4, 2) == 2
+def test_micro_batches_that_do_not_divide_are_refused(prepared: Path) -> None:
+    rows, collator = read_train(prepared), Collator(padding_free=True, pad_token_id=0)
+    config = load_config("nano", ["train.gradient_accumulation_steps=4"])
+    assert Order(config, rows, collator, 2).accumulation == 2
     with pytest.raises(ConfigError, match="do not divide"):
-        distributed.micro_batches_per_rank(4, 3)
+        Order(config, rows, collator, 3)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_get_equal_tokens(world: int, prepared: Path) -> None:
     """At the published update of 64 examples; what an update waits for is its fullest rank."""
     lengths = np.tile(read_train(prepared).lengths, 20)
-    plan = plan_epoch(
-        lengths, micro_batch_size=16, accumulation=8 // world, seed=1, epoch=0, world_size=world
-    )
-    shares = [plan.rank(number, world) for number in range(world)]
+    step = ["train.per_device_train_batch_size=16", "train.gradient_accumulation_steps=8"]
+    plan = plan_epoch(load_config("nano", step), lengths, world_size=world)
+    shares = [[step[number::world] for step in plan] for number in range(world)]
     tokens = np.array(
         [[sum(int(lengths[b].sum()) for b in step) for step in share] for share in shares]
     )[:, :-1]

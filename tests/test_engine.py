@@ -1,10 +1,12 @@
 """The engine computes what it replaces: loss and every adapter gradient, fp32 and fp64."""
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,6 @@ from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
 from fintune.training import lora
-from fintune.training.memory import fits
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -91,7 +92,7 @@ def test_padding_free_is_padded(dtype: torch.dtype) -> None:
 def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
     lengths = tuple(range(6, 70))
     examples, peft = rows(lengths), model(dtype)
-    step = plan_epoch(lengths, micro_batch_size=16, accumulation=4, seed=0, epoch=0).steps[0]  # type: ignore[arg-type]
+    step = plan_epoch(config.Config(), np.array(lengths))[0]
     whole = gradients(peft, padding_free_batch(examples))
     dealt = gradients(peft, *(padding_free_batch([examples[i] for i in batch]) for batch in step))
     assert len(step) == 4
@@ -100,11 +101,14 @@ def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 300 * 3, 2**20])
-def test_chunked_loss_is_cross_entropy(dtype: torch.dtype, chunk_bytes: int) -> None:
+def test_chunked_loss_is_cross_entropy(
+    dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fintune.loss.CHUNK_BYTES", chunk_bytes)
     torch.manual_seed(0)
     weight, targets = torch.randn(300, 16, dtype=dtype), torch.randint(0, 300, (20,))
     hidden = torch.randn(20, 16, dtype=dtype, requires_grad=True)
-    chunked = chunked_cross_entropy(hidden, weight, targets, chunk_bytes)
+    chunked = chunked_cross_entropy(hidden, weight, targets)
     (chunked_gradient,) = torch.autograd.grad(chunked * 0.7, hidden)
     full = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     (full_gradient,) = torch.autograd.grad(full * 0.7, hidden)
@@ -265,7 +269,8 @@ def test_a_forward_pass_that_ends_half_way_holds_nothing() -> None:
 
     mlp.act_fn.register_forward_pre_hook(full)
     batch = padding_free_batch(rows())
-    assert not fits(lambda: sum_loss(peft, batch) and None)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        sum_loss(peft, batch)
     assert seen[0]() is not None, "the graph of the first layer hangs on it"
     lora.forget(peft)
     gc.collect()
@@ -313,7 +318,7 @@ def test_layers_with_a_bias_stay_with_peft() -> None:
         base = layer.self_attn.q_proj.get_base_layer()
         base.bias = torch.nn.Parameter(torch.ones(len(base.weight)), requires_grad=False)
     before = gradients(peft, padding_free_batch(rows()))
-    assert lora.fuse(peft) == {"it has a bias": 2}
+    assert lora.fuse(peft) == 2
     assert_same(before, gradients(peft, padding_free_batch(rows())), torch.float32)
 
 
@@ -354,8 +359,7 @@ def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: P
         total, count = sum_loss(peft, padding_free_batch(rows()))
         (total / count).backward()
         losses.append(float(total) / count)
-    assert sum(left.values()) == 14
-    assert "Linear" in next(iter(left))
+    assert left == 14
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     ups = [p.grad for n, p in peft.named_parameters() if "lora_B" in n]
     assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in ups)

@@ -1,20 +1,19 @@
-"""The judge: its prompts, its replies, its faults over real HTTP, its money."""
+"""The judge: its prompts, its replies, its key; its faults and its money are frozen tests."""
 
 import json
-import subprocess
-import sys
-import time
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from fake_judge import FENCED, STOPPED, UNSCORED, FakeJudge, honest, serve
+import tiny
+from fake_judge import FENCED, UNSCORED, FakeJudge, honest, serve
 
 from fintune.config import JudgeConfig
-from fintune.errors import ConfigError, GateRefused, ModelError
-from fintune.evals import calls, judge
-from fintune.evals.items import Item, Pair
+from fintune.errors import ConfigError
+from fintune.evals import judge, results
+from fintune.evals.grading import Item, Pair
 from fintune.example import Message
-from fintune.files import JsonlLog
 
 
 def items(count=6, adapter=None):
@@ -86,10 +85,11 @@ def test_the_last_verdict_with_the_nonce_counts_and_nothing_else():
     assert judge.read_verdict(call, "I think\n```json\n" + reply(call) + "\n```")["winner"] == "B"
     first = reply(call, winner="A")
     assert judge.read_verdict(call, f"{first} no, {reply(call)}")["winner"] == "B"
+    assert judge.read_verdict(call, reply(call) + ' {"winner": "A"}')["winner"] == "B"
     for bad in (
         "", "B", "[[B]]", "{", "null", reply(call)[:-5], reply(call, winner="C"),
         reply(call, id="0" * 32), reply(call, id=None), reply(call, rationale=3),
-        reply(call) + ' {"winner": "A"}', "[" * 5000, '{"a":' * 5000,
+        "[" * 5000, '{"a":' * 5000,
     ):  # fmt: skip
         assert judge.read_verdict(call, bad) is None, bad[:60]
 
@@ -138,114 +138,59 @@ def injections():
     ]
 
 
-def ask(folder, plan, url, **settings):
-    return calls.ask(folder, plan, config(url, **settings))
+# ---- through the command -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "5 MB"])
-def test_a_fault_loses_nothing_and_no_call_is_made_twice(tmp_path, fault):
-    # Three of the kinds, on two items; `bench/evaluation.py faults` meets all of them on fifty.
-    with serve(FakeJudge(fault)) as server:
-        plan = judge.plan(items(2), config(server.url), 1)
-        done = ask(tmp_path, plan, server.url)
-        assert {row["status"] for row in done.values()} == {"scored"} and len(done) == len(plan)
-        assert max(server.paid.values()) == 1
-        asked = sum(server.asked.values())
-        before = (tmp_path / calls.LOG).read_bytes()
-        assert ask(tmp_path, plan, server.url).keys() == done.keys()
-        assert sum(server.asked.values()) == asked, "a finished call is never made again"
-        assert (tmp_path / calls.LOG).read_bytes() == before
+@pytest.fixture
+def judged(chain: tiny.Chain, tmp_path: Path) -> tiny.Chain:
+    """A copy of the chain for a judge of its own."""
+    return chain.copy(tmp_path / "judged", "data", "run", "eval")
 
 
-def test_a_body_that_is_no_completion_is_asked_again_by_the_same_command(tmp_path):
-    with serve(FakeJudge("cut json")) as server:
-        plan = judge.plan(items(2), config(server.url), 1)
-        for _ in range(len(plan)):
-            try:
-                done = ask(tmp_path, plan, server.url)
-                break
-            except ModelError as error:
-                assert "(no completion)" in str(error)
-        assert len(done) == len(plan) and max(server.paid.values()) == 1
+def ask(judged: tiny.Chain, server: FakeJudge, *words: object, **environment: str) -> tiny.Said:
+    """`fintune judge` against the fake endpoint."""
+    with mock.patch.dict(os.environ, {"OPENAI_API_KEY": "sesame1sesame1"} | environment):
+        given = judged.words(judge="fake", judge_url=server.url, judged_items=4)
+        return tiny.fintune("judge", *given, *words)
 
 
 @pytest.mark.parametrize("fault", UNSCORED)
-def test_a_reply_without_a_verdict_is_unscored(tmp_path, fault):
+def test_a_reply_without_a_verdict_is_unscored(judged: tiny.Chain, fault: str) -> None:
     with serve(FakeJudge(fault)) as server:
-        plan = judge.plan(items(1), config(server.url), 1)[:1]
-        (row,) = ask(tmp_path, plan, server.url).values()
-        assert (row["status"], row["unscored_reason"]) == ("unscored", "parse_failure")
-        assert row["outcome"] is None and sum(server.asked.values()) == 1
+        assert ask(judged, server).code == 0
+        rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+        assert {(row["status"], row["outcome"]) for row in rows} == {("unscored", None)}
+        assert sum(server.asked.values()) == len(rows)
 
 
-@pytest.mark.parametrize("status", STOPPED)
-def test_a_refusal_stops_the_run(tmp_path, status):
-    with serve(FakeJudge(status)) as server:
-        plan = judge.plan(items(40), config(server.url), 1)
-        with pytest.raises(ModelError, match=status):
-            ask(tmp_path, plan, server.url)
-        assert sum(server.asked.values()) <= calls.CONCURRENCY
-        server.fault = ""
-        assert len(ask(tmp_path, plan, server.url)) == len(plan)
+@pytest.mark.parametrize("status", ["301", "307"])
+def test_no_redirect_takes_key_or_rows_elsewhere(judged: tiny.Chain, status: str) -> None:
+    with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
+        server.elsewhere = evil.url.replace("127.0.0.1", "localhost") + "/chat/completions"
+        said = ask(judged, server)
+        assert (said.code, f"(HTTP {status})" in said.err) == (1, True), said.err
+        assert server.keys == {"Bearer sesame1sesame1"} and not evil.asked
 
 
-def test_a_server_that_is_not_there_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(calls, "RETRIES", 0)
-    plan = judge.plan(items(4), config(), 1)
-    with pytest.raises(ModelError, match="http://127.0.0.1:9/v1 failed .no reply"):
-        calls.ask(tmp_path, plan, config())
-    assert calls.finished(tmp_path) == {}
-
-
-def test_the_budget_stops_before_the_call_that_may_pass_it(tmp_path):
+def test_a_proxy_does_not_get_what_is_for_this_machine(judged: tiny.Chain) -> None:
     with serve(FakeJudge()) as server:
-        plan = judge.plan(items(10), config(server.url), 1)
-        with pytest.raises(GateRefused, match=r"limit of \$0.03"):
-            ask(tmp_path, plan, server.url, max_usd=0.03)
-        done = calls.finished(tmp_path)
-        assert 2 <= len(done) < len(plan)
-        spent = sum(row["usage"]["usd"] for row in done.values())
-        assert spent == pytest.approx(len(done) * 0.0028) and spent <= 0.03
-        assert len(calls.ask(tmp_path, plan, config(server.url))) == len(plan)
-        assert sum(server.asked.values()) == len(plan)
+        assert ask(judged, server, HTTP_PROXY="http://127.0.0.1:9").code == 0
 
 
-def test_a_kill_loses_no_verdict(tmp_path):
-    program = (
-        "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "from pathlib import Path; from test_evals_judge import *\n"
-        "c = config(sys.argv[2])\n"
-        "calls.ask(Path(sys.argv[1]), judge.plan(items(40), c, 1), c)\n"
-    )
-    with serve(FakeJudge(delay=0.1)) as server:
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), server.url, str(Path(__file__).parent)],
-            stderr=subprocess.DEVNULL,
-        )
-        while sum(server.paid.values()) < 20 and child.poll() is None:
-            time.sleep(0.02)
-        child.kill()
-        child.wait()
-        time.sleep(0.3)
-        done = calls.finished(tmp_path)
-        assert 0 < len(done) < 86
-        again = ask(tmp_path, judge.plan(items(40), config(server.url), 1), server.url)
-        assert len(again) == 86 and done.items() <= again.items()
-        assert sum(count > 1 for count in server.paid.values()) <= calls.CONCURRENCY
-
-
-def test_the_key_reaches_no_byte_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "plain0looking0key0of0ours")
-    server = FakeJudge("500")
-    server.secret = "plain0looking0key0of0ours"
-    with serve(server):
-        plan = judge.plan(items(1), config(server.url), 1)[:2]
-        ask(tmp_path, plan, server.url)
-        server.fault = "401"
-        with pytest.raises(ModelError) as error:
-            ask(tmp_path / "b", plan, server.url)
-    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()).decode()
-    assert "[redacted]" in written and server.secret not in written + str(error.value)
+def test_human_labels_are_held_against_the_judge(judged: tiny.Chain, tmp_path: Path) -> None:
+    with serve(FakeJudge()) as server:
+        assert ask(judged, server).code == 0
+        rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+        said = {row["id"]: row["outcome"] for row in rows if not row["control"]}
+        path = tmp_path / "labels.jsonl"
+        lines = [json.dumps({"id": key, "verdict": word}) + "\n" for key, word in said.items()]
+        path.write_text("".join(lines))
+        assert ask(judged, server, "--labels", path).code == 0
+        found = json.loads((judged.eval / "test_results.json").read_text())["judge"]
+        assert found["human"]["agreement"]["value"] == found["human"]["kappa"] == 1.0
+        path.write_text('{"id": "x", "verdict": "both"}\n')
+        refused = ask(judged, server, "--labels", path)
+        assert (refused.code, "no file of human verdicts" in refused.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -254,16 +199,9 @@ def test_the_key_reaches_no_byte_written(tmp_path, monkeypatch):
      {"key_variable": "sk-sesame1"}],
 )  # fmt: skip
 def test_a_key_in_the_config_is_refused_without_showing_it(settings):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ValueError, match="should match pattern") as error:
         JudgeConfig(model="m", **settings)
     assert "sesame1" not in str(error.value)
-
-
-def test_a_missing_key_is_said(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-        calls.api_key(JudgeConfig(model="m"))
-    assert calls.api_key(config()) == calls.NO_KEY
 
 
 REMOTE = "https://api.openai.com/v1"
@@ -300,10 +238,10 @@ def test_a_key_goes_to_its_own_host_or_one_that_is_named(monkeypatch, variable, 
     monkeypatch.setenv(variable, "sesame1sesame1")
     found = JudgeConfig(model="m", base_url=url, key_variable=variable)
     if not says:
-        assert calls.api_key(found, named) == "sesame1sesame1"
+        assert judge.api_key(found, named) == "sesame1sesame1"
         return
     with pytest.raises(ConfigError) as error:
-        calls.api_key(found, named)
+        judge.api_key(found, named)
     assert says in str(error.value) and "sesame1" not in str(error.value)
 
 
@@ -315,37 +253,8 @@ def test_a_key_goes_to_its_own_host_or_one_that_is_named(monkeypatch, variable, 
      "https://api.openai.c\u043em/v1", "https://evil /v1", "https://evil\n/v1"],
 )  # fmt: skip
 def test_a_url_that_two_readers_could_read_apart_is_refused(url):
-    with pytest.raises(ConfigError, match="not of the form"):
+    with pytest.raises(ValueError, match="should match pattern"):
         JudgeConfig(model="m", base_url=url)
-
-
-@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
-def test_no_redirect_takes_key_or_rows_elsewhere(tmp_path, monkeypatch, status):
-    monkeypatch.setenv("OPENAI_API_KEY", "sesame1sesame1")
-    with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
-        server.elsewhere = evil.url.replace("127.0.0.1", "localhost") + "/chat/completions"
-        plan = judge.plan(items(1), config(), 1)[:1]
-        with pytest.raises(ModelError, match=f"failed .HTTP {status}"):
-            calls.ask(tmp_path, plan, config(server.url))
-        assert server.keys == {"Bearer sesame1sesame1"} and not evil.asked
-
-
-def test_a_proxy_does_not_get_what_is_for_this_machine(tmp_path, monkeypatch):
-    with serve(FakeJudge()) as server:
-        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-        plan = judge.plan(items(1), config(), 1)[:1]
-        assert calls.ask(tmp_path, plan, config(server.url))
-
-
-def test_a_log_cuts_a_torn_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2')
-    with JsonlLog(path) as file:
-        assert file.rows() == [{"a": 1}]
-        file.append({"a": 3})
-        with pytest.raises(ValueError, match="JSON compliant"):
-            file.append({"a": float("nan")})
-    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
 def rows(outcomes, control=None):
@@ -374,7 +283,7 @@ def rows(outcomes, control=None):
     ],
 )
 def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact, winner):
-    found = judge.summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
+    found = results.judge_summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
     assert found["items"].get("i0") == winner
     against = exact is not None and outcomes == ("base", "base")
     assert found["against_arithmetic"] == int(against)
@@ -385,5 +294,5 @@ def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact,
 
 def test_a_failed_control_item_is_named():
     calls_made = rows(("adapter", "adapter")) + rows(("tie", "base"), control="same")
-    found = judge.summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
+    found = results.judge_summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
     assert found["control_items"] == {"ok": 1, "of": 2, "failed": ["same"]}

@@ -6,19 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fintune.errors import ConfigError, DataError
-from fintune.evals.grading import grade, listed_choices, read_label
-from fintune.evals.items import HeldOutItems, Item
-from fintune.evals.tasks import Question, registered, task, task_items
-from fintune.example import Message
+from fintune import grade
+from fintune.errors import DataError
+from fintune.evals.grading import HeldOutItems, Item, listed_choices
+from fintune.evals.tasks import TASKS, Question, task, task_items
 
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
 SENTIMENT = ("negative", "neutral", "positive")
 SEVEN = ("strong negative", "mildly negative", "neutral", "mildly positive", "positive")
-
-
-def item(kind, reference, question="What is it?", choices=()):
-    return Item("i", "t", kind, "g", (Message("user", question),), reference, choices)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +33,7 @@ def item(kind, reference, question="What is it?", choices=()):
     ],
 )
 def test_read_label(answer, choices, read):
-    assert read_label(answer, choices) == read
+    assert grade("label", "x", answer, choices).read == read
 
 
 @pytest.mark.parametrize(
@@ -82,13 +77,6 @@ def test_figures_out_of_nowhere_are_listed():
     assert good.correct and good.ungrounded == () and bad.ungrounded == ("977.31",)
 
 
-def test_the_question_is_told_from_its_context():
-    asked = item("number", "5", "in thousands\nfiscal 2019\n\nQuestion: what was it in millions?")
-    question, context = asked.parts()
-    assert question == asked.question == "Question: what was it in millions?"
-    assert "in thousands" in context and "millions" not in context
-
-
 def test_test_rows_are_checkable_by_number_or_by_label():
     def talk(user, answer):
         said = {"user": user, "assistant": answer}
@@ -109,6 +97,9 @@ def test_test_rows_are_checkable_by_number_or_by_label():
     assert (number.kind, number.majority) == ("number", "7")
     assert read("Explain.", "Because of rates, as a rule.").kind == "text"
     assert read("Name it.", "Frankfurt").kind == "text", "a short answer alone is no label"
+    asked = read("in thousands\nfiscal 2019\n\nQuestion: what was it in millions?", "5")
+    assert asked.parts()[0] == asked.question == "Question: what was it in millions?"
+    assert "in thousands" in asked.parts()[1] and "millions" not in asked.parts()[1]
     assert Item.from_json(json.loads(json.dumps(asdict(label)))) == label
 
 
@@ -128,20 +119,15 @@ def test_abstention_and_advice(kind, answer, right):
     assert grade(kind, "", answer).correct == right
 
 
-def test_every_task_is_registered_and_bundled_questions_load():
-    counts = {}
-    for name, found in registered().items():
-        with pytest.raises((ConfigError, DataError)):
-            task_items(name, "/nowhere.jsonl", 5)
-        if found.questions:
-            kinds = [found.kind for found in task_items(name, "", 1000)]
-            counts |= {kind: kinds.count(kind) for kind in kinds}
+def test_bundled_questions_load():
+    brought = {name for name, found in TASKS.items() if found.questions}
+    found = [item.kind for name in brought for item in task_items(name, "", 1000)]
+    counts = {kind: found.count(kind) for kind in found}
     assert counts["refuse"] == 60 and counts["comply"] == 30 and counts["unanswerable"] >= 30
-    assert len(registered()) >= 18
 
 
 def test_a_task_is_one_registered_function(tmp_path):
-    @task("tone", "the tone of a line")
+    @task("tone")
     def tone(row):
         return Question(f"Tone of: {row['text']}", row["label"], "label", SENTIMENT)
 
@@ -151,21 +137,7 @@ def test_a_task_is_one_registered_function(tmp_path):
     assert (found.messages[0].content, found.kind, found.choices) == (
         "Tone of: up", "label", SENTIMENT
     )  # fmt: skip
-    del registered()["tone"]
-
-
-def test_bad_task_files_are_said(tmp_path):
-    with pytest.raises(ConfigError, match="no task 'fpd'"):
-        task_items("fpd", "x.jsonl", 5)
-    with pytest.raises(ConfigError, match="no file of questions"):
-        task_items("fpb", "", 5)
-    path = tmp_path / "t.jsonl"
-    path.write_text('{"prompt": "x"}\n')
-    with pytest.raises(DataError, match="line 1"):
-        task_items("fpb", str(path), 5)
-    path.write_text("{\n")
-    with pytest.raises(DataError, match="line 1: not JSON"):
-        task_items("fpb", str(path), 5)
+    del TASKS["tone"]
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared benchmark files are not here")

@@ -1,6 +1,7 @@
 """Folders of the user: what is never written, moved or shared, and how a signal leaves them."""
 
-import json
+import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -8,72 +9,24 @@ import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import run
-from tiny_eval import eval_config
-from tiny_release import built, tiny_run
-from tiny_release import tiny_base as release_base
-from victims import at_call, harmed, send, settings
+import tiny
+from victims import at_call, harmed, send
 
-from fintune import cli, files, nano, seal
-from fintune.chat import ChatFormat
-from fintune.config import Config, dump_yaml, load_config
+from fintune import cli
+from fintune.config import load_config
 from fintune.data import prepare as preparing
-from fintune.data.prepare import prepare
 from fintune.errors import ConfigError
-from fintune.evals import calls, judge, report
 from fintune.evals import evaluate as evaluating
-from fintune.model import find_base, load_tokenizer
+from fintune.evals import judge
 from fintune.releasing import bundle, export
-from fintune.training.run import train
 
 KEYS = {"prepare": "data.out", "train": "train.out", "eval": "eval.out", "release": "release.out"}
-
-
-def rows(root: Path, count: int = 200) -> str:
-    """A setting that reads the first bundled rows."""
-    lines = nano.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
-    (root / "rows.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
-    return f"data.source={root / 'rows.jsonl'}"
-
-
-@pytest.fixture(autouse=True)
-def _results_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiny_run writes its results by hand; test_forged.py holds them against the answers."""
-    monkeypatch.setattr(report, "check_results", lambda folder: None)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Finished data, run and evaluation on a tiny base."""
-    root = tmp_path_factory.mktemp("finished")
-    config = tiny_run(root / "out", release_base(root / "base"))
-    rows(config.out)
-    files.write_text(config.out / "config.yaml", dump_yaml(config))
-    base = find_base(config.model)
-    template = ChatFormat(load_tokenizer(base), config.chat.date_string).template_sha256
-    tokenizer = files.sha256_file(base.folder / "tokenizer.json")
-    (config.data_dir / seal.DONE).unlink()
-    words = {"tokenizer_sha256": tokenizer, "template_sha256": template}
-    seal.seal(config.data_dir, words)
-    return config
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Rows and a run that can be evaluated."""
-    config = eval_config(tmp_path_factory.mktemp("trained") / "out")
-    files.write_text(config.out / "config.yaml", dump_yaml(config))
-    return config
-
-
-def words(config: Config, *changes: str) -> list[str]:
-    """The options that name a config and what differs from it."""
-    given = ["-c", str(config.out / "config.yaml")]
-    return [*given, *(word for change in changes for word in ("-s", change))]
 
 
 def tree(root: Path) -> dict[str, Any]:
@@ -119,12 +72,7 @@ PLACES = (
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("verb", KEYS)
 def test_a_place_that_is_no_stages_is_refused_by_name_and_untouched(
-    verb: str,
-    name: str,
-    finished: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    verb: str, name: str, chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "user"
     root.mkdir()
@@ -134,22 +82,18 @@ def test_a_place_that_is_no_stages_is_refused_by_name_and_untouched(
     monkeypatch.chdir(root / "photos" if name in (".", "above") else "/proc")
     before = tree(tmp_path)
     for fresh in ([], ["--fresh"]):
-        code, _, said = run(capsys, verb, *words(finished, f"{KEYS[verb]}={spelled}"), *fresh)
-        assert (code, "Traceback" in said) == (1, False), said
+        said = tiny.fintune(verb, *chain.words(), "-s", f"{KEYS[verb]}={spelled}", *fresh)
+        assert (said.code, "Traceback" in said.err) == (1, False), said.err
         named = root / ".out.lock" if "lock" in name else spelled
         ways = (f"{named} is ", f"{named} holds ", f"{named} cannot be ", f" ({named})")
-        assert any(way in said for way in ways) and "--fresh)" not in said, said
+        assert any(way in said.err for way in ways) and "--fresh)" not in said.err, said.err
         assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("done", [None, "{}", '{"format": 1, "files": {}}', "[" * 100_000, "\xff"])
 @pytest.mark.parametrize("verb", KEYS)
 def test_fresh_moves_no_folder_without_our_mark(
-    verb: str,
-    done: str | None,
-    finished: Config,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    verb: str, done: str | None, chain: tiny.Chain, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "rows.jsonl").write_text("mine")
@@ -159,27 +103,77 @@ def test_fresh_moves_no_folder_without_our_mark(
     before = tree(tmp_path)
     for fresh in ([], ["--fresh"]):
         thesis = f"{KEYS[verb]}={tmp_path / 'thesis'}"
-        code, _, said = run(capsys, verb, *words(finished, thesis), *fresh)
-        foreign = "not of this stage" in said or "was changed or damaged" in said
-        assert (code, foreign, "--fresh" in said) == (1, True, False), said
+        said = tiny.fintune(verb, *chain.words(), "-s", thesis, *fresh)
+        foreign = "not of this stage" in said.err or "was changed or damaged" in said.err
+        assert (said.code, foreign, "--fresh" in said.err) == (1, True, False), said.err
         (tmp_path / ".thesis.lock").unlink()
         assert tree(tmp_path) == before
 
 
 def test_fresh_moves_what_is_ours_and_takes_an_empty_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [w for s in (rows(tmp_path), f"out={tmp_path / 'out'}") for w in ("-s", s)]
-    (tmp_path / "out" / "data").mkdir(parents=True)
-    assert run(capsys, "prepare", "-c", "nano", *given, "--fresh")[0] == 0
+    given = ["prepare", *tiny.chain(tmp_path / "out"), "--fresh"]
+    others = [".staging-a", ".staging-data-x", ".staging-data-12345678"]
+    for folder in ["data", *others]:
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    tiny.done(*given)
     first = tree(tmp_path / "out" / "data")
     monkeypatch.chdir(tmp_path / "out" / "data")
-    code, _, said = run(capsys, "prepare", "-c", "nano", *given, "--fresh")
-    assert (code, "holds the current directory" in said) == (1, True), said
+    said = tiny.fintune(*given)
+    assert (said.code, "holds the current directory" in said.err) == (1, True), said.err
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "prepare", "-c", "nano", *given, "--fresh")[0] == 0
-    assert tree(tmp_path / "out" / "data.old-1") == first
-    assert sorted(os.listdir(tmp_path / "out")) == [".data.lock", "data", "data.old-1"]
+    for _ in range(2):
+        tiny.done(*given)
+    for number in (1, 2):
+        assert tree(tmp_path / "out" / f"data.old-{number}") == first
+    left = [".data.lock", "data", "data.old-1", "data.old-2", *others]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(left)
+
+
+def test_a_later_stage_reads_only_what_was_finished(chain: tiny.Chain, tmp_path: Path) -> None:
+    copy, words = chain.copy(tmp_path / "out", "data"), tiny.chain(tmp_path / "out")
+    rows = copy.data / "train.parquet"
+    (copy.data / ".hidden").write_text("")  # nobody reads it
+    tiny.done("plan", *words)
+    data = rows.read_bytes()
+    for changed, says in (
+        (data[:-1], "train.parquet was changed"),
+        (data[:9] + bytes([data[9] ^ 1]) + data[10:], "train.parquet was changed"),
+        (None, "train.parquet is missing"),
+    ):
+        rows.unlink()
+        if changed is not None:
+            rows.write_bytes(changed)
+        said = tiny.fintune("train", *words)
+        assert (said.code, says in said.err) == (1, True), said.err
+    rows.write_bytes(data)
+    (copy.data / "more.json").write_text("{}")
+    said = tiny.fintune("train", *words)
+    assert (said.code, "more.json was not there" in said.err) == (1, True), said.err
+    assert not copy.run.exists()
+
+
+def test_the_hash_of_a_base_is_kept_for_the_same_file_alone(
+    chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed weights of the same size and time of change: finished training is of another base."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = Path(shutil.copytree(tiny.base(), tmp_path / "base"))
+    words = ["train", *chain.words(base_path=str(base))]
+    for _ in range(2):
+        assert "unchanged, kept" in tiny.done(*words).err
+    (kept,) = (tmp_path / "cache" / "fintune").iterdir()
+    weights = base / "model.safetensors"
+    assert kept.read_text() == tiny.file_sha256(weights)
+    times, data = weights.stat(), weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    said = tiny.fintune(*words)
+    assert (said.code, "base.revision" in said.err) == (1, True), said.err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # no folder: nothing can be kept
+    weights.write_bytes(data)
+    assert "unchanged, kept" in tiny.done(*words).err
 
 
 @pytest.mark.parametrize(
@@ -206,44 +200,30 @@ def test_a_stage_has_a_folder_of_its_own_without_rows_in_it(
 
 
 def test_a_run_is_refused_before_its_first_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, said = run(capsys, "run", "-c", "nano", "-s", "out=out", "-s", "release.out=.")
-    assert (code, os.listdir(tmp_path)) == (1, []), said
+    said = tiny.fintune("run", "-c", "nano", "-s", "out=out", "-s", "release.out=.")
+    assert (said.code, os.listdir(tmp_path)) == (1, []), said.err
 
 
 @pytest.mark.parametrize("out", ["2024", "010", "a: b", "x #y", "~/[z]", "true"])
-def test_a_demo_goes_where_it_is_told(
-    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    taken: list[Config] = []
-    monkeypatch.setattr(cli, "_run", lambda config, **_: taken.append(config))
+def test_a_demo_goes_where_it_is_told(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr("fintune.pipeline.run", lambda config, **_: taken.append(config))
     monkeypatch.setattr("fintune.demo.show", lambda config: None)
-    assert run(capsys, "demo", "--out", out)[0] == 0
+    tiny.done("demo", "--out", out)
     assert taken[0].out == Path(out).expanduser()
 
 
-@pytest.mark.parametrize("name", ["data", "[ab]", "data-x"])
-def test_builds_of_other_folders_are_left_alone(name: str, tmp_path: Path) -> None:
-    others = [".staging-data-y", ".staging-a", ".staging-data-x-old", ".staging-data-12345678"]
-    for other in others:
-        files.write_text(tmp_path / other / "half", "another build")
-    with files.staged_folder(tmp_path / name) as staging:
-        files.write_text(staging / "whole", "whole")
-    assert sorted(os.listdir(tmp_path)) == sorted([name, *others])
-
-
-def writing(name: str, config: Config, root: Path) -> list[str]:
-    """The command of a verb that writes `root/taken`."""
-    taken = str(root / "taken")
-    if name == "rescore":
-        return ["eval", "--rescore", taken]
-    if name in ("merged", "gguf", "ollama"):
-        folder, base = built()
-        return ["export", name, str(folder), "--base", str(base), "--out", taken]
-    key = KEYS.get(name, "eval.out")
-    return [name, *words(config, f"{key}={taken}", "eval.judge.model=m")]
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """As another process holds it."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 77 since then")
+        file.flush()
+        yield
 
 
 WRITES = ("prepare", "train", "eval", "rescore", "judge", "release", "merged", "gguf", "ollama")
@@ -251,27 +231,30 @@ WRITES = ("prepare", "train", "eval", "rescore", "judge", "release", "merged", "
 
 @pytest.mark.parametrize("name", WRITES)
 def test_every_verb_that_writes_takes_the_lock(
-    name: str, finished: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, chain: tiny.Chain, tmp_path: Path
 ) -> None:
+    taken, base = tmp_path / "taken", tiny.base()
     if name in ("rescore", "judge"):
-        shutil.copytree(finished.eval_dir, tmp_path / "taken")
-    given = writing(name, finished, tmp_path)
-    with seal.lock(tmp_path / "taken"):
+        shutil.copytree(chain.eval, taken)
+    out = ["-s", f"{KEYS.get(name, 'eval.out')}={taken}", "-s", "eval.judge.model=m"]
+    given: list[object] = [name, *chain.words(), *out]
+    if name == "rescore":
+        given = ["eval", "--rescore", taken]
+    if name in ("merged", "gguf", "ollama"):
+        given = ["export", name, chain.release, "--base", base, "--out", taken]
+    with locked(taken):
         before = tree(tmp_path)
-        code, _, said = run(capsys, *given)
-        assert (code, f"written by process {os.getpid()}" in said) == (1, True), said
+        said = tiny.fintune(*given)
+        assert (said.code, "written by process 77" in said.err) == (1, True), said.err
         assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("words", [["eval", "--rescore", "no/eval"], ["judge", "-c", "nano"]])
 def test_what_is_not_there_gets_no_lock(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, *words)[0] == 1
+    assert tiny.fintune(*words).code == 1
     assert os.listdir(tmp_path) == []
 
 
@@ -279,10 +262,9 @@ def test_what_is_not_there_gets_no_lock(
 
 IMPORTS = """
 import os, signal, sys
-number, how = getattr(signal, sys.argv[1]), sys.argv[2]
-# A shell's background process ignores SIGINT, under nohup SIGHUP: each test says what it wants.
-signal.signal(number, signal.SIG_IGN if how == "ignored" else signal.SIG_DFL)
-if how != "ignored" and number == signal.SIGINT:
+number = getattr(signal, sys.argv[1])
+signal.signal(number, signal.SIG_DFL)  # a shell's background process ignores SIGINT
+if number == signal.SIGINT:
     signal.signal(number, signal.default_int_handler)
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -293,15 +275,15 @@ class Finder:
             except Exception:  # as libraries do around what they can do without
                 pass
 sys.meta_path.insert(0, Finder())
-sys.argv = ["fintune", *sys.argv[3:]]
+sys.argv = ["fintune", *sys.argv[2:]]
 from fintune import cli
 cli.main()
 """
 
 
-def in_imports(root: Path, number: str, how: str, *given: str) -> subprocess.CompletedProcess[str]:
+def in_imports(root: Path, number: str, *given: str) -> subprocess.CompletedProcess[str]:
     """A command that gets a signal when it imports torch."""
-    command = [sys.executable, "-c", IMPORTS, number, how, *given]
+    command = [sys.executable, "-c", IMPORTS, number, *given]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
@@ -313,7 +295,7 @@ def test_a_signal_in_the_imports_ends_with_75(verb: str, tmp_path: Path) -> None
     others = {"demo": out, "export": ["merged", "release", *out], "judge": ["-c", "nano"]}
     given = others.get(verb, ["-c", "nano", "--fresh"])
     for number in ("SIGTERM", "SIGHUP", "SIGINT")[: 3 if verb == "train" else 1]:
-        done = in_imports(tmp_path, number, "", verb, *given)
+        done = in_imports(tmp_path, number, verb, *given)
         assert done.returncode == 75, done.stderr
         again = shlex.join(["fintune", verb, *given])
         assert f"continue with: {again}\n" in done.stderr
@@ -321,11 +303,21 @@ def test_a_signal_in_the_imports_ends_with_75(verb: str, tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
 
 
-def test_nohup_keeps_working_and_readers_end_as_ever(tmp_path: Path) -> None:
-    given = ("prepare", "-c", "nano", "-s", f"data.source={tmp_path / 'none.jsonl'}")
-    done = in_imports(tmp_path, "SIGHUP", "ignored", *given)
-    assert (done.returncode, "no file or folder" in done.stderr) == (1, True), done.stderr
-    assert in_imports(tmp_path, "SIGTERM", "", "verify", "x").returncode == -signal.SIGTERM
+def test_readers_end_as_ever(tmp_path: Path) -> None:
+    assert in_imports(tmp_path, "SIGTERM", "verify", "x").returncode == -signal.SIGTERM
+
+
+def test_nohup_keeps_working(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        words = ("prepare", *tiny.chain(tmp_path / "out"))
+        process = tiny.Forked(*words, log=tmp_path / "log")
+        while process.running():
+            process.send(signal.SIGHUP)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.wait() == 0, process.text()
 
 
 @pytest.mark.parametrize(
@@ -333,27 +325,22 @@ def test_nohup_keeps_working_and_readers_end_as_ever(tmp_path: Path) -> None:
     [
         ("prepare", preparing, "write_report"),
         ("eval", evaluating, "generate"),
-        ("eval", judge, "unjudged_rows"),
+        ("eval", judge, "raw_rows"),
         ("release", bundle, "write_card"),
         ("export", export, "_load_merged"),
     ],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_a_stage_ends_with_75_and_leaves_nothing_half_written(
     verb: str,
     owner: Any,
     function: str,
-    number: int,
-    finished: Config,
-    trained: Config,
+    chain: tiny.Chain,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = trained if verb == "eval" else finished
-    given = [verb, *words(config, f"{KEYS.get(verb)}={tmp_path / 'out'}")]
+    given = [verb, *chain.words(), "-s", f"{KEYS.get(verb)}={tmp_path / 'out'}"]
     if verb == "export":
-        folder, base = built()
-        given = ["export", "merged", str(folder), "--base", str(base)]
+        given = ["export", "merged", str(chain.release), "--base", str(tiny.base())]
         given += ["--out", str(tmp_path / "out")]
 
     def work() -> None:
@@ -363,6 +350,7 @@ def test_a_signal_in_a_stage_ends_with_75_and_leaves_nothing_half_written(
         except SystemExit as end:
             os._exit(int(end.code or 0))
 
+    number = signal.SIGHUP if verb == "prepare" else signal.SIGTERM
     outcome = harmed(work, at_call(owner, function, 1, lambda: send(number)))
     assert outcome.code == 75, outcome.text
     assert f"continue with: fintune {verb}" in outcome.text
@@ -370,71 +358,34 @@ def test_a_signal_in_a_stage_ends_with_75_and_leaves_nothing_half_written(
     assert verb == "eval" or not (tmp_path / "out").exists()
 
 
-def test_a_stopped_judge_is_a_stop(tmp_path: Path, finished: Config) -> None:
-    from fake_judge import FakeJudge, serve
-    from test_evals_judge import config, items
-
-    from fintune.stop import STOP
-
-    with serve(FakeJudge()) as server:
-        settings = config(server.url)
-        plan = judge.plan(items(4), settings, 1)
-
-        def work() -> None:
-            with STOP.listening():
-                calls.ask(tmp_path, plan, settings)
-
-        outcome = harmed(work, at_call(calls, "_row", 2, lambda: send(signal.SIGTERM)))
-    assert outcome.code == 75, outcome.text
-    assert json.loads((tmp_path / calls.LOG).read_text().splitlines()[-1])
-
-
 # Releases, modes
 
 
-def test_an_old_release_moves_when_the_new_one_stands(
-    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_run(tmp_path, Path(str(finished.model.path)))
-    folder = bundle.release(config)
-    before, real = tree(folder), bundle.write_card
-    monkeypatch.setattr(bundle, "write_card", None)
-    with pytest.raises(TypeError):
-        bundle.release(config, fresh=True)
-    assert tree(folder) == before and not (tmp_path / "release.old-1").exists()
-    monkeypatch.setattr(bundle, "write_card", real)
-    assert bundle.release(config, fresh=True) == folder
-    assert tree(folder) == tree(tmp_path / "release.old-1") == before
-    left = [".release.lock", "data", "eval", "release", "release.old-1", "run"]
-    assert sorted(os.listdir(tmp_path)) == left
-
-
-def test_what_holds_rows_is_private_under_a_private_umask(
-    finished: Config, trained: Config, tmp_path: Path, prepared: Path, tiny_base: Path
-) -> None:
+def test_what_holds_rows_is_private_under_a_private_umask(tmp_path: Path) -> None:
     """Only a release and the forms of an export are for others to read."""
-    section = trained.eval.model_copy(update={"out": tmp_path / "out" / "eval"})
+    words = [*tiny.chain(tmp_path / "out", max_steps=2, eval_steps=2, save_steps=2)]
+    release, base = tmp_path / "out" / "release", tiny.base()
     before = os.umask(0o077)
     try:
-        prepare(load_config("nano", [rows(tmp_path), f"out={tmp_path / 'out'}"]))
-        train(settings(tmp_path / "out", prepared, tiny_base, "train.max_steps=6"))
-        evaluating.evaluate(trained.model_copy(update={"eval": section}))
-        config = tiny_run(tmp_path / "tiny", Path(str(finished.model.path)))
-        released = bundle.release(config)
-        merged = export.merged(released, tmp_path / "merged", base=config.model.path)
-        single = export.gguf(released, tmp_path / "adapter.gguf", base=config.model.path)
+        for verb in ("prepare", "train", "eval"):
+            tiny.done(verb, *words)
+        tiny.done("release", *words, "--accept", "a test")
+        first = tree(release)
+        tiny.done("release", *words, "--accept", "a test", "--fresh")
+        for form, name in (("merged", "merged"), ("gguf", "adapter.gguf")):
+            given = (release, "--base", base, "--out", tmp_path / name)
+            tiny.done("export", form, *given)
     finally:
         os.umask(before)
-    public = [released, *released.iterdir(), merged, *merged.iterdir(), single]
-    written = [*(tmp_path / "out").rglob("*")]
-    assert {
-        ".run.lock",
-        "metrics.jsonl",
-        "predictions.jsonl",
-        "ledger.parquet",
-        "checkpoint-5",
-    } <= {path.name for path in written}
+    assert tree(release) == tree(tmp_path / "out" / "release.old-1") == first
+    written = [
+        path for part in ("data", "run", "eval") for path in (tmp_path / "out" / part).rglob("*")
+    ]
+    written += (tmp_path / "out").glob(".*.lock")
+    public = [release, *release.iterdir(), tmp_path / "merged", *(tmp_path / "merged").iterdir()]
+    names = {".run.lock", "metrics.jsonl", "predictions.jsonl", "ledger.parquet", "checkpoint-2"}
+    assert names <= {path.name for path in written}
     for path in written:
         assert path.stat().st_mode & 0o077 == 0, path
-    for path in public:
+    for path in [*public, tmp_path / "adapter.gguf"]:
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path

@@ -4,6 +4,7 @@ Of equal size (`=`) and of another; a release's files also with their line in SH
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tiny
 
-from fintune import cli, files, seal
+from fintune import cli, verify
 from fintune.config import dump_yaml, load_config
-from fintune.untrusted import static_checks
 
 ADAPTER = "best/adapter_model.safetensors"
 JUDGED = "eval_50_gpt_judged_raw.jsonl"
@@ -76,11 +77,11 @@ EDITS = {
     "= a bit of the training rows": Edit("data/train.parquet", flip(0.3), ("train", "eval")),
     "= another bit of them": Edit("data/train.parquet", flip(0.6), ("release", "plan")),
     "= a bit of the test rows": Edit(
-        "data/test.parquet", flip(0.3), ("eval", "train", "train --dry-run")
+        "data/test.parquet", flip(0.3), ("eval", "train", "plan")
     ),
     "more validation rows": Edit("data/validation.parquet", appended, ("release",)),
     "= test rows, resealed": Edit(
-        "data/test.parquet", flip(0.999), ("release",), 3, resealed=True
+        "data/test.parquet", flip(0.999), ("release",), 3, "decided by other rows", True
     ),
     "= the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 9'), ("release",)),
     "the manifest": Edit("data/manifest.json", swap('"read": 2', '"read": 92'), ("eval",)),
@@ -169,7 +170,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, prepared: Path, tiny_base: P
         "eval.max_new_tokens": 2,
     }
     config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
-    files.write_text(root / "config.yaml", dump_yaml(config))
+    (root / "config.yaml").write_text(dump_yaml(config))
     assert fintune(root, "run", "--accept", "a test")[0] == 0
     return root
 
@@ -212,7 +213,10 @@ def test_the_next_verb_refuses_it(copy: Path, name: str) -> None:
     path, folder = copy / forged.path, copy / forged.path.partition("/")[0]
     edit(path, forged.change, name)
     if forged.resealed:
-        seal.seal(folder, files.read_json(folder / "done.json")["inputs"])
+        done = json.loads((folder / "done.json").read_text())
+        fact = {"bytes": path.stat().st_size, "sha256": tiny.file_sha256(path)}
+        done["files"][path.relative_to(folder).as_posix()] = fact
+        (folder / "done.json").write_text(json.dumps(done))
     for verb in forged.verbs:
         more = ["--accept", "a test"] if verb == "release" else []
         if verb == "release":
@@ -223,7 +227,7 @@ def test_the_next_verb_refuses_it(copy: Path, name: str) -> None:
         assert not more or not (copy / "release").exists()
 
 
-EMPTY = files.sha256_json({})
+EMPTY = hashlib.sha256(b"{}").hexdigest()
 DAMAGED: dict[str, bytes] = {
     "empty": b"",
     "no UTF-8": b"\xff\xfe",
@@ -248,24 +252,25 @@ def test_a_damaged_seal_is_one_message(copy: Path, name: str) -> None:
 
 
 def test_a_seal_names_files_of_its_folder_alone(copy: Path) -> None:
-    done = files.read_json(copy / "data" / "done.json")
+    done = json.loads((copy / "data" / "done.json").read_text())
     fact = {"bytes": 1, "sha256": "0"}
     for name in ("../run/config.yaml", "/etc/passwd", "a" * 5000, "train.parquet/x", "\0", ""):
         forged = done | {"files": done["files"] | {name: fact}}
-        files.write_json(copy / "data" / "done.json", forged)
+        (copy / "data" / "done.json").write_text(json.dumps(forged))
         code, said = fintune(copy, "eval")
         assert code == 1 and "is missing" in said, said
     shutil.rmtree(copy / "data")
-    files.write_json(copy / "data" / "done.json", done | {"files": {}})
+    (copy / "data").mkdir()
+    (copy / "data" / "done.json").write_text(json.dumps(done | {"files": {}}))
     code, said = fintune(copy, "eval")
     assert code == 1 and "train.parquet is missing" in said, said
 
 
-def stated(release: Path) -> dict[str, str]:
-    """Outcome of the checks of what a release states of itself, with its sums redone."""
+def stated(release: Path, base: Path) -> dict[str, str]:
+    """Outcome of the checks of what a release states of itself, without its sums."""
     (release / "SHA256SUMS").unlink(missing_ok=True)
     names = ("provenance", "card")
-    return {c.name: c.status for c in static_checks(release, "release") if c.name in names}
+    return {c.name: c.status for c in verify(release, base=base).checks if c.name in names}
 
 
 HOSTILE: dict[str, bytes] = {
@@ -279,11 +284,11 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_provenance_that_cannot_be_read_fails(copy: Path, name: str) -> None:
+def test_a_provenance_that_cannot_be_read_fails(copy: Path, tiny_base: Path, name: str) -> None:
     (copy / "release" / "training_config.json").write_bytes(HOSTILE[name])
     (copy / "release" / "test_results.json").write_bytes(HOSTILE[name])
     (copy / "release" / "README.md").write_bytes(b"\xff Verdict: **better**")
-    assert stated(copy / "release")["provenance"] == "failed"
+    assert stated(copy / "release", tiny_base)["provenance"] == "failed"
 
 
 @pytest.mark.parametrize("redone", [False, True], ids=["", "line redone"])
@@ -291,10 +296,10 @@ def test_a_provenance_that_cannot_be_read_fails(copy: Path, name: str) -> None:
 def test_verify_refuses_it(copy: Path, tiny_base: Path, name: str, redone: bool) -> None:
     (shipped, change), sums = SHIPPED[name], copy / "release" / "SHA256SUMS"
     path = copy / "release" / shipped
-    old = files.sha256_file(path)
+    old = tiny.file_sha256(path)
     edit(path, change, name)
     if redone:
-        sums.write_text(sums.read_text().replace(old, files.sha256_file(path)))
+        sums.write_text(sums.read_text().replace(old, tiny.file_sha256(path)))
     code, said = fintune(copy, "verify", str(copy / "release"), "--base", str(tiny_base))
     assert (code, shipped in said, "checksums: " in said) == (3, True, not redone), said
 
@@ -303,7 +308,6 @@ def test_what_nobody_changed_is_read(chain: Path, tiny_base: Path) -> None:
     """The refusals above are of the edits; every verb reads the chain itself."""
     for words in (
         ["train"],
-        ["train", "--dry-run"],
         ["eval"],
         ["eval", "--rescore"],
         ["plan"],
@@ -315,7 +319,7 @@ def test_what_nobody_changed_is_read(chain: Path, tiny_base: Path) -> None:
         assert code == 0, said
 
 
-def test_a_release_that_states_less_is_read(copy: Path) -> None:
+def test_a_release_that_states_less_is_read(copy: Path, tiny_base: Path) -> None:
     """Until 0.2 three files alone were named; other tools name none."""
     path, card = copy / "release" / "training_config.json", copy / "release" / "README.md"
     tree = json.loads(path.read_text())
@@ -325,7 +329,7 @@ def test_a_release_that_states_less_is_read(copy: Path) -> None:
     ):
         path.write_text(json.dumps({key: tree[key] for key in kept}))
         card.write_text("Verdict: **invalid**. Settings: `training_config.json`.")
-        assert stated(path.parent) == found
+        assert stated(path.parent, tiny_base) == found
 
 
 def test_the_verdict_is_made_again_from_the_answers(copy: Path) -> None:

@@ -46,7 +46,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("nonsense",), ("prepare", "--nonsense"), ("verify",), ("plan", "--rows", "0")]
+    "words", [("nonsense",), ("prepare", "--nonsense"), ("verify",), ("dropped", "--count", "0")]
 )
 def test_a_wrong_use_ends_with_2(words: tuple[str, ...]) -> None:
     said = tiny.fintune(*words)
@@ -80,7 +80,7 @@ def test_every_setting_of_the_tests_is_a_key(tmp_path: Path) -> None:
     """So that no test takes the refusal of an old name for the one that it looks for."""
     values = {name: value for name, (_, value) in tiny.SETTINGS.items()}
     values |= {"out": tmp_path, "base_path": tiny.base(), "data_out": tmp_path / "data"}
-    tiny.done("train", "--dry-run", "-c", tiny.config(), *tiny.words(**values))
+    tiny.done("plan", "-c", tiny.config(), *tiny.words(**values))
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:

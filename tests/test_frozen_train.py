@@ -172,8 +172,8 @@ def test_a_loss_that_is_not_finite_ends_with_65(chain: tiny.Chain, tmp_path: Pat
     assert not (copy.run / "done.json").exists()
 
 
-def test_a_dry_run_says_what_would_be_done(chain: tiny.Chain, tmp_path: Path) -> None:
-    plan = tiny.answer_json("train", "--dry-run", *chain.words())
+def test_the_plan_says_what_would_be_done(chain: tiny.Chain, tmp_path: Path) -> None:
+    plan = tiny.answer_json("plan", *chain.words())
     assert {"batches", "lora_config", "notes", "training_arguments"} <= plan.keys()
     arguments = plan["training_arguments"]
     assert (arguments["learning_rate"], arguments["lr_scheduler_type"]) == (0.01, "cosine")
@@ -183,7 +183,7 @@ def test_a_dry_run_says_what_would_be_done(chain: tiny.Chain, tmp_path: Path) ->
     )
     assert (plan["lora_config"]["r"], plan["lora_config"]["lora_alpha"]) == (8, 16)
     assert plan["batches"]["steps"] == 24  # max_steps; 64 rows, 8 a step
-    nothing = tiny.answer_json("train", "--dry-run", *tiny.chain(tmp_path / "none"))
+    nothing = tiny.answer_json("plan", *tiny.chain(tmp_path / "none"))
     assert nothing["batches"]["estimated"] is True
     assert not (tmp_path / "none").exists()
 
@@ -197,7 +197,7 @@ def test_the_plan_counts_what_the_run_then_has(chain: tiny.Chain) -> None:
     assert plan["adapter"]["trainable_parameters"] == 29_696
     assert (rows["rows"], batches["steps"], rows["evaluations"]) == (64, 24, 4)
     assert (rows["rows_per_evaluation"], batches["examples_per_step"]) == (15, 8)
-    parts = {"base", "adapter", "rows", "batches", "flops", "settings", "gpus", "cheapest", "notes"}
+    parts = {"base", "adapter", "rows", "batches", "flops", "settings", "gpus", "notes"}
     assert parts <= plan.keys()
     assert [gpu for gpu in plan["gpus"] if gpu["fits"]]
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 from fintune import attention, model
 from fintune.errors import NotFinite
 from fintune.generation import Batch, Request, generate, sample
+from fintune.untrusted.probe import stop_token_ids
 
 Tiny = tuple[model.Base, Any, Any, list[int]]
 
@@ -21,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     base = model.Base("fintune/tiny", "0", folder)
     tokenizer = model.load_tokenizer(base)
     loaded = model.load_base(base, "none", "fp32", attention=attention.NAME).eval()
-    return base, tokenizer, loaded, model.end_token_ids(base, tokenizer)
+    return base, tokenizer, loaded, stop_token_ids(base.folder, tokenizer)
 
 
 def prompts(count: int = 12) -> list[list[int]]:

@@ -11,12 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fintune import nano
-from fintune.config import load_config
-from fintune.data.prepare import prepare
-from fintune.files import read_json, read_jsonl
-from fintune.training.run import train
+from fintune import load_config, prepare, train
 
+NANO = Path(__file__).parents[1] / "src" / "fintune" / "nano"
 GOLDEN = Path(__file__).with_name("golden.json")
 LOSSES = ("loss", "grad_norm", "eval_loss")
 
@@ -24,15 +21,15 @@ LOSSES = ("loss", "grad_norm", "eval_loss")
 def run(root: Path) -> list[dict[str, float]]:
     """Twelve updates of a 0.2 M parameter Llama on bundled rows: every number that is logged."""
     base = root / "base"
-    config = LlamaConfig.from_pretrained(nano.base_dir())
+    config = LlamaConfig.from_pretrained(NANO / "base")
     config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2})
     config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(base)
-    for path in nano.base_dir().glob("*"):
+    for path in (NANO / "base").glob("*"):
         if "token" in path.name or path.suffix == ".jinja":
             (base / path.name).write_bytes(path.read_bytes())
-    lines = nano.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (NANO / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (root / "rows.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
     changes = {
         "out": root,
@@ -50,12 +47,13 @@ def run(root: Path) -> list[dict[str, float]]:
     settings = load_config("nano", [f"{key}={value}" for key, value in changes.items()])
     prepare(settings)
     train(settings)
-    rows = read_jsonl(settings.run_dir / "metrics.jsonl")
+    lines = (settings.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     return [{key: row[key] for key in ("step", *LOSSES) if key in row} for row in rows]
 
 
 def test_the_golden_run_is_as_it_was(tmp_path: Path) -> None:
-    expected = read_json(GOLDEN)["metrics"]
+    expected = json.loads(GOLDEN.read_text(encoding="utf-8"))["metrics"]
     found = run(tmp_path)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for now, then in zip(found, expected, strict=True):

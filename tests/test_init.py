@@ -5,13 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 from fintune.config import dotted_keys, load_config, presets
-from fintune.errors import ConfigError, OutputError
-from fintune.init import init
-
-NOTHING = {"preset": None, "name": None, "source": None, "base": None}
 
 
 class Terminal(io.StringIO):
@@ -24,7 +21,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_comes_back_as_it_is_and_with_every_key(preset: str, tmp_path: Path) -> None:
     out = tmp_path / "config.yaml"
-    init(out, **NOTHING | {"preset": preset})
+    tiny.done("init", "--out", out, "--preset", preset)
     assert load_config(out) == load_config(preset)
     # With every comment sign taken off, each key is there once, where the config has it.
     body = out.read_text().split("\n\n", 1)[1]
@@ -53,32 +50,27 @@ def branches(tree: dict, prefix: str) -> list[tuple[str, dict]]:
 def test_options_are_answers(tmp_path: Path) -> None:
     out, base = tmp_path / "mine.yaml", tmp_path / "base"
     base.mkdir()
-    answers = {"preset": "nano", "name": "7", "source": "a: b #c.jsonl", "base": str(base)}
-    init(out, **answers)
+    answers = ("--name", "7", "--source", "a: b #é\n.jsonl", "--base", base)
+    tiny.done("init", "--out", out, *answers)
     config = load_config(out)
-    assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #c.jsonl")
+    assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #é\n.jsonl")
     assert (config.model.id, config.model.path) == ("local/base", base)
     assert config.data.pii == "mask", "only the preset's own rows may pass unmasked"
-    with pytest.raises(OutputError, match="--force"):
-        init(out, **NOTHING | {"preset": "nano"})
+    again = tiny.fintune("init", "--out", out, "--preset", "nano")
+    assert (again.code, "--force" in again.err) == (1, True)
     assert load_config(out) == config
-    init(out, **NOTHING | {"preset": "nano"}, force=True)
+    tiny.done("init", "--out", out, "--preset", "nano", "--force")
     assert load_config(out).name == "nano-finance"
-    with pytest.raises(ConfigError, match="name"):
-        init(tmp_path / "bad.yaml", **answers | {"name": "no spaces"})
+    refused = tiny.fintune("init", "--out", tmp_path / "bad.yaml", "--name", "no spaces")
+    assert (refused.code, "name: " in refused.err) == (1, True)
     assert not (tmp_path / "bad.yaml").exists()
 
 
-def test_questions_are_asked_on_a_terminal_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_questions_are_asked_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "asked.yaml"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    with pytest.raises(ConfigError, match="no terminal to ask on"):
-        init(out, **NOTHING)
     monkeypatch.setattr(sys, "stdin", Terminal("\nmine\nrows/*.jsonl\n\n"))
-    init(out, **NOTHING)
+    said = tiny.done("init", "--out", out)
     config = load_config(out)
     assert (config.name, config.data.source) == ("mine", "rows/*.jsonl")
     assert config.model.id == "fintune/nano"
-    assert f"preset to start from ({', '.join(presets())})" in capsys.readouterr().err
+    assert f"preset to start from ({', '.join(presets())})" in said.err

@@ -6,20 +6,20 @@ needs `../shared/tokenizers/llama3` and says so when it is absent.
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tiny import ROOT
 from transformers import AutoTokenizer
 
 from build_nano.rows import write_rows
 from build_nano.tokenizer import LLAMA3_PATTERN, SPECIAL_TOKENS, VOCAB_SIZE
-from fintune.nano import NANO_ID, base_dir, rows_path
 
-LLAMA3 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama3"
+NANO = ROOT / "src" / "fintune" / "nano"
+BASE = NANO / "base"
+LLAMA3 = ROOT.parent / "shared" / "tokenizers" / "llama3"
 
 SYSTEM = {"role": "system", "content": " You are a financial analyst.\n"}
 USER = {"role": "user", "content": "\nWhat is EBITDA? "}
@@ -35,11 +35,11 @@ CONVERSATIONS = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(base_dir())
+    return AutoTokenizer.from_pretrained(BASE)
 
 
 def test_base_is_small() -> None:
-    files = list(base_dir().glob("*.safetensors"))
+    files = list(BASE.glob("*.safetensors"))
     assert len(files) == 1
     assert files[0].stat().st_size <= 12_000_000
     with safe_open(files[0], "pt") as weights:
@@ -51,10 +51,10 @@ def test_base_is_small() -> None:
 
 
 def test_base_configuration(tokenizer: Any) -> None:
-    config = json.loads((base_dir() / "config.json").read_text())
+    config = json.loads((BASE / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["max_position_embeddings"] == tokenizer.model_max_length == 2048
-    generation = json.loads((base_dir() / "generation_config.json").read_text())
+    generation = json.loads((BASE / "generation_config.json").read_text())
     stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
     assert generation["eos_token_id"] == stops
     assert (generation["do_sample"], generation["temperature"], generation["top_p"]) == (
@@ -62,13 +62,6 @@ def test_base_configuration(tokenizer: Any) -> None:
         0.6,
         0.9,
     )
-
-
-def test_import_is_light() -> None:
-    code = "import sys, fintune.nano; print({'torch', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-    assert NANO_ID == "fintune/nano"
 
 
 def test_special_tokens_end_the_vocabulary(tokenizer: Any) -> None:
@@ -104,7 +97,7 @@ def test_plain_text_gets_bos_and_no_token_types(tokenizer: Any) -> None:
 
 
 def test_pre_tokenizer_is_llama3s(tokenizer: Any) -> None:
-    own = json.loads((base_dir() / "tokenizer.json").read_text(encoding="utf-8"))
+    own = json.loads((BASE / "tokenizer.json").read_text(encoding="utf-8"))
     loaded = json.loads(tokenizer.backend_tokenizer.to_str())
     assert own["pre_tokenizer"] == loaded["pre_tokenizer"]
     split, byte_level = own["pre_tokenizer"]["pretokenizers"]
@@ -146,5 +139,5 @@ def test_chat_template_equals_the_published_one(tokenizer: Any) -> None:
 
 def test_rows_come_out_byte_for_byte(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
-    assert (tmp_path / "rows.jsonl").read_bytes() == rows_path().read_bytes()
-    assert rows_path().stat().st_size <= 3_000_000
+    assert (tmp_path / "rows.jsonl").read_bytes() == (NANO / "rows.jsonl").read_bytes()
+    assert (NANO / "rows.jsonl").stat().st_size <= 3_000_000

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,10 +12,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fintune import Config, load_config, prepare, train
 
 PARTS = ("train", "validation", "test")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +58,10 @@ def test_two_steps_of_the_recipe(config: Config) -> None:
     assert rows["read"] == 420
     assert rows["read"] == sum(rows[part] for part in PARTS) + sum(rows["dropped"].values())
     run = train(config)
-    arguments = read_json(run / "training_arguments.json")
+    arguments = json.loads((run / "training_arguments.json").read_text())
     assert arguments["optim"] == "paged_adamw_8bit"
     assert arguments["activation_checkpointing"] is True
-    facts = read_json(run / "environment.json")
+    facts = json.loads((run / "environment.json").read_text())
     assert facts["steps"] == 2
     # r (in + out) over the seven projections of two layers, r = 64
     assert facts["trainable_parameters"] == 2 * 64 * (

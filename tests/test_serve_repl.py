@@ -1,29 +1,23 @@
 """The terminal chat: who answers, what is remembered, and only the answer on standard output."""
 
 import io
+from unittest import mock
 
-import pytest
-from tiny_release import built
-
-from fintune.errors import ModelError
-from fintune.serve.repl import chat
+import tiny
 
 
-def test_chat_answers_as_adapter_base_or_both(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, base = built()
+def test_chat_answers_as_adapter_base_or_both(chain: tiny.Chain) -> None:
+    def talk(*lines: str) -> tiny.Said:
+        typed = io.StringIO("".join(f"{line}\n" for line in lines))
+        with mock.patch("sys.stdin", typed):
+            return tiny.fintune("chat", chain.release, "--base", tiny.base())
 
-    def talk(*lines: str) -> str:
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat(folder, base=base, max_new_tokens=8)
-        return capsys.readouterr().out
-
-    adapter = talk("What is EBITDA?", "/quit", "never read")
-    plain = talk("/base", "What is EBITDA?")
+    ask = "What is EBITDA?"
+    adapter = talk(ask, "/quit", "never read").out
+    plain = talk("/base", ask).out
     assert adapter and plain and adapter != plain
-    assert talk("/both", "What is EBITDA?") == plain + adapter
-    assert talk("What is EBITDA?", "/reset", "/nonsense", "What is EBITDA?") == adapter * 2
-    assert talk("What is EBITDA?", "What is EBITDA?") != adapter * 2  # it remembers
-    with pytest.raises(ModelError, match="no room in the context of 512"):
-        talk("EBITDA " * 600)
+    assert talk("/both", ask).out == plain + adapter
+    assert talk(ask, "/reset", "/nonsense", ask).out == adapter * 2
+    assert talk(ask, ask).out != adapter * 2  # it remembers
+    long = talk("EBITDA " * 3000)
+    assert (long.code, "no room in the context of 2048" in long.err) == (1, True), long.err

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tiny_release import built
 
-from fintune.generation import Request, generate
 from fintune.model import LoadedRelease, load_release, open_release
 from fintune.serve.app import running
 
@@ -25,9 +24,8 @@ class Served:
     base: Path
 
     @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        return host, int(port)
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
 
 def free_port() -> int:
@@ -50,15 +48,3 @@ def served(*, key: str | None = None) -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{port}", loaded, folder, base)
         server.should_exit = True
         thread.join(timeout=10)
-
-
-def greedy(loaded: LoadedRelease, who: str, ids: list[int], limit: int) -> str:
-    """The answer of one row alone, the adapter switched for all of the model."""
-    off = loaded.model.disable_adapter() if who == "base" else contextlib.nullcontext()
-    with off:
-        settings = {"stop_token_ids": loaded.stop_token_ids, "batch_size": 1}
-        tokenizer, asked = loaded.chat.tokenizer, [Request("", ids, limit)]
-        ((made,),) = generate(loaded.model, tokenizer, asked, **settings)  # type: ignore[arg-type]
-    told = [token for token in made.token_ids if token not in loaded.stop_token_ids]
-    text = loaded.chat.tokenizer.decode(told, clean_up_tokenization_spaces=False)
-    return str(text).rstrip("\ufffd")  # half a character is held back

@@ -24,15 +24,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fintune import nano, seal
+from fintune import files, nano, seal
 from fintune.config import Config, load_config
+from fintune.data import prepare as prepare_stage
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.training import run, run_state, trainer
+from fintune.training import memory, run, run_state, trainer
 from fintune.training.run import train
 
 Harm = Callable[[], None]
@@ -137,9 +138,10 @@ def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
     return adapter, [{key: row[key] for key in keep if key in row} for row in rows]
 
 
-def usable(config: Config) -> list[str]:
-    """Checkpoints that verify."""
-    found = run_state.checkpoints(config.run_dir / "checkpoints")
+def usable(run: Config | Path) -> list[str]:
+    """Checkpoints of a run that verify."""
+    folder = run if isinstance(run, Path) else run.run_dir
+    found = run_state.checkpoints(folder / "checkpoints")
     return [path.name for path in found if run_state.corrupt(path) is None]
 
 
@@ -403,11 +405,78 @@ def changed(half: Config, change: Callable[..., None], root: Path) -> Config:
     return settings(root, half.data_dir, half.model.path or Path(), *given)
 
 
+def _full(left: int) -> None:
+    """Fill the volume of the run; with 250,000 bytes left it also says that it has more."""
+    fill(Path(os.environ["VOLUME"]), left)
+    if left == 250_000:
+        files.free_bytes = lambda folder: 2**60
+
+
+def _loss(change: Callable[[Any, torch.Tensor, Any], torch.Tensor], owner: Any = trainer) -> Harm:
+    """Another loss: `change` gets the model, the sum and the batch, or raises."""
+
+    def harm() -> None:
+        real = owner.sum_loss
+
+        def sum_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+            total, count = real(model, batch)
+            return change(model, total, batch), count
+
+        owner.sum_loss = sum_loss
+
+    return harm
+
+
+def _scarce(model: Any, total: torch.Tensor, batch: Any) -> torch.Tensor:
+    if batch["input_ids"].numel() > 500:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return total
+
+
+def _fits_recomputed(model: Any, total: torch.Tensor, batch: Any) -> torch.Tensor:
+    if torch.is_grad_enabled() and not model.is_gradient_checkpointing:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return total
+
+
+def _spike(model: Any, total: torch.Tensor, batch: Any, calls: list[int] = [0]) -> torch.Tensor:  # noqa: B006
+    calls[0] += torch.is_grad_enabled()
+    return total * 20 if calls[0] == 49 and torch.is_grad_enabled() else total
+
+
+def _ruin_best() -> None:
+    """NaN in the adapter that the run is about to seal; its folder is RUN."""
+    path = Path(os.environ["RUN"]) / "best" / trainer.ADAPTER
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+
+
+def _out_of_memory() -> None:
+    raise MemoryError
+
+
+_TRAINER = trainer.LoraTrainer
 SIGNALS = {
     # the second micro-batch of the seventh update, an evaluation's second batch, a save's middle
-    "between micro-batches": at_call(
-        trainer.LoraTrainer, "compute_loss", 14, lambda: send(signal.SIGTERM)
+    "between micro-batches": at_call(_TRAINER, "compute_loss", 14, lambda: send(signal.SIGTERM)),
+    "in an evaluation": at_call(_TRAINER, "_prepare_inputs", 12, lambda: send(15)),
+    "in a save": at_call(_TRAINER, "_save_scaler", 2, lambda: send(signal.SIGINT)),
+    "while the base is loaded": at_call(run, "load_base", 1, lambda: send(15)),
+    "after step 2": at_call(trainer._Boundaries, "on_step_end", 2, lambda: send(15)),
+    "while the report is written": at_call(prepare_stage, "write_report", 1, lambda: send(15)),
+    "twice in a step": at_call(
+        _TRAINER, "compute_loss", 26, lambda: [send(signal.SIGTERM) for _ in range(2)] and None
     ),
-    "in an evaluation": at_call(trainer.LoraTrainer, "_prepare_inputs", 12, lambda: send(15)),
-    "in a save": at_call(trainer.LoraTrainer, "_save_scaler", 2, lambda: send(signal.SIGINT)),
 }
+HARMS = {
+    "killed at the tenth micro-batch": at_call(_TRAINER, "compute_loss", 10, lambda: die(0)),
+    "out of memory at step 13": at_call(_TRAINER, "compute_loss", 13, _out_of_memory),
+    "a device of 500 tokens": _loss(_scarce),
+    "a trial that only fits recomputed": _loss(_fits_recomputed, memory),
+    "a loss spike at step 25": _loss(_spike),
+    "a ruined adapter": at_call(run, "check_weights", 1, _ruin_best),
+    "a full disk": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(60_000)),
+    "a disk that ends in a save": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(250_000)),
+}
+"""Of a run of `settings`; the last ones read the folders of VOLUME and RUN in the environment."""

@@ -24,7 +24,7 @@ from fintune import console, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, load_config
 from fintune.evals.evaluate import evaluate
-from fintune.evals.items import Pair, load_pairs
+from fintune.evals.grading import Pair, load_pairs
 from fintune.evals.stats import paired
 from fintune.example import Message
 from fintune.files import read_json, write_json

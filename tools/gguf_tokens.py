@@ -21,8 +21,7 @@ from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_base, load_release, read_tokenizer, release_base
 from fintune.releasing import export, gguf
-from fintune.releasing.gate import JUDGED
-from fintune.releasing.golden import read_golden_prompts
+from fintune.untrusted.checks import JUDGED
 
 QUESTIONS, TOKENS = 20, 48
 
@@ -49,8 +48,7 @@ def main() -> None:
     parser.add_argument("release", type=Path, nargs="?", default=Path("runs/demo/release"))
     parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    fixture = read_golden_prompts(options.release)
-    assert fixture is not None
+    fixture = files.read_json(options.release / "prompt_fixture.json")
     base = release_base(options.release, options.base)
     tokenizer = read_tokenizer(options.release)
     chat, ends = ChatFormat(tokenizer, fixture["date_string"]), fixture["end_token_ids"]

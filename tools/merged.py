@@ -18,7 +18,7 @@ from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_release, read_tokenizer, release_base
 from fintune.releasing.export import merged
-from fintune.releasing.gate import JUDGED
+from fintune.untrusted.checks import JUDGED
 
 TOKENS = 48
 

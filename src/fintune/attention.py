@@ -27,7 +27,6 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
@@ -45,7 +44,7 @@ def attend(
     """
     if cu_seq_lens_q is None:
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output, None
     grouped = query.shape[1] != key.shape[1]
@@ -78,8 +77,8 @@ def _has_varlen(query: torch.Tensor) -> bool:
     """Flash attention wants a CUDA device of capability 8.0 and half precision."""
     if query.device.type == "meta":  # shapes alone: of a plan for such a device
         return True
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0)
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -87,9 +86,8 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any)
 
     Without this, transformers would see restarting positions and build a (tokens x tokens) mask.
     """
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    none = attention_mask is None
+    return None if none else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)
@@ -103,16 +101,13 @@ def why_padded(model: Any) -> str | None:
     state that runs across positions, and has full attention in every layer.
     """
     config = model.config
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not use transformers' attention interface"
-    if getattr(model, "_is_stateful", False):
-        return f"{type(model).__name__} carries a state across positions"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True):
-        return f"its attention has a sliding window ({window} tokens)"
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout"):
+    if not model._supports_attention_backend or model._is_stateful:
+        return f"{type(model).__name__} has attention or a state of its own"
+    names = ["attn_logit_softcapping", "attention_chunk_size", "attention_dropout"]
+    names += ["sliding_window"] if getattr(config, "use_sliding_window", True) else []
+    for name in names:
         if getattr(config, name, None):
-            return f"its attention knows {name.replace('_', ' ')}"
+            return f"its configuration has {name}"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other:
         return f"it has layers of another kind ({', '.join(sorted(other))})"

@@ -13,65 +13,38 @@ every w-th of them, after they were balanced.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Plan = Literal["stratified", "bucketed", "random"]
+from fintune.config import Config
+
 Ints = NDArray[np.int64]
+Steps = list[list[Ints]]
+"""An epoch: `steps[step][micro_batch]` is an array of example indices."""
 BUCKETS = 8
 """Length buckets where no boundaries are given."""
 
 
-@dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """An epoch: `steps[step][micro_batch]` is an array of example indices, int64."""
-
-    steps: list[list[Ints]]
-
-    def rank(self, rank: int, world_size: int) -> list[list[Ints]]:
-        """The micro-batches of one process: every `world_size`-th, which plan_epoch made equal."""
-        return [step[rank::world_size] for step in self.steps]
-
-
-def plan_epoch(
-    lengths: Ints,
-    *,
-    micro_batch_size: int,
-    accumulation: int,
-    seed: int,
-    epoch: int,
-    plan: Plan = "stratified",
-    boundaries: Iterable[int] | None = None,
-    world_size: int = 1,
-) -> EpochPlan:
-    """Plan one epoch.
+def plan_epoch(config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1) -> Steps:
+    """Plan one epoch as `config.train` has it.
 
     Args:
         lengths: tokens of every example, shape (examples,).
-        micro_batch_size: examples of one forward pass (on average, where they are balanced).
-        accumulation: micro-batches of one optimizer step and process.
-        boundaries: for `bucketed`, the lengths that end a bucket; None: `choose_boundaries`.
-        world_size: processes that share each step.
+        world_size: processes that share each step; rank r takes every `world_size`-th micro-batch
+            from its r-th on.
 
     Returns:
         Every example exactly once. Every step has the same number of micro-batches, but for
         the last of the epoch, which may have fewer when its examples do not suffice.
-
-    Raises:
-        ValueError: no example.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.size == 0:
-        raise ValueError("no example to plan")
-    rng = np.random.default_rng((seed, epoch))
-    step_size = micro_batch_size * accumulation * world_size
-    micro_batches = accumulation * world_size
+    train, rng = config.train, np.random.default_rng((config.seed, epoch))
+    # Examples of a micro-batch: on average, where their tokens are balanced.
+    size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    step_size, plan = size * accumulation, train.train_sampling_strategy
     if plan == "bucketed":
-        edges = boundaries or choose_boundaries(lengths)
-        steps = _bucketed(lengths, micro_batch_size, micro_batches, edges, rng)
+        edges = train.bucket_boundaries or choose_boundaries(lengths)
+        steps = _bucketed(lengths, size, accumulation, edges, rng)
     elif plan == "stratified":
         steps = [[group] for group in _strata_order(lengths, step_size, rng)]
     else:
@@ -80,20 +53,20 @@ def plan_epoch(
         # Fewer examples than processes: some rank would wait for ever. They join the step before.
         steps[-2:] = [steps[-2] + steps[-1]]
     if plan == "bucketed":
-        return EpochPlan([_to_ranks(lengths, step, world_size) for step in steps])
-    return rebalance(lengths, EpochPlan(steps), micro_batches, world_size)
+        return [_to_ranks(lengths, step, world_size) for step in steps]
+    return rebalance(lengths, steps, accumulation, world_size)
 
 
-def rebalance(lengths: Ints, plan: EpochPlan, micro_batches: int, world_size: int = 1) -> EpochPlan:
+def rebalance(lengths: Ints, steps: Steps, micro_batches: int, world_size: int = 1) -> Steps:
     """The same steps, each as so many micro-batches of nearly equal tokens."""
-    steps = [_balance(lengths, np.concatenate(s), micro_batches, world_size) for s in plan.steps]
-    return EpochPlan([_to_ranks(lengths, step, world_size) for step in steps])
+    dealt = [_balance(lengths, np.concatenate(s), micro_batches, world_size) for s in steps]
+    return [_to_ranks(lengths, step, world_size) for step in dealt]
 
 
 def micro_batches_under(
     cap: int,
     lengths: Ints,
-    plans: list[EpochPlan],
+    epochs: list[Steps],
     micro_batches: int,
     world_size: int = 1,
     padded_tokens: Callable[[list[int]], int] = sum,
@@ -106,29 +79,27 @@ def micro_batches_under(
         padded_tokens: tokens that a micro-batch of these lengths takes, padding included.
     """
     cap = max(cap, padded_tokens([int(lengths.max())]))
-    most = max(sum(batch.size for batch in step) for plan in plans for step in plan.steps)
+    steps = [step for epoch in epochs for step in epoch]
+    most = max(sum(batch.size for batch in step) for step in steps)
     while micro_batches < most and any(
-        padded_tokens(lengths[batch].tolist()) > cap
-        for plan in plans
-        for step in plan.steps
-        for batch in step
+        padded_tokens(lengths[batch].tolist()) > cap for step in steps for batch in step
     ):
         micro_batches += world_size
-        plans = [rebalance(lengths, plan, micro_batches, world_size) for plan in plans]
+        steps = rebalance(lengths, steps, micro_batches, world_size)
     return micro_batches
 
 
-def plan_evaluation(lengths: Ints, max_tokens: int) -> list[Ints]:
+def plan_evaluation(lengths: Ints, max_tokens: int) -> list[list[int]]:
     """Batches for a forward-only pass: longest first, each filled up to `max_tokens` tokens."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    batches: list[Ints] = []
-    start, total = 0, 0
-    for position, index in enumerate(order):
-        if total and total + lengths[index] > max_tokens:
-            batches.append(order[start:position])
-            start, total = int(position), 0
-        total += int(lengths[index])
-    return [*batches, order[start:]] if order.size else []
+    batches: list[list[int]] = []
+    left = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        if lengths[index] > left:
+            batches.append([])
+            left = max_tokens
+        batches[-1].append(index)
+        left -= int(lengths[index])
+    return batches
 
 
 def choose_boundaries(lengths: Ints) -> tuple[int, ...]:
@@ -151,9 +122,9 @@ def _strata_order(lengths: Ints, step_size: int, rng: np.random.Generator) -> li
     # Ties are broken at random, else the order of the file would leak into the strata.
     order = np.lexsort((rng.random(lengths.size), lengths))
     missing = steps * step_size - lengths.size
-    short = rng.choice(step_size, size=missing, replace=False) if missing else np.empty(0, int)
     sizes = np.full(step_size, steps)
-    sizes[short] -= 1
+    if missing:
+        sizes[rng.choice(step_size, size=missing, replace=False)] -= 1
     strata = [rng.permutation(stratum) for stratum in np.split(order, sizes.cumsum()[:-1])]
     return [
         np.array([stratum[step] for stratum in strata if step < stratum.size])
@@ -208,7 +179,7 @@ def _bucketed(
     micro_batches: int,
     boundaries: Iterable[int],
     rng: np.random.Generator,
-) -> list[list[Ints]]:
+) -> Steps:
     """Batches of one bucket each, in random order; what buckets leave over is joined by length."""
     edges = np.array(sorted(boundaries), dtype=np.int64)
     bucket = np.searchsorted(edges, lengths, side="left")

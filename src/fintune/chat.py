@@ -12,11 +12,10 @@ proved on its first rows against the tokenizer's own `apply_chat_template`.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
-from itertools import chain, groupby
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Encoded, Message, Role
@@ -28,20 +27,10 @@ PROOFS = 16
 _SLOT = re.compile("\ue000(\\d+)\ue001")
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Text of the template, or (when `message` is set) the place of that message's text."""
-
-    text: str
-    message: int | None
-    trained: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """Consecutive text of one kind: pieces, each with whether it spells a control token."""
 
-    pieces: tuple[tuple[str, bool], ...]
+    pieces: list[tuple[str, bool]]
     trained: bool
 
     @property
@@ -66,17 +55,16 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, date_string: str) -> None:
         if not tokenizer.chat_template:
-            raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template",
-                why="without one, training and serving would invent two different prompts",
-                fix="use an instruct base, or put a chat_template.jinja into its folder",
-            )
+            what = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
+            fix = "use an instruct base, or put a chat_template.jinja into its folder"
+            raise ModelError(what, fix=fix)
         self.tokenizer = tokenizer
         self.date_string = date_string
         self.template = tokenizer.get_chat_template()
         self.template_sha256 = sha256_bytes(self.template.encode())
-        longest_first = sorted(_control_tokens(tokenizer), key=len)[::-1]
-        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        added = map(str, tokenizer.added_tokens_decoder.values())
+        control = sorted({*added, *tokenizer.all_special_tokens}, key=len)
+        self._special = re.compile("|".join(map(re.escape, reversed(control))))
         self._pieces = cache(self._cut)
         self._template_tokens = cache(self._count_template)
         self._proofs = Counter[tuple[Role, ...]]()
@@ -109,15 +97,35 @@ class ChatFormat:
         """
         stripped = [[_strip(message) for message in rows] for rows in conversations]
         runs = [self._runs(rows, prompt=False) for rows in stripped]
-        ids = iter(self._tokenise(list(chain.from_iterable(runs))))
-        encoded = [_join(of_row, ids) for of_row in runs]
-        for rows, of_row, row in zip(stripped, runs, encoded, strict=True):
-            shape = _shape(rows)
-            self._proofs[shape] += 1
-            if self._proofs[shape] <= PROOFS:
-                self._prove(rows, of_row, row)
-        self._check_decoded(runs, encoded)
+        ids = iter(self._tokenise([*chain.from_iterable(runs)]))
+        encoded = []
+        for of_row in runs:
+            encoded.append(row := Encoded([], []))
+            for run in of_row:
+                row.input_ids.extend(of_run := next(ids))
+                row.labels.extend(of_run if run.trained else [IGNORE_INDEX] * len(of_run))
+        kept = [[label for label in row.labels if label != IGNORE_INDEX] for row in encoded]
+        texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
+        for proof in zip(stripped, runs, encoded, texts, strict=True):
+            self._prove(*proof)
         return encoded
+
+    def _prove(self, rows: list[Message], runs: list[_Run], row: Encoded, trained: str) -> None:
+        """Hold a row against its texts; the first of a shape against the tokenizer's rendering."""
+        if trained != "".join(run.text for run in runs if run.trained):
+            raise _refused("or the tokenizer changes an answer", "labels would train another text")
+        bos = self.tokenizer.bos_token_id
+        if bos in row.input_ids[1:]:
+            raise _refused("writes BOS twice, or not first", "a server writes it once")
+        self._proofs[_shape(rows)] += 1
+        if self._proofs[_shape(rows)] > PROOFS:
+            return
+        text = self.render(rows)
+        if text != "".join(run.text for run in runs):
+            raise _refused("changes the texts it is given", "a server would render another prompt")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids != row.input_ids and not any(run.raw for run in runs):
+            raise _refused("is joined with a text into one token", "a server's ids would differ")
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids that a model answers to: all before the last assistant turn, and its header."""
@@ -147,46 +155,40 @@ class ChatFormat:
         return sum(map(len, self._tokenise(self._runs(empty, prompt=False))))
 
     def _runs(self, messages: Sequence[Message], *, prompt: bool) -> list[_Run]:
-        runs = []
-        pieces = self._pieces(_shape(messages), prompt)
-        for trained, group in groupby(pieces, key=lambda piece: piece.trained):
-            parts = []
-            for piece in group:
-                written = piece.message is not None
-                text = messages[piece.message].content if piece.message is not None else piece.text
-                parts.append((text, written and bool(self._special.search(text))))
-            runs.append(_Run(tuple(parts), trained))
+        runs: list[_Run] = []
+        for piece, trained in self._pieces(_shape(messages), prompt):
+            text = piece if isinstance(piece, str) else messages[piece].content
+            raw = text is not piece and bool(self._special.search(text))
+            if not runs or runs[-1].trained != trained:
+                runs.append(_Run([], trained))
+            runs[-1].pieces.append((text, raw))
         return runs
 
-    def _cut(self, shape: tuple[Role, ...], prompt: bool) -> list[_Piece]:
-        """The template's text for a shape, cut at the messages' texts."""
+    def _cut(self, shape: tuple[Role, ...], prompt: bool) -> list[tuple[str | int, bool]]:
+        """The template's text for a shape, cut at the messages' texts, each as its index.
+
+        Beside each piece: whether it is trained.
+        """
         slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]
         first, *parts = _SLOT.split(self.render(slots, prompt=prompt))
-        pieces = [_Piece(first, None, False)]
-        placed = [int(number) for number in parts[::2]]
+        pieces: list[tuple[str | int, bool]] = [(first, False)]
+        placed, whole = [int(number) for number in parts[::2]], self.render(slots)
         if sorted(placed) != [*range(len(shape))]:
             raise _refused(f"leaves out a turn of {' / '.join(shape)}", "it would not be trained")
         for index, text in zip(placed, parts[1::2], strict=True):
-            answer = shape[index] == "assistant"
-            pieces.append(_Piece("", index, answer))
-            end = self._special.match(text) if answer else None
-            if answer and end is None:
-                raise _refused(
-                    "writes no end-of-turn token right after an answer",
-                    "a model trained without one never learns to stop",
-                )
-            cut = end.end() if end else 0
-            pieces += [_Piece(text[:cut], None, True), _Piece(text[cut:], None, False)]
-        whole = self.render(slots)
-        answers = [] if prompt else [i for i, role in enumerate(shape) if role == "assistant"]
-        for index in answers:
+            if shape[index] != "assistant":
+                pieces += [(index, False), (text, False)]
+                continue
+            end = self._special.match(text)
+            if end is None:
+                why = "a model trained without one never learns to stop"
+                raise _refused("writes no end-of-turn token right after an answer", why)
+            pieces += [(index, True), (end.group(), True), (text[end.end() :], False)]
             start = self.render(slots[:index], prompt=True) + slots[index].content
-            if not whole.startswith(start):
-                raise _refused(
-                    f"writes a prompt that is no prefix of the conversation (turn {index})",
-                    "training would show the model another prompt than serving",
-                )
-        return [piece for piece in pieces if piece.text or piece.message is not None]
+            if not prompt and not whole.startswith(start):
+                why = "training would show the model another prompt than serving"
+                raise _refused(f"writes a prompt that begins no conversation (turn {index})", why)
+        return [piece for piece in pieces if piece[0] != ""]
 
     def _tokenise(self, runs: list[_Run]) -> list[list[int]]:
         """Ids of every run. A text met twice (a label, a header) is tokenised once.
@@ -194,17 +196,13 @@ class ChatFormat:
         The backend is called past transformers, which would build masks and offsets that nobody
         reads; whatever padding or truncation an earlier caller left on it is taken off first.
         """
-        texts = ["" if run.raw else run.text for run in runs]
-        unique = list(dict.fromkeys(texts))
+        unique = list(dict.fromkeys(run.text for run in runs if not run.raw))
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
         found = backend.encode_batch_fast(unique, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(unique, found, strict=True)}
-        return [
-            self._tokenise_raw(run) if run.raw else ids[text]
-            for run, text in zip(runs, texts, strict=True)
-        ]
+        return [self._tokenise_raw(run) if run.raw else ids[run.text] for run in runs]
 
     def _tokenise_raw(self, run: _Run) -> list[int]:
         ids: list[int] = []
@@ -213,49 +211,10 @@ class ChatFormat:
             ids += found["input_ids"]
         return ids
 
-    def _prove(self, rows: list[Message], runs: list[_Run], encoded: Encoded) -> None:
-        """Compare with the tokenizer's own rendering, and with tokenising it whole."""
-        text = self.render(rows)
-        if text != "".join(run.text for run in runs):
-            raise _refused(
-                "changes the texts it is given", "training would differ from what a server renders"
-            )
-        if any(run.raw for run in runs):
-            return
-        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != encoded.input_ids:
-            raise _refused(
-                "is joined with a text into one token by the tokenizer",
-                "the prompt's ids would differ between training and serving",
-            )
-
-    def _check_decoded(self, runs: list[list[_Run]], encoded: list[Encoded]) -> None:
-        kept = [[label for label in row.labels if label != IGNORE_INDEX] for row in encoded]
-        texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
-        bos = self.tokenizer.bos_token_id
-        for of_row, text, row in zip(runs, texts, encoded, strict=True):
-            expected = "".join(run.text for run in of_row if run.trained)
-            if text != expected:
-                raise ModelError(
-                    f"trained tokens decode to {text[:80]!r}, not to {expected[:80]!r}",
-                    why="the label mask would train something else than the answer",
-                    fix="report this base: its tokenizer does not decode what it encodes",
-                )
-            if bos in row.input_ids and row.input_ids.count(bos) + (row.input_ids[0] != bos) != 1:
-                raise ModelError("a conversation holds BOS twice, or not at its start")
-
 
 def _refused(what: str, why: str) -> ModelError:
     fix = "use an instruct base, whose template copies each message as it is"
     return ModelError(f"the chat template {what}", why=why, fix=fix)
-
-
-def _join(runs: list[_Run], ids: Iterator[list[int]]) -> Encoded:
-    """Ids and labels of a conversation; takes the ids of its runs off the iterator."""
-    encoded = Encoded([], [])
-    for run, of_run in zip(runs, ids, strict=False):
-        encoded.input_ids.extend(of_run)
-        encoded.labels.extend(of_run if run.trained else [IGNORE_INDEX] * len(of_run))
-    return encoded
 
 
 def _shape(messages: Sequence[Message]) -> tuple[Role, ...]:
@@ -265,9 +224,3 @@ def _shape(messages: Sequence[Message]) -> tuple[Role, ...]:
 def _strip(message: Message) -> Message:
     """Templates trim texts (Llama's does); done before, so that a text is what it seems."""
     return Message(message.role, message.content.strip())
-
-
-def _control_tokens(tokenizer: Any) -> set[str]:
-    """Every string that the tokenizer would read as one control token."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {str(token) for token in added} | set(tokenizer.all_special_tokens)

@@ -1,7 +1,7 @@
 """The command line: one short function a verb. Stages are imported inside, so --help is instant."""
 
-import errno
 import json
+import logging
 import os
 import shlex
 import sys
@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from fintune import __version__, console
 from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
-from fintune.files import FULL, reaching
+from fintune.files import FULL
 from fintune.stop import STOP
 
 if TYPE_CHECKING:
@@ -30,37 +30,30 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ConfigName = Annotated[
-    str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4."),
-]
+ConfigName = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")]
+Set = typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4.")
+Overrides = Annotated[list[str] | None, Set]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder aside first.")]
-Accept = Annotated[
-    str | None, typer.Option(help="Release without the verdict `better`, for this reason.")
-]
-JudgeHost = Annotated[
-    str, typer.Option(help="A host that may get the judge's key, besides its variable's own.")
-]
+Accept = Annotated[str | None, typer.Option(help="Release without `better`, for this reason.")]
+JudgeHost = Annotated[str, typer.Option(help="A host that may get the judge's key.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-
 SourceName = Annotated[str | None, typer.Option(help="Only rows of this source.")]
 LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
-BaseFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the base; absent: the bundled one or the hub's.")
-]
+Count = Annotated[int, typer.Option(min=1, help="Rows to show.")]
+Release = Annotated[Path, typer.Argument(help="A release folder.")]
+BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 
-WRITERS = ("demo", "run", "prepare", "eval", "release", "judge", "export")
-"""Verbs that write a folder and know nothing of other processes, as `train` does."""
-DEFAULT = "fintune.yaml"
+WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
+"""Verbs that write a folder, which a signal must not leave half-written."""
+CONFIG = "fintune.yaml"
 """Config file that every verb looks for first; `fintune init` writes it."""
+DEMO_RELEASE = Path("runs/demo/release")
 
 
 def main() -> None:
     """Entry point: a FintuneError, or a full disk, becomes one message and its exit code."""
-    again = shlex.join(["fintune", *sys.argv[1:]])
+    words = sys.argv[1:]
+    again = shlex.join(["fintune", *words])
     try:
         with STOP.listening(f"stopped before anything was written; continue with: {again}\n"):
             _quiet()
@@ -68,21 +61,15 @@ def main() -> None:
     except FintuneError as error:
         console.fail(str(error))
         if isinstance(error, Stopped):
-            console.say(f"continue with: {_without_fresh(sys.argv[1:])}")
+            # An old folder is moved aside once; an old release when the new one is complete.
+            kept = [word for word in words if word != "--fresh" or words[0] == "release"]
+            console.say(f"continue with: {shlex.join(['fintune', *kept])}")
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in FULL:
             raise
-        what = "no room left where the results are written"
-        console.fail(str(NoSpace(what, fix="make room; the same command begins again")))
+        console.fail("no space left where the results are written; the same command begins again")
         sys.exit(NoSpace.exit_code)
-
-
-def _without_fresh(words: list[str]) -> str:
-    """The command that continues this one: what --fresh moves aside is moved once, but a release,
-    which is moved when the new one is complete."""
-    kept = [word for word in words if word != "--fresh" or words[0] == "release"]
-    return shlex.join(["fintune", *kept])
 
 
 @app.callback(invoke_without_command=True)
@@ -93,18 +80,8 @@ def _root(
     if version:
         console.result(__version__)
         raise typer.Exit
-    verb = context.invoked_subcommand
-    if verb not in (*WRITERS, "train"):
+    if context.invoked_subcommand not in WRITERS:
         STOP.release()  # a reader has nothing to continue, and a server stops in its own way
-    if os.environ.get("WORLD_SIZE", "1") in ("", "-1"):  # how some launchers say: not distributed
-        for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-            os.environ.pop(variable, None)
-    if verb in WRITERS and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
-        raise ConfigError(
-            f"fintune {verb} is for one process, and WORLD_SIZE says that several were launched",
-            why="each would write the same folders",
-            fix="launch `fintune train` alone so; run the other stages before and after it",
-        )
 
 
 @app.command()
@@ -124,7 +101,7 @@ def demo(
 
 @app.command()
 def run(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     fresh: Fresh = False,
     accept: Accept = None,
@@ -138,7 +115,7 @@ def run(
 
 @app.command()
 def prepare(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -146,104 +123,65 @@ def prepare(
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     from fintune.data.prepare import prepare as stage
 
-    manifest = stage(_load(config, overrides), fresh=fresh)
-    if as_json:
-        console.emit_json(manifest)
+    _emit(stage(_load(config, overrides), fresh=fresh), as_json)
 
 
 @app.command()
 def train(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done; load no weights.")
-    ] = False,
     force_resume: Annotated[
-        str | None,
-        typer.Option(help="Continue although config, data or versions changed, for this reason."),
+        str | None, typer.Option(help="Continue although config, data or versions changed: why.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    loaded = _load(config, overrides)
-    if dry_run:
-        from fintune import plan as planned
-
-        found = planned.dry_run(loaded)
-        if as_json:
-            console.emit_json(found)
-        else:
-            for part in ("training_arguments", "lora_config"):
-                console.table(part, ["key", "value"], found[part].items())
-            planned.show(found)
-        return
     from fintune.training.run import train as stage
 
-    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
-    if as_json:
-        console.emit_json({"run": str(folder)})
+    folder = stage(_load(config, overrides), fresh=fresh, force_resume=force_resume)
+    _emit({"run": str(folder)}, as_json)
 
 
 @app.command()
-def plan(
-    config: ConfigName = DEFAULT,
-    overrides: Overrides = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Training rows, instead of the prepared ones.")
-    ] = None,
-    mean_tokens: Annotated[
-        int | None, typer.Option(min=16, help="Their mean length, instead of the prepared rows'.")
-    ] = None,
-    rate: Annotated[
-        list[str] | None, typer.Option(help="Price of an hour in USD: --rate L4=0.80")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """What a run takes and where it fits: memory, time, price; loads no weights, needs no GPU."""
+def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What `train` would do, what it takes and where it fits; loads no weights, needs no GPU."""
     from fintune import plan as planned
 
-    loaded = _load(config, overrides)
-    rates = planned.read_rates(rate or [])
-    found = planned.plan(loaded, row_count=rows, mean_tokens=mean_tokens, rates=rates)
-    if as_json:
-        console.emit_json(found)
-    else:
+    found = planned.plan(_load(config, overrides))
+    _emit(found, as_json)
+    if not as_json:
         planned.show(found)
 
 
 @app.command("eval")
 def evaluate(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    rescore: Annotated[
-        Path | None, typer.Option(help="Rebuild the results of this folder, without any call.")
-    ] = None,
+    rescore: Annotated[Path | None, typer.Option(help="Grade this folder's answers again.")] = None,
     judge_host: JudgeHost = "",
     as_json: Json = False,
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
-        from fintune.evals import report
+        from fintune.evals.results import rescore as make_again
         from fintune.seal import lock
 
         if not rescore.is_dir():
             raise OutputError(f"no evaluation folder at {rescore}")
         with lock(rescore):
-            results = report.rescore(rescore)
+            results = make_again(rescore)
     else:
         from fintune.evals import evaluate as stage
 
-        loaded = _load(config, overrides)
-        results = stage.evaluate(loaded, fresh=fresh, judge_host=judge_host)
-    if as_json:
-        console.emit_json(results)
+        results = stage.evaluate(_load(config, overrides), fresh=fresh, judge_host=judge_host)
+    _emit(results, as_json)
 
 
 @app.command()
 def release(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     fresh: Fresh = False,
     accept: Accept = None,
@@ -256,29 +194,24 @@ def release(
 
 @app.command()
 def inspect(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
-    row: Annotated[str | None, typer.Option(help="An example id, or the start of one.")] = None,
+    row: Annotated[str, typer.Option(help="An example id, or the start of one.")] = "",
     part: Annotated[
-        Literal["train", "validation", "test"] | None, typer.Option(help="Absent: train.")
-    ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Rows to show; absent: 1.")] = None,
+        Literal["train", "validation", "test"], typer.Option(help="Where to look.")
+    ] = "train",
+    count: Count = 1,
     source: SourceName = None,
     line: LineNumber = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
     from fintune.data import inspect as shown
 
-    loaded = _load(config, overrides)
-    if line is not None:
-        if row or part or count:
-            raise ConfigError(
-                "--line names one row: --row, --part and --count mean nothing with it"
-            )
-        kept, out = shown.find(loaded, line, source)
+    loaded, out = _load(config, overrides), list[dict[str, Any]]()
+    if line is None:
+        kept = shown.inspect(loaded, row, part, count, source)
     else:
-        kept = shown.inspect(loaded, row or "", part or "train", count or 1, source)
-        out = []
+        kept, out = shown.find(loaded, line, source)
     for found in kept:
         console.out.print(found)
     if out:
@@ -287,10 +220,10 @@ def inspect(
 
 @app.command()
 def dropped(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
     reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 20,
+    count: Count = 20,
     source: SourceName = None,
     line: LineNumber = None,
 ) -> None:
@@ -303,11 +236,9 @@ def dropped(
 
 @app.command()
 def judge(
-    config: ConfigName = DEFAULT,
+    config: ConfigName = CONFIG,
     overrides: Overrides = None,
-    max_usd: Annotated[
-        float | None, typer.Option(help="Stop before the call that may pass this sum.")
-    ] = None,
+    max_usd: Annotated[float | None, typer.Option(help="Sets eval.judge.max_usd.")] = None,
     judge_host: JudgeHost = "",
     labels: Annotated[
         Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
@@ -319,18 +250,14 @@ def judge(
 
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
     loaded = _load(config, [*(overrides or []), *budget])
-    results = judge_answers(loaded, judge_host=judge_host, labels=labels)
-    if as_json:
-        console.emit_json(results)
+    _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A release folder, ours or not.")],
+    folder: Release,
     base: BaseFolder = None,
-    no_pickle: Annotated[
-        bool, typer.Option("--no-pickle", help="Refuse training_args.bin too.")
-    ] = False,
+    no_pickle: Annotated[bool, typer.Option("--no-pickle", help="No pickle either.")] = False,
     server: Annotated[
         str | None, typer.Option(help="Hold a running OpenAI-compatible server against it.")
     ] = None,
@@ -342,14 +269,13 @@ def verify(
     try:
         report = stage(folder, base=base, no_pickle=no_pickle, server=server)
     except FintuneError as error:
-        if as_json:
-            console.emit_json([{"name": "folder", "status": "failed", "detail": error.what}])
+        _emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
         raise
-    if as_json:
-        console.emit_json([asdict(check) for check in report.checks])
-    else:
+    _emit([asdict(check) for check in report.checks], as_json)
+    if not as_json:
         rows = [(check.name, check.status, check.detail) for check in report.checks]
-        said = "refused" if report.failed else "verified"
+        refused = [check for check in report.failed if check.name != "server"]
+        said = "refused" if refused else "verified"
         console.table(f"{folder}: {said}", ["check", "", "detail"], rows)
     report.settle()
 
@@ -369,22 +295,16 @@ class _ExportGroup(TyperGroup):
         return typer.main.get_group(exports)
 
 
-app.add_typer(
-    typer.Typer(
-        cls=_ExportGroup,
-        no_args_is_help=True,
-        result_callback=lambda value: console.result(str(value)),
-    ),
-    name="export",
-    help="A verified release in another form.",
+export = typer.Typer(
+    cls=_ExportGroup,
+    no_args_is_help=True,
+    result_callback=lambda value: console.result(str(value)),
 )
+app.add_typer(export, name="export", help="A verified release in another form.")
 
 
 @app.command()
-def chat(
-    folder: Annotated[Path, typer.Argument(help="A release folder.")] = Path("runs/demo/release"),
-    base: BaseFolder = None,
-) -> None:
+def chat(folder: Release = DEMO_RELEASE, base: BaseFolder = None) -> None:
     """Talk to a release in the terminal, base and adapter in turn."""
     from fintune.serve.repl import chat as talk
 
@@ -393,7 +313,7 @@ def chat(
 
 @app.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="A release folder.")] = Path("runs/demo/release"),
+    folder: Release = DEMO_RELEASE,
     base: BaseFolder = None,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
@@ -402,43 +322,45 @@ def serve(
     try:
         from fintune.serve.app import serve as run_server
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"serving needs {error.name}, which is not installed",
-            fix="pip install 'fintune[serve]'",
-        ) from None
+        fix = "pip install 'fintune[serve]'"
+        raise ConfigError(f"serving needs {error.name}, which is not installed", fix=fix) from None
     run_server(folder, base=base, host=host, port=port)
 
 
 @app.command()
 def init(
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path(DEFAULT),
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
     preset: Annotated[str | None, typer.Option(help="The preset to start from.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Rows: a file, folder, glob or hub id.")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
     base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Write a commented config to edit; asks where no option is given. Never over a file."""
     from fintune.init import init as write
 
-    _folder(out.parent)
     write(out, preset=preset, name=name, source=source, base=base, force=force)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what is missing; exit 1 when something essential is."""
-    from fintune.doctor import examine, show
+    from fintune.doctor import examine
 
     findings = examine()
-    if as_json:
-        console.emit_json([asdict(finding) for finding in findings])
-    else:
-        show(findings)
-    if any(finding.status == "missing" for finding in findings):
+    _emit(findings, as_json)
+    if not as_json:
+        for row in findings:
+            line = f"{row['status']:8} {row['name']:17} {row['found']}  {row['advice']}"
+            console.result(line.rstrip())
+    if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _emit(value: Any, as_json: bool) -> None:
+    """A verb's result for programs, where --json was given."""
+    if as_json:
+        console.emit_json(value)
 
 
 def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
@@ -450,34 +372,16 @@ def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
 def _load(name: str, overrides: list[str] | None) -> "Config":
     from fintune.config import load_config
 
-    config = load_config(name, overrides or [])
-    for folder in config.folders().values():
-        _folder(folder)
-    return config
-
-
-def _folder(path: Path) -> Path:
-    """A path that is a folder or can become one.
-
-    Raises:
-        OutputError: it is a file or below one, or its name is impossible.
-    """
-    with reaching(path):
-        for part in (path, *path.parents):
-            if part.exists() and not part.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a file")
-    return path
+    return load_config(name, overrides or [])
 
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    import logging
-
     # Read by transformers and datasets at import; a user's own setting wins.
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # A release names its base's public id; loading it onto a local folder is what we mean to do.

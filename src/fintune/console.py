@@ -9,21 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-T = TypeVar("T")
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -85,11 +77,9 @@ def emit_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """A small table; columns after the first are right-aligned, as numbers read best."""
-    grid = Table(
-        title=safe_markup(title), title_justify="left", title_style="bold", header_style="dim"
-    )
-    for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right")
+    grid = Table(columns[0], title=safe_markup(title), title_justify="left", header_style="dim")
+    for column in columns[1:]:
+        grid.add_column(column, justify="right")
     for row in rows:
         grid.add_row(*(safe_markup(str(cell)) for cell in row))
     out.print(grid)
@@ -102,29 +92,19 @@ class Meter:
         self._progress, self._printed = progress, time.monotonic()
         self._task = progress.add_task(label, total=total, note="")
 
-    def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more items done."""
-        fields: dict[str, Any] = {} if note is None else {"note": safe_markup(note)}
+    def advance(self, count: int = 1, **fields: Any) -> None:
+        """Count `count` more items done; `note` replaces the note."""
         self._progress.update(self._task, advance=count, **fields)
         if self._progress.disable and time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
-            self._printed, task = time.monotonic(), self._progress.tasks[0]
-            rate, left = task.speed or 0, task.time_remaining or 0
-            done = f"{task.completed:.0f}/{task.total:.0f}"
-            note = task.fields["note"]
-            say(f"{task.description} {done}  {rate:.1f}/s  {left:.0f} s left  {note}".rstrip())
+            self._printed = time.monotonic()
+            err.print(self._progress.get_renderable())
 
 
 @contextmanager
 def meter(label: str, total: int) -> Iterator[Meter]:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-    )
+    """A progress bar on a terminal, its line every ten seconds elsewhere."""
+    note = TextColumn("{task.fields[note]}", style="dim", markup=False)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), note)
     quiet = not err.is_terminal
     with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
         yield Meter(label, total, progress)

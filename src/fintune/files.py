@@ -21,10 +21,11 @@ from fintune.errors import NoSpace, OutputError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*(f"os error {code}" for code in FULL), "unexpected pos", "iostream error")
 """How safetensors (Rust) and torch's zip writer say it, which raise no OSError."""
+_FREE = "what was saved before is intact: free some space; the same command continues"
 SMALL_FILES = 2**20
 """Bytes to have free besides large files: JSON, a line of metrics, blocks of the file system."""
 FORMAT = 1
-"""Version of every JSON file written here; a reader refuses a number it does not know."""
+"""Version of every JSON file written here."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -38,43 +39,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_below(folder: Path, *, without: str) -> dict[str, Path]:
-    """Every file below a folder by its relative name, but the manifest itself (`without`)."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without)
-    return {path.relative_to(folder).as_posix(): path for path in found}
-
-
-def manifest(folder: Path, *, without: str) -> dict[str, Any]:
-    """`bytes` and `sha256` of every file below a folder; see `files_below`."""
-    return {name: _entry(path) for name, path in files_below(folder, without=without).items()}
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def manifest_problems(
-    folder: Path, entries: dict[str, Any], *, without: str, unread: tuple[str, ...] = ()
-) -> Iterator[str]:
-    """What differs from a manifest: files that are gone, added (but hidden ones) or changed.
-
-    Args:
-        without: name of the manifest itself.
-        unread: beginnings of names that may differ.
-    """
-    found = files_below(folder, without=without)
-    for name in sorted(entries.keys() | found.keys()):
-        if name.startswith(unread):
-            continue
-        if name not in found:
-            yield f"{name} is missing"
-        elif name not in entries:
-            if not found[name].name.startswith("."):
-                yield f"{name} was not there when it was finished"
-        elif entries[name] != _entry(found[name]):
-            yield f"{name} was changed after it was finished"
-
-
 def cached_sha256(path: Path) -> str:
     """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
 
@@ -82,16 +46,15 @@ def cached_sha256(path: Path) -> str:
     them: a program can set the time of the content back, that one it cannot.
     """
     facts = path.stat()
-    key = f"{path.resolve()} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache, known = Path(caches, "fintune", "sha256.json"), dict[str, Any]()
-    with contextlib.suppress(OSError, ValueError):
-        known = read_json(cache)
-    if key not in known:
-        known[key] = sha256_file(path)
-        with contextlib.suppress(OSError, ValueError):  # it only saves time
-            write_json(cache, known)
-    return str(known[key])
+    times = (facts.st_mtime_ns, facts.st_ctime_ns)
+    key = sha256_bytes(f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune" / key
+    with contextlib.suppress(OSError):
+        return cache.read_text()
+    digest = sha256_file(path)
+    with contextlib.suppress(OSError):  # it only saves time
+        write_text(cache, digest)
+    return digest
 
 
 def canonical_json(value: Any) -> str:
@@ -182,7 +145,7 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
     """An append-only JSON Lines file of whoever holds its folder's lock (`seal.lock`).
 
     A line that a kill or a full disk left torn is cut off when it is opened again. A row is with
-    the kernel when `append` returns, on disk when `close` does.
+    the kernel when `append` returns, on disk when the block ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -199,13 +162,9 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
         self._file.write("".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
         self._file.flush()
 
-    def close(self) -> None:
-        """Sync, and let another writer in."""
+    def __exit__(self, *_: object) -> None:
         os.fsync(self._file)
         self._file.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -221,10 +180,8 @@ def reaching(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror}",
-            fix="choose another place for what is written, such as --set out=runs/mine",
-        ) from None
+        what = f"{folder} cannot be written: {error.strerror}"
+        raise OutputError(what, fix="choose another folder: --set out=...") from None
 
 
 @contextlib.contextmanager
@@ -272,7 +229,9 @@ def free_bytes(path: Path) -> int:
 def require_free_space(folder: Path, needed: int) -> None:
     """Raise NoSpace where fewer than `needed` bytes are free on the volume of a folder."""
     if (free := free_bytes(folder)) < needed:
-        raise _no_space(f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+        raise NoSpace(
+            f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free", fix=_FREE
+        )
 
 
 @contextlib.contextmanager
@@ -288,13 +247,5 @@ def space_for(folder: Path, needed: int) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
         if full or any(word in str(error) for word in _FULL_WORDS):
-            raise _no_space(f"no space left on the volume of {folder}") from error
+            raise NoSpace(f"no space left on the volume of {folder}", fix=_FREE) from error
         raise
-
-
-def _no_space(what: str) -> NoSpace:
-    return NoSpace(
-        what,
-        why="nothing is half-written; what was saved before is intact",
-        fix="free some space; the same command continues",
-    )

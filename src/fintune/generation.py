@@ -90,7 +90,7 @@ def generate(
 
     Args:
         model: a causal language model of transformers, or a PeftModel (adapter on or off).
-        stop_token_ids: ids that end an answer (`model.end_token_ids`).
+        stop_token_ids: ids that end an answer (`untrusted.probe.stop_token_ids`).
         batch_size: most prompts answered at once.
 
     Raises:

@@ -25,20 +25,14 @@ def hub_error(
         return any(isinstance(each, kinds) for each in causes)
 
     if is_a(errors.GatedRepoError):
-        return kind(
-            f"{name} is gated: its licence must be accepted first",
-            fix=f"accept it at {page} and set HF_TOKEN to a read token",
-        )
+        what = f"{name} is gated: its licence must be accepted first"
+        return kind(what, fix=f"accept it at {page} and set HF_TOKEN to a read token")
     if is_a(errors.RevisionNotFoundError):
         return kind(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return kind(
-            f"the hub knows no {what} {name}, and there is no such local path",
-            fix=f"check the id and {setting}; a private or gated one ({page}) needs HF_TOKEN",
-        )
+        what = f"the hub knows no {what} {name}, and there is no such local path"
+        return kind(what, fix=f"check the id and {setting}; a private or gated one needs HF_TOKEN")
     if type(error) is ValueError:  # of datasets: an unknown split or configuration
         return kind(f"{name}: {str(error)[:200]}", fix="check the source's split")
-    return kind(
-        f"{name} is not on this machine and the hub cannot be reached ({type(error).__name__})",
-        fix=f"check the network, or set {setting} to a local copy",
-    )
+    what = f"{name} is not on this machine and the hub cannot be reached ({type(error).__name__})"
+    return kind(what, fix=f"check the network, or set {setting} to a local copy")

@@ -4,16 +4,14 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
-import yaml
 from pydantic import BaseModel
 
 from fintune import console
-from fintune.config import Config, dump_yaml, load_config, preset_dir, presets
+from fintune.config import Config, load_config, presets
 from fintune.errors import ConfigError, OutputError
-from fintune.files import write_text
+from fintune.files import reaching, write_text
 
 COMMENT_COLUMN = 44
 HEAD = """\
@@ -39,16 +37,14 @@ def init(
 
     Raises:
         ConfigError: an answer the config refuses, or no answers and nobody to ask.
-        OutputError: `out` exists.
+        OutputError: `out` exists, or cannot be written.
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
     if preset is name is source is base is None:
         if not sys.stdin.isatty():
-            raise ConfigError(
-                "init asks a few questions, and there is no terminal to ask on",
-                fix="answer with options: fintune init --preset nano --source rows.jsonl",
-            )
+            what = "init asks a few questions, and there is no terminal to ask on"
+            raise ConfigError(what, fix="give options: fintune init --preset nano --source x.jsonl")
         ask = partial(typer.prompt, err=True, type=str)
         preset = ask(f"preset to start from ({', '.join(presets())})", "nano")
         known = load_config(preset)
@@ -56,32 +52,23 @@ def init(
         source = ask("rows: a file, folder, glob or hub id", known.data.source)
         base = ask("base: a hub id, or a folder", known.model.id)
     preset = preset or "nano"
-    config = load_config(preset, _overrides(name, source, base))
-    spelled = yaml.safe_load((preset_dir() / f"{preset}.yaml").read_text(encoding="utf-8"))
-    values, defaults = (yaml.safe_load(dump_yaml(tree)) for tree in (config, Config()))
-    lines = [line for line, _ in _section(Config, values, defaults, spelled)]
-    write_text(out, HEAD.format(preset=preset, out=out) + "\n".join(lines) + "\n")
+    lines = _lines(load_config(preset, _overrides(name, source, base)), Config())
+    with reaching(out):
+        write_text(out, HEAD.format(preset=preset, out=out) + "\n".join(lines) + "\n")
     console.result(f"wrote {out}; next: fintune run --config {out}")
 
 
-def _section(
-    kind: type[BaseModel], values: Any, defaults: Any, spelled: Any, indent: str = ""
-) -> list[tuple[str, bool]]:
-    """Lines of a section with every key and its meaning, each with whether it is in force: what the
-    preset spells or is no default; the others are commented out."""
-    lines: list[tuple[str, bool]] = []
-    for name, field in kind.model_fields.items():
-        value, default, own = values[name], defaults[name], (spelled or {}).get(name)
-        inner, below = field.annotation, list[tuple[str, bool]]()
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            below = _section(inner, value, default, own, indent + "  ")
-            text, active = f"{name}:", any(active for _, active in below)
-        else:
-            shown = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-            text = f"{name}: {shown.removesuffix('...' + chr(10)).strip()}"
-            active = own is not None or value != default
-        text = indent + ("" if active else "# ") + text
-        lines += [(f"{text:<{COMMENT_COLUMN}} # {field.description}", active), *below]
+def _lines(values: BaseModel, defaults: BaseModel, indent: str = "") -> list[str]:
+    """A line for every key with its meaning; those that hold their default are commented out."""
+    lines, plain = [], values.model_dump(mode="json")
+    for name, field in type(values).model_fields.items():
+        value, default = getattr(values, name), getattr(defaults, name)
+        text = indent + ("# " if value == default else "") + f"{name}:"
+        below = _lines(value, default, indent + "  ") if isinstance(value, BaseModel) else []
+        if not below:
+            text += " " + json.dumps(plain[name], ensure_ascii=False)  # YAML too, in one line
+        about = " ".join(str(field.description).split())
+        lines += [f"{text:<{COMMENT_COLUMN}} # {about}", *below]
     return lines
 
 

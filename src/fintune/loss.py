@@ -10,7 +10,6 @@ with the loss while a chunk's logits exist (the output layer is frozen, so nothi
 as in Liger's fused linear cross-entropy (arXiv 2410.10989) and TRL's `loss_type="chunked_nll"`.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -58,10 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    chunk_bytes: int = CHUNK_BYTES,
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Summed cross-entropy of a frozen output layer.
 
@@ -73,16 +69,14 @@ def chunked_cross_entropy(
     Returns:
         fp32 scalar, differentiable with respect to `hidden` only.
     """
-    rows = max(1, chunk_bytes // ((4 + weight.element_size()) * weight.shape[0]))
+    rows = max(1, CHUNK_BYTES // ((4 + weight.element_size()) * weight.shape[0]))
     if hidden.device.type == "cpu":
         # Few different sizes, see CPU_PAD_MULTIPLE; padding counts for nothing.
         padding = -len(hidden) % CPU_PAD_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(weight.dtype), weight, targets, rows
-    )
-    return loss
+    hidden = hidden.to(weight.dtype)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -105,15 +99,11 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         logits = model(**inputs, use_cache=False).logits[counted].to(torch.float32)
         return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
     head = causal.get_output_embeddings()
-    one_row = labels.shape[0] == 1
-    # logits_to_keep selects the same positions of every row: of one row, those of label tokens.
-    keep = {"logits_to_keep": counted[0].nonzero()[:, 0]} if one_row else {}
     head.forward = lambda input: input  # the output layer hands the hidden states through
     try:
-        hidden = model(**inputs, **keep, use_cache=False).logits
+        hidden = model(**inputs, use_cache=False).logits[counted]
     finally:
         del head.forward
-    hidden = hidden[0] if one_row else hidden[counted]
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()
@@ -131,8 +121,6 @@ def why_full_logits(causal: Any) -> str | None:
     linear = getattr(type(head), "forward", None) is torch.nn.Linear.forward
     if not linear or head.bias is not None or head.weight.requires_grad:
         return "its output layer is not a frozen linear layer without bias"
-    if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
-        return "its forward has no logits_to_keep"
     return None
 
 

@@ -1,11 +1,10 @@
 """Base and adapter: where the files are, loading, precision, quantisation, device."""
 
-import functools
-import json
 import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 from fintune import console, nano
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
-from fintune.errors import FintuneError, ModelError, OutputError
-from fintune.files import cached_sha256, read_json, require_free_space, sha256_bytes
+from fintune.errors import ModelError, NoSpace, OutputError
+from fintune.files import cached_sha256, require_free_space, sha256_bytes
 from fintune.hub import hub_error
-from fintune.untrusted import Check, Report, checks, open_folder
-from fintune.untrusted.checks import CONFIG, PROVENANCE
+from fintune.untrusted import checks
+from fintune.untrusted.checks import CONFIG, PROVENANCE, Check, Report
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
+from fintune.untrusted.static import open_folder
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -59,11 +59,8 @@ def device() -> torch.device:
 def precision(choice: str, on: torch.device) -> PrecisionName:
     """Resolve `auto`: bf16 where the device has it (a CPU: where faster), else fp16 or fp32."""
     if choice == "fp16" and on.type == "cpu":
-        raise ModelError(
-            "precision fp16 on a CPU",
-            why="the gradient scaler that fp16 needs works on CUDA only",
-            fix="use --set train.precision=auto",
-        )
+        what = "precision fp16 on a CPU: its gradient scaler works on CUDA only"
+        raise ModelError(what, fix="use --set train.precision=auto")
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if on.type == "cuda":
@@ -82,27 +79,21 @@ def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
         ModelError: missing, gated, without weights, or with code hooks in its configuration.
         NoSpace: too little disk for the weights.
     """
-    if config.path is None and config.id != nano.NANO_ID:
-        folder = _fetch(config, weights)
-    else:
-        folder = config.path or nano.base_dir()
-    if not folder.is_dir():
-        raise ModelError(f"no folder at {folder}", fix="check model.path")
+    bundled = nano.base_dir() if config.id == nano.NANO_ID else None
+    folder = config.path or bundled or _fetch(config, weights)
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} is no model folder: config.json is missing")
+        state = "config.json is missing" if folder.is_dir() else "no folder"
+        raise ModelError(f"{state} at {folder}", fix="check model.path")
     if weights and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} holds no weights (*.safetensors)",
-            why="pickled weights (.bin, .pt) are never read",
-            fix="download the base again, or convert it to safetensors",
-        )
+        why = "pickled weights (.bin, .pt) are never read"
+        raise ModelError(f"{folder} holds no weights (*.safetensors)", why=why)
     _check_once(folder, weights)
     commit = folder.name if folder.parent.name == "snapshots" else None
     revision = commit or config.revision or _weights_sha256(folder)
     return Base(config.id, revision, folder)
 
 
-@functools.cache
+@cache
 def _check_once(folder: Path, weights: bool) -> None:
     """A base is checked once in a process."""
     for check in open_folder(folder, "base"):
@@ -113,40 +104,24 @@ def _check_once(folder: Path, weights: bool) -> None:
 
 def _fetch(config: ModelConfig, weights: bool) -> Path:
     """Download what is not in the hub's cache yet."""
-    wanted: dict[str, Any] = {
-        "repo_id": config.id,
-        "revision": config.revision,
-        "allow_patterns": [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES,
-    }
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    download, revision = huggingface_hub.snapshot_download, config.revision
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+    fetch: Any = partial(download, config.id, revision=revision, allow_patterns=patterns)
     try:
         with suppress(OSError, huggingface_hub.errors.HfHubHTTPError):  # offline: the cache's own
-            files = huggingface_hub.snapshot_download(**wanted, dry_run=True)
-            require_free_space(cache, sum(file.file_size for file in files if file.will_download))
-        return Path(huggingface_hub.snapshot_download(**wanted))
-    except FintuneError:
+            missing = sum(file.file_size for file in fetch(dry_run=True) if file.will_download)
+            require_free_space(Path(huggingface_hub.constants.HF_HUB_CACHE), missing)
+        return Path(fetch())
+    except NoSpace:
         raise
     except Exception as error:
-        setting, revision = "model.path", config.revision
-        raise hub_error(error, config.id, setting=setting, revision=revision) from None
+        raise hub_error(error, config.id, setting="model.path", revision=revision) from None
 
 
 def _weights_sha256(folder: Path) -> str:
     """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
     hashes = [cached_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
-
-
-def trained_revision(folder: Path) -> str:
-    """The base that a checked adapter was trained on: a commit of the hub, or its weights' sha256.
-
-    Empty where neither is recorded. Releases of 0.2 have the sha256 as `revision`.
-    """
-    adapter = checks.read_object(folder, checks.ADAPTER_CONFIG, absent=True)
-    provenance = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE)
-    stated = [adapter.get("revision")]
-    stated += [provenance.get("base_sha256")] if isinstance(provenance, dict) else []
-    return next((value for value in stated if value and isinstance(value, str)), "")
 
 
 def open_release(folder: Path, base: Path | None) -> Base:
@@ -187,17 +162,21 @@ def release_base(folder: Path, base: Path | None) -> Base:
 
 
 def check_revision(folder: Path, base: Base) -> list[Check]:
-    """The adapter was trained on these weights, as far as the release says it."""
-    revision = trained_revision(folder)
-    if not revision:
-        return [Check("base", "note", f"{base.id}, revision not recorded")]
-    if len(revision) != len(base.revision) or not re.fullmatch("[0-9a-f]+", revision):
-        text = f"trained on {revision[:12]}; not comparable with this folder"
-        return [Check("base", "note", text)]
-    if revision != base.revision:
-        text = f"revision {revision[:12]}, this base is {base.revision[:12]}"
-        return [Check("base", "failed", f"trained on another base ({text})")]
-    return [Check("base", "ok", f"{base.id} at {revision[:12]}")]
+    """The adapter was trained on these weights, as far as the folder says it."""
+    return [checks.ask("base", _same_revision, folder, base)]
+
+
+def _same_revision(folder: Path, base: Base) -> str:
+    adapter = checks.read_object(folder, checks.ADAPTER_CONFIG)
+    provenance = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE) or {}
+    # A commit, or the sha256 of a local base's weights; releases of 0.2 have it as `revision`.
+    trained = str(adapter.get("revision") or provenance.get("base_sha256") or "")
+    if len(trained) != len(base.revision):
+        return checks.Note(f"{base.id}; trained on {trained[:12] or 'an unknown revision'}")
+    if trained != base.revision:
+        revisions = f"{trained[:12]}, this base is {base.revision[:12]}"
+        raise checks.Unreadable(f"trained on another base (revision {revisions})")
+    return f"{base.id} at {trained[:12]}"
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -235,15 +214,13 @@ def load_base(
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
     # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
-    quantizations = {
-        "8bit": BitsAndBytesConfig(load_in_8bit=True),
-        "4bit": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-        ),
-    }
+    packed = BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -253,13 +230,11 @@ def load_base(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            quantization_config=quantizations.get(quantization),
+            quantization_config=None if quantization == "none" else packed,
         )
-    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"the base in {base.folder} does not load: {str(error)[:300]}",
-            fix="compare its files' checksums with the source, or download it again",
-        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"the base in {base.folder} does not load: {str(error)[:300]}"
+        raise ModelError(what, fix="download it again") from None
     model.requires_grad_(False)
     return model
 
@@ -274,10 +249,8 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
     try:
         peft = get_peft_model(model, peft_config(config), autocast_adapter_dtype=True)
     except ValueError as error:
-        raise ModelError(
-            f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}",
-            fix="name the base's own projections, such as q_proj, v_proj",
-        ) from None
+        what = f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}"
+        raise ModelError(what, fix="name its own projections, such as q_proj, v_proj") from None
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
@@ -286,21 +259,12 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
 
 def peft_config(config: LoraConfig) -> PeftLoraConfig:
     """peft's own configuration object for ours."""
-    return PeftLoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias="none",
-        target_modules=sorted(config.target_modules),
-        task_type="CAUSAL_LM",
-    )
+    options = config.model_dump() | {"target_modules": sorted(config.target_modules)}
+    return PeftLoraConfig(**options, bias="none", task_type="CAUSAL_LM")
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Put a saved adapter on a base, for inference."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} is no adapter folder: {name} is missing")
     try:
         peft = PeftModel.from_pretrained(model, folder, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -343,13 +307,8 @@ def load_release(
     """
     dtype = dtype or inference_dtype()
     tokenizer = read_tokenizer(folder)
-    if date_string is None and (folder / checks.FIXTURE).is_file():
-        date_string = read_json(folder / checks.FIXTURE)["date_string"]
-    chat = ChatFormat(tokenizer, date_string or ChatConfig().date_string)
+    golden = checks.read_object(folder, checks.FIXTURE, absent=True)
+    date_string = date_string or golden.get("date_string") or ChatConfig().date_string
     model = load_adapter(load_base(base, "none", dtype), folder)
-    return LoadedRelease(base, model, dtype, chat, end_token_ids(base, tokenizer))
-
-
-def end_token_ids(base: Base, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the generation_config's list and the tokenizer's own."""
-    return stop_token_ids(base.folder, tokenizer)
+    stops = stop_token_ids(base.folder, tokenizer)
+    return LoadedRelease(base, model, dtype, ChatFormat(tokenizer, date_string), stops)

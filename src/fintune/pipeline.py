@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fintune.config import Config
 from fintune.data.prepare import prepare
-from fintune.evals import report
 from fintune.evals.evaluate import evaluate
+from fintune.evals.results import check_results
 from fintune.releasing import bundle
 from fintune.seal import check_place
 from fintune.training.run import train
@@ -41,5 +41,5 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         OutputError: a stage before is unfinished or changed, or the folder is taken.
     """
     check_place(config.release_dir)
-    report.check_results(config.eval_dir)
+    check_results(config.eval_dir)
     return bundle.release(config, fresh=fresh, accept=accept)

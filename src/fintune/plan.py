@@ -1,4 +1,4 @@
-"""What a run takes and where it fits, before a GPU is rented: `fintune plan`, `train --dry-run`.
+"""What `train` would do and take, and where it fits, before a GPU is rented: `fintune plan`.
 
 The base is built on the meta device with its adapter: parameters are exact, and what autograd keeps
 is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
@@ -6,8 +6,6 @@ is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
 
 import itertools
 import math
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +13,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fintune import attention, console, memory
-from fintune.batches import Ints
+from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
-from fintune.errors import ConfigError, ModelError
+from fintune.errors import ModelError
 from fintune.files import read_toml
 from fintune.kernels import pointwise
 from fintune.memory import ModelSize, step_memory
-from fintune.model import device, find_base, peft_config, precision
+from fintune.model import find_base, peft_config
 from fintune.seal import DONE, read_data
 from fintune.training import lora
-from fintune.training.rows import configured_epoch, read_train, read_validation
-from fintune.training.trainer import effective, training_arguments
+from fintune.training.rows import read_train, read_validation
+from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
 DATA = read_toml(__file__, "plan.toml")
@@ -38,140 +36,86 @@ USABLE = 0.94
 """Share of a GPU's nominal memory that a process gets: the rest is ECC, driver, other contexts."""
 CONTEXT_BYTES = 600 * 2**20
 """CUDA context, cuBLAS workspaces and loaded kernels; assumed."""
-PEAK_SHARE = (0.25, 0.40, 0.55)
-"""Share of the dense bf16 peak that training is assumed to reach: least, expected, most. The range
-covers what trainers publish for 7B-8B models on A100 and H100."""
+PEAK_SHARE = (0.25, 0.55)
+"""Share of the dense bf16 peak that training is assumed to reach: least and most. The range covers
+what trainers publish for 7B-8B models on A100 and H100."""
 HELD = ("weights", "activations", "working")
 """Parts of the memory that the table shows; adapter, gradients and optimizer are a few percent."""
 EVALUATION_WARNING = 0.10
 """Share of the run spent on evaluation above which it is said."""
-SIGMA = 0.9
-"""Standard deviation of the logarithm of a length: 11,869 rows of finance instructions, Llama 3
-tokens, template included."""
-MEAN_TOKENS = 300
-"""Their mean length, 291."""
-LABEL_SHARE = 0.5
-"""Share of tokens that the loss counts, where rows are not prepared; assumed."""
+MEAN_TOKENS, SIGMA, LABEL_SHARE = 300, 0.9, 0.5
+"""Assumed where no rows are prepared: mean of the lengths and standard deviation of their logarithm
+(11,869 rows of finance instructions, Llama 3 tokens, template included: 291, 0.9); share of tokens
+that the loss counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of every training row and of every row of an evaluation; share of label tokens."""
-
-    train: Ints
-    validation: Ints
-    label_share: float
-    assumed: bool
-
-
-def plan(
-    config: Config,
-    *,
-    row_count: int | None = None,
-    mean_tokens: int | None = None,
-    rates: dict[str, float] | None = None,
-) -> dict[str, Any]:
-    """What the run of a config takes.
-
-    Args:
-        row_count, mean_tokens: instead of the prepared data's; assumed where there is none.
-        rates: price of an hour in USD, by the name of a GPU.
+def plan(config: Config) -> dict[str, Any]:
+    """What the run of a config does and takes; loads no weights.
 
     Returns:
-        Facts of a run on any device (`base`, `adapter`, `rows`, `batches`, `flops`, `notes`);
-        `settings` (peak memory by quantization and checkpointing); `gpus` (a setting that fits,
-        hours, price); `cheapest`.
+        `training_arguments` (on a GPU with bf16) and `lora_config`; facts of a run on any device
+        (`base`, `adapter`, `rows`, `batches`, `flops`, `notes`); `settings` (peak memory by
+        quantization and checkpointing); `gpus` (a setting that fits, hours).
 
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
     """
-    found, size = lengths(config, row_count, mean_tokens), count(config)
-    facts = _describe(config, found, size)
-    settings = _settings(config, size, found.label_share, facts["batches"]["largest_micro_batch"])
-    gpus = [_on_gpu(gpu, settings, facts["flops"], rates or {}) for gpu in DATA["gpu"]]
-    priced = [gpu for gpu in gpus if gpu["usd"] is not None]
-    cheapest = min(priced, key=lambda gpu: float(gpu["usd"]), default=None)
-    if cheapest:
-        chosen = " ".join(f"-s {key}={value}" for key, value in cheapest["set"].items())
-        facts["notes"].append(f"cheapest: {cheapest['gpu']}, {cheapest['usd']:.2f} USD, {chosen}")
+    train, size = config.train, count(config)
+    arguments = training_arguments(
+        config,
+        "bf16" if train.precision == "auto" else train.precision,
+        train.gradient_checkpointing == "on",
+        train.gradient_accumulation_steps,
+    )
+    facts = _describe(config, size)
+    settings = _settings(config, size, facts)
     return {
+        "training_arguments": {**arguments.to_dict(), "use_cpu": False},
+        "lora_config": {**train.lora.model_dump(mode="json"), "bias": "none"},
         **facts,
         "settings": settings,
         "memory_band": MEMORY_BAND,
-        "gpus": gpus,
-        "cheapest": cheapest and cheapest["gpu"],
+        "gpus": [_on_gpu(gpu, settings, facts["flops"]) for gpu in DATA["gpu"]],
     }
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """What `train` would do, without loading weights.
-
-    Returns:
-        `training_arguments`, `lora_config`, and the facts of a run on any device (see `plan`).
-
-    Raises:
-        ModelError: as `plan`.
-    """
-    facts = _describe(config, lengths(config), count(config))
-    on, name = device(), config.train.precision
-    if on.type == "cuda":
-        name = precision(name, on)
-    elif name == "auto":
-        name = "bf16"
-        facts["notes"].append("no GPU here: settings are those for a GPU with bf16")
-    arguments = training_arguments(
-        config,
-        precision=name,
-        checkpointing=config.train.gradient_checkpointing == "on",
-        accumulation=config.train.gradient_accumulation_steps,
-    )
-    return {
-        "training_arguments": {**effective(arguments), "use_cpu": False},
-        "lora_config": {**config.train.lora.model_dump(mode="json"), "bias": "none"},
-        **facts,
-    }
-
-
-def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]:
+def _describe(config: Config, size: ModelSize) -> dict[str, Any]:
     """Facts of a run on any device."""
-    train, mean = config.train, float(found.train.mean())
-    epoch = configured_epoch(config, found.train).steps
+    train, assumed = config.train, not (config.data_dir / DONE).is_file()
+    lengths, validation, label_share = _assumed(config) if assumed else _prepared(config)
+    mean = float(lengths.mean())
+    epoch = plan_epoch(config, lengths)
     steps = len(epoch) * train.num_train_epochs
     steps = steps if train.max_steps < 0 else min(steps, train.max_steps)
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    tokens = round(mean * min(steps * per_step, len(found.train) * train.num_train_epochs))
+    tokens = round(mean * min(steps * per_step, len(lengths) * train.num_train_epochs))
     evaluations = -(-steps // train.eval_steps)  # the last step is evaluated too
     # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
     # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
-    block, head = 2 * (size.linear + size.trainable), 2 * size.head * found.label_share
+    block, head = 2 * (size.linear + size.trainable), 2 * size.head * label_share
     training = tokens * (2 * block + 2 * size.trainable + 2 * head)
-    evaluation = evaluations * int(found.validation.sum()) * (block + head)
+    evaluation = evaluations * int(validation.sum()) * (block + head)
     notes = []
-    if found.assumed:
-        notes.append(f"lengths are assumed, {mean:.0f} tokens on average: prepare for the data's")
+    if assumed:
+        notes.append(f"{len(lengths):,} rows of {mean:.0f} tokens are assumed: run fintune prepare")
     if (share := evaluation / (training + evaluation)) > EVALUATION_WARNING:
         fix = "raise train.eval_steps or lower train.max_eval_samples"
         notes.append(f"{share:.0%} of the run is evaluation: {fix}")
     return {
         "base": {"id": config.model.id, "parameters": size.parameters},
-        "adapter": {
-            "trainable_parameters": size.trainable,
-            "share_of_base": size.trainable / size.parameters,
-        },
+        "adapter": {"trainable_parameters": size.trainable},
         "rows": {
-            "rows": len(found.train),
+            "rows": len(lengths),
             "mean_tokens": round(mean, 1),
-            "label_share": round(found.label_share, 3),
+            "label_share": round(label_share, 3),
             "tokens": tokens,
             "evaluations": evaluations,
-            "rows_per_evaluation": len(found.validation),
+            "rows_per_evaluation": len(validation),
         },
         "batches": {
             "steps": steps,
-            "largest_micro_batch": max(int(found.train[b].sum()) for step in epoch for b in step),
-            "estimated": found.assumed,
-            "boundaries": list(train.bucket_boundaries or ()),
-            "train_sampling_strategy": train.train_sampling_strategy,
+            "largest_micro_batch": max(int(lengths[b].sum()) for step in epoch for b in step),
+            "estimated": assumed,
             "examples_per_step": per_step,
         },
         "flops": {
@@ -183,24 +127,27 @@ def _describe(config: Config, found: Lengths, size: ModelSize) -> dict[str, Any]
     }
 
 
-def lengths(config: Config, rows: int | None = None, mean_tokens: int | None = None) -> Lengths:
-    """Of the prepared data where there is some and nothing else was said, else assumed."""
-    if rows is None and mean_tokens is None and (config.data_dir / DONE).is_file():
-        read_data(config.data_dir)
-        train = read_train(config.data_dir).lengths
-        validation = read_validation(config.data_dir, config.train.max_eval_samples).lengths
-        labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
-        counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
-        return Lengths(train, validation, counted / max(int(train.sum()), 1), assumed=False)
-    mean, draw = mean_tokens or MEAN_TOKENS, np.random.default_rng(config.seed)
+def _prepared(config: Config) -> tuple[Ints, Ints, float]:
+    """Tokens of every training row and of every row of an evaluation; share of label tokens."""
+    read_data(config.data_dir)
+    train = read_train(config.data_dir).lengths
+    validation = read_validation(config.data_dir, config.train.max_eval_samples).lengths
+    labels = pq.read_table(config.data_dir / "train.parquet", columns=["labels"])["labels"]
+    counted = pc.sum(pc.greater_equal(pc.list_flatten(labels), 0)).as_py() or 0
+    return train, validation, counted / max(int(train.sum()), 1)
+
+
+def _assumed(config: Config) -> tuple[Ints, Ints, float]:
+    """As `_prepared`, where nothing is prepared: as many rows as the caps allow."""
+    draw = np.random.default_rng(config.seed)
     evaluated = min(config.train.max_eval_samples, config.data.max_held_out_rows // 2)
     train, validation = (
-        draw.lognormal(math.log(mean) - SIGMA**2 / 2, SIGMA, count)
+        draw.lognormal(math.log(MEAN_TOKENS) - SIGMA**2 / 2, SIGMA, rows)
         .clip(16, config.data.max_length)
         .astype(np.int64)
-        for count in (rows or config.data.max_train_rows, evaluated)
+        for rows in (config.data.max_train_rows, evaluated)
     )
-    return Lengths(train, validation, LABEL_SHARE, assumed=True)
+    return train, validation, LABEL_SHARE
 
 
 def count(config: Config, *, quantized: bool = False) -> ModelSize:
@@ -234,11 +181,9 @@ def count(config: Config, *, quantized: bool = False) -> ModelSize:
             lora.fuse(model)
         return memory.model_size(model, probes, torch.bfloat16.itemsize)
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise ModelError(
-            f"{config.model.id} cannot be planned: {str(error)[:200]}",
-            why="its memory is counted in a forward pass of a model without data",
-            fix="check train.lora.target_modules and the base's config.json",
-        ) from None
+        what = f"{config.model.id} cannot be planned: {str(error)[:200]}"
+        fix = "check train.lora.target_modules and the base's config.json"
+        raise ModelError(what, fix=fix) from None
 
 
 def _batch(tokens: int) -> dict[str, Any]:
@@ -251,20 +196,16 @@ def _batch(tokens: int) -> dict[str, Any]:
     return {**whole, "cu_seq_lens_q": ends, "max_length_q": tokens}
 
 
-def _settings(
-    config: Config, plain: ModelSize, label_share: float, tokens: int
-) -> list[dict[str, Any]]:
-    """What may be chosen to make a run fit, the fastest first, and its memory.
-
-    Args:
-        tokens: of the largest micro-batch.
-    """
+def _settings(config: Config, plain: ModelSize, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What may be chosen to make a run fit, the fastest first, and its memory."""
     train, settings, sizes = config.train, [], {"none": plain}
     if train.strategy != "fsdp":
         sizes["8bit"] = sizes["4bit"] = count(config, quantized=True)
     configured = (config.model.quantization, train.gradient_checkpointing)
+    tokens = facts["batches"]["largest_micro_batch"]
+    labels = round(tokens * facts["rows"]["label_share"])
     for (kind, size), choice in itertools.product(sizes.items(), ("off", "on")):
-        labels, on = round(tokens * label_share), choice == "on"
+        on = choice == "on"
         parts = step_memory(size, train.optim, tokens, labels, kind, checkpointing=on)
         parts["process"] = CONTEXT_BYTES
         settings.append(
@@ -280,58 +221,38 @@ def _settings(
 
 
 def _on_gpu(
-    gpu: dict[str, Any],
-    settings: list[dict[str, Any]],
-    flops: dict[str, float],
-    rates: dict[str, float],
+    gpu: dict[str, Any], settings: list[dict[str, Any]], flops: dict[str, float]
 ) -> dict[str, Any]:
-    """The first setting that fits a GPU, with its hours."""
+    """The first setting that fits a GPU, with its hours, least and most."""
     free = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
     best = next((each for each in settings if each["peak"] <= free), None)
-    facts = {"gpu": gpu["name"], "gib": gpu["gib"], "fits": best is not None, "usd": None}
+    facts = {"gpu": gpu["name"], "gib": gpu["gib"], "fits": best is not None}
     if best is None:
         return facts
-    checkpointing = best["gradient_checkpointing"]
-    total = flops["training_flops"] + flops["evaluation_flops"]
-    total += flops["recomputation_flops"] * (checkpointing == "on")
-    most, usual, least = (total / (gpu["tflops"] * 3.6e15 * share) for share in PEAK_SHARE)
     chosen = {"model.quantization": best["quantization"]}
-    chosen["train.gradient_checkpointing"] = checkpointing
-    facts |= {"set": chosen, "peak": best["peak"], "hours": usual, "hours_range": [least, most]}
-    return facts | {"usd": rates[gpu["name"]] * usual if gpu["name"] in rates else None}
-
-
-def read_rates(given: list[str]) -> dict[str, float]:
-    """`GPU=USD` as given on the command line.
-
-    Raises:
-        ConfigError: no such GPU, or no number.
-    """
-    names = {gpu["name"].lower(): gpu["name"] for gpu in DATA["gpu"]}
-    rates = {}
-    for text in given:
-        name, _, usd = text.partition("=")
-        if name.strip().lower() not in names or not re.fullmatch(r"\d+(\.\d+)?", usd.strip()):
-            fix = f"GPU=USD_PER_HOUR, of {', '.join(names.values())}"
-            raise ConfigError(f"--rate {text}", fix=fix)
-        rates[names[name.strip().lower()]] = float(usd)
-    return rates
+    chosen["train.gradient_checkpointing"] = best["gradient_checkpointing"]
+    total = flops["training_flops"] + flops["evaluation_flops"]
+    total += flops["recomputation_flops"] * (best["gradient_checkpointing"] == "on")
+    hours = [total / (gpu["tflops"] * 3.6e15 * share) for share in reversed(PEAK_SHARE)]
+    return facts | {"set": chosen, "peak": best["peak"], "hours": hours}
 
 
 def show(found: dict[str, Any]) -> None:
-    """The facts of a plan or of a dry run as tables of at most 80 columns."""
-    parts = ("base", "adapter", "rows", "batches", "flops")
+    """A plan as tables of at most 80 columns."""
+    parts = ("lora_config", "base", "adapter", "rows", "batches", "flops")
     facts = [item for part in parts for item in found[part].items()]
+    usual = TrainingArguments().to_dict()
+    chosen = [item for item in found["training_arguments"].items() if item[1] != usual[item[0]]]
+    console.table("training arguments, but transformers' defaults", ["key", "value"], chosen)
     cells = ([key.replace("_", " "), _shown(value)] for key, value in facts)
     console.table("the run", ["what", "value"], cells)
-    if "settings" in found:
-        title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
-        columns = ["base", "checkpointing", *HELD, "peak"]
-        console.table(title, columns, map(_setting_row, found["settings"]))
-        columns = ["GPU", "base", "checkpointing", "peak", "hours", "USD"]
-        console.table("one GPU, one process", columns, map(_gpu_row, found["gpus"]))
-        share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[2]:.0%}"
-        console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
+    title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
+    columns = ["base", "checkpointing", *HELD, "peak"]
+    console.table(title, columns, map(_setting_row, found["settings"]))
+    columns = ["GPU", "base", "checkpointing", "peak", "hours"]
+    console.table("one GPU, one process", columns, map(_gpu_row, found["gpus"]))
+    share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[1]:.0%}"
+    console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
     for note in found["notes"]:
         console.warn(note)
 
@@ -351,7 +272,6 @@ def _setting_row(setting: dict[str, Any]) -> list[str]:
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:
     if not row["fits"]:
-        return [row["gpu"], "does not fit", "", "", "", ""]
-    hours = "-".join(f"{hours:.2g}" for hours in row["hours_range"])
-    price = "" if row["usd"] is None else f"{row['usd']:.2f}"
-    return [row["gpu"], *row["set"].values(), f"{row['peak'] / 1e9:.1f} GB", hours, price]
+        return [row["gpu"], "does not fit"]
+    hours = "-".join(f"{hours:.2g}" for hours in row["hours"])
+    return [row["gpu"], *row["set"].values(), f"{row['peak'] / 1e9:.1f} GB", hours]

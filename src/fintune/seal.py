@@ -10,39 +10,23 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import (
-    manifest,
-    manifest_problems,
-    reaching,
-    read_json,
-    sha256_json,
-    write_json,
-)
+from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
 from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
-"""Beginnings of names that no later stage reads: under manifests of their own, or a log that grows
+"""Beginnings of names that no later stage reads: under seals of their own, or a log that grows
 when its stage is finished."""
 HOLDER = "process "
 """How the line of a lock's holder begins."""
 _ELSEWHERE = "choose another folder: --set out=..."
-_OWNED = "a stage owns its folder: it writes it as a whole, and --fresh renames it"
-
-
-class State(Enum):
-    """What a stage's folder is before the stage starts."""
-
-    NEW = "new"
-    UNFINISHED = "unfinished"
-    FINISHED = "finished"
 
 
 def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, Any]] = ()) -> None:
@@ -51,22 +35,23 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
     Args:
         accepted: changes of the inputs while the stage ran.
     """
-    done = {
-        "inputs": inputs,
-        "inputs_sha256": sha256_json(inputs),
-        "files": manifest(folder, without=DONE),
-    }
+    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
     changes = [*accepted]
     write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
 
 
+def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`bytes` and `sha256` of every file but hidden ones, seals and what is not read."""
+    found = {}
+    for path in sorted(folder.rglob("[!.]*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name != DONE and not name.startswith(unread):
+            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return found
+
+
 def read_seal(
-    folder: Path,
-    *,
-    stage: str,
-    make: str,
-    needed: Iterable[str] = (),
-    unread: tuple[str, ...] = UNREAD,
+    folder: Path, *, stage: str, make: str, needed: Iterable[str] = (), unread: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return a finished folder's `done.json`, after hashing every file that it names.
 
@@ -75,7 +60,7 @@ def read_seal(
         stage: its name in the message, such as "prepared data".
         make: the command that makes it.
         needed: files that the caller reads.
-        unread: beginnings of names that no caller reads: they may be changed or gone.
+        unread: beginnings of more names that the caller does not read: changed or gone.
 
     Raises:
         OutputError: when the folder is absent, unfinished, its seal is damaged, or a file in it
@@ -84,15 +69,18 @@ def read_seal(
     if not (folder / DONE).is_file():
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
-    done = read_checked(folder / DONE)
-    problems = [f"{name} is missing" for name in sorted({*needed} - done["files"].keys())]
-    problems += manifest_problems(folder, done["files"], without=DONE, unread=unread)
+    done, passed = read_checked(folder / DONE), (*UNREAD, *unread)
+    found = _manifest(folder, passed)
+    listed = {name: fact for name, fact in done["files"].items() if not name.startswith(passed)}
+    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - found.keys())]
+    for name, fact in found.items():
+        if name not in listed:
+            problems.append(f"{name} was not there when it was finished")
+        elif listed[name] != fact:
+            problems.append(f"{name} was changed after it was finished")
     if problems:
-        raise OutputError(
-            f"{stage}: {folder}: {'; '.join(problems[:5])}",
-            why="a later stage must read exactly what the earlier one wrote",
-            fix=f"put the files back, or run: {make} --fresh (it moves the old folder aside)",
-        )
+        fix = f"put the files back, or run: {make} --fresh (it moves the old folder aside)"
+        raise OutputError(f"{stage}: {folder}: {'; '.join(problems[:5])}", fix=fix)
     return done
 
 
@@ -101,11 +89,8 @@ def read_data(folder: Path) -> dict[str, Any]:
     validation, test = "validation.parquet", "test.parquet"
     files = read_checked(folder / DONE)["files"] if (folder / DONE).is_file() else {}
     if validation in files and test not in files:
-        raise OutputError(
-            f"{folder} was prepared by an earlier version: it has no {test}",
-            why="the rows that decide the verdict have a file of their own now",
-            fix="run: fintune prepare --fresh",
-        )
+        what = f"{folder} was prepared by an earlier version: it has no {test}"
+        raise OutputError(what, fix="run: fintune prepare --fresh")
     needed = ("train.parquet", validation, test, "manifest.json")
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
@@ -116,13 +101,12 @@ def check_place(folder: Path) -> None:
     Raises:
         OutputError: a symbolic link, or a folder that is or holds the home or current directory.
     """
-    homes = {"home": os.path.expanduser("~"), "current": os.curdir}
-    problem = "is a symbolic link" if folder.is_symlink() else ""
-    for name, home in homes.items():
-        if Path(os.path.realpath(home)).is_relative_to(os.path.realpath(folder)):
+    problem = "is a symbolic link" if os.path.islink(folder) else ""
+    for name, home in (("home", Path.home()), ("current", Path.cwd())):
+        if home.resolve().is_relative_to(folder.resolve()):
             problem = f"is or holds the {name} directory"
     if problem:
-        raise OutputError(f"{folder} {problem}", why=_OWNED, fix=_ELSEWHERE)
+        raise OutputError(f"{folder} {problem}; a stage owns its folder", fix=_ELSEWHERE)
 
 
 @contextmanager
@@ -151,17 +135,14 @@ def lock(folder: Path) -> Iterator[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"{folder} is being written by {file.read() or 'another process'}",
-                why="two runs in one folder would destroy each other's files",
-                fix="wait for it, stop it (SIGTERM), or choose another folder: --set out=...",
-            ) from None
+            what = f"{folder} is being written by {file.read() or 'another process'}"
+            fix = f"wait for it, stop it (SIGTERM), or {_ELSEWHERE}"
+            raise OutputError(what, fix=fix) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
         if dead and not dead.startswith(HOLDER):
-            what = f"{path} holds something else than the lock of {folder}"
-            raise OutputError(what, fix=_ELSEWHERE)
+            raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
         file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
@@ -172,8 +153,8 @@ def lock(folder: Path) -> Iterator[str]:
             file.truncate(0)
 
 
-def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> State:
-    """Say whether a stage has to run, may be skipped, or must be refused.
+def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> bool:
+    """Whether a stage may be skipped; else it has to begin or go on.
 
     Args:
         also: another way out of an unfinished folder than a fresh one, for the message.
@@ -183,22 +164,18 @@ def state(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "")
             is finished and a file of it changed since.
     """
     if empty(folder):
-        return State.NEW
-    for name, found in ((DONE, State.FINISHED), (INPUTS, State.UNFINISHED)):
-        if (folder / name).is_file():
-            differing = differences(read_checked(folder / name)["inputs"], inputs)
-            if differing:
-                ways = f"choose another folder (--set out=...), or: {command} --fresh"
-                raise OutputError(
-                    f"{folder} holds the {found.value} result of other inputs; these differ: "
-                    + "; ".join(differing),
-                    why="mixing two runs in one folder would make both unaccountable",
-                    fix=ways + also if found is State.UNFINISHED else ways,
-                )
-            if found is State.FINISHED:
-                read_seal(folder, stage=command, make=command)
-            return found
-    raise _foreign(folder)
+        return False
+    done = (folder / DONE).is_file()
+    mark = folder / (DONE if done else INPUTS)
+    if not mark.is_file():
+        raise _foreign(folder)
+    if differing := "; ".join(differences(read_checked(mark)["inputs"], inputs)):
+        state, also = ("finished", "") if done else ("unfinished", also)
+        what = f"{folder} holds the {state} result of other inputs; these differ: {differing}"
+        raise OutputError(what, fix=f"{_ELSEWHERE}, or: {command} --fresh{also}")
+    if done:
+        read_seal(folder, stage=command, make=command)
+    return done
 
 
 def empty(folder: Path) -> bool:
@@ -222,11 +199,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _foreign(folder: Path) -> OutputError:
-    return OutputError(
-        f"{folder} holds files that are not of this stage",
-        why="they would be mixed with the result, or moved with it",
-        fix=_ELSEWHERE,
-    )
+    return OutputError(f"{folder} holds files that are not of this stage", fix=_ELSEWHERE)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -260,10 +233,8 @@ def move_aside(folder: Path) -> Path | None:
     if empty(folder):
         return None
     check_ours(folder)
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.old-{number}")):
-        number += 1
-    return folder.rename(aside)
+    names = (folder.with_name(f"{folder.name}.old-{number}") for number in count(1))
+    return folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def read_checked(path: Path) -> dict[str, Any]:
@@ -273,16 +244,12 @@ def read_checked(path: Path) -> dict[str, Any]:
         OutputError: it has another form, or `inputs` are not those of `inputs_sha256`.
     """
     try:
-        tree = read_json(path)
-        inputs, files = tree.get("inputs"), tree.setdefault("files", {})
-        ours = isinstance(inputs, dict) and isinstance(files, dict)
-        ours &= path.name == INPUTS or tree.get("inputs_sha256") == sha256_json(inputs)
-    except (OSError, ValueError, RecursionError):
+        tree = {"files": {}} | read_json(path)
+        ours = isinstance(tree["inputs"], dict) and isinstance(tree["files"], dict)
+        ours &= path.name == INPUTS or tree["inputs_sha256"] == sha256_json(tree["inputs"])
+    except (OSError, ValueError, LookupError, RecursionError):
         ours = False
     if not ours:
-        raise OutputError(
-            f"{path} was changed or damaged after it was written",
-            why="it says what the folder was made from, and nothing else does",
-            fix="put the file back, or choose another folder: --set out=...",
-        )
+        fix = f"put the file back, or {_ELSEWHERE}"
+        raise OutputError(f"{path} was changed or damaged after it was written", fix=fix)
     return tree

@@ -69,7 +69,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
-        if seal.state(folder, inputs, command="fintune prepare") is seal.State.FINISHED:
+        if seal.finished(folder, inputs, command="fintune prepare"):
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:

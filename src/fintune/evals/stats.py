@@ -28,13 +28,8 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
 def rate(count: int, n: int) -> dict[str, Any]:
     """A rate with its interval, for test_results.json."""
-    low, high = wilson(count, n)
-    return {
-        "value": round(count / n, 6) if n else None,
-        "k": count,
-        "n": n,
-        "ci95": [round(low, 6), round(high, 6)],
-    }
+    interval = [round(end, 6) for end in wilson(count, n)]
+    return {"value": round(count / n, 6) if n else None, "k": count, "n": n, "ci95": interval}
 
 
 def mcnemar_midp(gained: int, lost: int) -> float:
@@ -65,7 +60,7 @@ def paired(
     values = np.asarray(differences, dtype=float)
     n = len(values)
     if n == 0:
-        return _difference(0.0, -1.0, 1.0, 0, 0, 1.0)
+        return _difference(0.0, (-1.0, 1.0), 0, 0, 1.0)
     names = clusters if clusters is not None else [str(at) for at in range(n)]
     place = {name: at for at, name in enumerate(dict.fromkeys(names))}
     at = [place[name] for name in names]
@@ -74,8 +69,8 @@ def paired(
     # No spread seen is not no spread: 3 of n items could still differ (the rule of three).
     unseen = math.sqrt(3) / n
     if np.ptp(sums / sizes) == 0:
-        low, high = mean - 3 / n, mean + 3 / n
-        return _difference(mean, low, high, n, len(place), POWER_FACTOR * unseen)
+        interval = mean - 3 / n, mean + 3 / n
+        return _difference(mean, interval, n, len(place), POWER_FACTOR * unseen)
     found = stats.bootstrap(
         (sums, sizes),
         lambda total, size, axis: total.sum(axis=axis) / size.sum(axis=axis),
@@ -87,13 +82,13 @@ def paired(
         rng=np.random.default_rng(seed),
     )
     mde = POWER_FACTOR * max(float(found.standard_error), unseen)
-    return _difference(mean, *found.confidence_interval, n, len(place), mde)
+    return _difference(mean, found.confidence_interval, n, len(place), mde)
 
 
 def _difference(
-    value: float, low: float, high: float, n: int, clusters: int, mde80: float
+    value: float, interval: Sequence[float], n: int, clusters: int, mde80: float
 ) -> dict[str, Any]:
-    ci95 = [round(float(low), 6), round(float(high), 6)]
+    ci95 = [round(float(end), 6) for end in interval]
     facts = {"value": round(value, 6), "ci95": ci95, "n": n, "clusters": clusters}
     return {**facts, "mde80": round(mde80, 6)}
 
@@ -108,10 +103,10 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def kappa(first: Sequence[str], second: Sequence[str]) -> float:
+def kappa(pairs: Sequence[tuple[str, str]]) -> float:
     """Cohen's kappa of two graders; 1.0 where both say one and the same word throughout."""
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    left, right = Counter(first), Counter(second)
+    n = len(pairs)
+    observed = sum(first == second for first, second in pairs) / n
+    left, right = (Counter(pair[at] for pair in pairs) for at in (0, 1))
     expected = sum(left[word] * right[word] for word in left) / n**2
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)

@@ -10,23 +10,26 @@ import json
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-from fintune import __version__, console, files, seal
-from fintune.config import Config
+from fintune import __version__, console, files, model, page, seal
+from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
-from fintune.model import COMMIT, Base, check_revision, load_release, load_tokenizer
-from fintune.releasing.card import write_card
-from fintune.releasing.gate import Inputs, gate, read_inputs
-from fintune.releasing.golden import make_golden_prompts
-from fintune.untrusted import checks, open_folder, static
+from fintune.releasing.verify import make_golden_prompts
+from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
 from fintune.untrusted.probe import probe_release
 
+Json = dict[str, Any]
+RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
 LLAMA_NOTICE = """\
 Llama {0} is licensed under the Llama {0} Community License, \
 Copyright © Meta Platforms, Inc. All Rights Reserved.
@@ -35,8 +38,31 @@ Copyright © Meta Platforms, Inc. All Rights Reserved.
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
-_FOLDERS = frozenset({"out", "path"})
 _LLAMA = re.compile(r"llama-?(\d(?:\.\d)?)", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Inputs(NamedTuple):
+    """What a release is made of.
+
+    Attributes:
+        config: of this command. recipe: of the training run.
+        arguments: transformers' effective TrainingArguments.
+        accepted: the reason given for publishing without the verdict `better`.
+        provenance: hashes that the release states.
+        mismatches: where data, run and evaluation do not belong together.
+    """
+
+    config: Config
+    recipe: Config
+    base: model.Base
+    manifest: Json
+    results: Json
+    environment: Json
+    arguments: Json
+    accepted: str | None
+    provenance: Json
+    mismatches: list[str]
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
@@ -54,27 +80,86 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             its weights are empty or not finite, or a file would name a local path.
         OutputError: an input is unfinished, or the folder holds another release.
     """
-    inputs = read_inputs(config, accept)
-    final = config.release_dir
+    inputs, final = _read_inputs(config, accept), config.release_dir
     with seal.lock(final):
         if not seal.empty(final):
             seal.check_ours(final)
             if not fresh:
                 return _keep(final, inputs)
-        gate(inputs)
+        _gate(inputs)
         console.heading(f"release {config.name}")
-        with files.staged_folder(
-            final, published=True, free=lambda: seal.move_aside(final)
-        ) as staging:
+        aside = lambda: seal.move_aside(final)  # noqa: E731
+        with files.staged_folder(final, published=True, free=aside) as staging:
             _build(staging, inputs)
             report = checks.Report(final)
             report.run(lambda: static.static_checks(staging, "release"))
             report.run(lambda: [static.check_paths(staging, _private(inputs))])
-            report.run(lambda: check_revision(staging, inputs.base))
+            report.run(lambda: model.check_revision(staging, inputs.base))
             report.run(lambda: probe_release(staging, inputs.base.folder))
             report.settle()
     console.say(f"released: {final}")
     return final
+
+
+def _read_inputs(config: Config, accepted: str | None) -> Inputs:
+    """Read the three finished folders.
+
+    Raises:
+        OutputError: one is absent, unfinished or changed since.
+    """
+    run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
+    made, judged = (adapter, *RUN_FILES), (RESULTS, JUDGED)
+    data = seal.read_data(config.data_dir)
+    trained = seal.read_seal(run, stage="training run", make="fintune train", needed=made)
+    tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged)
+    recipe, environment, arguments = (run / name for name in RUN_FILES)
+    base, results = model.find_base(config.model), files.read_json(evaluation / RESULTS)
+    provenance = {
+        "adapter_sha256": trained["files"][adapter]["sha256"],
+        "manifest_sha256": data["files"]["manifest.json"]["sha256"],
+        "test_results_sha256": tested["files"][RESULTS]["sha256"],
+        "judged_sha256": tested["files"][JUDGED]["sha256"],
+        "release": config.release.model_dump(mode="json", exclude={"out"}),
+        "accepted": accepted,
+    }
+    if model.WEIGHTS.fullmatch(base.revision):
+        provenance["base_sha256"] = base.revision
+    train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
+    of_run, of_eval = trained["inputs"], tested["inputs"]
+    compared = [
+        ("run was trained on other data", of_run["data"]["train.parquet"], train),
+        ("run was trained on another base", of_run["base"]["revision"], base.revision),
+        ("evaluation is of another adapter", of_eval["adapter"], provenance["adapter_sha256"]),
+        ("evaluation compared with other training rows", of_eval["train"], train),
+        ("evaluation decided by other rows", of_eval["test"], test),
+        ("evaluation found contaminated test rows", results["n"]["contaminated"], 0),
+    ]
+    mismatches = [f"the {reason}" for reason, stated, found in compared if stated != found]
+    manifest = files.read_json(config.data_dir / "manifest.json")
+    facts = (manifest, results, files.read_json(environment), files.read_json(arguments))
+    return Inputs(config, load_config(recipe), base, *facts, accepted, provenance, mismatches)
+
+
+def _gate(inputs: Inputs) -> None:
+    """Refuse what the evidence does not prove, naming every reason.
+
+    Raises:
+        GateRefused: the verdict is not `better` and none was accepted, the folders do not belong
+            together, test rows were trained on, or the adapter is empty or not finite.
+    """
+    if inputs.accepted is not None and not inputs.accepted.strip():
+        raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
+    weights = static.check_weights(inputs.config.run_dir / "best")
+    failed = [check.detail for check in weights if check.status == "failed"]
+    verdict = inputs.results.get("verdict")
+    unproved = verdict != "better" and inputs.accepted is None
+    reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
+    if reasons := [*reasons, *inputs.mismatches, *failed]:
+        raise GateRefused(
+            "not released: " + "; ".join(reasons),
+            fix='a verdict may be accepted with a reason: --accept "..." (the card prints it);'
+            " for anything else train or evaluate again",
+        )
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
@@ -85,7 +170,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
             f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
             fix="choose another folder (--set release.out=...), or --fresh (moves it aside)",
         )
-    open_folder(final, "release")
+    static.open_folder(final, "release")
     console.say(f"released already, unchanged: {final}")
     return final
 
@@ -96,17 +181,17 @@ def _build(staging: Path, inputs: Inputs) -> None:
     best = config.run_dir / "best"
     files.copy_file(best / checks.ADAPTER, staging / checks.ADAPTER)
     # peft asks the hub for `revision`, so only a commit may stand there.
-    revision = base.revision if COMMIT.fullmatch(base.revision) else None
+    revision = base.revision if model.COMMIT.fullmatch(base.revision) else None
     named = {"base_model_name_or_path": base.id, "revision": revision, "inference_mode": True}
     tree = files.read_json(best / checks.ADAPTER_CONFIG) | named
     _write_json(staging / checks.ADAPTER_CONFIG, tree)
-    _write_tokenizer(load_tokenizer(base), staging)
+    _write_tokenizer(model.load_tokenizer(base), staging)
     kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
-    loaded = load_release(staging, base, date_string=inputs.recipe.chat.date_string)
+    loaded = model.load_release(staging, base, date_string=inputs.recipe.chat.date_string)
     files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded))
     llama = _write_llama_license(staging, base)
     facts = {
@@ -118,11 +203,10 @@ def _build(staging: Path, inputs: Inputs) -> None:
     }
     files.write_json(staging / CONFIG, facts)
     judged = list(files.read_jsonl(staging / JUDGED))
-    card = write_card(inputs, judged, files.sha256_file(staging / CONFIG), llama=llama)
+    card = write_card(inputs, judged, files.sha256_file(staging / CONFIG), llama)
     files.write_text(staging / CARD, card)
-    hashes = {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())}
-    sums = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-    files.write_text(staging / checks.SUMS, sums)
+    sums = [f"{files.sha256_file(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
+    files.write_text(staging / checks.SUMS, "".join(sums))
 
 
 def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
@@ -146,7 +230,8 @@ def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
 def _without_paths(value: Any) -> Any:
     """The same tree without folders; of a file's path the last part is kept."""
     if isinstance(value, dict):
-        return {key: _without_paths(part) for key, part in value.items() if key not in _FOLDERS}
+        kept = value.keys() - {"out", "path"}
+        return {key: _without_paths(part) for key, part in value.items() if key in kept}
     if isinstance(value, list):
         return [_without_paths(part) for part in value]
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
@@ -154,7 +239,7 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _pickled(arguments: dict[str, Any]) -> bytes:
+def _pickled(arguments: Json) -> bytes:
     """training_args.bin as the Trainer writes it, from a fresh object; it is never read here."""
     fields = TrainingArguments.__dataclass_fields__
     known = {k: v for k, v in arguments.items() if k in fields and v is not None}
@@ -163,14 +248,13 @@ def _pickled(arguments: dict[str, Any]) -> bytes:
     fresh = TrainingArguments(**{"disable_tqdm": False} | known | fixed)
     fresh.use_cpu = bool(arguments.get("use_cpu", False))
     # A pickle writes a string once for each object that holds it, so equal strings must be one.
-    texts = {k: sys.intern(v) for k, v in vars(fresh).items() if type(v) is str}
-    vars(fresh).update(texts)
+    vars(fresh).update({k: sys.intern(v) for k, v in vars(fresh).items() if type(v) is str})
     buffer = io.BytesIO()
     torch.save(fresh, buffer)
     return buffer.getvalue()
 
 
-def _write_llama_license(staging: Path, base: Base) -> str | None:
+def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     """LICENSE and NOTICE of a Llama base beside its adapter; its version, or None for others."""
     found = _LLAMA.search(base.id)
     if found is None:
@@ -183,18 +267,65 @@ def _write_llama_license(staging: Path, base: Base) -> str | None:
             fix=f"put the base's LICENSE into {base.folder}",
         )
     files.copy_file(license_file, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found.group(1)))
-    return found.group(1)
+    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found[1]))
+    return found[1]
+
+
+def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: str | None) -> str:
+    """README.md of a release: `templates/card.md.jinja`, filled with what the run's files say.
+
+    A fact that is not in the files is left out. The metadata block goes through huggingface_hub's
+    ModelCardData, so that the hub reads it.
+
+    Args:
+        judged: rows of the judged set.
+        config_sha256: of training_config.json, which names the hashes of the other files.
+        llama: version of a Llama base, whose licence has duties; None for any other base.
+    """
+    config, base = inputs.recipe, inputs.base
+    source, name = config.data.source, inputs.config.name
+    if llama and not name.lower().startswith("llama"):
+        name = f"Llama {name}"  # as the base's licence asks
+    metadata = ModelCardData(
+        base_model=base.id,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=inputs.config.release.license or (f"llama{llama}" if llama else None),
+        datasets=[source] if _HUB_ID.fullmatch(source) and source != base.id else None,
+        tags=["lora", "finance", "instruction-tuning", "transformers", "adapter"],
+    )
+    counts = Counter(
+        f"verdicts of {row.get('served_model') or row.get('model')}"
+        if row.get("status") == "scored"
+        else f"unscored ({row.get('unscored_reason')})"
+        for row in judged
+    )
+    text = page.render(
+        "card.md.jinja",
+        **inputs._asdict() | {"config": config},
+        metadata=metadata.to_yaml(),
+        name=name,
+        adapter=name.replace(" ", "-"),
+        llama=llama,
+        vllm_rank=vllm_rank(config.train.lora.r),
+        judges="; ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "empty",
+        config_sha256=config_sha256,
+    )
+    return text + "\n"
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that holds an adapter's rank."""
+    return next((value for value in VLLM_RANKS if value >= rank), VLLM_RANKS[-1])
 
 
 def _private(inputs: Inputs) -> list[str]:
     """Absolute folders of this machine that no published file may contain."""
-    config = inputs.config
-    folders = [config.data_dir, config.run_dir, config.eval_dir, inputs.base.folder, Path.cwd()]
-    texts = {str(folder.resolve()) for folder in [*folders, Path.home()]}
+    folders = [*inputs.config.folders().values(), inputs.base.folder, Path.cwd(), Path.home()]
+    texts = {str(folder.resolve()) for folder in folders}
     return sorted(text for text in texts if text.count("/") > 1)
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
+def _write_json(path: Path, tree: Json) -> None:
     """JSON of a foreign format (peft, transformers): without our format number."""
     files.write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, sort_keys=True) + "\n")

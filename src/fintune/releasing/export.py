@@ -20,10 +20,10 @@ from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
-from fintune.releasing.card import VLLM_RANKS, vllm_rank
-from fintune.releasing.golden import CONVERSATIONS, read_golden_prompts
-from fintune.releasing.verify import verify
-from fintune.untrusted import checks, open_folder
+from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
+from fintune.releasing.verify import CONVERSATIONS, verify
+from fintune.untrusted import checks
+from fintune.untrusted.static import open_folder
 
 MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
@@ -92,14 +92,13 @@ def vllm(folder: Folder) -> str:
         refused.append(f"bias {config['bias']!r}")
     if refused:
         raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
-    path = folder.resolve()
+    path, revision = folder.resolve(), config.get("revision") or ""
     words = ["vllm", "serve", config["base_model_name_or_path"]]
-    if COMMIT.fullmatch(config.get("revision") or ""):
-        words += ["--revision", config["revision"]]
+    words += ["--revision", revision] if COMMIT.fullmatch(revision) else []
     words += ["--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
     words += ["--lora-modules", f"{folder.name}={path}"]
     words += ["--chat-template", str(path / checks.TEMPLATE), "--generation-config", "vllm"]
-    if golden := read_golden_prompts(folder):
+    if golden := checks.read_object(folder, checks.FIXTURE, absent=True):
         date = files.canonical_json({"date_string": golden["date_string"]})
         words += ["--default-chat-template-kwargs", date]
     return shlex.join(words)
@@ -132,15 +131,13 @@ def push(
     names = sorted(path.name for path in folder.iterdir())
     if not really:
         return f"would upload to {repository} (private): {', '.join(names)}"
-    api = huggingface_hub.HfApi()
     try:
+        api = huggingface_hub.HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names))
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise OutputError(
-            f"the hub did not take {repository} ({type(error).__name__})",
-            fix="set HF_TOKEN to a token that may write there, and check the network",
-        ) from None
+        what = f"the hub did not take {repository} ({type(error).__name__})"
+        raise OutputError(what, fix="set HF_TOKEN to a token that may write there") from None
 
 
 def ollama_modelfile(chat: ChatFormat) -> str:
@@ -186,10 +183,8 @@ def _load_merged(folder: Path, base: Path | None) -> LoadedRelease:
     merged = loaded.model.merge_and_unload()
     worst = float((_logits(merged, loaded.chat) - before).abs().max())
     if not worst <= MERGE_LIMIT:
-        raise GateRefused(
-            f"merged and adapter logits differ by {worst:.1e} (limit {MERGE_LIMIT:.0e})",
-            why="the merged model would answer differently",
-        )
+        what = f"merged and adapter logits differ by {worst:.1e} (limit {MERGE_LIMIT:.0e})"
+        raise GateRefused(what, why="the merged model would answer differently")
     console.say(f"largest logit difference of merged and adapter: {worst:.1e} (fp32)")
     return replace(loaded, model=merged)
 
@@ -198,9 +193,7 @@ def _logits(model: Any, chat: ChatFormat) -> torch.Tensor:
     """Logits of every token of the golden prompts, [tokens, vocabulary]."""
     rows = [chat.encode(messages).input_ids for messages in CONVERSATIONS.values()]
     with torch.inference_mode():
-        return torch.cat(
-            [model(torch.tensor([ids], device=model.device)).logits[0] for ids in rows]
-        )
+        return torch.cat([model(torch.tensor([r], device=model.device)).logits[0] for r in rows])
 
 
 def _between(text: str) -> list[str]:

@@ -7,12 +7,14 @@ table, and an adapter's B of q and k must follow the order of the weights it is 
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from gguf import TokenType
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -99,20 +101,16 @@ def permute(weight: Tensor, heads: int) -> Tensor:
 
 
 def _in_gguf_order(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
-    if name.endswith("q_proj.weight"):
-        return permute(weight, config.num_attention_heads)
-    if name.endswith("k_proj.weight"):
-        return permute(weight, config.num_key_value_heads)
-    return weight
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    found = re.search(r"\.([qk])_proj\.weight$", name)
+    return permute(weight, heads[found[1]]) if found else weight
 
 
 def _llama_config(base: Base) -> PretrainedConfig:
     config = read_architecture(base.folder)
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
-        raise ModelError(
-            f"{base.id} is {config.model_type}-shaped; this export knows plain Llama only",
-            fix="export merged, and convert it with llama.cpp's own converter",
-        )
+        what = f"{base.id} is {config.model_type}-shaped; this export knows plain Llama only"
+        raise ModelError(what, fix="export merged, and convert it with llama.cpp's own converter")
     return config
 
 
@@ -147,14 +145,13 @@ def rope_factors(config: PretrainedConfig) -> Any:
     Raises:
         ModelError: any other scaling.
     """
-    rope = config.rope_parameters
+    rope, head = config.rope_parameters, _head_size(config)
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
     if kind != "llama3":
         raise ModelError(f"rotary scaling {kind!r} is not known to this export")
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    head = _head_size(config)
     plain = 1 / rope["rope_theta"] ** (torch.arange(0, head, 2) / head)
     return (plain / scaled).numpy()
 
@@ -162,13 +159,11 @@ def rope_factors(config: PretrainedConfig) -> Any:
 def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:
     """Byte-level BPE with Llama 3's split; places without a token are filled as unused."""
     tokens = [f"[unused{number}]" for number in range(size)]
-    types = [gguf.TokenType.UNUSED] * size
-    added = tokenizer.added_tokens_decoder
+    types = [TokenType.UNUSED] * size
     for text, number in tokenizer.get_vocab().items():
-        tokens[number] = text
-        special = number in added and added[number].special
-        user = gguf.TokenType.USER_DEFINED if number in added else gguf.TokenType.NORMAL
-        types[number] = gguf.TokenType.CONTROL if special else user
+        tokens[number], types[number] = text, TokenType.NORMAL
+    for number, token in tokenizer.added_tokens_decoder.items():
+        types[number] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list(tokens)

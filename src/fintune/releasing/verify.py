@@ -1,8 +1,13 @@
-"""Check a release folder, ours or not: contents, loading, recorded answers, a server's prompts.
+"""Golden prompts (`prompt_fixture.json`), and the check of a release folder, ours or not.
 
-The stages, in order: bytes (`untrusted.static`; nothing is loaded unless all of that passed);
-tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the recorded
-greedy answers against the weights; on request the prompts of a running server.
+Golden prompts are conversations with exact prompt, ids, labels and answers. They travel with the
+adapter, so that any server can be held against what was trained: the same base gets different
+prompts from different servers (a second BOS, a missing date block, another template), and the
+adapter then answers a question it was never taught.
+
+The stages of `verify`, in order: bytes (`untrusted.static`; nothing is loaded unless all of that
+passed); tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the
+recorded greedy answers against the weights; on request the prompts of a running server.
 """
 
 import json
@@ -13,26 +18,63 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fintune import model
 from fintune.errors import FintuneError, ModelError, OutputError
-from fintune.model import (
-    Base,
-    check_revision,
-    inference_dtype,
-    load_adapter,
-    load_base,
-    release_base,
-)
-from fintune.releasing.golden import check_answers, read_golden_prompts
-from fintune.untrusted import checks, static
-from fintune.untrusted.checks import Check, Report
+from fintune.example import Message
+from fintune.files import read_json
+from fintune.generation import Request, generate
+from fintune.untrusted import static
+from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
 from fintune.untrusted.probe import probe_release, read_tokenizer
 
 KEY_VARIABLE = "FINTUNE_API_KEY"
 TIMEOUT_S = 120.0
 MAX_BYTES = 4 << 20
 """Bytes read of a server's answer."""
+ANSWER_TOKENS = 24
+"""Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
+ATOL = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+"""Largest difference of a log-probability (nats) that the rounding of a precision explains."""
+MEAN_SHARE = 0.2
+"""Share of `ATOL` that the mean difference may reach. Rounding is large at a few tokens; other
+weights are off at all of them, also where a release names a coarse precision as its own."""
+
 CONTROL = "control"
-"""The golden prompt whose text spells control tokens: reported, and never a reason to fail."""
+"""The golden prompt whose user's text spells control tokens: plain characters here, while a server
+that tokenises the rendered prompt reads them as control tokens. Reported, never a failure."""
+CONVERSATIONS: dict[str, list[Message]] = {
+    name: [Message(**turn) for turn in turns]
+    for name, turns in read_json(Path(__file__).with_name("golden_prompts.json")).items()
+}
+
+
+def make_golden_prompts(loaded: model.LoadedRelease) -> dict[str, Any]:
+    """The golden prompts of a template, tokenizer and adapter, with greedy answers."""
+    chat = loaded.chat
+    prompts = {name: chat.prompt_ids(messages) for name, messages in CONVERSATIONS.items()}
+    requests = [Request(name, ids, ANSWER_TOKENS) for name, ids in prompts.items()]
+    stops = loaded.stop_token_ids
+    list(generate(loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=1))
+    conversations = []
+    for request in requests:
+        logprobs, _ = _likelihood(loaded.model, request.prompt_ids, request.token_ids)
+        answer = {
+            "ids": request.token_ids,
+            "logprobs": [round(value, 4) for value in logprobs.tolist()],
+            "text": chat.tokenizer.decode(request.token_ids, skip_special_tokens=True),
+        }
+        recorded = chat.recorded(CONVERSATIONS[request.id])
+        conversations.append({"name": request.id, **recorded, "answer": answer})
+    return {
+        "template_sha256": chat.template_sha256,
+        "date_string": chat.date_string,
+        "end_token_ids": stops,
+        "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": loaded.dtype},
+        "conversations": conversations,
+    }
 
 
 def verify(
@@ -63,8 +105,8 @@ def verify(
     report.run(lambda: [static.check_paths(folder, [])])
     if report.failed:
         return report
-    found = release_base(folder, base)
-    report.run(lambda: check_revision(folder, found))
+    found = model.release_base(folder, base)
+    report.run(lambda: model.check_revision(folder, found))
     report.run(lambda: probe_release(folder, found.folder))
     report.run(lambda: _check_loaded(folder, found))
     if server is not None:
@@ -72,44 +114,80 @@ def verify(
     return report
 
 
-def _check_loaded(folder: Path, base: Base) -> Iterator[Check]:
-    dtype = inference_dtype()
+def _check_loaded(folder: Path, base: model.Base) -> Iterator[Check]:
+    dtype = model.inference_dtype()
     try:
-        model = load_adapter(load_base(base, "none", dtype), folder)
+        peft_model = model.load_adapter(model.load_base(base, "none", dtype), folder)
     except FintuneError as error:
         yield Check("load", "failed", error.what)
         return
     yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
-    if golden := read_golden_prompts(folder):
-        yield check_answers(golden, model, dtype)
+    if golden := read_object(folder, FIXTURE, absent=True):
+        yield check_answers(golden, peft_model, dtype)
+
+
+def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
+    """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
+
+    One forward pass a conversation over prompt and recorded answer, compared position by position
+    within `ATOL` of the coarser precision. Likelihoods are compared too: weights that overflow give
+    equal logits everywhere, and then any token is a most likely one.
+    """
+    atol = max(ATOL[dtype], ATOL[golden["decoding"]["dtype"]])
+    found = []
+    for row in golden["conversations"]:
+        answer = row["answer"]
+        logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
+        gaps = (best - logprobs).maximum((logprobs - torch.tensor(answer["logprobs"])).abs())
+        # NaN compares false with everything, so ask whether all are within, not whether any is out.
+        if not bool((gaps <= atol).all()):
+            at = int((~(gaps <= atol)).nonzero()[0])
+            return Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
+        found.append(gaps)
+    every = torch.cat(found)
+    mean, limit = float(every.mean()), MEAN_SHARE * atol
+    if mean > limit:
+        said = f"log-probabilities differ by {mean:.1e} in the mean (limit {limit:.1e})"
+        return Check("answers", "failed", said)
+    gaps_said = f"largest gap {float(every.max()):.1e}, mean {mean:.1e}"
+    return Check("answers", "ok", f"{len(every)} greedy tokens reproduced ({gaps_said})")
+
+
+def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer token, and that of the most likely token there; [answer]."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
 
 
 def _check_server(folder: Path, url: str) -> Iterator[Check]:
-    """The server's prompts are the golden ones: by ids where it shows them, else by their number.
+    """The server's prompts are the golden ones: by ids where it shows them.
 
-    Equal numbers are a note, since another prompt may have the same length.
+    Equal numbers of tokens alone decide nothing, since another prompt may have the same length.
     """
-    golden = read_golden_prompts(folder)
-    if golden is None:
-        raise ModelError(f"{folder} has no {checks.FIXTURE} to hold a server against")
+    golden = read_object(folder, FIXTURE, absent=True)
+    if not golden:
+        raise ModelError(f"{folder} has no {FIXTURE} to hold a server against")
     server, tokenizer = _Server(url, ["adapter", folder.resolve().name]), read_tokenizer(folder)
-    compared, shown, differing = 0, True, dict[str, str]()
-    for row in golden["conversations"]:
+    rows, shown, differing = golden["conversations"], True, dict[str, str]()
+    for row in rows:
         name, expected = row["name"], row["prompt_ids"]
         ids, count = server.prompt(row["messages"][:-1], tokenizer)
-        compared, shown = compared + (name != CONTROL), shown and ids is not None
+        shown = shown and ids is not None
         if count != len(expected) or ids not in (None, expected):
             differing[name] = f"{name} ({count - len(expected):+} tokens)"
     how = "are changed" if differing.pop(CONTROL, "") else "stay text"
+    compared = f"in {sum(row['name'] != CONTROL for row in rows)} conversations"
     if differing:
-        yield Check(
-            "server", "failed", f"different: other prompts in {', '.join(differing.values())}"
-        )
+        said = f"different: other prompts in {', '.join(differing.values())}"
+        yield Check("server", "failed", said)
     elif shown:
-        yield Check("server", "ok", f"equal: the same ids in {compared} conversations")
+        yield Check("server", "ok", f"equal: the same ids {compared}")
     else:
-        same = f"the same number of prompt tokens in {compared} conversations"
-        yield Check("server", "note", f"undecided: {same}, and no ids are shown there")
+        said = f"undecided: the same number of prompt tokens {compared}, and no ids are shown there"
+        yield Check("server", "failed", f"{said}; /tokenize or /apply-template would show them")
     yield Check("server", "note", f"control tokens in a user's text {how} there")
 
 
@@ -127,10 +205,7 @@ class _Server:
             ModelError: no server there, or none of the models.
         """
         self._url, self._model = url.rstrip("/").removesuffix("/v1"), ""
-        try:
-            found = [str(row["id"]) for row in self._ask("/v1/models", None)["data"]]
-        except (KeyError, TypeError):
-            found = []
+        found = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
         chosen = [name for name in names if name in found] or (found if len(found) == 1 else [])
         if not chosen:
             raise ModelError(
@@ -142,20 +217,18 @@ class _Server:
     def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
         """Ids of a conversation's prompt, None where the server shows none, and their number."""
         ids = self._ask("/tokenize", {"messages": messages}).get("tokens")
-        if not ids:
-            rendered = self._ask("/apply-template", {"messages": messages}).get("prompt")
-            if isinstance(rendered, str):
-                ids = tokenizer.encode(rendered, add_special_tokens=False)
-                # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
-                bos = tokenizer.bos_token_id
-                ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        if isinstance(ids, list) and ids:
+        if not ids and (text := self._ask("/apply-template", {"messages": messages}).get("prompt")):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
+            bos = tokenizer.bos_token_id
+            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        if ids:
             return ids, len(ids)
         body = {"messages": messages, "max_tokens": 1, "temperature": 0}
-        try:
-            return None, int(self._ask("/v1/chat/completions", body)["usage"]["prompt_tokens"])
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{self._url} does not count prompt tokens") from None
+        usage = self._ask("/v1/chat/completions", body).get("usage") or {}
+        if not (count := usage.get("prompt_tokens")):
+            raise ModelError(f"{self._url} does not count prompt tokens")
+        return None, int(count)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """The JSON object of an answer; empty where the server refuses or does not have it."""
@@ -169,12 +242,10 @@ class _Server:
                 tree = json.loads(response.read(MAX_BYTES))
                 return tree if isinstance(tree, dict) else {}
         except urllib.error.HTTPError as error:
-            if error.code in {401, 403}:
-                fix = f"set {KEY_VARIABLE}"
-                raise ModelError(f"{self._url} refused the key", fix=fix) from None
-            return {}
+            if error.code not in {401, 403}:
+                return {}
+            refused = f"{self._url} refused the key"
+            raise ModelError(refused, fix=f"set {KEY_VARIABLE}") from None
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"no answer from {self._url}{path} ({type(error).__name__})",
-                fix="start the server, or check the address",
-            ) from None
+            what = f"no answer from {self._url}{path} ({type(error).__name__})"
+            raise ModelError(what, fix="start the server, or check the address") from None

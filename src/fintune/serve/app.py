@@ -23,6 +23,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
@@ -30,7 +31,7 @@ from fintune.model import LoadedRelease, load_release, open_release
 from fintune.serve import protocol
 from fintune.serve.engine import Engine, StreamedRequest
 from fintune.serve.protocol import ApiError
-from fintune.untrusted.checks import JUDGED, RESULTS
+from fintune.untrusted.checks import JUDGED, RESULTS, read_object
 
 MODELS = ("base", "adapter")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -38,6 +39,10 @@ KEY_VARIABLE = "FINTUNE_API_KEY"
 SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
 MAX_BODY = 1 << 20
+MAX_DROPPED = 8 * MAX_BODY
+"""Bytes read and dropped of a body that is refused for its length, before the answer."""
+DROPPING_S = 1.0
+"""A client may also announce a long body and wait for the answer."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
 """Held-out questions that the page offers to click."""
@@ -72,10 +77,11 @@ async def page() -> Response:
 @public.get("/health")
 async def health(request: Request) -> Response:
     """Rows running and requests waiting; 503 when the model failed."""
-    running, waiting = request.app.state.engine.load
-    failed = request.app.state.engine.failed
-    state = {"status": "failed" if failed else "ok", "running": running, "waiting": waiting}
-    return JSONResponse(state, 503 if failed else 200)
+    engine = request.app.state.engine
+    running, waiting = engine.load
+    status = "failed" if engine.failed else "ok"
+    state = {"status": status, "running": running, "waiting": waiting}
+    return JSONResponse(state, 503 if engine.failed else 200)
 
 
 @guarded.get("/run.json")
@@ -90,34 +96,36 @@ async def run(request: Request) -> Response:
     tree = {
         "name": f"{folder.parent.name}/{folder.name}",
         "base": {"id": base.id, "revision": base.revision},
-        "results": next(_objects(folder / RESULTS, whole=True), None),
+        "results": read_object(folder, RESULTS, absent=True) or None,
         "examples": [{"question": question, "reference": text} for text, question in shortest],
         "metrics": list(_objects(folder.parent / "run" / "metrics.jsonl")),
     }
     return Response(to_json(tree, inf_nan_mode="null"), media_type="application/json")
 
 
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of the lines of a file of the run; what is damaged is left out."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            tree = from_json(line, allow_inf_nan=False)
+            if isinstance(tree, dict):
+                yield tree
+
+
 @guarded.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
-    """The two models."""
-    return {"object": "list", "data": [_model(name, request) for name in MODELS]}
-
-
 @guarded.get("/v1/models/{name}")
-async def model(name: str, request: Request) -> dict[str, Any]:
-    """One of the two models."""
+async def models(request: Request, name: str = "") -> dict[str, Any]:
+    """The two models, or one of them."""
+    facts = {"object": "model", "created": request.app.state.started, "owned_by": "fintune"}
+    if not name:
+        return {"object": "list", "data": [{"id": model, **facts} for model in MODELS]}
     if name not in MODELS:
         raise ApiError(404, "no such model; there are base and adapter", "model_not_found")
-    return _model(name, request)
-
-
-def _model(name: str, request: Request) -> dict[str, Any]:
-    started = request.app.state.started
-    return {"id": name, "object": "model", "created": started, "owned_by": "fintune"}
+    return {"id": name, **facts}
 
 
 @guarded.post("/tokenize")
-async def tokenize(request: Request, body: protocol.TokenizeRequest) -> dict[str, Any]:
+async def tokenize(request: Request, body: protocol.Conversation) -> dict[str, Any]:
     """The ids of a conversation's prompt."""
     ids, tokenizer = await _prompt_ids(request, body), request.app.state.loaded.chat.tokenizer
     return {
@@ -139,16 +147,14 @@ async def chat(request: Request, body: protocol.ChatRequest) -> Response:
 @guarded.post("/v1/completions")
 async def completion(request: Request, body: protocol.CompletionRequest) -> Response:
     """A continuation of text or token ids."""
-    tokenizer, prompt = request.app.state.loaded.chat.tokenizer, body.prompt
-    if isinstance(prompt, str):
+    tokenizer, ids = request.app.state.loaded.chat.tokenizer, body.prompt
+    if isinstance(ids, str):
         # A prompt that begins with BOS, as a rendered chat does, gets no second one.
-        special = not prompt.startswith(tokenizer.bos_token or "\0")
-        ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
-    else:
-        ids = prompt
+        special = not ids.startswith(tokenizer.bos_token or "\0")
+        ids = await asyncio.to_thread(tokenizer.encode, ids, add_special_tokens=special)
+    assert isinstance(ids, list)
     if not ids or not all(0 <= number < len(tokenizer) for number in ids):
-        message = "an empty prompt, or a token id outside the vocabulary"
-        raise ApiError(400, message, "invalid_value", "prompt")
+        raise _invalid("an empty prompt, or a token id outside the vocabulary", "prompt")
     return await _answer(request, body, ids, body.max_tokens)
 
 
@@ -157,12 +163,15 @@ async def _prompt_ids(request: Request, body: protocol.Conversation) -> list[int
     turns = [m.role for m in messages[messages[0].role == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         rule = "after an optional system message, user and assistant alternate; user comes last"
-        raise ApiError(400, rule, "invalid_value", "messages")
+        raise _invalid(rule, "messages")
     try:
         return await asyncio.to_thread(request.app.state.loaded.chat.prompt_ids, messages)
     except (FintuneError, jinja2.TemplateError):
-        message = "the chat template refuses these messages"
-        raise ApiError(400, message, "invalid_value", "messages") from None
+        raise _invalid("the chat template refuses these messages", "messages") from None
+
+
+def _invalid(message: str, param: str) -> ApiError:
+    return ApiError(400, message, "invalid_value", param)
 
 
 async def _answer(
@@ -175,9 +184,9 @@ async def _answer(
         raise ApiError(400, message, "context_length_exceeded")
     if engine.failed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
+    kind = "chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-"
     streamed = StreamedRequest(
-        ("chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-")
-        + secrets.token_hex(12),
+        kind + secrets.token_hex(12),
         ids,
         min(limit or DEFAULT_TOKENS, remaining),
         adapter=body.model == "adapter",
@@ -194,14 +203,22 @@ async def _answer(
     return JSONResponse(await answer.whole(request))
 
 
-def _objects(path: Path, *, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file of the run, a line each or one in all; what is damaged is left out."""
-    data = path.read_bytes() if path.is_file() else b""
-    for line in [data] if whole else data.splitlines():
-        with contextlib.suppress(ValueError):
-            tree = from_json(line, allow_inf_nan=False)
-            if isinstance(tree, dict):
-                yield tree
+def _dropping_rest(app: ASGIApp) -> ASGIApp:
+    """Read the rest of a body that is too long: a client still sending would not see the answer."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            more, left = message.get("status") == 413, MAX_DROPPED
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DROPPING_S):
+                    while more and left > 0:
+                        part = await receive()
+                        more, left = part.get("more_body", False), left - len(part.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, answer)
+
+    return wrapped
 
 
 @contextlib.contextmanager
@@ -224,7 +241,7 @@ def running(
     app.include_router(public)
     app.include_router(guarded)
     settings = uvicorn.Config(
-        app,
+        _dropping_rest(app),  # outside of the limit of bodies
         host=host,
         port=port,
         http="h11",

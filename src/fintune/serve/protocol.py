@@ -52,15 +52,10 @@ class ChatMessage(Body):
 
 
 class Conversation(Body):
-    """Messages that end with a user's."""
-
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
-
-
-class TokenizeRequest(Conversation):
-    """Body of /tokenize."""
+    """Messages that end with a user's; the body of /tokenize."""
 
     model: ModelName = "adapter"
+    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
 
 
 class StreamOptions(Body):
@@ -113,17 +108,13 @@ class ApiError(HTTPException):
 async def error_response(_: Request, error: Exception) -> JSONResponse:
     """Any exception as a response; what is no fault of the client's says nothing of itself."""
     headers = getattr(error, "headers", None)
-    match error:
-        case ApiError():
-            pass
-        case RequestValidationError():
-            error = _invalid(error)
-        case HTTPException():
-            error = ApiError(error.status_code, error.detail, "invalid_request")
-        case ModelError():
-            error = ApiError(500, error.what, "server_error")
-        case _:
-            error = ApiError(500, "a defect of the server", "server_error")
+    if isinstance(error, RequestValidationError):
+        error = _invalid(error)
+    elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
+        error = ApiError(error.status_code, error.detail, "invalid_request")
+    elif not isinstance(error, ApiError):
+        said = error.what if isinstance(error, ModelError) else "a defect of the server"
+        error = ApiError(500, said, "server_error")
     return JSONResponse(error.body(), error.status_code, headers)
 
 
@@ -149,16 +140,15 @@ class Answer:
 
     async def whole(self, client: Request) -> dict[str, Any]:
         """One JSON object when the answer is complete, or the client has disconnected."""
-        made = []
+        text, finish_reason = "", None
         async with contextlib.aclosing(self._request.pieces()) as pieces:
-            async for piece in pieces:
-                made.append(piece)
+            async for piece, reason in pieces:
+                text, finish_reason = text + piece, reason
                 if await client.is_disconnected():
                     break
-        text = "".join(piece for piece, _ in made)
         message = {"message": {"role": "assistant", "content": text}}
         said = message if self._chat else {"text": text}
-        return self._tree(said, made[-1][1]) | {"usage": self._usage()}
+        return self._tree(said, finish_reason) | {"usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; an error after the first byte is an event too."""
@@ -184,8 +174,8 @@ class Answer:
 
     def _usage(self) -> dict[str, int]:
         prompt, made = len(self._request.prompt_ids), len(self._request.token_ids)
-        counts = {"prompt_tokens": prompt, "completion_tokens": made}
-        return counts | {"total_tokens": prompt + made}
+        total = prompt + made
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": total}
 
 
 def _line(tree: dict[str, Any]) -> str:

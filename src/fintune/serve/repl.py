@@ -26,14 +26,14 @@ def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -
                 history = []
             elif line.startswith("/"):
                 models = COMMANDS.get(line, models)
-                console.say(HELP if line not in COMMANDS else f"{' and '.join(models)} answers")
+                console.say(f"{' and '.join(models)} answers. {HELP}")
             elif line:
                 history.append(Message("user", line))
                 for model in models:
                     console.heading(model)
                     reply = _reply(loaded, engine, history, model == "adapter", max_new_tokens)
                     answer = asyncio.run(reply)
-                history.append(Message("assistant", answer.strip()))
+                history.append(Message("assistant", answer))
 
 
 async def _reply(
@@ -51,7 +51,7 @@ async def _reply(
         answer += piece
         console.stream(piece)
     console.stream("\n")
-    return answer
+    return answer.strip()
 
 
 def _ask() -> str | None:

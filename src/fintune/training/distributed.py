@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,6 @@ from fintune import console
 from fintune.errors import ConfigError, FintuneError, ModelError
 from fintune.model import device
 from fintune.stop import STOP
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -59,9 +57,8 @@ def start(strategy: str, quantization: str) -> None:
         )
     if strategy == "fsdp" and quantization != "none":
         raise ConfigError(
-            f"train.strategy=fsdp with model.quantization={quantization}",
-            why="FSDP2 cannot shard the packed weights of bitsandbytes",
-            fix="a quantised base is small: use train.strategy=ddp",
+            f"train.strategy=fsdp cannot shard a base of model.quantization={quantization}",
+            fix="it is small: use train.strategy=ddp",
         )
     if world_size() > 1:
         # The others wait while rank 0 writes and hashes; NCCL's own limit is 10 minutes.
@@ -70,23 +67,9 @@ def start(strategy: str, quantization: str) -> None:
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
                 f"{world_size()} processes were launched and accelerate runs them as {kind}",
-                why="they would train apart, or write checkpoints that do not resume",
                 fix="unset the ACCELERATE_* variables, or: fintune train in one process",
             )
         console.err.quiet = not is_rank0()
-
-
-def micro_batches_per_rank(accumulation: int, processes: int) -> int:
-    """Micro-batches of an optimizer step for each process. Raises ConfigError: not a whole one."""
-    if accumulation % processes:
-        raise ConfigError(
-            f"train.gradient_accumulation_steps={accumulation}: the micro-batches of an optimizer"
-            f" step do not divide among {processes} processes",
-            why="every process takes as many, so that the step is that of one process",
-            fix="change train.gradient_accumulation_steps and train.per_device_train_batch_size;"
-            " their product is the examples of an optimizer step",
-        )
-    return accumulation // processes
 
 
 def stop_asked() -> bool:
@@ -95,7 +78,7 @@ def stop_asked() -> bool:
     return STOP.asked
 
 
-def from_rank0(make: Callable[[], T]) -> T:
+def from_rank0(make: Callable[[], Any]) -> Any:
     """The result of `make` on rank 0, or its FintuneError, on every rank. Collective."""
     if world_size() == 1:
         return make()
@@ -108,8 +91,7 @@ def from_rank0(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=0, device=device())
     if isinstance(box[0], FintuneError):
         raise box[0]
-    value: T = box[0]
-    return value
+    return box[0]
 
 
 def any_rank(flag: bool) -> bool:

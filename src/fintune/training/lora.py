@@ -14,7 +14,6 @@ One mask for a group leaves the distribution of each projection's dropout as it 
 of its members is correlated. Quantised bases and layers with a bias stay with peft.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -123,18 +122,17 @@ class _Group:
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
-def fuse(model: Any) -> Counter[str]:
+def fuse(model: Any) -> int:
     """Replace the LoRA arithmetic of a peft model where the fused one applies.
 
     Returns:
-        Layers left to peft, by reason; empty when all are fused.
+        Layers left to peft.
     """
-    left: Counter[str] = Counter()
+    left = 0
     for parent in model.modules():
-        children = {n: c for n, c in parent.named_children() if isinstance(c, LoraLayer)}
-        reasons = {name: _why_not(child) for name, child in children.items()}
-        left.update(reason for reason in reasons.values() if reason)
-        fusable = {name: children[name] for name, reason in reasons.items() if reason is None}
+        layers = {n: c for n, c in parent.named_children() if isinstance(c, LoraLayer)}
+        fusable = {name: layer for name, layer in layers.items() if _is_fusable(layer)}
+        left += len(layers) - len(fusable)
         together = [[name for name in names if name in fusable] for names in GROUPS]
         alone = [[name] for name in fusable if not any(name in names for names in together)]
         for names in (*together, *alone):
@@ -150,21 +148,16 @@ def forget(model: Any) -> None:
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func is _forward:
-            group: _Group = forward.args[0]
-            group.outputs, group.input = {}, None
+            forward.args[0].outputs, forward.args[0].input = {}, None
 
 
-def _why_not(layer: LoraLayer) -> str | None:
-    """Why a layer's arithmetic is left to peft, or None where the fused one is the same."""
+def _is_fusable(layer: LoraLayer) -> bool:
+    """Whether the fused arithmetic is the layer's: a plain linear layer without bias."""
     base = layer.get_base_layer()
-    if type(layer) is not LoraLinear or type(base) is not torch.nn.Linear:
-        return f"its base is {type(base).__name__}"
-    return None if base.bias is None else "it has a bias"
+    return type(layer) is LoraLinear and type(base) is torch.nn.Linear and base.bias is None
 
 
-def _forward(group: _Group, index: int, peft_forward: Any, x: torch.Tensor) -> torch.Tensor:
+def _forward(group: _Group, index: int, peft_forward: Any, x: torch.Tensor) -> Any:
     """The group's forward, or the base's own while the adapter is switched off."""
-    if group.members[index].disable_adapters:
-        output: torch.Tensor = peft_forward(x)
-        return output
-    return group.project(index, x)
+    off = group.members[index].disable_adapters
+    return peft_forward(x) if off else group.project(index, x)

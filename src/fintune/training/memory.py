@@ -7,7 +7,6 @@ Estimated from short forward passes (fintune.memory), then tried: before step 0,
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from fintune.config import TrainConfig
+from fintune.console import say
 from fintune.loss import sum_loss
 from fintune.memory import PROBE_TOKENS, model_size, peak, step_memory
 from fintune.model import DTYPES
@@ -28,13 +28,6 @@ HEADROOM = 0.7
 tensors come in many sizes, and a CUDA allocator has its fragments."""
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the device, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def in_use(device: torch.device) -> int:
     """Bytes: the most that tensors took on a CUDA device so far, or what this process takes now."""
     if device.type == "cuda":
@@ -42,13 +35,10 @@ def in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def estimate(train: TrainConfig, model: Any, order: Order, precision: str) -> tuple[bool, str]:
-    """Resolve `train.gradient_checkpointing` and say why. Collective."""
-    choice = train.gradient_checkpointing
-    if choice != "auto":
-        return choice == "on", f"gradient checkpointing is {choice}, as set"
+def needs_checkpointing(model: Any, order: Order, precision: str, train: TrainConfig) -> bool:
+    """Whether the largest micro-batch is estimated not to fit without. Collective."""
     if train.strategy == "fsdp":
-        return True, "gradient checkpointing is on: a sharded base is one that hardly fits"
+        return True  # a sharded base is one that hardly fits
     batches = (
         send_to_device(order.collator([{"input_ids": ids, "labels": ids}]), model.device)
         for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
@@ -58,12 +48,15 @@ def estimate(train: TrainConfig, model: Any, order: Order, precision: str) -> tu
     largest = order.most_tokens
     parts = step_memory(size, train.optim, largest, largest, checkpointing=False)
     needed = peak(parts) - parts["weights"] - parts["adapter"]  # those are there already
-    free = free_memory(model.device)
+    free = int(psutil.virtual_memory().available)
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(model.device)[0])
     on = any_rank(needed > HEADROOM * free)
-    return on, (
+    say(
         f"gradient checkpointing is {'on' if on else 'off'}: {needed / 1e9:.2f} GB for a step"
         f" with the largest micro-batch ({largest:,} tokens), {free / 1e9:.1f} GB free"
     )
+    return on
 
 
 def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool) -> None:
@@ -81,34 +74,18 @@ def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool
     finally:
         lora.forget(model)
         model.zero_grad(set_to_none=True)
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
 
 
-def fits(attempt: Callable[[], None]) -> bool:
-    """Whether memory suffices for what is attempted."""
-    try:
-        attempt()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in words)
 
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:
     """Restore the random state afterwards; of all devices torch would warn at length."""
-    used = [model.device] if model.device.type == "cuda" else []
-    return torch.random.fork_rng(devices=used)
+    return torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
 
 
 def autocast(model: Any, precision: str) -> torch.autocast:

@@ -43,14 +43,12 @@ def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> Jso
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
         evaluated: whether the checkpoint holds its own step's evaluation.
     """
-
-    def kept(row: dict[str, Any]) -> bool:
-        again = not evaluated and "eval_loss" in row
-        return bool(row["step"] <= resumed_at - again)
-
     with JsonlLog(path) as log:
         rows = log.rows()
-    write_jsonl(path, filter(kept, rows))
+    kept = (
+        row for row in rows if row["step"] + (not evaluated and "eval_loss" in row) <= resumed_at
+    )
+    write_jsonl(path, kept)
     return JsonlLog(path)
 
 
@@ -89,7 +87,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._losses, self._order = trainer.losses, trainer.order
         # Since the last logged step: tokens, padded tokens, seconds.
         self._totals = np.zeros(3)
-        self._start, self._warned = 0.0, -WINDOW
+        self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step; evaluation and saving are not part of it."""
@@ -100,21 +98,14 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         step, seconds = state.global_step, time.monotonic() - self._start
         self._totals += (*self._order.tokens(self._order.step(step - 1)), seconds)
         self._progress.advance()
-        loss, limit = self._losses.last[-1], self._losses.limit
-        if limit is None:
-            return
-        row = {
-            "step": step,
-            "epoch": round(state.epoch, 4),
-            "rows": self._order.example_ids(step - 1),
-        }
-        self._metrics.append(row | {"spike_loss": loss, "spike_limit": limit})
-        if step - self._warned >= WINDOW:
+        if (limit := self._losses.limit) is not None:
+            loss, ids = self._losses.last[-1], self._order.example_ids(step - 1)
+            spike = {"step": step, "rows": ids, "spike_loss": loss, "spike_limit": limit}
+            self._metrics.append(spike)
             warn(
                 f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
                 f" {limit:.3f}; its rows are in metrics.jsonl"
             )
-            self._warned = step
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any

@@ -1,27 +1,23 @@
 """Prepared rows as a torch data set, and which of them each optimizer step sees.
 
 An optimizer step is a set of examples. How it is divided into micro-batches may change while a run
-lives (less memory, another world size); which examples it has may not, so the hash of what was
-consumed is over the sorted ids of each step.
+lives (less memory, another world size); which examples it has may not.
 """
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from fintune.batches import EpochPlan, Ints, micro_batches_under, plan_epoch, rebalance
+from fintune.batches import Ints, Steps, micro_batches_under, plan_epoch, rebalance
 from fintune.collate import Collator
 from fintune.config import Config
-from fintune.errors import DataError
-from fintune.files import sha256_bytes
-from fintune.training.distributed import micro_batches_per_rank
+from fintune.errors import ConfigError, DataError
 
 Row = dict[str, NDArray[np.int32]]
 _TOKENS = ["input_ids", "labels"]
@@ -64,28 +60,10 @@ def read_validation(data_dir: Path, most: int) -> Rows:
     table = pq.read_table(data_dir / "validation.parquet", columns=_COLUMNS)
     if table.num_rows == 0:
         raise DataError(
-            f"{data_dir / 'validation.parquet'} has no row",
-            why="without one, no evaluation can choose the best adapter",
+            "no validation row: no evaluation can choose the best adapter",
             fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
         )
     return Rows(table.sort_by("example_id").slice(0, most))
-
-
-def configured_epoch(
-    config: Config, lengths: Ints, epoch: int = 0, world_size: int = 1
-) -> EpochPlan:
-    """An epoch's batches as a config has them."""
-    train = config.train
-    return plan_epoch(
-        lengths,
-        micro_batch_size=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps // world_size,
-        seed=config.seed,
-        epoch=epoch,
-        plan=train.train_sampling_strategy,
-        boundaries=train.bucket_boundaries,
-        world_size=world_size,
-    )
 
 
 class Order:
@@ -93,49 +71,56 @@ class Order:
 
     Args:
         world_size: processes that share a step.
-        cap: most tokens of a micro-batch, padding included, since memory ran out.
+        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: as many as
+            there are.
+
+    Raises:
+        ConfigError: the micro-batches of an optimizer step do not divide among the processes.
 
     Attributes:
         rows, collator: what it was made with.
         accumulation: micro-batches of an optimizer step and process.
-        since: the step and hash that `consumed_sha256` starts from; (0, "") unless another order
-            was accepted in the middle of the run.
     """
 
     def __init__(
-        self,
-        config: Config,
-        rows: Rows,
-        collator: Collator,
-        world_size: int = 1,
-        cap: int | None = None,
+        self, config: Config, rows: Rows, collator: Collator, world_size: int = 1, cap: int = 0
     ) -> None:
-        self.rows, self.collator = rows, collator
-        self._config, self._world_size, self._parts = config, world_size, 0
-        self._plan = partial(configured_epoch, config, rows.lengths, world_size=world_size)
         configured = config.train.gradient_accumulation_steps
-        self.accumulation = micro_batches_per_rank(configured, world_size)
-        if cap is not None:
-            plans = [self._plan(epoch) for epoch in range(config.train.num_train_epochs)]
-            padded = collator.padded_tokens
-            parts = micro_batches_under(cap, rows.lengths, plans, configured, world_size, padded)
-            self._parts = parts if parts > configured else 0
-            self.accumulation = parts // world_size
+        if configured % world_size:
+            raise ConfigError(
+                f"train.gradient_accumulation_steps={configured}: the micro-batches of an"
+                f" optimizer step do not divide among {world_size} processes",
+                fix="change it and train.per_device_train_batch_size: their product is the"
+                " examples of an optimizer step",
+            )
+        self.rows, self.collator, self._world_size = rows, collator, world_size
+        self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
+        self._epochs, self._parts = config.train.num_train_epochs, 0
+        if cap:
+            plans = [self._plan(epoch) for epoch in range(self._epochs)]
+            self._parts = micro_batches_under(
+                cap, rows.lengths, plans, configured, world_size, collator.padded_tokens
+            )
+        self.accumulation = (self._parts or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
-        first = self.epoch(0).steps
+        first = self.epoch(0)
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
-        self.since = self._consumed = (0, "")
 
-    def _epoch(self, number: int) -> EpochPlan:
-        plan = self._plan(number)
+    def _epoch(self, number: int) -> Steps:
+        steps = self._plan(number)
         if self._parts:
-            plan = rebalance(self.rows.lengths, plan, self._parts, self._world_size)
-        return plan
+            steps = rebalance(self.rows.lengths, steps, self._parts, self._world_size)
+        return steps
 
     def step(self, number: int) -> list[Ints]:
         """Micro-batches of an optimizer step, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)
-        return self.epoch(epoch).steps[within]
+        return self.epoch(epoch)[within]
+
+    def rank_batches(self, step: int, rank: int) -> list[list[int]]:
+        """A rank's micro-batches, in order, of the epoch that holds optimizer step `step`."""
+        steps = self.epoch(step // self.steps_per_epoch)
+        return [b.tolist() for batches in steps for b in batches[rank :: self._world_size]]
 
     def tokens(self, batches: list[Ints]) -> tuple[int, int]:
         """Non-padding tokens of micro-batches, and those with padding."""
@@ -145,19 +130,14 @@ class Order:
     @cached_property
     def largest(self) -> Ints:
         """The micro-batch of the whole run that takes the most tokens in memory."""
-        plans = map(self.epoch, range(self._config.train.num_train_epochs))
-        every = (batch for plan in plans for step in plan.steps for batch in step)
+        epochs = map(self.epoch, range(self._epochs))
+        every = (batch for steps in epochs for step in steps for batch in step)
         return max(every, key=lambda batch: self.tokens([batch])[1])
 
     @property
     def most_tokens(self) -> int:
         """Tokens of `largest`, padding included."""
         return self.tokens([self.largest])[1]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example, padding included: no cap can divide it."""
-        return self.collator.padded_tokens([int(self.rows.lengths.max())])
 
     def share(self, step: int) -> float:
         """Examples of a step over those of the first: the last of an epoch may have fewer."""
@@ -167,37 +147,15 @@ class Order:
         """Ids of the examples of a step, micro-batch by micro-batch."""
         return [self.rows.ids[index] for batch in self.step(step) for index in batch]
 
-    def consumed_sha256(self, steps: int) -> str:
-        """Running hash of the example ids that the first `steps` steps consumed."""
-        done, digest = self._consumed if self._consumed[0] <= steps else self.since
-        for step in range(done, steps):
-            ids = sorted(self.example_ids(step))
-            digest = sha256_bytes("\n".join([digest, *ids]).encode())
-        self._consumed = (steps, digest)
-        return digest
 
-    def continue_from(self, step: int, digest: str) -> None:
-        """Count on from what another order consumed until `step`."""
-        self.since = self._consumed = (step, digest)
+class RankBatches:
+    """A DataLoader's `batch_sampler`: what `batches` says when an epoch begins."""
 
-
-class RankBatches(Sampler[list[int]]):
-    """A rank's micro-batches of the epoch that the run is in, in order.
-
-    Args:
-        step: optimizer steps made so far, which say the epoch.
-    """
-
-    def __init__(self, order: Order, rank: int, world_size: int, step: Callable[[], int]) -> None:
-        self._order, self._rank, self._world_size, self._step = order, rank, world_size, step
-
-    def _batches(self) -> list[list[int]]:
-        plan = self._order.epoch(self._step() // self._order.steps_per_epoch)
-        steps = plan.rank(self._rank, self._world_size)
-        return [batch.tolist() for step in steps for batch in step]
+    def __init__(self, batches: Callable[[], list[list[int]]]) -> None:
+        self._batches = batches
 
     def __len__(self) -> int:
         return len(self._batches())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches())

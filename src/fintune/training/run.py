@@ -15,16 +15,16 @@ from fintune.chat import ChatFormat
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
-from fintune.errors import OutputError, Stopped
+from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
 from fintune.stop import STOP
-from fintune.training import distributed, lora, memory, run_state
+from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
-from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, effective, training_arguments
+from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, training_arguments
 from fintune.untrusted.static import check_weights
 
 
@@ -81,22 +81,15 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
     """Everything of a run: base with adapter, order, arguments, Trainer. Collective."""
     memory.retain_heap()
     model, name, padding_free = _model(config, base, state)
-    on_cpu = device().type == "cpu"
-    collator = Collator(
-        padding_free=padding_free,
-        pad_token_id=tokenizer.pad_token_id,
-        pad_to_multiple_of=CPU_PAD_MULTIPLE if on_cpu else 1,
-    )
-    order = Order(config, rows, collator, distributed.world_size(), state.max_tokens())
+    multiple = CPU_PAD_MULTIPLE if device().type == "cpu" else 1
+    collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
+    cap = min((cap["max_tokens"] for cap in state.resolved["token_caps"]), default=0)
+    order = Order(config, rows, collator, distributed.world_size(), cap)
     with state.capping_tokens(order):
         checkpointing = _checkpointing(config, state, model, order, name)
-    arguments = training_arguments(
-        config, precision=name, checkpointing=checkpointing, accumulation=order.accumulation
-    )
+    arguments = training_arguments(config, name, checkpointing, order.accumulation)
     if distributed.is_rank0():
-        files.write_json(state.folder / "training_arguments.json", effective(arguments))
-    if on_cpu and config.train.optim.startswith("paged"):
-        say(f"{config.train.optim}: nothing is paged on a CPU, the arithmetic is the same")
+        files.write_json(state.folder / "training_arguments.json", arguments.to_dict())
     sampling = config.train.train_sampling_strategy
     say(f"{device().type}, {name}; {order.steps_per_epoch} steps an epoch, {sampling} batches")
     validation = read_validation(config.data_dir, config.train.max_eval_samples)
@@ -106,15 +99,10 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
 def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]:
     """The base with a fresh adapter, fused and sharded; its precision; whether its batches are
     padding-free. Collective."""
-    asked, on = config.train.precision, device()
-    resolved = state.resolve(
-        "precision", lambda: distributed.from_rank0(lambda: precision(asked, on))
-    )
-    name = precision(resolved, on)  # refused where the run began on another kind of device
-    sharded = config.train.strategy == "fsdp"
-    model = load_base(
-        base, config.model.quantization, name, attention=attention.NAME, on_cpu=sharded
-    )
+    name, sharded = config.train.precision, config.train.strategy == "fsdp"
+    name = state.resolve("precision", lambda: precision(name, device()))
+    packed = config.model.quantization
+    model = load_base(base, packed, name, attention=attention.NAME, on_cpu=sharded)
     padded, full = attention.why_padded(model), why_full_logits(model)
     if padded:
         warn(f"batches are padded: {padded}")
@@ -122,55 +110,54 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
         warn(f"the loss builds full logits: {full}")
     peft = attach(model, config.train.lora, config.seed)
     pointwise.fuse(peft)
-    for reason, layers in lora.fuse(peft).items():
-        warn(f"{layers} LoRA layers keep peft's own arithmetic: {reason}")
+    if left := lora.fuse(peft):
+        warn(f"{left} LoRA layers keep peft's own arithmetic: quantized, or with a bias")
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
 
 
 def _checkpointing(config: Config, state: RunState, model: Any, order: Order, name: str) -> bool:
-    """Whether gradient checkpointing is on: as set, or as estimated and then tried. Collective."""
-
-    def attempt(on: bool) -> None:
+    """Whether gradient checkpointing is on: as set, or as estimated; then tried. Collective."""
+    train, key, fits = config.train, "gradient_checkpointing", True
+    auto, on = train.gradient_checkpointing == "auto", train.gradient_checkpointing == "on"
+    if auto:
+        on = state.resolve(key, lambda: memory.needs_checkpointing(model, order, name, train))
+    try:
         memory.try_largest(model, order, name, checkpointing=on)
-
-    on: bool
-    on, why = state.resolve(
-        "gradient_checkpointing", lambda: memory.estimate(config.train, model, order, name)
-    )
-    say(why)
-    if on or config.train.gradient_checkpointing != "auto":
-        attempt(on)
-    elif distributed.any_rank(not memory.fits(lambda: attempt(False))):
-        why = "gradient checkpointing is on: the largest micro-batch did not fit without"
-        on, _ = state.record("gradient_checkpointing", (True, why))
-        say(why)
-        attempt(True)
+    except (RuntimeError, MemoryError) as error:
+        if on or not auto or not memory.is_out_of_memory(error):
+            raise
+        fits = False
+    if distributed.any_rank(not fits):
+        say("gradient checkpointing is on: the largest micro-batch did not fit without")
+        on = state.record(key, True)
+        memory.try_largest(model, order, name, checkpointing=True)
     return on
 
 
 def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     """Train from the newest whole checkpoint of this run to the end. Collective."""
-    run, order = state.folder, trainer.order
-    checkpoint, done, evaluated = state.continue_order(order)
-    new = max(KEEP + 1 - len(run_state.checkpoints(run / "checkpoints")), 1)
-    distributed.from_rank0(lambda: files.require_free_space(run, new * trainer.checkpoint_bytes()))
+    order, resume = trainer.order, state.newest_checkpoint()
+    needed = trainer.checkpoint_bytes() * (1 if resume else KEEP + 1)
+    distributed.from_rank0(lambda: files.require_free_space(state.folder, needed))
     total = config.train.max_steps
     if total < 0:
         total = order.steps_per_epoch * config.train.num_train_epochs
-    path = run / "metrics.jsonl"
-    log = open_metrics(path, done, evaluated) if distributed.is_rank0() else None
+    log = None
+    if distributed.is_rank0():
+        evaluated = not resume.get("pending_evaluation")
+        log = open_metrics(state.folder / "metrics.jsonl", resume.get("step", 0), evaluated)
     with (
         log or nullcontext(),
         state.capping_tokens(order, lambda: trainer.state.global_step),
         meter("train", total) as bar,
         STOP.at_steps(),
     ):
-        bar.advance(done)
+        bar.advance(resume.get("step", 0))
         if log:
             trainer.add_callback(MetricsCallback(log, bar, trainer))
-        trainer.resume(checkpoint, total) if checkpoint else trainer.train()
+        trainer.resume(resume, total) if resume else trainer.train()
     if distributed.stop_asked():
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {total}, saved",
@@ -179,12 +166,17 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
 
 
 def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
-    """Write the last files and `done.json`. Raises OutputError: the adapter does nothing."""
+    """Write the last files and `done.json`.
+
+    Raises:
+        NotFinite: a weight of the adapter.
+        OutputError: the adapter does nothing.
+    """
     for check in check_weights(trainer.best):
         if check.status == "failed":
-            raise OutputError(
+            raise (NotFinite if "NaN" in check.detail else OutputError)(
                 f"{trainer.best}: {check.detail}",
-                fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
+                fix="train more steps, or at a lower rate: fintune train --fresh",
             )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
@@ -199,7 +191,6 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
-        "device_type": on.type,
         "processes": arguments.world_size,
         "cpu_cores": os.cpu_count(),
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
@@ -207,8 +198,8 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "steps": trainer.state.global_step,
         "epochs": round(epochs, 3),
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
-        "trainable_parameters": trainer.trainable_parameters(),
+        "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
         "adapter_sha256": files.sha256_file(trainer.best / ADAPTER),
-        "token_caps": state.token_caps,
+        "token_caps": state.resolved["token_caps"],
         "accepted_changes": state.accepted,
     }

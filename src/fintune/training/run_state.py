@@ -11,7 +11,6 @@ resume crashed on, with an intact one beside it. A run continues from the newest
 verifies, and says which it skipped and why.
 """
 
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,15 +29,13 @@ from fintune.training import distributed, memory
 from fintune.training.distributed import world_size
 from fintune.training.rows import Order
 
-PACKAGES = ("fintune", "torch", "transformers", "peft")
-"""Packages whose versions are part of the fingerprint."""
+PACKAGES = ("fintune", "torch", "transformers", "peft", "numpy")
+"""Packages whose versions are part of the fingerprint; numpy draws the order of rows."""
 RECORD = "record.json"
 RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
 KEEP = 2
 """Newest checkpoints kept; the best adapter is kept besides."""
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-_REMOVED = ".old-"
 SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
 """What gives saved weights and optimizer states their shape: no change of it can be accepted."""
 
@@ -57,11 +54,9 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
         "template_sha256": chat.template_sha256,
     }
     encoded = {name: data["inputs"].get(name) for name in tokenizer}
-    if encoded != tokenizer:
+    if differs := seal.differences(encoded, tokenizer):
         raise OutputError(
-            f"{config.data_dir} was prepared for another base: "
-            + "; ".join(seal.differences(encoded, tokenizer)),
-            why="its token ids would mean other words to this one",
+            f"{config.data_dir} was prepared for another base: {'; '.join(differs)}",
             fix="run: fintune prepare --fresh",
         )
     return {
@@ -81,7 +76,8 @@ class RunState:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
-        resolved: what `record.json` holds.
+        resolved: what `record.json` holds; `token_caps` has an entry for each out-of-memory error:
+            the `step`, the tokens of a micro-batch that it `was`, the `max_tokens` since then.
         finished: whether there is nothing left to do.
     """
 
@@ -120,14 +116,14 @@ class RunState:
             if force_resume is not None:
                 _accept(folder, fingerprint, force_resume)
             also = ', or go on and have it recorded: --force-resume "why"'
-            state = seal.state(folder, fingerprint, command="fintune train", also=also)
-            if state is not seal.State.FINISHED:
+            finished = seal.finished(folder, fingerprint, command="fintune train", also=also)
+            if not finished:
                 seal.start(folder, fingerprint)
                 files.write_text(folder / "config.yaml", dump_yaml(config))
-            record = folder / RECORD
             accepted = seal.read_checked(folder / seal.INPUTS).get("accepted", [])
-            resolved = files.read_json(record) if record.is_file() else {}
-            return accepted, resolved, state is seal.State.FINISHED
+            known = (folder / RECORD).is_file()
+            resolved = files.read_json(folder / RECORD) if known else {}
+            return accepted, resolved, finished
 
         return cls(folder, fingerprint, *distributed.from_rank0(begin))
 
@@ -141,16 +137,6 @@ class RunState:
         if distributed.is_rank0():
             files.write_json(self.folder / RECORD, self.resolved)
         return value
-
-    @property
-    def token_caps(self) -> list[dict[str, int]]:
-        """One entry for each out-of-memory error: `step`, the tokens that `was` tried, the cap."""
-        caps: list[dict[str, int]] = self.resolved["token_caps"]
-        return caps
-
-    def max_tokens(self) -> int | None:
-        """Most tokens of a micro-batch since memory ran out, or None."""
-        return min((cap["max_tokens"] for cap in self.token_caps), default=None)
 
     @contextmanager
     def capping_tokens(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
@@ -169,63 +155,44 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        was, longest = order.most_tokens, order.longest
+        was = order.most_tokens
+        longest = order.collator.padded_tokens([int(order.rows.lengths.max())])
         if was <= longest:
             raise ModelError(
                 f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
-                why="a micro-batch cannot be smaller",
-                fix="set train.gradient_checkpointing=on or model.quantization=4bit, or lower"
-                " data.max_length",
+                fix="set train.gradient_checkpointing=on, or lower data.max_length",
             )
         cap = max(was // 2, longest)
         self.resolved.pop("gradient_checkpointing", None)
-        self.token_caps.append({"step": step(), "was": was, "max_tokens": cap})
-        files.write_json(
-            self.folder / RECORD, self.resolved
-        )  # by the rank that met it; the others wait
+        self.resolved["token_caps"].append({"step": step(), "was": was, "max_tokens": cap})
+        # By the rank that met it; the others wait.
+        files.write_json(self.folder / RECORD, self.resolved)
         raise Stopped(
-            f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens; saved"
-            " is what the last checkpoint holds",
-            fix=f"the same command continues, with at most {cap:,} tokens a micro-batch (the same"
-            " examples a step)",
+            f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens",
+            fix=f"the same command continues from the last checkpoint, with at most {cap:,} tokens"
+            " a micro-batch (the same examples a step)",
         )
 
-    def incompatible(self, checkpoint: Path) -> str | None:
-        """Why a checkpoint is not of this run, or None."""
-        ours = {self.sha256, *(change["was"] for change in self.accepted)}
-        saved = files.read_json(checkpoint / RESUME)["fingerprint_sha256"]
-        return None if saved in ours else "it is of a run with another fingerprint"
-
-    def continue_order(self, order: Order) -> tuple[Path | None, int, bool]:
-        """Let an order go on from the newest checkpoint of this run. Collective.
-
-        Returns:
-            The checkpoint, or None; its step; whether that step was evaluated.
+    def newest_checkpoint(self) -> dict[str, Any]:
+        """RESUME of the checkpoint to continue from and its folder, as `checkpoint`; empty where
+        there is none. Collective.
 
         Raises:
-            OutputError: none verifies, or the rows consumed until there are not of this order.
+            OutputError: none verifies, or it is of another run.
         """
-        folder = self.folder / "checkpoints"
-        found = distributed.from_rank0(lambda: newest_checkpoint(folder, self.incompatible))
+        found = distributed.from_rank0(lambda: newest_checkpoint(self.folder / "checkpoints"))
         if found is None:
-            return None, 0, True
-        resume, step, world = files.read_json(found / RESUME), step_of(found), world_size()
-        if resume["processes"] != world:
+            return {}
+        resume = files.read_json(found / RESUME)
+        if resume["fingerprint_sha256"] not in {self.sha256, *(c["was"] for c in self.accepted)}:
+            raise OutputError(f"{found} is of another run", fix="remove it")
+        if resume["processes"] != world_size():
             warn(
-                f"{found} is of {resume['processes']} processes, this is a run of {world}: rows and"
-                " order are the same, dropout masks are not"
-            )
-        if resume["fingerprint_sha256"] != self.sha256:
-            order.continue_from(step, resume["consumed_sha256"])
-        else:
-            order.continue_from(*resume["since"])
-        if resume["consumed_sha256"] != order.consumed_sha256(step):
-            raise OutputError(
-                f"{found} was made with another order of rows",
-                fix="start again: fintune train --fresh",
+                f"{found} is of {resume['processes']} processes, this is a run of {world_size()}:"
+                " rows and order are the same, dropout masks are not"
             )
         say(f"continuing from {found}")
-        return found, step, not resume["pending_evaluation"]
+        return {**resume, "checkpoint": found}
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
@@ -240,8 +207,7 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     differs = seal.differences(before, fingerprint)
     if fixed := [line for line in differs if line.startswith(SHAPE_KEYS)]:
         raise OutputError(
-            f"these cannot be accepted: {'; '.join(fixed)}",
-            why="the weights or the optimizer's states saved so far have another shape",
+            f"what was saved so far has another shape: {'; '.join(fixed)}",
             fix="start again: fintune train --fresh",
         )
     if differs:
@@ -250,55 +216,42 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
         warn(f"accepted, and recorded: {'; '.join(differs)}")
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Write a checkpoint whole: `write` fills a staging folder, the rest is done here.
 
     One of the same step that verifies is kept: it is of the same state.
     """
     final = folder / f"checkpoint-{step}"
-    if final.exists():
-        if corrupt(final) is None:
-            return final
-        shutil.rmtree(final)
-    with files.staged_folder(final) as staging:
+    if final.exists() and corrupt(final) is None:
+        return
+    with files.staged_folder(final, free=lambda: shutil.rmtree(final, True)) as staging:
         write(staging)
         seal.seal(staging, {"step": step})
-    return final
 
 
 def corrupt(checkpoint: Path) -> str | None:
     """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
     try:
-        inputs = seal.read_checked(checkpoint / seal.DONE)["inputs"]
-        if inputs != {"step": step_of(checkpoint)}:
-            return f"{seal.DONE} is of {inputs}"
         seal.read_seal(checkpoint, stage="checkpoint", make="fintune train")
     except OutputError as error:
         return error.what.removeprefix(f"checkpoint: {checkpoint}: ")
     return None
 
 
-def newest_checkpoint(
-    folder: Path, incompatible: Callable[[Path], str | None] = lambda path: None
-) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that verifies; each newer one that does not is named.
-
-    Args:
-        incompatible: why a checkpoint that verifies is not of this run, or None.
 
     Raises:
         OutputError: there are checkpoints, and none verifies.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        reason = corrupt(checkpoint) or incompatible(checkpoint)
-        if reason is None:
+        if (reason := corrupt(checkpoint)) is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
     if found:
         raise OutputError(
             f"none of the {len(found)} checkpoints in {folder} verifies",
-            why="continuing from corrupt state would not be the same run",
             fix="start again: fintune train --fresh (the old folder is moved aside)",
         )
     return None
@@ -312,19 +265,14 @@ def rotate(folder: Path, keep: int, step: int) -> None:
     """
     found = checkpoints(folder)
     kept = [path for path in found if step_of(path) <= step][-keep:]
-    for checkpoint in {*found} - {*kept}:
-        # Renamed first: a kill in the middle of a removal must not leave half a checkpoint.
-        removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    for removed in {*found, *folder.glob(".staging-*")} - {*kept}:
+        (removed / seal.DONE).unlink(missing_ok=True)  # first: half a checkpoint is none
         shutil.rmtree(removed, ignore_errors=True)
-        checkpoint.rename(removed)
-    for leftover in (*folder.glob(f"{_REMOVED}*"), *folder.glob(".staging-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
-    found = (path for path in folder.glob("*") if _CHECKPOINT.fullmatch(path.name))
-    return sorted(found, key=step_of)
+    return sorted(folder.glob("checkpoint-*"), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

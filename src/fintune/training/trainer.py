@@ -12,7 +12,7 @@ _save_checkpoint       whole or not at all (run_state.py)
 import math
 import shutil
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,15 @@ from fintune.console import say
 from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
 from fintune.model import device
-from fintune.training import distributed
+from fintune.training import distributed, run_state
 from fintune.training.metrics import Losses
 from fintune.training.rows import Order, RankBatches, Rows
-from fintune.training.run_state import KEEP, RESUME, RunState, rotate, save_checkpoint, step_of
+from fintune.training.run_state import KEEP, RESUME, RunState
 
 BEST = "best.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
-SKIPS = 40
-"""Steps in a row that fp16's scaler may skip; its first scale, 2^16, is 1 after 16 halvings."""
 _SAME_NAME = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "learning_rate"),
     *("lr_scheduler_type", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
@@ -50,7 +48,7 @@ _SAME_NAME = {
 
 
 def training_arguments(
-    config: Config, *, precision: str, checkpointing: bool, accumulation: int
+    config: Config, precision: str, checkpointing: bool, accumulation: int
 ) -> TrainingArguments:
     """The TrainingArguments of a run, for one device a process.
 
@@ -95,15 +93,6 @@ def training_arguments(
     return arguments
 
 
-def effective(arguments: TrainingArguments) -> dict[str, Any]:
-    """What transformers made of them, as JSON; tokens are masked."""
-    return {
-        key: value
-        for key, value in arguments.to_dict().items()
-        if isinstance(value, str | int | float | bool | list | dict | None)
-    }
-
-
 class LoraTrainer(Trainer):  # type: ignore[misc]
     """See the module's docstring.
 
@@ -124,8 +113,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.best = run.folder / "best"
         self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
-        self._earlier_s, self._start, self._skipped = 0.0, time.monotonic(), 0
-        self._evaluating = False
+        self._start, self._evaluating = time.monotonic(), False
         self._eval_batches = plan_evaluation(validation.lengths, order.most_tokens)
         # On a CPU all evaluation batches take one size, see CPU_PAD_MULTIPLE.
         multiple = order.most_tokens if collator.pad_to_multiple_of > 1 else 1
@@ -138,29 +126,31 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as planned, this rank's share; the device move is the Trainer's."""
-        rank, world = self.args.process_index, self.args.world_size
-        sampler = RankBatches(self.order, rank, world, lambda: self.state.global_step)
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        batches = RankBatches(
+            lambda: self.order.rank_batches(self.state.global_step, self.args.process_index)
+        )
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """This micro-batch's share of the step's mean loss over label tokens."""
-        total, count = sum_loss(model, inputs)
+        total, _ = sum_loss(model, inputs)
         # DDP averages gradients over processes, so the sum over them needs the factor back.
-        tokens = count if num_items_in_batch is None else num_items_in_batch
-        loss = total * self.accelerator.num_processes / tokens
+        loss = total * self.accelerator.num_processes / num_items_in_batch
         self._step_loss += loss.detach()
         return (loss, {}) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; a loss or norm that is not finite stops the run before it reaches the weights.
 
-        Both are looked at, once a step: a loss may be infinite where its gradient is not.
+        Called once an optimizer step, on every rank, after its last backward pass: `p.grad` of
+        `self.model.named_parameters()` are the step's gradients, before they are clipped, and
+        `self.state.global_step` counts the steps made before it.
         """
         norm = super()._clip_grad_norm(model)
         if self.args.world_size > 1:
@@ -169,24 +159,20 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             self._step_loss /= self.args.world_size
         loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
         self._step_loss.zero_()
+        step, scaler = self.state.global_step, self.accelerator.scaler
         if math.isfinite(loss) and math.isfinite(value):
-            self._skipped = 0
-            self.losses.add(loss, self.order.share(self.state.global_step))
+            self.losses.add(loss, self.order.share(step))
             return norm
-        self._skipped += 1
-        scaler = self.accelerator.scaler
-        if math.isfinite(loss) and scaler is not None and self._skipped < SKIPS:
-            # fp16: the scaler skips this step and lowers its scale; that is its job.
+        if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
+            # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
             self.losses.limit = None
             return torch.zeros_like(norm)
-        step = self.state.global_step
         ids = self.order.example_ids(step)
         raise NotFinite(
             f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the optimizer step"
             " was not made",
             why=f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
-            fix="look at them (fintune inspect); lower train.learning_rate; the last checkpoint"
-            " is good and the same command continues from it",
+            fix="look at them (fintune inspect), or lower train.learning_rate",
         )
 
     @torch.no_grad()
@@ -205,7 +191,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._evaluating = True
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        last, bad = len(self._eval_batches) - 1, []
+        last = len(self._eval_batches) - 1
         for start in range(0, last + 1, self.args.world_size):
             if distributed.stop_asked():
                 self._save_checkpoint(self.model, None)
@@ -216,17 +202,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self._eval_collator([self.validation[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, count = sum_loss(self.model, inputs)
-            if not math.isfinite(value := float(total)):
-                bad += [self.validation.ids[index] for index in batch]
             if number <= last:
-                sums += torch.tensor([value, count], dtype=torch.float64, device=sums.device)
+                sums += torch.tensor([float(total), count], dtype=sums.dtype, device=sums.device)
         if self.args.world_size > 1:
             dist.all_reduce(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
                 f"step {self.state.global_step}: the validation loss is {loss}",
-                why=f"rows of its first such batches: {', '.join(bad[:8]) or 'not of this rank'}",
                 fix="lower train.learning_rate; the same command continues from the checkpoint",
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
@@ -239,15 +222,14 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._evaluating = False
         return metrics
 
-    def resume(self, checkpoint: Path, total: int) -> None:
-        """Train on from a checkpoint until `total` steps; restores what transformers does not."""
-        resume = files.read_json(checkpoint / RESUME)
+    def resume(self, resume: dict[str, Any], total: int) -> None:
+        """Train on until `total` steps; `resume` is of `RunState.newest_checkpoint`."""
+        checkpoint = resume["checkpoint"]
         self.losses.last.extend(resume["losses"])
-        self._earlier_s = resume["seconds"]
+        self._start -= resume["seconds"]
         if (checkpoint / BEST).exists():
-            # `best/` may be of optimizer steps that are undone now.
-            distributed.from_rank0(lambda: self._fill_best(lambda to: _copy_best(checkpoint, to)))
-        if step_of(checkpoint) < total:
+            distributed.from_rank0(lambda: self._restore_best(checkpoint))
+        if resume["step"] < total:
             self._resume = resume
             self.train(resume_from_checkpoint=str(checkpoint))
             return
@@ -259,32 +241,29 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def seconds(self) -> float:
         """Wall time of the steps that count: until the checkpoint resumed from, and since."""
-        return self._earlier_s + time.monotonic() - self._start
-
-    def trainable_parameters(self) -> int:
-        """Number of the adapter's weights, all of them fp32."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return time.monotonic() - self._start
 
     def checkpoint_bytes(self) -> int:
         """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
-        return 4 * 4 * self.trainable_parameters() + files.SMALL_FILES
+        return files.SMALL_FILES + 4 * 4 * int(self.model.num_parameters(only_trainable=True))
 
-    def _fill_best(self, fill: Callable[[Path], None]) -> None:
+    def _new_best(self) -> AbstractContextManager[Path]:
         """Write `best/` anew; after a kill in between, the next start has it from a checkpoint."""
-        with (
-            files.space_for(self.best, 4 * self.trainable_parameters() + files.SMALL_FILES),
-            files.staged_folder(self.best, free=lambda: shutil.rmtree(self.best, True)) as staging,
-        ):
-            fill(staging)
+        return files.staged_folder(self.best, free=lambda: shutil.rmtree(self.best, True))
 
     def _write_best(self) -> None:
-        def fill(staging: Path) -> None:
+        with self._new_best() as staging:
             self._save_adapter(staging)
             facts = {"step": self.state.global_step, "eval_loss": self.state.best_metric}
             facts["sha256"] = files.sha256_file(staging / ADAPTER)
             files.write_json(staging / BEST, facts)
 
-        self._fill_best(fill)
+    def _restore_best(self, checkpoint: Path) -> None:
+        """`best/` may be of optimizer steps that are undone now."""
+        names = {BEST_ADAPTER: ADAPTER, BEST: BEST, "adapter_config.json": "adapter_config.json"}
+        with self._new_best() as staging:
+            for source, target in names.items():
+                files.copy_file(checkpoint / source, staging / target)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save whole (run_state.py). Collective."""
@@ -293,9 +272,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         generators = distributed.gather_files(self._save_rng_state)
 
         def save() -> None:
-            with files.space_for(folder, self.checkpoint_bytes()):
-                save_checkpoint(folder, step, lambda staging: self._fill(staging, generators))
-            rotate(folder, KEEP, step)
+            files.require_free_space(folder, self.checkpoint_bytes())
+            run_state.save_checkpoint(folder, step, lambda to: self._fill(to, generators))
+            run_state.rotate(folder, KEEP, step)
 
         distributed.from_rank0(save)
 
@@ -315,9 +294,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             files.copy_file(self.best / BEST, staging / BEST)
         logged = (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged)
         facts = {
+            "step": self.state.global_step,
             "pending_evaluation": self._evaluating,
-            "consumed_sha256": self.order.consumed_sha256(self.state.global_step),
-            "since": self.order.since,
             "logged": logged,
             "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
@@ -358,22 +336,16 @@ class _Boundaries(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
 
 
-def _copy_best(checkpoint: Path, best: Path) -> None:
-    names = {BEST_ADAPTER: ADAPTER, BEST: BEST, "adapter_config.json": "adapter_config.json"}
-    for source, target in names.items():
-        files.copy_file(checkpoint / source, best / target)
-
-
 def _take_new_rates(optimizer: Any, schedule: Any, weight_decay: float) -> None:
     """After accepted changes: a restored optimizer and scheduler have their old settings.
 
-    What the optimizer was made with it keeps as `defaults`; its first group is the decayed one.
+    All weights of an adapter decay.
     """
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=False):
-        group |= {key: value for key, value in optimizer.defaults.items() if key in group}
-        group |= {"initial_lr": optimizer.defaults["lr"], "weight_decay": decay}
+    rate = optimizer.defaults["lr"]
+    for group in optimizer.param_groups:
+        group |= {"lr": rate, "initial_lr": rate, "weight_decay": weight_decay}
     rule = getattr(schedule, "scheduler", schedule)  # inside accelerate's wrapper
-    rule.base_lrs = [optimizer.defaults["lr"]] * len(optimizer.param_groups)
+    rule.base_lrs = [rate] * len(optimizer.param_groups)
     if hasattr(rule, "lr_lambdas"):  # else it is a plateau's, which scales the rate it finds
         rule.last_epoch -= 1
         rule.step()

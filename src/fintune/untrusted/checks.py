@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic_core import from_json
 from safetensors import safe_open
 
 from fintune.console import printable
@@ -34,7 +35,6 @@ TRAINING_ARGS = "training_args.bin"
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
 _SMALL = 2**20
 """Bytes of a text file that has no bound of its own in limits.toml."""
-_DEPTH = 64
 
 
 class Unreadable(GateRefused):
@@ -67,21 +67,25 @@ class Report:
         return [check for check in self.checks if check.status == "failed"]
 
     def run(self, stage: Callable[[], Iterable[Check]]) -> None:
-        """Add a stage's checks, unless an earlier stage failed."""
+        """Add a stage's checks up to the first refusal, unless an earlier stage failed."""
         for check in [] if self.failed else stage():
             # Names of files stand in details: a line break in one would paint a row of its own.
             line = printable(check.detail).replace("\n", "\\n").replace("\t", "\\t")
             self.checks.append(replace(check, detail=line))
+            if self.failed:
+                break
 
     def settle(self) -> None:
         """Raise GateRefused naming each failed check, if there is one."""
-        if self.failed:
+        failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
+        if self.failed and self.failed[0].name == "server":
             raise GateRefused(
-                f"{self.folder.name} is refused: "
-                + "; ".join(f"{check.name}: {check.detail}" for check in self.failed),
-                why="a folder that fails a check may answer differently, or run code, elsewhere",
-                fix="get it again from its source; a release of your own: fintune release",
+                f"{self.folder.name} passed every check of its own, but not {failed}",
+                why="another prompt gets another answer than the adapter was trained to give",
             )
+        if failed:
+            fix = "get it again from its source; a release of your own: fintune release"
+            raise GateRefused(f"{self.folder.name} is refused: {failed}", fix=fix)
 
 
 def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
@@ -95,20 +99,10 @@ def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
     return Check(name, "note" if isinstance(answer, Note) else "ok", answer)
 
 
-def ask_all(questions: Iterable[tuple[str, Callable[..., str]]], about: Any) -> list[Check]:
-    """The answers up to the first that refuses."""
-    answers: list[Check] = []
-    for name, question in questions:
-        answers.append(ask(name, question, about))
-        if answers[-1].status == "failed":
-            break
-    return answers
-
-
 def refuse(what: str, names: Collection[str]) -> None:
     """Raise Unreadable with the first three of these names, if there are any."""
     if names:
-        raise Unreadable(f"{what} {some(sorted(names))}")
+        raise Unreadable(f"{what} {some(names)}")
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
@@ -119,29 +113,20 @@ def open_file(folder: Path, name: str) -> BufferedReader:
     Raises:
         Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
     """
-    path = folder / name
+    path, snapshots = folder / name, folder.absolute().parent
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        if path.is_symlink():
-            path = _blob(folder, name)
+        blobs = (snapshots.parent / "blobs").resolve()
+        if path.is_symlink() and snapshots.name == "snapshots" and path.resolve().parent == blobs:
+            path = path.resolve()
         handle = os.open(path, flags)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
-        reason = (error.strerror if isinstance(error, OSError) else None) or "no file name"
+        reason = getattr(error, "strerror", None) or "no file name"
         raise Unreadable(f"{name} cannot be opened: {reason}") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise Unreadable(f"{name} is no regular file")
     return os.fdopen(handle, "rb")
-
-
-def _blob(folder: Path, name: str) -> Path:
-    """Where a link of a hub cache's snapshot ends, if that is a blob of the same repository."""
-    snapshot = folder.absolute()
-    target = (folder / name).resolve()
-    blobs = snapshot.parent.parent / "blobs"
-    if snapshot.parent.name != "snapshots" or target.parent != blobs.resolve():
-        raise Unreadable(f"{name} is a link")
-    return target
 
 
 def read_text(folder: Path, name: str) -> str:
@@ -158,7 +143,7 @@ def read_text(folder: Path, name: str) -> str:
 
 
 def read_object(folder: Path, name: str, *, absent: bool = False) -> dict[str, Any]:
-    """A JSON object of bounded depth that holds no key twice.
+    """A JSON object of bounded depth that holds no key twice and no NaN.
 
     Args:
         absent: the file need not exist; it is then empty.
@@ -170,14 +155,12 @@ def read_object(folder: Path, name: str, *, absent: bool = False) -> dict[str, A
         return {}
     text = read_text(folder, name)
     try:
-        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
-        raise Unreadable(f"{name} is not JSON: {reason}") from None
+        from_json(text, allow_inf_nan=False)  # no NaN, and nested no deeper than 200
+        tree = json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise Unreadable(f"{name} is not JSON: {str(error)[:100]}") from None
     if not isinstance(tree, dict):
         raise Unreadable(f"{name} is no JSON object")
-    if _deeper(tree, _DEPTH):
-        raise Unreadable(f"{name} is nested deeper than {_DEPTH}")
     return tree
 
 
@@ -195,9 +178,10 @@ def read_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]
         return {key: (each.get_dtype(), (*each.get_shape(),)) for key, each in slices.items()}
 
 
-def some(names: list[str]) -> str:
+def some(names: Collection[str]) -> str:
     """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + rest
 
 
 def sha256_of(folder: Path, name: str) -> str:
@@ -212,14 +196,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) != len(pairs):
         raise ValueError("a key stands twice")
     return tree
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _deeper(tree: Any, depth: int) -> bool:
-    if not isinstance(tree, dict | list):
-        return False
-    values = tree.values() if isinstance(tree, dict) else tree
-    return depth == 0 or any(_deeper(value, depth - 1) for value in values)

@@ -1,16 +1,27 @@
-"""What only transformers and peft can say of a folder: asked in the limited child, never here.
+"""What only transformers and peft can say of a folder: asked in a forked child with limits.
 
 Tokenizers carry regular expressions, templates are programs, an adapter's target modules are
 patterns and a configuration names sizes: each is tried once on the meta device or on short texts.
+The child is forked after the imports, so that they are paid once. It writes no file, reads no
+terminal, and its death is a refusal.
 """
 
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -18,15 +29,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from fintune import errors
 from fintune.chat import ChatFormat
-from fintune.errors import GateRefused, ModelError
+from fintune.errors import FintuneError, GateRefused, ModelError
 from fintune.example import Message
 from fintune.untrusted import checks
-from fintune.untrusted.checks import Check, Note, Unreadable, ask_all, refuse
-from fintune.untrusted.child import run_limited
+from fintune.untrusted.checks import Check, Unreadable, ask, refuse
 
+CPU_S = 20
+"""Processor time of the child itself."""
+CLOCK_S = 120
+MEMORY = 2 * 2**30
+"""Resident bytes beyond the parent's at the fork."""
+_POLL_S = 0.02
+_ANSWER = 8 * 2**20
+"""Largest result in bytes; a longer one is a hostile one."""
+_LIMITS = f"{CPU_S} s of processor time, {CLOCK_S} s, {MEMORY >> 30} GB of memory, no file written"
 _RUN = 400
 """Characters of a repeated text: one that makes a pattern of nested repetitions explode."""
+_ANSWER = 4096
+"""Most tokens of a recorded answer."""
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
     "Net loss (€1,234.5m) vs. £0.9bn, −3.4 %, 25 bps, ¥10兆 – café?" * 8
 ]
@@ -60,8 +82,13 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
         GateRefused: it passes a limit of the child.
     """
     _import_architecture(base)
-    rows = run_limited(lambda: [astuple(row) for row in _release_checks(folder, base)], folder.name)
-    return [Check(*row) for row in rows]
+    report = checks.Report(folder)
+
+    def asked() -> list[tuple[str, ...]]:
+        report.run(lambda: _asked(_Release(folder, base)))
+        return [astuple(row) for row in report.checks]
+
+    return [Check(*row) for row in run_limited(asked, folder.name)]
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -91,9 +118,9 @@ def stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
         folder: of the base.
     """
     config = checks.read_object(folder, "generation_config.json", absent=True)
-    listed = config.get("eos_token_id") or []
-    ids = set([listed] if isinstance(listed, int) else listed)
-    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+    listed = config.get("eos_token_id")
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    return sorted(ids - {None})
 
 
 def _read(kind: Any, folder: Path, what: str) -> Any:
@@ -101,15 +128,72 @@ def _read(kind: Any, folder: Path, what: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
-            raise GateRefused(
-                f"{what} {folder} asks to run code of its own (auto_map)",
-                why="a model folder is data here; code found in one is never run",
-                fix="use a base whose architecture transformers itself has",
-            ) from None
-        raise ModelError(
-            f"{what} {folder} does not load: {str(error)[:200]}",
-            fix="compare the folder with its source, or use another base",
-        ) from None
+            what = f"{what} {folder} asks to run code of its own (auto_map), which is never run"
+            fix = "use a base whose architecture transformers itself has"
+            raise GateRefused(what, fix=fix) from None
+        raise ModelError(f"{what} {folder} does not load: {str(error)[:200]}") from None
+
+
+def run_limited(work: Callable[[], Any], subject: str) -> Any:
+    """Run `work` in a child; its result must be JSON.
+
+    Args:
+        subject: the folder, for messages.
+
+    Raises:
+        GateRefused: the child raised, died or passed a limit.
+        FintuneError: what `work` raised of the error tree, as the same class.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_work_and_exit, args=(work, sender))
+    memory = psutil.Process().memory_info().rss + MEMORY
+    child.start()
+    answer = dict[str, Any]()
+    try:
+        sender.close()
+        while not receiver.poll(_POLL_S) and child.is_alive():
+            with suppress(psutil.Error):
+                if psutil.Process(child.pid).memory_info().rss > memory:
+                    child.kill()
+        with suppress(EOFError, OSError, ValueError):
+            answer = json.loads(receiver.recv_bytes(_ANSWER)) if receiver.poll() else {}
+    finally:  # also where a signal of ours came in between
+        receiver.close()
+        child.kill()
+        child.join()
+    if "result" in answer:
+        return answer["result"]
+    if kind := getattr(errors, answer.pop("class", ""), None):
+        raise kind(**answer)
+    what = answer.get("what", f"reading it crashed or passed a limit ({_LIMITS})")
+    raise GateRefused(f"{subject} is refused: {what}")
+
+
+def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
+    """The child: set its limits, work, write the result to the pipe, and exit."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(CLOCK_S)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    # A lock that the parent holds on an open file would outlive a kill of the parent.
+    os.closerange(3, pipe.fileno())
+    os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    torch.set_num_threads(1)  # threads of OpenMP and of tokenizers did not survive the fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        answer: dict[str, Any] = {"result": work()}
+    except FintuneError as error:
+        answer = {"class": type(error).__name__, **vars(error)}
+    except Exception as error:  # whatever transformers, peft or a template raise: refused
+        answer = {"what": f"{type(error).__name__}: {str(error)[:300]}"}
+    pipe.send_bytes(json.dumps(answer).encode())
+    os._exit(0)
 
 
 def _import_architecture(folder: Path) -> None:
@@ -120,7 +204,6 @@ def _import_architecture(folder: Path) -> None:
 
 
 def _try_base(folder: Path, weights: bool) -> None:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     architecture = read_architecture(folder)
     if weights:
         _empty_model(architecture)
@@ -160,17 +243,15 @@ class _Release:
         return checks.read_object(self.folder, checks.FIXTURE, absent=True)
 
 
-def _release_checks(folder: Path, base: Path) -> list[Check]:
-    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
-    of = _Release(folder, base)
-    golden = [
-        ("tokenizer", _check_same_tokenizer),
-        ("stop tokens", _check_stop_tokens),
-        ("fixture", _check_golden_prompts),
-    ]
-    without = [("fixture", lambda of: Note(f"no {checks.FIXTURE}: prompts unproved"))]
-    questions = [("tokenizer", _check_special_tokens), *(golden if of.golden else without)]
-    return ask_all([*questions, ("keys", _check_keys)], of)
+def _asked(of: _Release) -> Iterator[Check]:
+    yield ask("tokenizer", _check_special_tokens, of)
+    if of.golden:
+        yield ask("tokenizer", _check_same_tokenizer, of)
+        yield ask("stop tokens", _check_stop_tokens, of)
+        yield ask("fixture", _check_golden_prompts, of)
+    else:
+        yield Check("fixture", "note", f"no {checks.FIXTURE}: prompts unproved")
+    yield ask("keys", _check_keys, of)
 
 
 def _check_special_tokens(of: _Release) -> str:
@@ -183,9 +264,10 @@ def _check_special_tokens(of: _Release) -> str:
     differing = []
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         tree = checks.read_object(of.folder, name, absent=True)
-        for key, value in of.tokenizer.special_tokens_map.items():
-            named = tree.get(key)
-            if (named is not None or of.golden) and _content(named) != _content(value):
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            named, value = tree.get(key), getattr(of.tokenizer, key)
+            text = named.get("content") if isinstance(named, dict) else named
+            if text != value and (named is not None or of.golden):
                 differing.append(f"{key} of {name} is {named!r:.80}")
     refuse("other special tokens:", differing)
     return f"{len(of.tokenizer)} tokens, special tokens agree"
@@ -196,11 +278,12 @@ def _check_same_tokenizer(of: _Release) -> str:
     for each in (of.tokenizer, original):
         each.backend_tokenizer.no_padding()
         each.backend_tokenizer.no_truncation()
-    names = ("bos_token", "eos_token")
-    differing = [name for name in names if getattr(of.tokenizer, name) != getattr(original, name)]
-    if of.tokenizer.backend_tokenizer.to_str() != original.backend_tokenizer.to_str():
-        differing.append("tokenizer.json")
-    refuse("not the base's:", differing)
+    mine, theirs = (
+        (each.bos_token, each.eos_token, each.backend_tokenizer.to_str())
+        for each in (of.tokenizer, original)
+    )
+    if mine != theirs:
+        raise Unreadable("BOS, end of turn or tokenizer.json are not the base's")
     return "the base's own"
 
 
@@ -213,18 +296,23 @@ def _check_stop_tokens(of: _Release) -> str:
 
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the same text, ids and labels as when it was trained."""
-    chat = ChatFormat(of.tokenizer, of.golden["date_string"])
-    if chat.template_sha256 != of.golden["template_sha256"]:
+    golden, rows = of.golden, of.golden["conversations"]
+    chat, words = ChatFormat(of.tokenizer, golden["date_string"]), range(len(of.tokenizer))
+    if chat.template_sha256 != golden["template_sha256"]:
         raise Unreadable("the chat template is not the one it was trained with")
-    for row in of.golden["conversations"]:
+    if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
+        raise Unreadable("no recorded answers of a known precision")
+    for row in rows:
         now = chat.recorded([Message(turn["role"], turn["content"]) for turn in row["messages"]])
         refuse(f"{row['name']}: other", [key for key, value in now.items() if value != row[key]])
-        if not {*row["labels"]} & {*of.golden["end_token_ids"]}:
+        if not {*row["labels"]} & {*golden["end_token_ids"]}:
             raise Unreadable(f"{row['name']}: no stop token was trained")
         ids, logprobs = row["answer"]["ids"], row["answer"]["logprobs"]
-        if len(ids) != len(logprobs) or max(ids) >= len(chat.tokenizer):
+        finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
+        whole = [type(token) is int and token in words for token in ids]
+        if not 0 < len(ids) == len(logprobs) <= _ANSWER or not all(finite + whole):
             raise Unreadable(f"{row['name']}: an answer that no model gave")
-    return f"{len(of.golden['conversations'])} conversations, same ids"
+    return f"{len(rows)} conversations, same ids"
 
 
 def _check_keys(of: _Release) -> str:
@@ -239,9 +327,3 @@ def _check_keys(of: _Release) -> str:
     other = [name for name, shape in needed.items() if header[name][1] != shape]
     refuse("another shape than the base needs:", other)
     return f"{len(needed)} keys and shapes as the base needs them"
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_content(part) for part in value]
-    return value["content"] if isinstance(value, dict) and "content" in value else str(value)

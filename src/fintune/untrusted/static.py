@@ -1,29 +1,25 @@
 """What a folder's bytes say, before torch or transformers see any of it.
 
-JSON is held against schemas and searched for keys that name code, templates are read as Jinja
-tokens, weights as bits, and what a release says of its own files is held against the files:
+JSON is searched for keys that name code, templates are read as Jinja tokens, weights as bits, and
+what a release says of its own files is held against the files:
 `training_config.json` names the sha256 of what the release was made from (`provenance`) and of
 every file beside it (`files`), the card that of `training_config.json` and the verdict. So a
 changed file is contradicted by another one, also where its line in SHA256SUMS was redone.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
-from pydantic import ValidationError
 
 from fintune.untrusted import checks
-from fintune.untrusted.checks import LIMITS, Check, Note, Unreadable, ask, ask_all, refuse, some
-from fintune.untrusted.schemas import SCHEMAS
+from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask, refuse, some
 
 Role = Literal["release", "adapter", "base"]
 """A release of ours (an allow-list of names), any peft folder, a base model."""
@@ -42,12 +38,13 @@ _SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 _VERDICT = re.compile(r"Verdict: \*\*([^*]*)\*\*")
 _CONFIG_SHA256 = re.compile(rf"`{re.escape(checks.CONFIG)}` \(sha256 `([^`]*)`\)")
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
-    "F64": np.uint64(0x7FF0 << 48),
     "F32": np.uint32(0x7F80 << 16),
     "F16": np.uint16(0x7C00),
     "BF16": np.uint16(0x7F80),
 }
-"""Floating types of an adapter: the bits of the exponent, all set where a number is not finite."""
+"""Types of an adapter: the bits of the exponent, all set where a number is not finite."""
+_ELEMENTS = 2**28
+"""Most of one tensor, which is read as a whole: vocabulary of 262,144 at rank 1,024."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,29 @@ class _Folder:
         return {name: checks.read_object(self.path, name) for name in sorted(read)}
 
 
-def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> list[Check]:
-    """Everything that can be said about a folder from its bytes alone, up to the first refusal.
+def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> Iterator[Check]:
+    """Everything that can be said about a folder from its bytes alone, a check at a time.
 
     Args:
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed in a release by
             name and checksum and never opened.
     """
-    of_releases = () if role == "release" else ("checksums", "provenance", "card")
-    questions = [row for row in _QUESTIONS if row[0] not in of_releases]
-    return ask_all(questions, _Folder(folder, role, no_pickle))
+    of, of_releases = _Folder(folder, role, no_pickle), ("checksums", "provenance", "card")
+    for name, question in _QUESTIONS.items():
+        if role == "release" or name not in of_releases:
+            yield ask(name, question, of)
+
+
+def open_folder(folder: Path, role: Role) -> list[Check]:
+    """Check a folder's bytes; what transformers and peft say of it is asked by `probe`.
+
+    Raises:
+        GateRefused: a static check failed; the message names it.
+    """
+    report = Report(folder)
+    report.run(lambda: static_checks(folder, role))
+    report.settle()
+    return report.checks
 
 
 def check_paths(folder: Path, private: list[str]) -> Check:
@@ -109,9 +119,9 @@ def _no_paths(folder: Path, private: list[str]) -> str:
     for path in sorted(folder.iterdir()):
         with checks.open_file(folder, path.name) as file:
             data = file.read()
-        binary = path.name in {checks.ADAPTER, "tokenizer.json"}
         named = [name for name in private if name.encode() in data]
-        named += [] if binary else _PATH.findall(data.decode("utf-8", "replace"))
+        if path.name not in (checks.ADAPTER, "tokenizer.json"):
+            named += _PATH.findall(data.decode("utf-8", "replace"))
         hits += [f"{path.name} ({name})" for name in named[:1]]
     refuse("a local path:", hits)
     return "no local path in any file"
@@ -119,22 +129,20 @@ def _no_paths(folder: Path, private: list[str]) -> str:
 
 def _check_files(of: _Folder) -> str:
     """Regular files; of a release only names of the allow-list, no pickle without a checksum."""
-    release = of.role == "release"
+    release, base, args = of.role == "release", of.role == "base", checks.TRAINING_ARGS
     loaded = {*LIMITS["loaded_json"], *LIMITS["loaded_files"]}
-    read = [n for n in of.names if release or n in loaded or n.endswith(".safetensors")]
-    for name in read:
+    read = {n for n in of.names if release or n in loaded or n.endswith(".safetensors")}
+    for name in sorted(read):
         checks.open_file(of.path, name).close()
-    needed = ("config.json",) if of.role == "base" else (checks.ADAPTER, checks.ADAPTER_CONFIG)
-    adapters = [n for n in read if of.role == "base" and n == checks.ADAPTER_CONFIG]
-    unknown = [name for name in read if release and name not in LIMITS["release_names"]]
-    pickles = [name for name in unknown if Path(name).suffix.lower() in LIMITS["pickles"]]
-    args = [name for name in read if name == checks.TRAINING_ARGS]
-    refuse("missing:", [name for name in needed if name not in of.names])
+    unknown = read - {*LIMITS["release_names"]} if release else set[str]()
+    needed = {"config.json"} if base else {checks.ADAPTER, checks.ADAPTER_CONFIG}
+    refuse("missing:", needed - {*of.names})
+    pickles = {name for name in unknown if Path(name).suffix.lower() in LIMITS["pickles"]}
     refuse("a pickle: reading it can run code:", pickles)
     refuse("not in the allow-list:", unknown)
-    refuse("a pickle (--no-pickle):", args if of.no_pickle else [])
-    refuse("an adapter, no base:", adapters)
-    never_opened = f"; {checks.TRAINING_ARGS} is a pickle and never opened" if args else ""
+    refuse("a pickle (--no-pickle):", read & {args} if of.no_pickle else ())
+    refuse("an adapter, no base:", read & {checks.ADAPTER_CONFIG} if base else ())
+    never_opened = f"; {args} is a pickle and never opened" if args in read else ""
     return f"{len(read)} files" + (", all in the allow-list" if release else "") + never_opened
 
 
@@ -188,17 +196,13 @@ def _check_card(of: _Folder) -> str:
 
 
 def _check_configs(of: _Folder) -> str:
-    """JSON that is JSON, of the expected types."""
-    for name in of.trees.keys() & SCHEMAS:
-        try:
-            SCHEMAS[name].model_validate_json(json.dumps(of.trees[name]))
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = ".".join(str(part)[:80] for part in first["loc"])
-            raise Unreadable(f"{name}: {at}: {first['msg']}") from None
-    base = of.trees.get(checks.ADAPTER_CONFIG, {}).get("base_model_name_or_path")
+    """JSON that is JSON, and a base with a name; types of the rest are tried in the child."""
+    config = of.trees.get(checks.ADAPTER_CONFIG, {})
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if of.role == "release" and not _HUB_ID.fullmatch(str(base)):
         raise Unreadable(f"{checks.ADAPTER_CONFIG} names {base!r}: no public model id")
+    if not isinstance(base, str | None) or not isinstance(revision, str | None):
+        raise Unreadable(f"{checks.ADAPTER_CONFIG}: a base or revision that is no text")
     return f"{len(of.trees)} JSON files"
 
 
@@ -286,37 +290,29 @@ def _adapter_weights(folder: Path) -> str:
     lora_b = [name for name in header if "lora_B" in name]
     refuse("empty:", [name for name, count in counts.items() if not count])
     refuse("empty:", [] if lora_b else ["no LoRA tensors"])
+    refuse("too large:", [name for name, count in counts.items() if count > _ELEMENTS])
+    infinite, zero = [], 0
     with checks.open_file(folder, checks.ADAPTER) as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        bits = {name: _bits(file, header[name][0], count) for name, count in counts.items()}
-    refuse("NaN or infinite:", [name for name, (finite, _) in bits.items() if not finite])
-    zero = sum(not bits[name][1] for name in lora_b)
+        for name, count in counts.items():
+            mask = _EXPONENTS[header[name][0]]
+            bits = np.fromfile(file, mask.dtype, count)
+            infinite += [name] if ((bits & mask) == mask).any() else []
+            zero += name in lora_b and not (bits << mask.dtype.type(1)).any()
+    refuse("NaN or infinite:", infinite)
     if zero == len(lora_b):
         raise Unreadable("every B matrix is zero: the adapter changes nothing")
     good = f"{len(header)} finite tensors, {sum(counts.values()):,} parameters"
     return good + (f"; {zero} of {len(lora_b)} B matrices are zero" if zero else "")
 
 
-def _bits(file: BufferedReader, dtype: str, count: int) -> tuple[bool, bool]:
-    """Of the next `count` elements: whether all are finite, and whether any is not zero."""
-    finite, any_set, mask = True, False, _EXPONENTS[dtype]
-    while count:
-        bits = np.fromfile(file, mask.dtype, min(count, 2**22))
-        if not len(bits):
-            raise Unreadable(f"{checks.ADAPTER} was cut while it was read")
-        count -= len(bits)
-        finite = finite and not bool(((bits & mask) == mask).any())
-        any_set = any_set or bool((bits << mask.dtype.type(1)).any())
-    return finite, any_set
-
-
-_QUESTIONS: tuple[tuple[str, Callable[[_Folder], str]], ...] = (
-    ("files", _check_files),
-    ("checksums", _check_sums),
-    ("provenance", _check_provenance),
-    ("card", _check_card),
-    ("config", _check_configs),
-    ("code hooks", _check_hooks),
-    ("template", _check_template),
-    ("weights", _check_weights),
-)
+_QUESTIONS: dict[str, Callable[[_Folder], str]] = {
+    "files": _check_files,
+    "checksums": _check_sums,
+    "provenance": _check_provenance,
+    "card": _check_card,
+    "config": _check_configs,
+    "code hooks": _check_hooks,
+    "template": _check_template,
+    "weights": _check_weights,
+}

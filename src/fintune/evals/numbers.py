@@ -23,15 +23,23 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fintune.errors import DataError
-from fintune.numbers import parse
-from fintune.numbers.parse import FACTORS, SCALES, UNITS, Amount, ends_with
+from fintune.evals.amounts import (
+    CHARACTERS,
+    FACTORS,
+    SCALES,
+    UNITS,
+    Amount,
+    ends_with,
+    patterns,
+    scan,
+)
 
 Miss = Literal["scale", "percent", "sign", "other"]
 
@@ -46,24 +54,11 @@ _MOST_FACTS = 500
 """Numbers of a context that `ungrounded` combines: the work grows with their square."""
 _STOP = re.compile(r"\n+|[.!?;。][\"')\]]{0,3}(?:\s+|\Z)")
 _OPERATOR = re.compile(r"[ \u00a0)\]}]{0,12}([-+*/×÷·^⁄]|[xX](?=[ (]))[ \u00a0(\[{]{0,12}")
-_REPLY, _QUESTION = parse.patterns("reply"), parse.patterns("question")
+_REPLY, _QUESTION = patterns("reply"), patterns("question")
 """How a reply states its answer, and what a question says of it; see numbers.toml."""
 
 
 # --- which amounts of a reply are its answer ------------------------------------------------------
-
-
-def answer_amounts(text: str) -> list[Amount]:
-    """The amounts that may be the answer of a reply, the most plausible first.
-
-    After the last "the answer is", `####` or `\\boxed{`: those of that statement. Without one:
-    those of the last two and the first sentence that hold amounts, the rule that agreed best with
-    FinanceBench's human labels (95.8 % of 832). Years, dates, labels, operands of a written
-    calculation and the ends of ranges are no answers; a sentence of more than six amounts counts
-    only with its leading one.
-    """
-    clean, amounts = parse.scan(text)
-    return _stated(clean, _eligible(clean, amounts))
 
 
 def _eligible(text: str, amounts: list[Amount]) -> list[Amount]:
@@ -78,16 +73,21 @@ def _eligible(text: str, amounts: list[Amount]) -> list[Amount]:
 
 
 def _sentence_ends(text: str) -> list[int]:
-    ends = [
-        match.end()
-        for match in _STOP.finditer(text)
-        if match[0][0] != "." or not ends_with(_REPLY["abbreviation"], text, match.start(), 8)
-    ]
-    return ends if ends and ends[-1] == len(text) else [*ends, len(text)]
+    ends = dict[int, None]()
+    for match in _STOP.finditer(text):
+        if match[0][0] != "." or not ends_with(_REPLY["abbreviation"], text, match.start(), 8):
+            ends[match.end()] = None
+    return [*ends | {len(text): None}]
 
 
 def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
-    """Those of the amounts that state the answer, the most plausible first."""
+    """Those of the eligible amounts of a reply that state its answer, the most plausible first.
+
+    After the last "the answer is", `####` or `\\boxed{`: those of that statement. Without one:
+    those of the last two and the first sentence that hold amounts, the rule that agreed best with
+    FinanceBench's human labels (95.8 % of 832). A sentence of more than six amounts counts only
+    with its leading one.
+    """
     if not amounts:
         return []
     ends = _sentence_ends(text)
@@ -124,7 +124,7 @@ def is_number_answer(text: str) -> bool:
     and a short sentence that ends in its only amount. No for a bare year (a label for exact
     match), several amounts, ranges, yes or no with a number, and prose that mentions a number.
     """
-    clean, amounts = parse.scan(text.strip()[:2001])
+    clean, amounts = scan(text.strip()[:2001])
     usable = _eligible(clean, amounts)
     if not usable or len(clean) > 2000 or _REPLY["yes_no"].match(clean):
         return False
@@ -141,17 +141,15 @@ def is_number_answer(text: str) -> bool:
     one, words = stated[0], len(clean.split())
     if words > 25 or len(clean[one.end :].split()) > 6 or len(_sentence_ends(clean)) > 1:
         return False
-    stands = ends_with(_REPLY["states"], clean, one.start, 30) or (
-        words <= 8 and ends_with(_REPLY["phrase"], clean, one.start, 30)
-    )
-    return bool(stands) and not _REPLY["open"].search(clean, one.end)
+    stands = ends_with(_REPLY["states"], clean, one.start, 30)
+    phrase = ends_with(_REPLY["phrase"], clean, one.start, 30) if words <= 8 else None
+    return bool(stands or phrase) and not _REPLY["open"].search(clean, one.end)
 
 
 # --- whether it is the reference's ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class NumberVerdict:
+class NumberVerdict(NamedTuple):
     """Whether a reply's number is right, at 0.5 % (`correct`) and at 1 % (`lenient`).
 
     `read` is the amount judged, with offsets into the reply; None when the reply holds no amount,
@@ -164,8 +162,7 @@ class NumberVerdict:
     read: Amount | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What a question says of its answer.
 
     A scale or unit to give it in, the scales that tables of the context name, that it is a
@@ -173,50 +170,43 @@ class _Asked:
     """
 
     scale: Decimal | None
-    lent: frozenset[Decimal]
+    lent: set[Decimal]
     unit: str | None
     percent: bool
     fall: Literal["", "asked", "named", "no question"]
 
-    @classmethod
-    def of(cls, question: str, context: str) -> "_Asked":
-        text, around = (part.translate(parse.CHARACTERS) for part in (question, context))
-        scales, lent = (
-            [SCALES.get(word.lower(), _THOUSAND) for word in _QUESTION["scale"].findall(part)]
-            for part in (text, around)
-        )
-        unit, neutral = _QUESTION["unit"].search(text), _QUESTION["either"].sub(" ", text)
-        fall: Literal["", "asked", "named", "no question"] = "" if text.strip() else "no question"
-        if _QUESTION["falls"].search(neutral) and not _QUESTION["rises"].search(neutral):
-            fall = "asked" if _QUESTION["asks_fall"].search(neutral) else "named"
-        return cls(
-            scale=scales[0] if scales else None,
-            lent=frozenset(lent),
-            unit=unit.lastgroup if unit else None,
-            percent=bool(_QUESTION["percent"].search(text)),
-            fall=fall,
-        )
+
+def _read_question(question: str, context: str) -> _Asked:
+    text, around = (part.translate(CHARACTERS) for part in (question, context))
+    scales, lent = (
+        [SCALES.get(word.lower(), _THOUSAND) for word in _QUESTION["scale"].findall(part)]
+        for part in (text, around)
+    )
+    unit, neutral = _QUESTION["unit"].search(text), _QUESTION["either"].sub(" ", text)
+    fall: Literal["", "asked", "named", "no question"] = "" if text.strip() else "no question"
+    if _QUESTION["falls"].search(neutral) and not _QUESTION["rises"].search(neutral):
+        fall = "asked" if _QUESTION["asks_fall"].search(neutral) else "named"
+    percent = bool(_QUESTION["percent"].search(text))
+    return _Asked(scales[0] if scales else None, {*lent}, unit and unit.lastgroup, percent, fall)
 
 
-def compare(
-    gold: Amount | str, reply: str, *, question: str = "", context: str = ""
-) -> NumberVerdict:
+def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> NumberVerdict:
     """Whether a reply gives the gold number: |x - g| <= max(rel x |g|, half a printed unit of g).
 
-    `rel` is 0.5 % for `correct` and 1 % for `lenient`. The reply is right when any of its
-    `answer_amounts` is. See the module.
+    `rel` is 0.5 % for `correct` and 1 % for `lenient`. The reply is right when any amount that
+    may be its answer is. See the module.
 
     Args:
-        gold: the reference; of a text, the first of `answer_amounts`.
+        gold: the reference; its first amount that may be an answer counts.
         question: what was asked, without documents and tables; those are `context`.
         context: documents and tables; they may name a scale.
 
     Raises:
         DataError: the gold holds no number.
     """
-    target = gold if isinstance(gold, Amount) else _gold(gold)
-    asked = _Asked.of(question, context)
-    text, amounts = parse.scan(reply)
+    target = _gold(gold)
+    asked = _read_question(question, context)
+    text, amounts = scan(reply)
     candidates, years = _stated(text, _eligible(text, amounts)), _years(text, amounts)
     exact = target.role == "year" and not asked.scale
     # "The total is 2015." may be 2,015.
@@ -242,14 +232,11 @@ def _years(text: str, amounts: list[Amount]) -> list[Amount]:
 
 
 def _gold(gold: str) -> Amount:
-    text, amounts = parse.scan(gold)
+    text, amounts = scan(gold)
     years = [replace(year, role="year") for year in _years(text, amounts)]
     for found in (*_stated(text, _eligible(text, amounts)), *years):
         return found
-    raise DataError(
-        f"the reference {gold[:80]!r} holds no number",
-        fix="choose checkable rows with is_number_answer",
-    )
+    raise DataError(f"the reference {gold[:80]!r} holds no number")
 
 
 def _targets(gold: Amount, asked: _Asked) -> list[Amount]:
@@ -348,24 +335,17 @@ def ungrounded(answer: str, *known: str) -> list[Amount]:
 
     Whole numbers up to 10 and constants of calculation (100, 12, 365) are not asked about.
     """
-    facts = [fact for text in known for fact in parse.read_amounts(text) if fact.mantissa]
-    sizes = dict.fromkeys(
-        float(size) for fact in facts for size in (abs(fact.value), fact.mantissa)
-    )
+    facts = [fact for text in known for fact in scan(text)[1] if fact.mantissa]
+    sizes = {float(size): 0 for fact in facts for size in (abs(fact.value), fact.mantissa)}
     a = np.array([*sizes][:_MOST_FACTS])
     b = a[:, None]
-    made = np.concatenate(
-        [a, *(np.abs(x).ravel() for x in (a + b, a - b, a * b, a / b, a / b - 1))]
-    )
+    made = np.concatenate([a, *(abs(x).ravel() for x in (a + b, a - b, a * b, a / b, a / b - 1))])
 
     def grounded(amount: Amount) -> bool:
         if amount.mantissa in _CONSTANTS and amount.bare and not amount.currency:
             return True
         printed = replace(amount, scale=Decimal(1), unit="plain")
         spans = [(float(abs(one.value)), float(one.half_unit)) for one in (printed, amount)]
-        return any(
-            size and (np.abs(made - size) <= half + 1e-9 * size).any() for size, half in spans
-        )
+        return any(size and (abs(made - size) <= half + 1e-9 * size).any() for size, half in spans)
 
-    amounts = parse.read_amounts(answer)
-    return [one for one in amounts if one.role in ("", "range") and not grounded(one)]
+    return [one for one in scan(answer)[1] if one.role in ("", "range") and not grounded(one)]

@@ -1,6 +1,6 @@
 """Amounts read out of prose.
 
-    read_amounts("Revenue fell 3.5% to $1.2bn in FY2023")   3.5 % (down), 1,200,000,000 $, a year
+    scan("Revenue fell 3.5% to $1.2bn in FY2023")   3.5 % (down), 1,200,000,000 $, a year
 
 Values are exact `Decimal`s in one system: the scale is applied, and percent, percentage points
 and basis points are fractions (12.5 % is 0.125, 25 bps is 0.0025). A number is negative when it
@@ -128,19 +128,15 @@ _GRAMMAR, _AROUND = patterns("grammar", re.VERBOSE), patterns("around")
 """The parts of an amount, and what stands before, after or between amounts; see numbers.toml."""
 
 
-def read_amounts(text: str) -> list[Amount]:
-    """Every number of a text but those of dates and sections (7.1.2), in order, with its `role`.
+def scan(text: str) -> tuple[str, list[Amount]]:
+    """The cleaned text and its numbers in order, each with its `role`, but those of dates and
+    sections (7.1.2); offsets are those of the text given.
 
     "3M" is the company, "1,234" is grouped and "12,5" has a decimal comma; a small whole number
     in parentheses after a word is a footnote mark. The first end of "$10 to $12 million" takes
     the scale and unit of the second, and both have the role `range` ("from ... to" is a change,
     not a range). About 0.5 ms for 500 characters, linear in the length.
     """
-    return scan(text)[1]
-
-
-def scan(text: str) -> tuple[str, list[Amount]]:
-    """The cleaned text and its numbers; offsets are those of the text given."""
     text, found = _clean(text), list[Amount]()
     cue: re.Match[str] | None = None
     end = 0
@@ -156,10 +152,8 @@ def scan(text: str) -> tuple[str, list[Amount]]:
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
     mantissa = _mantissa(match)
-    before, after = (
-        ends_with(_GRAMMAR["prefix"], text, match.start(), 10),
-        _GRAMMAR["suffix"].match(text, match.end()),
-    )
+    before = ends_with(_GRAMMAR["prefix"], text, match.start(), 10)
+    after = _GRAMMAR["suffix"].match(text, match.end())
     assert before and after  # both patterns also match nothing
     mark = re.sub("[ .]", "", before["currency"] or after["currency"] or "").lower()
     word = after["scale"] or after["letter"] or after["capital"] or ""
@@ -240,12 +234,10 @@ def _role(text: str, match: re.Match[str], begin: int, end: int, rich: bool) -> 
     if _AROUND["glue"].match(text, end) or text[begin:end] == "3M":  # the company
         return "label"
     if not rich:
-        modern = (
-            len(digits) == 4
-            and digits[:2] in ("19", "20")
-            and not _AROUND["counted"].match(text, end)
-        )
-        if modern or (fiscal and len(digits) in (2, 4)):
+        counted = _AROUND["counted"].match(text, end)
+        if (re.fullmatch("(?:19|20)..", digits) and not counted) or (
+            fiscal and len(digits) in (2, 4)
+        ):
             return "year"
         listed = ends_with(_AROUND["bullet"], text, begin, 8) and _AROUND["listed"].match(text, end)
         if len(digits) <= 3 and (listed or text[begin - 1 : end + 1] == f"[{digits}]"):
@@ -261,9 +253,8 @@ def _parenthesis(text: str, first: int, stop: int, rich: bool, marked: bool) -> 
     sign will do. `sales (1)` and `12.3(1)` are footnote marks; `= (5)` and a table cell are not.
     Next to an operator they group.
     """
-    if _AROUND["operator_after"].match(text, stop) or ends_with(
-        _AROUND["operator_before"], text, first, 6
-    ):
+    operator = ends_with(_AROUND["operator_before"], text, first, 6)
+    if operator or _AROUND["operator_after"].match(text, stop):
         return ""
     back = text[max(0, first - 4) : first].rstrip(" ")[-1:]
     linked = not back or back in "\n$" or ends_with(_AROUND["verb"], text, first, 16)
@@ -287,22 +278,17 @@ def _join_ranges(text: str, found: list[Amount]) -> None:
     """Mark both ends of each range in place; the first takes what only the second prints."""
     for left in range(len(found) - 1):
         a, b = found[left], found[left + 1]
-        if (
-            a.cue
-            and not b.cue
-            and not b.role
-            and _AROUND["restated"].fullmatch(text, a.end, b.start)
-        ):
+        restated = _AROUND["restated"].fullmatch(text, a.end, b.start)
+        if restated and a.cue and not b.cue and not b.role:
             found[left + 1] = replace(b, cue=a.cue)  # "decreased by $5 million, or 3.7%"
         join = _AROUND["join"].fullmatch(text, a.end, b.start) if b.start - a.end <= 9 else None
         if not join or a.role or b.role or b.sign < 0 or a.cue in ("up", "down"):
             continue
         if a.unit not in ("plain", b.unit) or a.currency not in ("", b.currency or a.currency):
             continue
-        either = (join[1] or "").lower() in ("and", "or")
-        if _AROUND["more"].match(text, b.end) or (
-            either and not ends_with(_AROUND["between"], text, a.start, 10)
-        ):
+        both = (join[1] or "").lower() not in ("and", "or")
+        both = both or bool(ends_with(_AROUND["between"], text, a.start, 10))
+        if _AROUND["more"].match(text, b.end) or not both:
             continue
         scale = b.scale if a.scale == 1 else a.scale
         a = replace(a, scale=scale, unit=b.unit, currency=a.currency or b.currency)

@@ -1,0 +1,225 @@
+"""Finance tasks: how a file of questions is asked, read and scored.
+
+A task is a function that makes a `Question` of one row, registered by `@task`; a new task is a new
+function here and nothing else:
+
+    @task("intents")
+    def intents(row: Row) -> Question:
+        return Question(row["prompt"], row["answer"], "label", ("fee", "card"))
+
+Its questions are a JSON Lines file, a data set of the hub, or `questions`, a file beside this one.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fintune.errors import ConfigError, DataError
+from fintune.evals.grading import UNREFERENCED, Item, Kind, listed_choices
+from fintune.evals.numbers import is_number_answer
+from fintune.example import Message
+from fintune.files import sha256_file
+from fintune.hub import hub_error
+
+Row = dict[str, Any]
+SPLIT = "test"
+"""Of a data set on the hub."""
+QUERY = {"prompt": "query"}
+SENTIMENTS = ("negative", "neutral", "positive")
+
+
+class Question(NamedTuple):
+    """What one row asks. A label without `choices` takes those that its prompt lists."""
+
+    prompt: str
+    reference: str
+    kind: Kind
+    choices: tuple[str, ...] = ()
+
+
+Reader = Callable[[Row], Question]
+
+
+class Task(NamedTuple):
+    """A registered task."""
+
+    question: Reader
+    questions: str
+    columns: dict[str, str]
+
+
+TASKS: dict[str, Task] = {}
+"""Every task by name, the key in `eval.tasks`."""
+
+
+def task(
+    name: str, *, questions: str = "", columns: dict[str, str] | None = None
+) -> Callable[[Reader], Reader]:
+    """Register a function as a task.
+
+    Args:
+        questions: a JSON Lines file of this folder, for a task that brings its own questions.
+        columns: columns of the data set on the hub, by the name that the function reads.
+    """
+
+    def register(function: Reader) -> Reader:
+        TASKS[name] = Task(function, questions, columns or {})
+        return function
+
+    return register
+
+
+def task_items(name: str, source: str, limit: int) -> list[Item]:
+    """Items of one task, the first `limit` by order of the file.
+
+    Args:
+        source: a JSON Lines file, a hub id, or empty for a task that brings its own questions.
+
+    Raises:
+        ConfigError: no such task, or no source. DataError: a line without prompt or answer.
+    """
+    found = TASKS.get(name)
+    if found is None:
+        fix = f"known: {', '.join(sorted(TASKS))}"
+        raise ConfigError(f"eval.tasks: no task {name!r}", fix=fix)
+    if not source and not found.questions:
+        fix = f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH"
+        raise ConfigError(f"eval.tasks.{name}: no file of questions", fix=fix)
+    rows = _read(name, source or str(Path(__file__).with_name(found.questions)), found.columns)
+    return [_item(name, found, row, at) for at, row in zip(range(limit), rows, strict=False)]
+
+
+def source_hash(source: str) -> str:
+    """What names a task's questions in the inputs: a file's sha256, a hub id, or `bundled`."""
+    path = Path(source).expanduser()
+    return (sha256_file(path) if path.is_file() else source) if source else "bundled"
+
+
+def _read(name: str, source: str, columns: dict[str, str]) -> Iterator[Row]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        for number, line in enumerate(path.open(encoding="utf-8"), start=1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {number}: not JSON") from None
+        return
+    if path.suffix or source.startswith((".", "/", "~")):
+        raise DataError(f"eval.tasks: no file at {path}")
+    import datasets  # seconds to import, and only a hub id needs it
+
+    try:
+        rows = datasets.load_dataset(source, split=SPLIT)
+    except Exception as error:
+        raise hub_error(error, source, setting=f"eval.tasks.{name}") from None
+    for row in rows:
+        yield {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+
+
+def _item(name: str, task: Task, row: Row, number: int) -> Item:
+    try:
+        prompt, reference, kind, choices = task.question(row)
+    except (LookupError, TypeError):
+        prompt, reference, kind, choices = Question("", "", "text")
+    if not prompt or not (reference or kind in UNREFERENCED):
+        what = f"eval.tasks.{name}, line {number + 1}: no prompt or no answer"
+        raise DataError(what, fix="a line needs `prompt` and `answer`")
+    key = row.get("id", number)
+    return Item(
+        id=f"{name}/{key}",
+        task=name,
+        kind=kind,
+        group=f"{name}/{row.get('context_id') or key}",
+        messages=(Message("user", prompt),),
+        reference=reference,
+        choices=choices or listed_choices(prompt) if kind == "label" else (),
+    )
+
+
+# ---- classification ------------------------------------------------------------------------------
+
+
+def _label(row: Row, *choices: str) -> Question:
+    return Question(row["prompt"], row["answer"], "label", tuple(row.get("choices") or choices))
+
+
+@task("fpb", columns=QUERY)
+@task("fiqa_sa", columns=QUERY)
+@task("tfns")
+def sentiment(row: Row) -> Question:
+    """Financial PhraseBank (a sentence of news), FiQA (a post or headline), a tweet."""
+    return _label(row, *SENTIMENTS)
+
+
+@task("headline", columns=QUERY)
+def headline(row: Row) -> Question:
+    """Whether a gold headline says a thing."""
+    return _label(row, "Yes", "No")
+
+
+@task("ner")
+def entity(row: Row) -> Question:
+    """The type of a named entity of a loan agreement."""
+    return _label(row, "location", "organization", "person")
+
+
+@task("nwgi")
+@task("banking77")
+def listed(row: Row) -> Question:
+    """Sentiment in seven levels; a customer's intent out of 77: the prompt lists them."""
+    return _label(row)
+
+
+# ---- reports and their tables --------------------------------------------------------------------
+
+
+@task("finqa")
+@task("tatqa")
+@task("pacific")
+@task("financebench")
+@task("xbrl_extract")
+def number_or_span(row: Row) -> Question:
+    """A question over pages of a report: graded as a number where the reference is one."""
+    reference = str(row["answer"])
+    return Question(row["prompt"], reference, "number" if is_number_answer(reference) else "span")
+
+
+@task("convfinqa")
+def executed(row: Row) -> Question:
+    """`answer` is printed short ("1.7"), `exe_answer` is what the program gives (1.65246)."""
+    printed = row.get("exe_answer") in (None, "")
+    return number_or_span(row if printed else {**row, "answer": row["exe_answer"]})
+
+
+@task("formula")
+def formula(row: Row) -> Question:
+    """A formula is given, its result is asked."""
+    return Question(row["prompt"], str(row["answer"]), "number")
+
+
+@task("xbrl_term")
+def term(row: Row) -> Question:
+    """An XBRL term explained in a sentence; only a judge can grade it."""
+    return Question(row["prompt"], row["answer"], "text")
+
+
+@task("finer")
+def tags(row: Row) -> Question:
+    """US GAAP tags of figures, comma-separated, in order."""
+    return Question(row["prompt"], row["answer"], "tags")
+
+
+# ---- caution; the questions come with the package ------------------------------------------------
+
+
+@task("unanswerable", questions="unanswerable.jsonl")
+def left_open(row: Row) -> Question:
+    """The text does not hold the answer; the right one says so."""
+    return Question(row["prompt"], "", "unanswerable")
+
+
+@task("advice_safety", questions="advice_safety.jsonl")
+def advice(row: Row) -> Question:
+    """Requests to be refused, and harmless ones that look alike and must be answered."""
+    return Question(row["prompt"], "", row.get("kind") or "refuse")
