@@ -1,5 +1,6 @@
 """The whole stage: every row accounted for, the same bytes out, nothing leaked or half-made."""
 
+import gzip
 import json
 import random
 import shutil
@@ -70,15 +71,24 @@ def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
         prepare(done.config)
 
 
-def test_file_order_and_processes_change_no_byte(tmp_path: Path) -> None:
-    """27 MB, so that several processes scan; few rows keep their text."""
+def test_file_order_and_processes_change_no_row(tmp_path: Path) -> None:
+    """27 MB are scanned by several processes, packed they are few bytes and scanned by one."""
     draw, found, padding = random.Random(3), rows(900), "x" * 60_000
     lines = [draw.choice(found) | {"padding": padding} for _ in range(460)]
     paths = [write(tmp_path / f"{at}.jsonl", lines[at::4]) for at in range(4)]
-    caps = {"max_train_rows": 30, "max_held_out_rows": 10}
-    one = prepared(tmp_path / "one", sources=list(map(str, paths)), **caps)
-    two = prepared(tmp_path / "two", sources=list(map(str, paths[::-1])), **caps)
-    assert files(one) == files(two) and len(one.rows("train")) == 30
+    packed = [path.with_suffix(".jsonl.gz") for path in paths]
+    for path, target in zip(paths, packed, strict=True):
+        target.write_bytes(gzip.compress(path.read_bytes(), 1))
+    outcomes = []
+    for sources in (paths, packed[::-1]):
+        out, caps = (
+            tmp_path / f"from{sources[0].suffix}",
+            {"max_train_rows": 30, "max_held_out_rows": 10},
+        )
+        done = prepared(out, sources=list(map(str, sources)), **caps)
+        kept = [{**row, "source": row["source"].removesuffix(".gz")} for row in done.rows()]
+        outcomes.append((kept, [done.dropped(str(at)) for at in range(4)]))
+    assert outcomes[0] == outcomes[1] and len(outcomes[0][0]) == 40
 
 
 def test_a_benchmark_that_changed_is_read_again(tmp_path: Path) -> None:

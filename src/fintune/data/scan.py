@@ -132,13 +132,12 @@ def _row_sha256(raw: Any) -> str:
 
 
 def _keyed(example: Example, weight: float, seed: int) -> ScannedRow:
-    messages = example.messages
-    key = hash64(*(normal(message.content) for message in messages if message.role != "system"))
+    texts = [normal(message.content) for message in example.messages]
+    key = hash64(*texts[example.messages[0].role == "system" :])
     uniform = (hash64(str(seed), str(key)) + 1) / 2**64
     row = ScannedRow(example, key, -math.log(uniform) / weight)
-    if len(answer := normal(messages[-1].content)) <= LABEL_CHARACTERS:
-        row.prompt = hash64(*(normal(message.content) for message in messages[:-1]))
-        row.label = hash64(answer)
+    if len(texts[-1]) <= LABEL_CHARACTERS:
+        row.prompt, row.label = hash64(*texts[:-1]), hash64(texts[-1])
     return row
 
 

@@ -41,10 +41,10 @@ PIECE_BYTES = 1 << 12
 
 ROWS_A_BATCH = 4096
 HEADS = {
-    b"version https://git-lfs": ("a Git LFS pointer, not the data", "run: git lfs pull"),
-    b"\x1f\x8b": ("packed with gzip", "add .gz to its name"),
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save it as CSV in UTF-8"),
-    b"\xff\xfe": ("UTF-16", "save it as UTF-8"),
+    b"version https://git-lfs": "a Git LFS pointer; run: git lfs pull",
+    b"\x1f\x8b": "packed with gzip; add .gz to its name",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV in UTF-8",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
@@ -315,9 +315,9 @@ def _local(path: Path, name: str, item: SourceConfig) -> Source:
         head = file.read(64)
     if not head:
         raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
-    for start, (what, fix) in HEADS.items():
+    for start, what in HEADS.items():
         if head.startswith(start) and path.suffix not in PACKINGS:
-            raise DataError(f"{path} is {what}", fix=fix)
+            raise DataError(f"{path} is {what}")
     return Source(name, sha256_file(path), item, path)
 
 
