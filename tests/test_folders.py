@@ -323,7 +323,7 @@ def test_nohup_keeps_working(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "owner", "function"),
     [
-        ("prepare", preparing, "write_report"),
+        ("prepare", preparing, "_write_rows"),
         ("eval", evaluating, "generate"),
         ("eval", judge, "raw_rows"),
         ("release", bundle, "write_card"),
