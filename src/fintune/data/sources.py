@@ -9,9 +9,11 @@ file breaks off are kept; the place is one `Unreadable` more.
 import contextlib
 import csv
 import glob
+import gzip
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -37,7 +39,7 @@ MOST_CELL = 4 << 20
 """Characters of a CSV's cell; a longer one is a quotation that is not closed."""
 
 PIECE_BYTES = 1 << 12
-"""Bytes of one read. What a packing gave in a read that fails is lost."""
+"""Bytes of one read."""
 
 ROWS_A_BATCH = 4096
 HEADS = {
@@ -80,14 +82,34 @@ def file_rows(path: Path) -> Iterator[Row]:
         DataError: not one row can be read.
     """
     line = 0
-    try:
-        with pa.input_stream(str(path), compression="detect") as file:
+    # gzip's own reader gives what stands before a break; pyarrow's loses the read that fails.
+    unpack = gzip.open if path.suffix == ".gz" else pa.input_stream
+    with unpack(str(path)) as opened, _Counted(opened) as file:
+        try:
             for line, row in FORMATS[format_of(path) or ""](file):
                 yield line, row
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:
-        if line == 0:
-            raise DataError(f"{path}: {error}", fix="check that it is what its name says") from None
-        yield line + 1, Unreadable("truncated_file", f"breaks off here: {error}"[:200])
+        except (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error) as error:
+            if line == 0:
+                fix = "check that it is what its name says"
+                raise DataError(f"{path}: {error}", fix=fix) from None
+            what = f"breaks off behind byte {file.count}: {error}"
+            yield line + 1, Unreadable("truncated_file", what[:200])
+
+
+class _Counted(io.RawIOBase):
+    """A stream that counts the bytes it gave, unpacked ones where the file is packed."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.count = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read1(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
 
 
 def parse(row: Any) -> Any:
@@ -193,7 +215,7 @@ def _csv(file: Any) -> Iterator[Row]:
 
 
 def _parquet(file: Any) -> Iterator[Row]:
-    with pq.ParquetFile(file) as table:
+    with pq.ParquetFile(file.file) as table:
         _check_columns(table.schema_arrow.names)
         yield from arrow_rows(table.iter_batches(ROWS_A_BATCH))
 
