@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from frozen import read_json
 from safetensors.torch import save_file
@@ -150,21 +149,6 @@ def test_a_second_signal_stops_at_once(new: Callable[..., Config], whole: Whole)
     assert outcome.code == 75, outcome.text
     assert usable(config) == ["checkpoint-5", "checkpoint-10"], "what was saved stays, no more"
     continues(config, whole)
-
-
-def test_a_stopped_preparation_leaves_nothing(
-    tmp_path: Path, prepared: Path, tiny_base: Path
-) -> None:
-    source = prepared.parent / "rows.jsonl"
-    words = ["prepare", "-c", "nano", "--fresh"]
-    for pair in (f"data.source={source}", f"out={tmp_path / 'out'}", f"model.path={tiny_base}"):
-        words += ["-s", pair]
-    process = tiny.Forked(
-        *words, log=tmp_path / "log", prepare=SIGNALS["while the report is written"]
-    )
-    assert process.wait() == 75, process.text()
-    assert "continue with: fintune prepare -c nano -s" in process.text()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".data.lock"]
 
 
 def refused(number: str) -> float:

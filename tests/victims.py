@@ -29,7 +29,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, nano, seal
 from fintune.config import Config, load_config
-from fintune.data import prepare as prepare_stage
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
 from fintune.files import read_json, read_jsonl, sha256_file
@@ -464,7 +463,6 @@ SIGNALS = {
     "in a save": at_call(_TRAINER, "_save_scaler", 2, lambda: send(signal.SIGINT)),
     "while the base is loaded": at_call(run, "load_base", 1, lambda: send(15)),
     "after step 2": at_call(trainer._Boundaries, "on_step_end", 2, lambda: send(15)),
-    "while the report is written": at_call(prepare_stage, "write_report", 1, lambda: send(15)),
     "twice in a step": at_call(
         _TRAINER, "compute_loss", 26, lambda: [send(signal.SIGTERM) for _ in range(2)] and None
     ),
