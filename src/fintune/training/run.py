@@ -176,7 +176,7 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
         if check.status == "failed":
             raise (NotFinite if "NaN" in check.detail else OutputError)(
                 f"{trainer.best}: {check.detail}",
-                fix="train more steps, or at a lower rate: fintune train --fresh",
+                fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
             )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))

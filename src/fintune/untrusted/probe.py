@@ -184,7 +184,10 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
     # A lock that the parent holds on an open file would outlive a kill of the parent.
     os.closerange(3, pipe.fileno())
     os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    torch.set_num_threads(1)  # threads of OpenMP and of tokenizers did not survive the fork
+    # Threads of OpenMP and of tokenizers did not survive the fork. Setting one thread where there
+    # is one already fails in torch 2.13: its pool of one is not made again behind a fork.
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         answer: dict[str, Any] = {"result": work()}
