@@ -239,7 +239,7 @@ def test_drift_is_accepted_by_name_and_recorded(
         values += ["train.precision=bf16", "train.gradient_checkpointing=on", "train.eval_steps=9"]
 
     second = changed(half, more, tmp_path)
-    # Not in a fork: torch's thread pool, which loading a base in bf16 may use, does not survive one.
+    # Not in a fork: torch's thread pool, which loading in bf16 may use, does not survive one.
     train(second, force_resume="sorted")
     rows = read_lines(half.run_dir / "metrics.jsonl")
     rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
