@@ -239,8 +239,8 @@ def test_drift_is_accepted_by_name_and_recorded(
         values += ["train.precision=bf16", "train.gradient_checkpointing=on", "train.eval_steps=9"]
 
     second = changed(half, more, tmp_path)
-    outcome = harmed(lambda: train(second, force_resume="sorted"))
-    assert outcome.code == 0, outcome.text
+    # Not in a fork: torch's thread pool, which loading in bf16 may use, does not survive one.
+    train(second, force_resume="sorted")
     rows = read_lines(half.run_dir / "metrics.jsonl")
     rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
     assert 5e-3 < rates[7] <= 1e-2, "as the run began"
