@@ -8,11 +8,11 @@ demo: .venv/installed
 	$(BIN)/fintune demo
 
 test: .venv/installed check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes too long for every change: all hostile folders, 1,000 fuzzed ones, tests marked slow.
 test-all: .venv/installed check
-	FINTUNE_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	FINTUNE_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Holds our GGUF files against llama.cpp. Its Python package is built from source (about six minutes,
 # needs cmake and a C++ compiler) into a folder of its own, so that .venv stays what the lock says.
