@@ -42,12 +42,12 @@ CLOCK_S = 120
 MEMORY = 2 * 2**30
 """Resident bytes beyond the parent's at the fork."""
 _POLL_S = 0.02
-_ANSWER = 8 * 2**20
+_MOST_RESULT = 8 * 2**20
 """Largest result in bytes; a longer one is a hostile one."""
 _LIMITS = f"{CPU_S} s of processor time, {CLOCK_S} s, {MEMORY >> 30} GB of memory, no file written"
 _RUN = 400
 """Characters of a repeated text: one that makes a pattern of nested repetitions explode."""
-_ANSWER = 4096
+_MOST_TOKENS = 4096
 """Most tokens of a recorded answer."""
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
     "Net loss (€1,234.5m) vs. £0.9bn, −3.4 %, 25 bps, ¥10兆 – café?" * 8
@@ -157,7 +157,7 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
                 if psutil.Process(child.pid).memory_info().rss > memory:
                     child.kill()
         with suppress(EOFError, OSError, ValueError):
-            answer = json.loads(receiver.recv_bytes(_ANSWER)) if receiver.poll() else {}
+            answer = json.loads(receiver.recv_bytes(_MOST_RESULT)) if receiver.poll() else {}
     finally:  # also where a signal of ours came in between
         receiver.close()
         child.kill()
@@ -313,7 +313,7 @@ def _check_golden_prompts(of: _Release) -> str:
         ids, logprobs = row["answer"]["ids"], row["answer"]["logprobs"]
         finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
         whole = [type(token) is int and token in words for token in ids]
-        if not 0 < len(ids) == len(logprobs) <= _ANSWER or not all(finite + whole):
+        if not 0 < len(ids) == len(logprobs) <= _MOST_TOKENS or not all(finite + whole):
             raise Unreadable(f"{row['name']}: an answer that no model gave")
     return f"{len(rows)} conversations, same ids"
 

@@ -297,6 +297,8 @@ def _adapter_weights(folder: Path) -> str:
         for name, count in counts.items():
             mask = _EXPONENTS[header[name][0]]
             bits = np.fromfile(file, mask.dtype, count)
+            if len(bits) < count:
+                raise Unreadable(f"{checks.ADAPTER} was cut while it was read")
             infinite += [name] if ((bits & mask) == mask).any() else []
             zero += name in lora_b and not (bits << mask.dtype.type(1)).any()
     refuse("NaN or infinite:", infinite)
