@@ -377,9 +377,8 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    # Read by transformers and datasets at import; a user's own setting wins.
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    # Read by transformers at import; a user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -27,13 +27,15 @@ from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import judge, results
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
-from fintune.evals.tasks import source_hash, task_items
+from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.sources import Source, recorded_commits
 from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
+Tasks = dict[str, list[Source]]
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss, unless one row alone is longer."""
 REGRESSION_QUESTIONS = 200
@@ -56,14 +58,16 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
         DataError: no test row. GateRefused: the judge's budget is spent.
     """
-    folder, inputs = config.eval_dir, _inputs(config)
+    folder = config.eval_dir
+    tasks = _find_tasks(config, fresh)
+    inputs = _inputs(config, tasks)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
         kept = seal.finished(folder, inputs, command=results.COMMAND)
         if not kept:
             seal.start(folder, inputs)
-            _answer(config, folder, inputs)
+            _answer(config, folder, inputs, tasks)
             found = _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
@@ -128,7 +132,18 @@ def _judged_set(folder: Path) -> list[Pair]:
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
 
 
-def _inputs(config: Config) -> dict[str, Any]:
+def _find_tasks(config: Config, fresh: bool) -> Tasks:
+    """Where the tasks' questions lie.
+
+    A hub id is at the commit that this evaluation began with, else at the one that the training
+    rows were compared with.
+    """
+    prepared = seal.recorded_inputs(config.data_dir).get("benchmarks", {})
+    begun = {} if fresh else seal.recorded_inputs(config.eval_dir).get("tasks", {})
+    return find_questions(config.eval.tasks, recorded_commits(prepared, begun))
+
+
+def _inputs(config: Config, tasks: Tasks) -> dict[str, Any]:
     data = seal.read_data(config.data_dir)
     adapter = "best/adapter_model.safetensors"
     run = seal.read_seal(
@@ -145,11 +160,11 @@ def _inputs(config: Config) -> dict[str, Any]:
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=apart),
-        "tasks": {name: source_hash(source) for name, source in config.eval.tasks.items()},
+        "tasks": {name: identity(config.eval.tasks[name], found) for name, found in tasks.items()},
     }
 
 
-def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
+def _answer(config: Config, folder: Path, inputs: dict[str, Any], tasks: Tasks) -> None:
     """Held-out loss and answers of both models, from one copy of the base weights."""
     base, choice, on = model.find_base(config.model), config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
@@ -162,7 +177,7 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     dtype = model.precision("fp32" if choice == "auto" and on.type == "cpu" else choice, on)
     bare = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
     peft_model = model.load_adapter(bare, config.run_dir / "best")
-    prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings)
+    prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings, tasks)
     facts["provenance"] = {
         **inputs,
         "precision": dtype,
@@ -191,7 +206,7 @@ def _enabled(peft_model: Any, variant: str) -> Any:
 
 
 def _choose(
-    config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int
+    config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int, tasks: Tasks
 ) -> tuple[Prompts, dict[str, Any]]:
     """The items to answer with their prompts' ids, and what run.json says of the choice."""
 
@@ -203,8 +218,8 @@ def _choose(
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
     own = by_hash([reader.item(row) for row in rows])
     items = [item for item in own if item.kind != "text"][: config.eval.max_items]
-    for name, source in config.eval.tasks.items():
-        items += task_items(name, source, config.eval.max_items)
+    for name, sources in tasks.items():
+        items += task_items(name, sources, config.eval.max_items)
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in own if item.kind == "text"][: config.eval.judged_items]
     if len({item.id for item in items}) < len(items):
