@@ -377,8 +377,9 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    # Read by transformers at import; a user's own setting wins.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read by transformers and huggingface_hub at import; a user's own setting wins.
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -66,8 +66,10 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
             seal.move_aside(folder)
         kept = seal.finished(folder, inputs, command=results.COMMAND)
         if not kept:
+            most = config.eval.max_items
+            asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             seal.start(folder, inputs)
-            _answer(config, folder, inputs, tasks)
+            _answer(config, folder, inputs, asked)
             found = _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
@@ -164,7 +166,7 @@ def _inputs(config: Config, tasks: Tasks) -> dict[str, Any]:
     }
 
 
-def _answer(config: Config, folder: Path, inputs: dict[str, Any], tasks: Tasks) -> None:
+def _answer(config: Config, folder: Path, inputs: dict[str, Any], asked: list[Item]) -> None:
     """Held-out loss and answers of both models, from one copy of the base weights."""
     base, choice, on = model.find_base(config.model), config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
@@ -177,7 +179,7 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any], tasks: Tasks) 
     dtype = model.precision("fp32" if choice == "auto" and on.type == "cpu" else choice, on)
     bare = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
     peft_model = model.load_adapter(bare, config.run_dir / "best")
-    prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings, tasks)
+    prompts, facts = _choose(config, rows, chat, bare.config.max_position_embeddings, asked)
     facts["provenance"] = {
         **inputs,
         "precision": dtype,
@@ -206,7 +208,7 @@ def _enabled(peft_model: Any, variant: str) -> Any:
 
 
 def _choose(
-    config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int, tasks: Tasks
+    config: Config, rows: list[dict[str, Any]], chat: ChatFormat, longest: int, asked: list[Item]
 ) -> tuple[Prompts, dict[str, Any]]:
     """The items to answer with their prompts' ids, and what run.json says of the choice."""
 
@@ -218,8 +220,7 @@ def _choose(
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
     own = by_hash([reader.item(row) for row in rows])
     items = [item for item in own if item.kind != "text"][: config.eval.max_items]
-    for name, sources in tasks.items():
-        items += task_items(name, sources, config.eval.max_items)
+    items += asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in own if item.kind == "text"][: config.eval.judged_items]
     if len({item.id for item in items}) < len(items):

@@ -115,8 +115,8 @@ def _read(name: str, source: Source) -> Iterator[Row]:
     for line, given in source.rows():
         row = parse(given)
         if not isinstance(row, dict):
-            what = row.reason if isinstance(row, Unreadable) else "not_an_object"
-            raise DataError(f"eval.tasks.{name}: {source.name}, line {line}: {what}")
+            wrong = f"{row.reason}, {row.detail}" if isinstance(row, Unreadable) else "no object"
+            raise DataError(f"eval.tasks.{name}: {source.name}, line {line}: {wrong}")
         yield row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
