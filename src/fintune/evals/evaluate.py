@@ -22,7 +22,7 @@ import fintune
 from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
-from fintune.config import Config, EvalConfig
+from fintune.config import Config
 from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import judge, results
@@ -36,10 +36,6 @@ from fintune.untrusted.probe import stop_token_ids
 Prompts = list[tuple[Item, list[int]]]
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss, unless one row alone is longer."""
-REGRESSION_QUESTIONS = 200
-"""Most questions of each task of lm-eval."""
-METRICS = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc")
-"""Per-question scores that a task of lm-eval may report; the first it has is compared."""
 
 
 def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
@@ -177,12 +173,6 @@ def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
     ends, size = stop_token_ids(base.folder, tokenizer), config.eval.per_device_eval_batch_size
     ask = partial(generate, peft_model, tokenizer, stop_token_ids=ends, batch_size=size)
     _generate(folder, peft_model, ask, prompts, config.eval.max_new_tokens)
-    if config.eval.regression and not (folder / "regression.json").is_file():
-        found = {}
-        for variant in VARIANTS:
-            with _enabled(peft_model, variant):
-                found[variant] = _regression(peft_model, tokenizer, config.eval)
-        write_json(folder / "regression.json", found)
 
 
 def _enabled(peft_model: Any, variant: str) -> Any:
@@ -256,48 +246,6 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     if not math.isfinite(total):
         raise NotFinite("the held-out loss is not finite", fix="or try --set train.precision=fp32")
     return total, tokens
-
-
-def _regression(peft_model: Any, tokenizer: Any, config: EvalConfig) -> dict[str, dict[str, float]]:
-    """Score of every question of lm-eval by task and question, of the model as it is.
-
-    Raises:
-        ConfigError: the `lm_eval` package is missing, or a task is unknown or has no such score.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        what = "eval.regression needs lm-eval-harness, which is not installed"
-        raise ConfigError(what, fix="pip install 'fintune[regression]'") from None
-    files = [Path(name) for name in config.regression if name.endswith(".yaml")]
-    tasks = [name for name in config.regression if not name.endswith(".yaml")]
-    tasks += [file.stem for file in files]
-    manager = TaskManager(include_path=[str(file.parent) for file in files])
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise ConfigError(f"eval.regression: lm-eval knows no task {', '.join(unknown)}")
-    ran = simple_evaluate(
-        model=HFLM(
-            pretrained=peft_model.get_base_model(),
-            tokenizer=tokenizer,
-            batch_size=config.per_device_eval_batch_size,
-        ),
-        tasks=tasks,
-        task_manager=manager,
-        limit=REGRESSION_QUESTIONS,
-        bootstrap_iters=0,
-        apply_chat_template=True,
-        log_samples=True,
-    )
-    found: dict[str, dict[str, float]] = {}
-    for task, samples in ran["samples"].items():
-        metric = next((name for name in METRICS if samples and name in samples[0]), None)
-        if metric is None:
-            raise ConfigError(f"eval.regression: {task} reports none of {', '.join(METRICS)}")
-        kept = [each for each in samples if each.get("filter") == samples[0].get("filter")]
-        found[task] = {str(sample["doc_id"]): float(sample[metric]) for sample in kept}
-    return found
 
 
 def _generate(folder: Path, peft_model: Any, ask: Any, prompts: Prompts, limit: int) -> None:

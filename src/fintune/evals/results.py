@@ -46,10 +46,6 @@ MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
     "harmless_refused": (("comply",), lambda g: not g.correct),
 }
 """Secondary measures, which never decide: shares of answers to some kinds of item."""
-MARGIN, MEAN_MARGIN = 0.03, 0.015
-"""Non-inferiority in general ability, since learning finance costs a little of everything else
-(Biderman et al. 2024, arXiv 2405.09673): a task of lm-eval passes while its lower 95 % bound is not
-under -3 points; the mean of all, -1.5 points."""
 GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is right",
           "Both are right", "Not decided by arithmetic")  # fmt: skip
 """Pairs by which answers are right, in the order of the page."""
@@ -58,9 +54,6 @@ GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is rig
 def results(folder: Path, pairs: list[Pair]) -> Json:
     """Everything of test_results.json but its format number; `pairs` as `load_pairs` gives them."""
     run = read_json(folder / "run.json")
-    scores = folder / "regression.json"
-    ability = read_json(scores) if scores.is_file() else None
-    general = ability and regression_summary(ability["base"], ability["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     judged = judge_summary(
@@ -76,14 +69,13 @@ def results(folder: Path, pairs: list[Pair]) -> Json:
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
     return {
-        **_verdict(run, len(checked), loss, accuracy, judged, general),
+        **_verdict(run, len(checked), loss, accuracy, judged),
         "loss": loss,
         "accuracy": accuracy,
         "tasks": _tasks(checked),
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
         "judge": judged,
-        "regression": general,
         "n": {
             "items": len(pairs),
             "checkable": len(checked),
@@ -111,25 +103,6 @@ def loss_summary(cells: list[Json]) -> Json:
     sources = dict.fromkeys(cell["source"] for cell in cells)
     by_source = {name: over([cell for cell in cells if cell["source"] == name]) for name in sources}
     return {**over(cells), "by_source": by_source}
-
-
-def regression_summary(base: Json, adapter: Json, seed: int) -> Json:
-    """Differences by task with their lower bounds, and whether all keep within the margins."""
-    tasks, every = dict[str, Json](), dict[str, float]()
-    for task, scored in base.items():
-        change = {name: adapter[task][name] - score for name, score in scored.items()}
-        every |= {f"{task}/{name}": value for name, value in change.items()}
-        difference = stats.paired([*change.values()], seed=seed)
-        tasks[task] = {
-            "base": round(sum(scored.values()) / len(scored), 6),
-            "adapter": round(sum(adapter[task].values()) / len(scored), 6),
-            "difference": difference,
-            "pass": difference["ci95"][0] >= -MARGIN,
-        }
-    mean = stats.paired([*every.values()], [*every], seed=seed)
-    kept = mean["ci95"][0] >= -MEAN_MARGIN
-    passed = kept and all(task["pass"] for task in tasks.values())
-    return {"tasks": tasks, "mean": {"difference": mean, "pass": kept}, "pass": passed}
 
 
 def judge_summary(
@@ -257,7 +230,7 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 
 
 def _verdict(
-    run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None, general: Json | None
+    run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None
 ) -> Json:
     """better | worse | no_detectable_difference | invalid, and every reason."""
     primary, invalid = run["primary"], []
@@ -280,8 +253,6 @@ def _verdict(
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
     guards = {"held_out_loss": loss["adapter"] <= loss["base"]}
-    if general:
-        guards["general_regression"] = general["pass"]
     low, high = difference["ci95"]
     if invalid:
         verdict = "invalid"
