@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
+from fintune.errors import ConfigError, FintuneError, NoSpace, Stopped
 from fintune.files import FULL
 from fintune.stop import STOP
 
@@ -166,12 +166,8 @@ def evaluate(
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
         from fintune.evals.results import rescore as make_again
-        from fintune.seal import lock
 
-        if not rescore.is_dir():
-            raise OutputError(f"no evaluation folder at {rescore}")
-        with lock(rescore):
-            results = make_again(rescore)
+        results = make_again(rescore)
     else:
         from fintune.evals import evaluate as stage
 
@@ -240,9 +236,6 @@ def judge(
     overrides: Overrides = None,
     max_usd: Annotated[float | None, typer.Option(help="Sets eval.judge.max_usd.")] = None,
     judge_host: JudgeHost = "",
-    labels: Annotated[
-        Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
@@ -250,7 +243,7 @@ def judge(
 
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
     loaded = _load(config, [*(overrides or []), *budget])
-    _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
+    _emit(judge_answers(loaded, judge_host=judge_host), as_json)
 
 
 @app.command()

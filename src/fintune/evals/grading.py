@@ -206,7 +206,7 @@ class HeldOutItems:
                 self._answers[_label_set(text)][answer] += 1
                 self._answers["label",][answer] += 1
 
-    def saw(self, item: Item) -> bool:
+    def contaminated(self, item: Item) -> bool:
         """Whether a training row has the item's prompt, or is of its group."""
         return item.group in self._groups or _prompt_hash(item.messages) in self._prompts
 
@@ -257,10 +257,10 @@ class Pair:
     @property
     def better(self) -> str | None:
         """Whose answer arithmetic or label prefers; None where both are right or both wrong."""
-        base, adapter = (self.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
+        base, adapter = (self.passes(variant, lambda g: g.correct) for variant in VARIANTS)
         return None if base == adapter else VARIANTS[adapter]
 
-    def holds(self, variant: str, test: Callable[[Graded], bool]) -> bool:
+    def passes(self, variant: str, test: Callable[[Graded], bool]) -> bool:
         """Whether an answer is graded and its grade passes a test."""
         graded = self.graded[variant]
         return graded is not None and test(graded)

@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 
 from fintune.config import JudgeConfig
 from fintune.console import meter, say
-from fintune.errors import ConfigError, DataError, GateRefused, ModelError
+from fintune.errors import ConfigError, GateRefused, ModelError
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
-from fintune.files import FORMAT, JsonlLog, read_json, read_jsonl, sha256_bytes, sha256_json
+from fintune.files import FORMAT, JsonlLog, read_json, sha256_bytes, sha256_json
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"
@@ -169,22 +169,18 @@ def raw_rows(
     calls: Sequence[Call] = (),
     done: dict[str, Json] | None = None,
     model: str | None = None,
-    labels: Path | None = None,
 ) -> list[Json]:
     """The lines of the raw file: one a call, or one an item where no judge was asked.
 
     Args:
-        done: the finished calls by key; see `calls.ask`.
-        labels: human verdicts, JSON Lines of id and verdict.
-
-    Raises:
-        DataError: `labels` is no such file.
+        done: the rows of the finished calls by key (see `ask`).
+        model: of the config, which an endpoint may serve under another name.
     """
     facts = {pair.item.id: _facts(pair) for pair in pairs}
     if not done:
         unjudged = {"status": "unscored", "unscored_reason": "no_judge"}
         return [{**row, **unjudged} for row in facts.values()]
-    human, rubric = _labels(labels), sha256_bytes(RUBRIC.encode())
+    rubric = sha256_bytes(RUBRIC.encode())
     return [
         {
             **facts[call.item],
@@ -194,7 +190,6 @@ def raw_rows(
             "positions": call.positions,
             "control": call.control,
             "expect": call.expect,
-            "human": None if call.control else human.get(call.item),
         }
         for call in calls
     ]
@@ -211,16 +206,6 @@ def _facts(pair: Pair) -> Json:
         "answers": pair.texts,
         "deterministic": graded,
     }
-
-
-def _labels(path: Path | None) -> dict[str, str]:
-    """Human verdicts (`base`, `adapter`, `tie`) by item."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)} if path else {}
-        if set(labels.values()) <= SCORE.keys():
-            return labels
-    what = f"--labels {path}: no file of human verdicts"
-    raise DataError(what, fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie')
 
 
 def finished(folder: Path) -> dict[str, Json]:
