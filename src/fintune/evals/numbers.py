@@ -1,5 +1,4 @@
-"""Which number of a reply is its answer, and whether it is the reference's: the only place that
-decides it.
+"""Which number of a reply is its answer, and whether it equals the reference's.
 
 compare("$1,577", "It was $1.577 billion.", question="... in USD millions?").correct   True
 compare("12.5%", "The margin was 1250%").miss                                          "percent"
@@ -94,7 +93,7 @@ def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
     for marker in reversed(list(_REPLY["marker"].finditer(text))):
         at = bisect_left(ends, marker.end() + 1)
         if at + 1 < len(ends) and not text[marker.end() : ends[at]].strip("*: \n"):
-            at += 1  # "Answer:" on a line of its own
+            at += 1  # "Answer:" alone on a line
         stop = ends[min(at, len(ends) - 1)]
         because = _REPLY["because"].search(text, marker.end(), stop)
         stop = because.start() if because else stop
@@ -234,8 +233,8 @@ def _years(text: str, amounts: list[Amount]) -> list[Amount]:
 def _gold(gold: str) -> Amount:
     text, amounts = scan(gold)
     years = [replace(year, role="year") for year in _years(text, amounts)]
-    for found in (*_stated(text, _eligible(text, amounts)), *years):
-        return found
+    for amount in (*_stated(text, _eligible(text, amounts)), *years):
+        return amount
     raise DataError(f"the reference {gold[:80]!r} holds no number")
 
 

@@ -236,17 +236,12 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 
 def _verdict(run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None) -> Json:
     """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`."""
-    primary, invalid = run["primary"], []
-    wins = judged["win_rate"]["difference"] if judged else None
-    if primary == "accuracy" and checkable < FEWEST_CHECKABLE:
-        if wins is None:
-            few = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
-            invalid.append(f"{few} and no judge")
-        else:
-            primary = "win_rate"
-    if primary == "win_rate" and wins is None:
-        invalid.append("the win rate should decide, and no judge was asked")
-    difference = wins if primary == "win_rate" and wins else accuracy["difference"]
+    primary, difference, invalid = "accuracy", accuracy["difference"], []
+    judge_decides = run["primary"] == "win_rate" or checkable < FEWEST_CHECKABLE
+    if judge_decides and judged:
+        primary, difference = "win_rate", judged["win_rate"]["difference"]
+    elif judge_decides:
+        invalid.append(f"no judge was asked, whose win rate decides ({checkable} checkable items)")
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
     if judged and (failed := judged["control_items"]["failed"]):

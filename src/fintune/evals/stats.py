@@ -63,37 +63,34 @@ def paired(
     values = np.asarray(differences, dtype=float)
     n = len(values)
     if n == 0:
-        return _difference(0.0, (-1.0, 1.0), 0, 0, 1.0)
+        return {"value": 0.0, "ci95": [-1.0, 1.0], "n": 0, "clusters": 0, "mde80": 1.0}
     names = clusters if clusters is not None else [str(at) for at in range(n)]
     number = {name: at for at, name in enumerate(dict.fromkeys(names))}
     cluster = [number[name] for name in names]
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster).astype(float)
     mean = float(values.mean())
     # Equal differences do not prove a spread of 0: 3 of n items may still differ (rule of three).
-    least_error = math.sqrt(3) / n
-    if np.ptp(sums / sizes) == 0:
-        interval = mean - 3 / n, mean + 3 / n
-        return _difference(mean, interval, n, len(number), POWER_FACTOR * least_error)
-    resampled = stats.bootstrap(
-        (sums, sizes),
-        lambda total, size, axis: total.sum(axis=axis) / size.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        batch=500,
-        rng=np.random.default_rng(seed),
-    )
-    mde = POWER_FACTOR * max(float(resampled.standard_error), least_error)
-    return _difference(mean, resampled.confidence_interval, n, len(number), mde)
-
-
-def _difference(
-    value: float, interval: Sequence[float], n: int, clusters: int, mde80: float
-) -> dict[str, Any]:
-    ci95 = [round(float(end), 6) for end in interval]
-    facts = {"value": round(value, 6), "ci95": ci95, "n": n, "clusters": clusters}
-    return {**facts, "mde80": round(mde80, 6)}
+    low, high, error = mean - 3 / n, mean + 3 / n, math.sqrt(3) / n
+    if np.ptp(sums / sizes) > 0:
+        resampled = stats.bootstrap(
+            (sums, sizes),
+            lambda total, size, axis: total.sum(axis=axis) / size.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            batch=500,
+            rng=np.random.default_rng(seed),
+        )
+        low, high = resampled.confidence_interval
+        error = max(error, float(resampled.standard_error))
+    return {
+        "value": round(mean, 6),
+        "ci95": [round(float(low), 6), round(float(high), 6)],
+        "n": n,
+        "clusters": len(number),
+        "mde80": round(POWER_FACTOR * error, 6),
+    }
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

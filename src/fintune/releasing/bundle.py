@@ -132,9 +132,9 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         ("evaluation is of another adapter", of_eval["adapter"], provenance["adapter_sha256"]),
         ("evaluation compared with other training rows", of_eval["train"], train),
         ("evaluation decided by other rows", of_eval["test"], test),
-        ("evaluation found contaminated test rows", results["n"]["contaminated"], 0),
+        ("evaluation counts contaminated test rows", results["n"]["contaminated"], 0),
     ]
-    mismatches = [f"the {reason}" for reason, stated, found in compared if stated != found]
+    mismatches = [f"the {reason}" for reason, stated, actual in compared if stated != actual]
     manifest = files.read_json(config.data_dir / "manifest.json")
     facts = (manifest, results, files.read_json(environment), files.read_json(arguments))
     return Inputs(config, load_config(recipe), base, *facts, accepted, provenance, mismatches)
@@ -150,7 +150,7 @@ def _gate(inputs: Inputs) -> None:
     if inputs.accepted is not None and not inputs.accepted.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     weights = static.check_weights(inputs.config.run_dir / "best")
-    failed = [check.detail for check in weights if check.status == "failed"]
+    failed = [weights.detail] if weights.status == "failed" else []
     verdict = inputs.results.get("verdict")
     unproved = verdict != "better" and inputs.accepted is None
     reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
@@ -256,19 +256,19 @@ def _pickled(arguments: Json) -> bytes:
 
 def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     """LICENSE and NOTICE of a Llama base beside its adapter; its version, or None for others."""
-    found = _LLAMA.search(base.id)
-    if found is None:
+    match = _LLAMA.search(base.id)
+    if match is None:
         return None
     license_file = min(base.folder.glob("LICENSE*"), default=None)
     if license_file is None:
         raise GateRefused(
-            f"no licence text of {base.id} was found",
+            f"{base.folder} holds no licence text of {base.id}",
             why="Llama's licence asks for a copy of itself with everything derived from it",
             fix=f"put the base's LICENSE into {base.folder}",
         )
     files.copy_file(license_file, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found[1]))
-    return found[1]
+    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(match[1]))
+    return match[1]
 
 
 def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: str | None) -> str:

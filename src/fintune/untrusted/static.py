@@ -109,9 +109,9 @@ def check_paths(folder: Path, private: list[str]) -> Check:
     return ask("paths", _no_paths, folder, private)
 
 
-def check_weights(folder: Path) -> list[Check]:
+def check_weights(folder: Path) -> Check:
     """Finite, non-empty LoRA tensors whose B matrices are not all zero; read without torch."""
-    return [ask("weights", _adapter_weights, folder)]
+    return ask("weights", _adapter_weights, folder)
 
 
 def _no_paths(folder: Path, private: list[str]) -> str:
