@@ -19,9 +19,9 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 SPINE = (
     "__init__",
     "errors",
-    "hub",
     "console",
     "files",
+    "hub",
     "stop",
     "seal",
     "nano",
