@@ -16,7 +16,7 @@ from fintune.evals import stats
     ],
 )
 def test_wilson_table(count, n, low, high):
-    assert stats.wilson(count, n) == pytest.approx((low, high), abs=6e-4)
+    assert stats.rate(count, n)["ci95"] == pytest.approx([low, high], abs=6e-4)
 
 
 def width_of(difference):

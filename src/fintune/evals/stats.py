@@ -17,17 +17,15 @@ POWER_FACTOR = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
 """Standard errors of a difference that is detected with 80 % power at two-sided 5 % (2.80)."""
 
 
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of `count` of `n`; (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    interval = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def rate(count: int, n: int) -> dict[str, Any]:
-    """A rate with its 95 % interval, as in test_results.json; `value` is None where n is 0."""
-    interval = [round(end, 6) for end in wilson(count, n)]
+    """A rate with its 95 % Wilson interval, as in test_results.json.
+
+    Without observations (n = 0) the rate is None and the interval 0 to 1.
+    """
+    low, high = 0.0, 1.0
+    if n:
+        low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
+    interval = [round(float(low), 6), round(float(high), 6)]
     return {"value": round(count / n, 6) if n else None, "k": count, "n": n, "ci95": interval}
 
 
