@@ -1,8 +1,8 @@
-"""Build the release folder from a finished run and its evaluation, or refuse it.
+"""Build the release folder from a finished run and its evaluation, if the gate allows it.
 
-It is built beside its place and renamed (`files.staged_folder`), so a release is whole or absent.
-The same inputs give the same bytes: no clock, no set order, modes 0644. What may be inside is the
-allow-list of `untrusted.checks`; every file is made or copied here by name.
+It is built in a staging folder that is renamed at the end (`files.staged_folder`). The same inputs
+give the same bytes: no time stamp, no order of a set, modes 0644. Only the names in
+`untrusted/limits.toml` are written.
 """
 
 import io
@@ -34,7 +34,7 @@ LLAMA_NOTICE = """\
 Llama {0} is licensed under the Llama {0} Community License, \
 Copyright © Meta Platforms, Inc. All Rights Reserved.
 """
-"""The words section 1.b.iii of the Llama 3 licences asks for."""
+"""The attribution that section 1.b.iii of the Llama 3 licences requires."""
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
@@ -141,7 +141,7 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
 
 
 def _gate(inputs: Inputs) -> None:
-    """Refuse what the evidence does not prove, naming every reason.
+    """Refuse to release where the evaluation does not allow it, with every reason.
 
     Raises:
         GateRefused: the verdict is not `better` and none was accepted, the folders do not belong
@@ -163,7 +163,11 @@ def _gate(inputs: Inputs) -> None:
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
-    """An existing release of the same inputs stays; any other is never overwritten."""
+    """Keep an existing release of the same inputs.
+
+    Raises:
+        OutputError: it is of other inputs. GateRefused: it was changed.
+    """
     old = files.read_json(final / CONFIG) if (final / CONFIG).is_file() else {}
     if differing := seal.differences(old.get(PROVENANCE, {}), inputs.provenance):
         raise OutputError(
@@ -210,10 +214,10 @@ def _build(staging: Path, inputs: Inputs) -> None:
 
 
 def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
-    """The tokenizer's files by name, and a special_tokens_map that agrees with it.
+    """Write the tokenizer's files, and a special_tokens_map.json that agrees with them.
 
-    transformers 5 no longer writes the map; older loaders still read it and believe it. The class
-    is named as versions 4 and 5 both know it (5 alone writes TokenizersBackend).
+    transformers 5 no longer writes the map, but older loaders read it. The class has the name that
+    transformers 4 and 5 know; 5 would write TokenizersBackend.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -240,7 +244,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _pickled(arguments: Json) -> bytes:
-    """training_args.bin as the Trainer writes it, from a fresh object; it is never read here."""
+    """The bytes of training_args.bin, pickled as by the Trainer; it is never read here."""
     fields = TrainingArguments.__dataclass_fields__
     known = {k: v for k, v in arguments.items() if k in fields and v is not None}
     # transformers would take an absent disable_tqdm from this process's log level.

@@ -1,4 +1,4 @@
-"""A release in the forms other programs load; a form is a function with `@exports.command()`."""
+"""A release in the formats of other programs; each is a function with `@exports.command()`."""
 
 import importlib.util
 import os
@@ -123,7 +123,7 @@ def push(
 ) -> str:
     """Verify a release and upload it to the hub, private.
 
-    The token is read from HF_TOKEN (or the hub's own login) and never from an argument.
+    The token is read from HF_TOKEN (or the login of huggingface_hub) and never from an argument.
     """
     verify(folder, base=base).settle()
     names = sorted(path.name for path in folder.iterdir())
