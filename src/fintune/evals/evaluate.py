@@ -69,7 +69,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
 
 
 def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
-    """Ask the judge about a finished evaluation's answers and make its results anew.
+    """Ask the judge about the answers of a finished evaluation and compute its results again.
 
     Args:
         judge_host: another host that may get the judge's key (see `judge.api_key`).

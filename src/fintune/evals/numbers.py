@@ -80,7 +80,7 @@ def _sentence_ends(text: str) -> list[int]:
 
 
 def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
-    """Those of the eligible amounts of a reply that state its answer, the most plausible first.
+    """The amounts among the eligible ones that may state the answer, the most plausible first.
 
     After the last "the answer is", `####` or `\\boxed{`: those of that statement. Without one:
     those of the last two and the first sentence that hold amounts, the rule that agreed best with
@@ -239,7 +239,7 @@ def _gold(gold: str) -> Amount:
 
 
 def _targets(gold: Amount, asked: _Asked) -> list[Amount]:
-    """The gold in each way that it may be meant; a bare one takes its unit from the question."""
+    """The readings of the gold; a bare one takes its unit or scale from the question."""
     if not gold.bare:
         return [gold]
     if asked.unit and not gold.currency:
@@ -329,10 +329,11 @@ def _miss(amount: Amount, targets: list[Amount], asked: _Asked) -> Miss:
 
 
 def ungrounded(answer: str, *known: str) -> list[Amount]:
-    """The amounts of an answer that stand in no known text and that no operation on two of their
-    numbers gives (sum, difference, product, quotient, relative change) at the printed precision.
+    """The amounts of an answer without support in the known texts.
 
-    Whole numbers up to 10 and constants of calculation (100, 12, 365) are not asked about.
+    Supported are amounts that are in a text, or that one operation on two amounts of them gives at
+    the printed precision (sum, difference, product, quotient, relative change). Whole numbers up
+    to 10 and constants of calculation (100, 12, 365) need no support.
     """
     facts = [fact for text in known for fact in scan(text)[1] if fact.mantissa]
     sizes = {float(size): 0 for fact in facts for size in (abs(fact.value), fact.mantissa)}

@@ -166,8 +166,8 @@ def entity(row: Row) -> Question:
 
 @task("nwgi")
 @task("banking77")
-def listed(row: Row) -> Question:
-    """Sentiment in seven levels; a customer's intent out of 77: the prompt lists them."""
+def listed_label(row: Row) -> Question:
+    """Sentiment in seven levels, or one of 77 customer intents; the prompt lists the labels."""
     return _label(row)
 
 
@@ -186,7 +186,7 @@ def number_or_span(row: Row) -> Question:
 
 
 @task("convfinqa")
-def executed(row: Row) -> Question:
+def convfinqa(row: Row) -> Question:
     """`answer` is printed short ("1.7"), `exe_answer` is what the program gives (1.65246)."""
     printed = row.get("exe_answer") in (None, "")
     return number_or_span(row if printed else {**row, "answer": row["exe_answer"]})
@@ -199,7 +199,7 @@ def formula(row: Row) -> Question:
 
 
 @task("xbrl_term")
-def term(row: Row) -> Question:
+def explanation(row: Row) -> Question:
     """An XBRL term explained in a sentence; only a judge can grade it."""
     return Question(row["prompt"], row["answer"], "text")
 
@@ -214,7 +214,7 @@ def tags(row: Row) -> Question:
 
 
 @task("unanswerable", questions="unanswerable.jsonl")
-def left_open(row: Row) -> Question:
+def unanswerable(row: Row) -> Question:
     """The text does not hold the answer; an abstention is right."""
     return Question(row["prompt"], "", "unanswerable")
 
