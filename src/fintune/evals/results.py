@@ -237,11 +237,13 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
 def _verdict(run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None) -> Json:
     """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`."""
     primary, difference, invalid = "accuracy", accuracy["difference"], []
-    judge_decides = run["primary"] == "win_rate" or checkable < FEWEST_CHECKABLE
-    if judge_decides and judged:
+    reason = "eval.primary is win_rate" if run["primary"] == "win_rate" else ""
+    if checkable < FEWEST_CHECKABLE:
+        reason = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
+    if reason and judged:
         primary, difference = "win_rate", judged["win_rate"]["difference"]
-    elif judge_decides:
-        invalid.append(f"no judge was asked, whose win rate decides ({checkable} checkable items)")
+    elif reason:
+        invalid.append(f"{reason} and no judge was asked")
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
     if judged and (failed := judged["control_items"]["failed"]):

@@ -128,7 +128,7 @@ def _read(kind: Any, folder: Path, what: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
-            what = f"{what} {folder} needs custom code (auto_map), which is never run"
+            what = f"{what} {folder} asks to run custom code (auto_map), which is never run"
             fix = "use a base whose architecture is part of transformers"
             raise GateRefused(what, fix=fix) from None
         raise ModelError(f"{what} {folder} does not load: {str(error)[:200]}") from None
