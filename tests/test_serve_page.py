@@ -83,7 +83,7 @@ def test_an_example_is_a_held_out_question_with_its_answer(page: Any) -> None:
     chips.first.click()
     page.get_by_text("Both have answered.").wait_for()
     assert page.locator("#question").input_value() == "Sales: 4.\n\nHow much?"
-    assert page.locator("#reference").inner_text() == "The held-out row's reference answer: 4"
+    assert page.locator("#reference").inner_text() == "The held-out row's own answer: 4"
     page.locator("#question").fill("Another question?")
     page.keyboard.press("Enter")
     page.locator("#reference").wait_for(state="hidden")
