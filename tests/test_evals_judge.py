@@ -177,6 +177,22 @@ def test_a_proxy_does_not_get_what_is_for_this_machine(judged: tiny.Chain) -> No
         assert ask(judged, server, HTTP_PROXY="http://127.0.0.1:9").code == 0
 
 
+def test_human_labels_are_compared_with_the_judge(judged: tiny.Chain, tmp_path: Path) -> None:
+    with serve(FakeJudge()) as server:
+        assert ask(judged, server).code == 0
+        rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+        said = {row["id"]: row["outcome"] for row in rows if not row["control"]}
+        path = tmp_path / "labels.jsonl"
+        lines = [json.dumps({"id": key, "verdict": word}) + "\n" for key, word in said.items()]
+        path.write_text("".join(lines))
+        assert ask(judged, server, "--labels", path).code == 0
+        human = json.loads((judged.eval / "test_results.json").read_text())["judge"]["human"]
+        assert human["agreement"]["value"] == human["kappa"] == 1.0
+        path.write_text('{"id": "x", "verdict": "both"}\n')
+        refused = ask(judged, server, "--labels", path)
+        assert (refused.code, "no file of human verdicts" in refused.err) == (1, True)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"base_url": "https://me:sesame1@host/v1"}, {"base_url": "https://host/v1?api_key=sesame1"},
@@ -247,7 +263,7 @@ def rows(outcomes, control=None):
         {
             "id": "i0", "key": "k", "positions": positions, "control": control, "expect": "tie",
             "outcome": word, "status": "scored" if word else "unscored", "model": "m",
-            "served_model": "m", "rubric_sha256": "r", "verdict": {},
+            "served_model": "m", "rubric_sha256": "r", "human": "adapter", "verdict": {},
             "usage": {"usd": 0.001, "in": 10, "out": 1},
         }
         for positions, word in zip(
@@ -271,6 +287,9 @@ def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact,
     assert found["items"].get("i0") == winner
     against = exact is not None and outcomes == ("base", "base")
     assert found["against_arithmetic"] == int(against)
+    said = [word for word in outcomes if word]
+    agreement = found["human"]["agreement"]
+    assert (agreement["n"], agreement["k"]) == (len(said), said.count("adapter"))
 
 
 def test_a_failed_control_item_is_named():

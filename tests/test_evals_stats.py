@@ -44,13 +44,17 @@ def test_clusters_widen_an_interval_and_no_spread_seen_is_not_no_spread():
     assert stats.paired([], seed=1)["n"] == 0
 
 
-def test_mcnemar_and_holm_by_hand():
+def test_mcnemar_holm_and_kappa_by_hand():
     # Fagerland et al. 2013: the two-sided exact p less the probability of what was observed.
     assert stats.mcnemar_midp(1, 7) == pytest.approx(2 * (9 / 256) - 8 / 256)
     assert stats.mcnemar_midp(0, 0) == stats.mcnemar_midp(4, 4) == 1.0
     assert stats.mcnemar_midp(9, 1) < 0.05 < stats.mcnemar_midp(8, 2)
     adjusted = stats.holm({"a": 0.04, "b": 0.01, "c": 0.03})
     assert adjusted == {"a": 0.06, "b": 0.03, "c": 0.06}
+    yes_no = ["y"] * 25 + ["n"] * 25
+    other = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
+    assert stats.agreement([*zip(yes_no, other, strict=True)])["kappa"] == pytest.approx(0.4)
+    assert stats.agreement([]) is None
 
 
 @pytest.mark.parametrize(("gain", "least", "most"), [(0.2, 0.95, 1.0), (0.0, 0.0, 0.06)])

@@ -236,6 +236,9 @@ def judge(
     overrides: Overrides = None,
     max_usd: Annotated[float | None, typer.Option(help="Sets eval.judge.max_usd.")] = None,
     judge_host: JudgeHost = "",
+    labels: Annotated[
+        Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
@@ -243,7 +246,7 @@ def judge(
 
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
     loaded = _load(config, [*(overrides or []), *budget])
-    _emit(judge_answers(loaded, judge_host=judge_host), as_json)
+    _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 
 
 @app.command()

@@ -68,25 +68,35 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     return _summarize(folder)
 
 
-def judge_answers(config: Config, *, judge_host: str = "") -> dict[str, Any]:
+def judge_answers(
+    config: Config, *, judge_host: str = "", labels: Path | None = None
+) -> dict[str, Any]:
     """Ask the judge about the answers of a finished evaluation and compute its results again.
 
     Args:
         judge_host: another host that may get the judge's key (see `judge.api_key`).
+        labels: human verdicts to compare the judge's with (see `judge.raw_rows`).
 
     Raises:
-        ConfigError: no judge is configured. OutputError: the evaluation is unfinished.
+        ConfigError: no judge is configured. DataError: `labels` is no such file.
+        OutputError: the evaluation is unfinished.
     """
     folder = config.eval_dir
     inputs = results.read_evaluation(folder)["inputs"]
     if config.eval.judge.model is None:
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(folder):
-        _judge(config, folder, inputs, judge_host)
+        _judge(config, folder, inputs, judge_host, labels)
     return _summarize(folder)
 
 
-def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str) -> None:
+def _judge(
+    config: Config,
+    folder: Path,
+    inputs: dict[str, Any],
+    judge_host: str,
+    labels: Path | None = None,
+) -> None:
     """Ask the judge, then make the results again with its verdicts.
 
     Where a call fails, the results from before stay as they are.
@@ -94,7 +104,7 @@ def _judge(config: Config, folder: Path, inputs: dict[str, Any], judge_host: str
     pairs, settings = _judged_set(folder), config.eval.judge
     planned = judge.plan(pairs, settings, config.seed)
     done = judge.ask(folder, planned, settings, judge_host)
-    _finish(folder, inputs, judge.raw_rows(pairs, planned, done, settings.model))
+    _finish(folder, inputs, judge.raw_rows(pairs, planned, done, settings.model, labels))
 
 
 def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:

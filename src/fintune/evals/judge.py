@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 
 from fintune.config import JudgeConfig
 from fintune.console import meter, say
-from fintune.errors import ConfigError, GateRefused, ModelError
+from fintune.errors import ConfigError, DataError, GateRefused, ModelError
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
-from fintune.files import FORMAT, JsonlLog, read_json, sha256_bytes, sha256_json
+from fintune.files import FORMAT, JsonlLog, read_json, read_jsonl, sha256_bytes, sha256_json
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"
@@ -176,12 +176,17 @@ def raw_rows(
     calls: Sequence[Call] = (),
     done: dict[str, Json] | None = None,
     model: str | None = None,
+    labels: Path | None = None,
 ) -> list[Json]:
     """The rows of the raw file: one per call, or one per item where no judge was asked.
 
     Args:
         done: the rows of the finished calls by key (see `ask`).
         model: of the config, which an endpoint may serve under another name.
+        labels: human verdicts, JSON Lines of `id` and `verdict` (base, adapter or tie).
+
+    Raises:
+        DataError: `labels` is no such file.
     """
     by_item = {
         pair.item.id: {
@@ -198,7 +203,7 @@ def raw_rows(
     if not done:
         unjudged = {"status": "unscored", "unscored_reason": "no_judge"}
         return [{**row, **unjudged} for row in by_item.values()]
-    rubric = sha256_bytes(RUBRIC.encode())
+    human, rubric = _read_labels(labels) if labels else {}, sha256_bytes(RUBRIC.encode())
     return [
         {
             **by_item[call.item],
@@ -208,9 +213,19 @@ def raw_rows(
             "positions": call.positions,
             "control": call.control,
             "expect": call.expect,
+            "human": None if call.control else human.get(call.item),
         }
         for call in calls
     ]
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
+        if set(labels.values()) <= SCORE.keys():
+            return labels
+    what = f"--labels {path}: no file of human verdicts"
+    raise DataError(what, fix='lines such as {"id": "...", "verdict": "adapter"}; or base, or tie')
 
 
 def finished(folder: Path) -> dict[str, Json]:

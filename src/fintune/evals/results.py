@@ -131,12 +131,14 @@ def judge_summary(
     controls = [row for row in calls if row["control"] is not None]
     failed = sorted({row["control"] for row in controls if row["outcome"] != row["expect"]})
     ok = sum(row["outcome"] == row["expect"] for row in controls)
+    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     return {
         "model": calls[0]["model"],
         "calls": len(calls),
         "unscored": stats.rate(sum(row["outcome"] is None for row in calls), len(calls)),
         "control_items": {"ok": ok, "of": len(controls), "failed": failed},
         "usd": round(sum(row["usage"]["usd"] for row in calls), 6),
+        "human": stats.agreement(labelled),
         **_pairwise(pairs, graded, groups, seed),
     }
 

@@ -6,6 +6,7 @@ for the mid-p McNemar test; Efron and Tibshirani 1993 for the bootstrap; Holm 19
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,3 +100,17 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, p_values[name] * (len(ordered) - rank)))
         adjusted[name] = round(highest, 6)
     return {name: adjusted[name] for name in p_values}
+
+
+def agreement(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """Share of equal verdicts of two graders and Cohen's kappa; None without any.
+
+    Kappa is 1.0 where each says one and the same word throughout.
+    """
+    if not pairs:
+        return None
+    n, equal = len(pairs), sum(first == second for first, second in pairs)
+    first, second = (Counter(pair[at] for pair in pairs) for at in (0, 1))
+    expected = sum(first[word] * second[word] for word in first) / n**2
+    kappa = 1.0 if expected == 1 else (equal / n - expected) / (1 - expected)
+    return {"kappa": round(kappa, 6), "agreement": rate(equal, n)}
