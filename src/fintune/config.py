@@ -280,9 +280,6 @@ class EvalConfig(Section):
     tasks: dict[str, DatasetConfig] = {}
     """finance tasks by name: a file, a folder, a hub id, or empty if bundled; alone as `path`, or
     with revision, subset and split (test)"""
-    regression: tuple[str, ...] = ()
-    """lm-eval tasks on which the adapter must not be worse than its base: names, or task files
-    NAME.yaml of one's own"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)

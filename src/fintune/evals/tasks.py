@@ -1,4 +1,4 @@
-"""Finance tasks: how a file of questions is asked, read and scored.
+"""Finance tasks: how the rows of a benchmark become questions.
 
 A task is a function that makes a `Question` of one row, registered by `@task`; a new task is a new
 function here and nothing else:
@@ -29,7 +29,7 @@ SENTIMENTS = ("negative", "neutral", "positive")
 
 
 class Question(NamedTuple):
-    """What one row asks. A label without `choices` takes those that its prompt lists."""
+    """One question. A label without `choices` has those that its prompt lists."""
 
     prompt: str
     reference: str
@@ -58,7 +58,7 @@ def task(
     """Register a function as a task.
 
     Args:
-        questions: a JSON Lines file of this folder, for a task that brings its own questions.
+        questions: a JSON Lines file of this folder, for a task whose questions are bundled.
         columns: columns of the data set on the hub, by the name that the function reads.
     """
 
@@ -92,12 +92,8 @@ def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, l
 
 def identity(item: DatasetConfig, sources: list[Source]) -> Any:
     """What names a task's questions in the inputs: files' sha256, or a hub id with its commit."""
-    if not item.path:
-        return "bundled"
-    if sources[0].repository:
-        return item.model_dump() | {"identity": sources[0].identity}
-    hashes = {source.name: source.identity for source in sources}
-    return hashes if len(hashes) > 1 else sources[0].identity
+    hashes = [source.identity for source in sources]
+    return item.model_dump() | {"identity": hashes[0]} if sources[0].repository else hashes
 
 
 def task_items(name: str, sources: list[Source], limit: int) -> list[Item]:
@@ -169,8 +165,8 @@ def entity(row: Row) -> Question:
 
 @task("nwgi")
 @task("banking77")
-def listed(row: Row) -> Question:
-    """Sentiment in seven levels; a customer's intent out of 77: the prompt lists them."""
+def listed_label(row: Row) -> Question:
+    """Sentiment in seven levels, or one of 77 customer intents; the prompt lists the labels."""
     return _label(row)
 
 
@@ -189,7 +185,7 @@ def number_or_span(row: Row) -> Question:
 
 
 @task("convfinqa")
-def executed(row: Row) -> Question:
+def convfinqa(row: Row) -> Question:
     """`answer` is printed short ("1.7"), `exe_answer` is what the program gives (1.65246)."""
     printed = row.get("exe_answer") in (None, "")
     return number_or_span(row if printed else {**row, "answer": row["exe_answer"]})
@@ -197,12 +193,12 @@ def executed(row: Row) -> Question:
 
 @task("formula")
 def formula(row: Row) -> Question:
-    """A formula is given, its result is asked."""
+    """The prompt gives a formula and asks for its result."""
     return Question(row["prompt"], str(row["answer"]), "number")
 
 
 @task("xbrl_term")
-def term(row: Row) -> Question:
+def explanation(row: Row) -> Question:
     """An XBRL term explained in a sentence; only a judge can grade it."""
     return Question(row["prompt"], row["answer"], "text")
 
@@ -217,8 +213,8 @@ def tags(row: Row) -> Question:
 
 
 @task("unanswerable", questions="unanswerable.jsonl")
-def left_open(row: Row) -> Question:
-    """The text does not hold the answer; the right one says so."""
+def unanswerable(row: Row) -> Question:
+    """The text does not hold the answer; an abstention is right."""
     return Question(row["prompt"], "", "unanswerable")
 
 
