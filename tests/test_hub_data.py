@@ -277,6 +277,8 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
      {"split": "train_sft"}, "data/train_sft-00000-of-00001.jsonl"),
     ("own shards", ["data/train_sft-00000-of-00001.jsonl", "data/x-00000-of-00001.jsonl"], "", {},
      "error: no split train; there are: train_sft, x"),
+    ("shards alone", ["data/train-00000-of-00001.jsonl", "train.jsonl", "a.jsonl"], "", {},
+     "data/train-00000-of-00001.jsonl"),
     ("folders", ["train/a.jsonl", "test/train.jsonl", "dev/c.jsonl"], "", {}, "train/a.jsonl"),
     ("no names", ["b.jsonl", "a/c.csv", "notes.txt"], "", {}, "a/c.csv b.jsonl"),
     ("no train", ["a.jsonl", "test.jsonl"], "", {}, "a.jsonl"),

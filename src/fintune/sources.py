@@ -230,9 +230,9 @@ def _configuration(
     Where the card has none, the folders at the top are the configurations, for one who asks.
     """
     card = folder / CARD
-    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    text = card.read_text("utf-8-sig", "replace") if card.is_file() else ""
     # That key alone: the card of a large data set has thousands of other values.
-    front = re.match(r"---\s*\n(.*?\n)---\s", text, re.DOTALL)
+    front = re.match(r"---\s*\n(.*?\n)---(\s|\Z)", text, re.DOTALL)
     block = re.search(r"(?ms)^configs:.*?(?=^\w|\Z)", front[1]) if front else None
     listed = _read_yaml(block[0], f"{item.path}/{CARD}")["configs"] if block else None
     entries = [each for each in listed or [] if isinstance(each, dict)]
@@ -255,7 +255,7 @@ def _splits(data: list[str], entry: dict[str, Any]) -> dict[str, list[str]]:
     names = [name.removeprefix(top) for name in data if name.startswith(top)]
     found, files = defaultdict[str, list[str]](list), entry.get("data_files")
     if not files:
-        for name in names:
+        for name in [name for name in names if _SHARD.fullmatch(name)] or names:
             found[_split_of(name)].append(top + name)
     for part in files if isinstance(files, list) else [files] if files else []:
         said = part if isinstance(part, dict) else {"split": "", "path": part}
