@@ -205,17 +205,14 @@ def inspect(
     line: LineNumber = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
+    loaded = _load(config, overrides)
     from fintune.data import inspect as shown
 
-    loaded, out = _load(config, overrides), list[dict[str, Any]]()
-    if line is None:
-        kept = shown.inspect(loaded, row, part, count, source)
-    else:
-        kept, out = shown.find(loaded, line, source)
-    for found in kept:
-        console.out.print(found)
-    if out:
-        _show_dropped(out)
+    texts, dropped_rows = shown.inspect(loaded, row, part, count, source, line)
+    for text in texts:
+        console.out.print(text)
+    if dropped_rows:
+        _show_dropped(dropped_rows)
 
 
 @app.command()

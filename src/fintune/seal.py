@@ -86,12 +86,7 @@ def read_seal(
 
 def read_data(folder: Path) -> dict[str, Any]:
     """The seal of prepared data, which most stages read (see `read_seal`)."""
-    validation, test = "validation.parquet", "test.parquet"
-    files = read_checked(folder / DONE)["files"] if (folder / DONE).is_file() else {}
-    if validation in files and test not in files:
-        what = f"{folder} was prepared by an earlier version: it has no {test}"
-        raise OutputError(what, fix="run: fintune prepare --fresh")
-    needed = ("train.parquet", validation, test, "manifest.json")
+    needed = ("train.parquet", "validation.parquet", "test.parquet", "manifest.json")
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
 

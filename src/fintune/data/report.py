@@ -188,9 +188,6 @@ def _distribution(lengths: list[int]) -> dict[str, float]:
 
 def _write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> None:
     """Write the page: what was read, what was dropped and why, with examples, and lengths."""
-    before = np.array(selected.lengths)
-    train = np.array([row.length for _, row in selected.parts["train"]])
-    edges = np.linspace(0, max(64, 2 * selected.max_length), 33)  # the last column holds the rest
     save_page(
         path,
         "data_report",
@@ -199,11 +196,6 @@ def _write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> N
             (reason, count, MEANINGS.get(reason, ""), "\n\n".join(selected.ledger.samples[reason]))
             for reason, count in selected.ledger.counts().most_common()
         ],
-        kept=float((before <= selected.max_length).mean()),
-        edges=edges.astype(int).tolist(),
-        histogram={
-            name: np.histogram(np.minimum(lengths, edges[-1]), edges)[0].tolist()
-            for name, lengths in (("before", before), ("train", train))
-        },
+        kept=float(np.mean(np.array(selected.lengths) <= selected.max_length)),
         hits=selected.contaminated[:12],
     )
