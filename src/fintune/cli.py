@@ -1,4 +1,8 @@
-"""The command line: one short function a verb. Stages are imported inside, so --help is instant."""
+"""The command line: one short function a command.
+
+Stages are imported inside, so that --help is instant, and after the config is read: an error in it
+is said before torch is loaded.
+"""
 
 import json
 import logging
@@ -44,9 +48,9 @@ Release = Annotated[Path, typer.Argument(help="A release folder.")]
 BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
-"""Verbs that write a folder, which a signal must not leave half-written."""
+"""Commands that write a folder, which a signal must not leave half-written."""
 CONFIG = "fintune.yaml"
-"""Config file that every verb looks for first; `fintune init` writes it."""
+"""The config where no --config is given; `fintune init` writes it."""
 DEMO_RELEASE = Path("runs/demo/release")
 
 
@@ -81,7 +85,7 @@ def _root(
         console.result(__version__)
         raise typer.Exit
     if context.invoked_subcommand not in WRITERS:
-        STOP.release()  # a reader has nothing to continue, and a server stops in its own way
+        STOP.release()  # a reader has nothing to continue, and uvicorn has a handler
 
 
 @app.command()
@@ -91,10 +95,10 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """The whole path on the bundled nano base and sample rows, offline, in minutes."""
+    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     from fintune.demo import show
     from fintune.pipeline import run as all_stages
 
-    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     all_stages(config, fresh=fresh)
     show(config)
 
@@ -108,9 +112,10 @@ def run(
     judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
+    loaded = _load(config, overrides)
     from fintune.pipeline import run as all_stages
 
-    all_stages(_load(config, overrides), fresh=fresh, accept=accept, judge_host=judge_host)
+    all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -121,9 +126,10 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
+    loaded = _load(config, overrides)
     from fintune.data.prepare import prepare as stage
 
-    _emit(stage(_load(config, overrides), fresh=fresh), as_json)
+    _emit(stage(loaded, fresh=fresh), as_json)
 
 
 @app.command()
@@ -137,21 +143,23 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
+    loaded = _load(config, overrides)
     from fintune.training.run import train as stage
 
-    folder = stage(_load(config, overrides), fresh=fresh, force_resume=force_resume)
+    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
     _emit({"run": str(folder)}, as_json)
 
 
 @app.command()
 def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json = False) -> None:
     """What `train` would do, what it takes and where it fits; loads no weights, needs no GPU."""
-    from fintune import plan as planned
+    loaded = _load(config, overrides)
+    from fintune import plan as planning
 
-    found = planned.plan(_load(config, overrides))
-    _emit(found, as_json)
+    planned = planning.plan(loaded)
+    _emit(planned, as_json)
     if not as_json:
-        planned.show(found)
+        planning.show(planned)
 
 
 @app.command("eval")
@@ -173,9 +181,10 @@ def evaluate(
         with lock(rescore):
             results = make_again(rescore)
     else:
+        loaded = _load(config, overrides)
         from fintune.evals import evaluate as stage
 
-        results = stage.evaluate(_load(config, overrides), fresh=fresh, judge_host=judge_host)
+        results = stage.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     _emit(results, as_json)
 
 
@@ -187,9 +196,10 @@ def release(
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
+    loaded = _load(config, overrides)
     from fintune.pipeline import release as stage
 
-    stage(_load(config, overrides), fresh=fresh, accept=accept)
+    stage(loaded, fresh=fresh, accept=accept)
 
 
 @app.command()
@@ -225,10 +235,14 @@ def dropped(
     line: LineNumber = None,
 ) -> None:
     """Which rows were dropped, where and why: the ledger of `prepare`."""
+    loaded = _load(config, overrides)
     from fintune.data.inspect import why_dropped
 
-    found = why_dropped(_load(config, overrides), source=source, reason=reason, line=line)
-    _show_dropped(found, count)
+    rows = why_dropped(loaded, source=source, reason=reason, line=line)
+    if reason and not rows:
+        console.result(f"no row was dropped for the reason {reason}")
+        return
+    _show_dropped(rows, count)
 
 
 @app.command()
@@ -243,10 +257,10 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
-    from fintune.evals.evaluate import judge_answers
-
     budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
     loaded = _load(config, [*(overrides or []), *budget])
+    from fintune.evals.evaluate import judge_answers
+
     _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 
 
@@ -327,13 +341,13 @@ def serve(
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
-    preset: Annotated[str | None, typer.Option(help="The preset to start from.")] = None,
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "nano",
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
     base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a commented config to edit; asks where no option is given. Never over a file."""
+    """Write a commented config to edit. Never over a file."""
     from fintune.init import init as write
 
     write(out, preset=preset, name=name, source=source, base=base, force=force)
@@ -355,7 +369,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _emit(value: Any, as_json: bool) -> None:
-    """A verb's result for programs, where --json was given."""
+    """A command's result for programs, where --json was given."""
     if as_json:
         console.emit_json(value)
 

@@ -24,8 +24,6 @@ INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
 """Beginnings of names that no later stage reads: under seals of their own, or a log that grows
 when its stage is finished."""
-HOLDER = "process "
-"""How the line of a lock's holder begins."""
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
@@ -136,11 +134,9 @@ def lock(folder: Path) -> Iterator[str]:
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
-        if dead and not dead.startswith(HOLDER):
-            raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
-        file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         file.flush()
         try:
             yield dead
