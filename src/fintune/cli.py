@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+import fintune
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
-from fintune.files import FULL
+from fintune.errors import ConfigError, FintuneError, OutputError, Stopped
 from fintune.stop import STOP
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ DEMO_RELEASE = Path("runs/demo/release")
 
 
 def main() -> None:
-    """Entry point: a FintuneError, or a full disk, becomes one message and its exit code."""
+    """Entry point: a FintuneError becomes one message and its exit code."""
     words = sys.argv[1:]
     again = shlex.join(["fintune", *words])
+    last_words = f"stopped before anything was written; continue with: {again}\n"
     try:
-        with STOP.listening(f"stopped before anything was written; continue with: {again}\n"):
+        with STOP.listening(last_words.encode(errors="backslashreplace")):
             _quiet()
             app()
     except FintuneError as error:
@@ -69,11 +70,6 @@ def main() -> None:
             kept = [word for word in words if word != "--fresh" or words[0] == "release"]
             console.say(f"continue with: {shlex.join(['fintune', *kept])}")
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        console.fail("no space left where the results are written; the same command begins again")
-        sys.exit(NoSpace.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -127,9 +123,7 @@ def prepare(
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     loaded = _load(config, overrides)
-    from fintune.data.prepare import prepare as stage
-
-    _emit(stage(loaded, fresh=fresh), as_json)
+    _emit(fintune.prepare(loaded, fresh=fresh), as_json)
 
 
 @app.command()
@@ -144,9 +138,7 @@ def train(
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
     loaded = _load(config, overrides)
-    from fintune.training.run import train as stage
-
-    folder = stage(loaded, fresh=fresh, force_resume=force_resume)
+    folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
     _emit({"run": str(folder)}, as_json)
 
 
@@ -182,9 +174,7 @@ def evaluate(
             results = make_again(rescore)
     else:
         loaded = _load(config, overrides)
-        from fintune.evals import evaluate as stage
-
-        results = stage.evaluate(loaded, fresh=fresh, judge_host=judge_host)
+        results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     _emit(results, as_json)
 
 
@@ -197,9 +187,7 @@ def release(
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     loaded = _load(config, overrides)
-    from fintune.pipeline import release as stage
-
-    stage(loaded, fresh=fresh, accept=accept)
+    fintune.release(loaded, fresh=fresh, accept=accept)
 
 
 @app.command()
@@ -249,7 +237,6 @@ def dropped(
 def judge(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
-    max_usd: Annotated[float | None, typer.Option(help="Sets eval.judge.max_usd.")] = None,
     judge_host: JudgeHost = "",
     labels: Annotated[
         Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
@@ -257,8 +244,7 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
-    budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
-    loaded = _load(config, [*(overrides or []), *budget])
+    loaded = _load(config, overrides)
     from fintune.evals.evaluate import judge_answers
 
     _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
@@ -275,10 +261,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
-    from fintune.releasing.verify import verify as stage
-
     try:
-        report = stage(folder, base=base, no_pickle=no_pickle, server=server)
+        report = fintune.verify(folder, base=base, no_pickle=no_pickle, server=server)
     except FintuneError as error:
         _emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
         raise

@@ -179,7 +179,7 @@ class TrainConfig(Section):
     train_sampling_strategy: Literal["stratified", "bucketed", "random"] = "stratified"
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
-    """lengths that end a bucket, for `bucketed`; absent: 8 quantiles"""
+    """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
     optim: str = "adamw_torch"
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
@@ -288,9 +288,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> "Config":
-        boundaries = self.train.bucket_boundaries
-        if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
-            raise ValueError("train.bucket_boundaries must increase")
         if self.train.max_steps == 0:
             raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
         data, places = self.data, self.folders()
@@ -334,11 +331,8 @@ class Config(Section):
 
     def sections(self, *names: str) -> dict[str, Any]:
         """The named sections as plain values without `out` folders, so that a run can be moved."""
-        tree = self.model_dump(mode="json", include=set(names))
-        for value in tree.values():
-            if isinstance(value, dict):
-                value.pop("out", None)
-        return tree
+        folders = {stage: {"out"} for stage in ("data", "train", "eval", "release")}
+        return self.model_dump(mode="json", include=set(names), exclude=folders)
 
 
 def preset_dir() -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
+from fintune.files import reaching, read_json, sha256_file, sha256_json, space_for, write_json
 from fintune.stop import STOP
 
 DONE = "done.json"
@@ -115,6 +115,7 @@ def lock(folder: Path) -> Iterator[str]:
     Raises:
         OutputError: another process holds it, nothing can be written there, or no stage may own
             the folder (`check_place`).
+        NoSpace: the volume is full, before the block or in it.
     """
     check_place(folder)
     path = folder.with_name(f".{folder.name}.lock")
@@ -124,7 +125,7 @@ def lock(folder: Path) -> Iterator[str]:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         # "r+" opens what can be sought alone: no FIFO, socket or terminal.
         opened = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
-    with opened as file:
+    with space_for(folder), opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

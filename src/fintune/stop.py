@@ -48,7 +48,7 @@ class StopRequest:
         raise _Interrupt
 
     @contextmanager
-    def listening(self, last_words: str | None = None) -> Iterator[None]:
+    def listening(self, last_words: bytes | None = None) -> Iterator[None]:
         """Listen while the block runs; only the main thread may (signal's own rule).
 
         A signal that was ignored before stays ignored, as `nohup` wants it for SIGHUP.
@@ -63,8 +63,7 @@ class StopRequest:
             yield
             return
         self.asked = self._interrupted = False
-        said = None if last_words is None else last_words.encode(errors="backslashreplace")
-        self._last_words = said
+        self._last_words = last_words
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)

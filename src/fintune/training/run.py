@@ -45,7 +45,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with STOP.listening(), files.space_for(run, files.SMALL_FILES):
+    with STOP.listening():
         STOP.guard()  # also where another process holds the lock for this one
         distributed.start(config.train.strategy, config.model.quantization)
         # Rank 0 writes, and holds the lock for all.
