@@ -93,7 +93,7 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_doctor_reports_what_is_here() -> None:
     findings = tiny.answer_json("doctor")
-    assert {"name", "status", "found", "advice"} == set(findings[0])
+    assert {"name", "status", "value", "advice"} == set(findings[0])
     status = {finding["name"]: finding["status"] for finding in findings}
     assert {"python", "packages", "CPU", "GPU", "memory"} <= set(status)
     assert status["python"] == status["packages"] == "ok"

@@ -346,7 +346,7 @@ def doctor(as_json: Json = False) -> None:
     _emit(findings, as_json)
     if not as_json:
         for row in findings:
-            line = f"{row['status']:8} {row['name']:17} {row['found']}  {row['advice']}"
+            line = f"{row['status']:8} {row['name']:17} {row['value']}  {row['advice']}"
             console.result(line.rstrip())
     if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
@@ -372,7 +372,7 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    # Read by transformers and datasets at import; a user's own setting wins.
+    # Read by transformers and datasets at import; a setting of the user wins.
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):

@@ -241,8 +241,8 @@ class EvalConfig(Section):
     tasks: dict[str, str] = {}
     """finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"""
     regression: tuple[str, ...] = ()
-    """lm-eval tasks on which the adapter must not be worse than its base: names, or task files
-    NAME.yaml of one's own"""
+    """lm-eval tasks on which the adapter must not be worse than its base: names, or paths of
+    task files NAME.yaml"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)
@@ -265,7 +265,7 @@ class ReleaseConfig(Section):
 
 
 class Config(Section):
-    """The whole tree. Every verb takes it; each stage reads its own section."""
+    """The whole tree. Every command takes it; each stage reads its section."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """name of the run"""

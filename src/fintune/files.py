@@ -235,7 +235,7 @@ def require_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def space_for(folder: Path, needed: int = SMALL_FILES) -> Iterator[None]:
+def space_for(folder: Path, needed: int = 0) -> Iterator[None]:
     """Write below a folder where `needed` bytes are free.
 
     Raises:

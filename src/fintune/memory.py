@@ -90,7 +90,7 @@ def saved_bytes(model: Any, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if id(storage) not in weights:
             kept[id(storage)] = storage
-        # An output packed as itself would hold its own node: the graph would never be freed.
+        # An output packed as itself would hold its node: the graph would never be freed.
         return tensor.detach()
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}

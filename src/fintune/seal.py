@@ -22,8 +22,10 @@ from fintune.stop import STOP
 DONE = "done.json"
 INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
-"""Beginnings of names that no later stage reads: under seals of their own, or a log that grows
+"""Beginnings of names that no later stage reads: checkpoints have a seal each, and the log grows
 when its stage is finished."""
+HOLDER = "process "
+"""Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
@@ -40,12 +42,12 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
     """`bytes` and `sha256` of every file but hidden ones, the seal and what is not read."""
-    found = {}
+    manifest = {}
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != DONE and not name.startswith(unread):
-            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return found
+            manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return manifest
 
 
 def read_seal(
@@ -68,10 +70,10 @@ def read_seal(
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
     done, passed = read_checked(folder / DONE), (*UNREAD, *unread)
-    found = _manifest(folder, passed)
+    present = _manifest(folder, passed)
     listed = {name: fact for name, fact in done["files"].items() if not name.startswith(passed)}
-    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - found.keys())]
-    for name, fact in found.items():
+    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - present.keys())]
+    for name, fact in present.items():
         if name not in listed:
             problems.append(f"{name} was not there when it was finished")
         elif listed[name] != fact:
@@ -110,7 +112,7 @@ def lock(folder: Path) -> Iterator[str]:
     Its file stands beside the folder, which may be moved aside meanwhile.
 
     Yields:
-        Who held it last and died, or an empty string.
+        The process that held it last and died, or an empty string.
 
     Raises:
         OutputError: another process holds it, nothing can be written there, or no stage may own
@@ -135,9 +137,11 @@ def lock(folder: Path) -> Iterator[str]:
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
         dead = file.read(200)
+        if dead and not dead.startswith(HOLDER):
+            raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         file.flush()
         try:
             yield dead

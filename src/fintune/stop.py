@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self, last_words: bytes | None = None) -> Iterator[None]:
-        """Listen while the block runs; only the main thread may (signal's own rule).
+        """Listen while the block runs; only the main thread may (a rule of `signal`).
 
         A signal that was ignored before stays ignored, as `nohup` wants it for SIGHUP.
 

@@ -143,7 +143,7 @@ def _select(
 
 
 def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]:
-    """Rows without personal data; the ledger counts in how many each kind was found."""
+    """Rows without personal data; the ledger counts the rows of each kind."""
     kept = []
     for example in examples:
         messages, kinds = mask_messages(example.messages)
@@ -221,13 +221,13 @@ def _fill(
     taken: Counter[int] = Counter()
     placed = split([row.example for row in rows], *shares)
     for row, (group, part) in zip(rows, placed, strict=True):
-        own = configs[row.example.source]
-        if taken[id(own)] >= (own.max_rows or math.inf):
+        source = configs[row.example.source]
+        if taken[id(source)] >= (source.max_rows or math.inf):
             ledger.drop(row.example, "over_cap", "source")
         elif len(parts[part]) >= caps[part]:
             ledger.drop(row.example, "over_cap", part)
         else:
-            taken[id(own)] += 1
+            taken[id(source)] += 1
             parts[part].append((group, row))
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 

@@ -54,7 +54,7 @@ Parts = dict[str, list[tuple[str, Tokenized]]]
 
 
 class Ledger:
-    """Counts of what was read and found, and dropped rows with their reasons.
+    """Counts of rows read, repairs and personal data; dropped rows with their reasons.
 
     Args:
         redact: personal data is masked in what is shown.
@@ -89,7 +89,7 @@ class Ledger:
 
     def shown(self, text: str) -> str:
         """The start of a text without escapes, which would hide values, and masked."""
-        plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:SHOWN])
+        plain = _ESCAPED.sub(lambda match: chr(int(match[1] or match[2], 16)), text[:SHOWN])
         plain = repair(plain, Counter()).replace("\ufffd", " ")
         return mask(plain)[0] if self.redact else plain
 
@@ -168,7 +168,7 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _related(parts: Parts) -> dict[str, int]:
-    """Groups of related rows, and those with rows both in training and held out."""
+    """Groups of related rows, and those with rows in training and held out."""
     trained = {group for group, _ in parts["train"]}
     held_out = [group for part, rows in parts.items() if part != "train" for group, _ in rows]
     return {

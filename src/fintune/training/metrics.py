@@ -38,7 +38,7 @@ def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> Jso
 
     Args:
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
-        evaluated: whether the checkpoint holds its own step's evaluation.
+        evaluated: whether the checkpoint holds the evaluation of its step.
     """
     with JsonlLog(path) as log:
         rows = log.rows()
@@ -76,7 +76,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's steps and logs into lines of metrics and progress.
 
     Args:
-        trainer: whose `losses` its own clipping adds, and whose `order` the steps have.
+        trainer: of `losses` (added where it clips gradients) and `order` (of the steps).
     """
 
     def __init__(self, metrics: JsonlLog, progress: Meter, trainer: Any) -> None:

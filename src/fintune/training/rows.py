@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fintune.batches import Ints, Steps, micro_batches_under, plan_epoch, rebalance
+from fintune.batches import Ints, Steps, plan_epoch, rebalance
 from fintune.collate import Collator
 from fintune.config import Config
 from fintune.errors import ConfigError
@@ -89,14 +89,27 @@ class Order:
         self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
         self._epochs, self._parts = config.train.num_train_epochs, 0
         if cap:
-            plans = [self._plan(epoch) for epoch in range(self._epochs)]
-            self._parts = micro_batches_under(
-                cap, rows.lengths, plans, configured, world_size, collator.padded_tokens
-            )
+            self._parts = self._parts_under(cap, configured)
         self.accumulation = (self._parts or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         first = self.epoch(0)
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
+
+    def _parts_under(self, cap: int, parts: int) -> int:
+        """Fewest micro-batches a step, the same for all steps, that keep each of the run under a cap.
+
+        Args:
+            cap: most tokens of a micro-batch; an example that is longer is one alone.
+            parts: the number to begin with; it grows by the number of processes.
+        """
+        lengths = self.rows.lengths
+        cap = max(cap, self.collator.padded_tokens([int(lengths.max())]))
+        steps = [step for epoch in range(self._epochs) for step in self._plan(epoch)]
+        most = max(sum(batch.size for batch in step) for step in steps)
+        while parts < most and any(self.tokens([b])[1] > cap for step in steps for b in step):
+            parts += self._world_size
+            steps = rebalance(lengths, steps, parts, self._world_size)
+        return parts
 
     def _epoch(self, number: int) -> Steps:
         steps = self._plan(number)
