@@ -254,7 +254,7 @@ def test_rows_prepared_in_two_parts_are_refused_by_name(
     (copy.data / "done.json").write_text(json.dumps(done))
     said = tiny.fintune(verb, *copy.words())
     assert said.code == 1
-    assert "earlier version: it has no test.parquet" in said.err
+    assert "test.parquet is missing" in said.err
     assert "fintune prepare --fresh" in said.err
 
 

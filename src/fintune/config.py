@@ -1,4 +1,4 @@
-"""Every knob: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
+"""Every setting: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
 
 `load_config("llama-3.1-8b-finance", ["train.learning_rate=2e-4"])` finds a preset by name or a
 file by path, applies the overrides, checks everything at once and returns a `Config`. An unknown

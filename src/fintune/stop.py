@@ -24,7 +24,7 @@ class _Interrupt(BaseException):
 
 
 class StopRequest:
-    """Whether a signal asked to stop, and what it meets.
+    """The handler of the signals, and whether one came.
 
     Attributes:
         asked: a signal came since the outermost `listening` began.

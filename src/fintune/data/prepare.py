@@ -1,4 +1,4 @@
-"""The stage `prepare`: rows in, a Parquet file for each part of the split and its account out.
+"""The stage `prepare`: from sources to a Parquet file for each part of the split and a ledger.
 
 Text filters and exact duplicates run over everything, streaming; then only the rows that come
 first in hash order are compared, tokenized and split, until the caps are full.

@@ -1,4 +1,4 @@
-"""The account of a preparation: `ledger.parquet`, `manifest.json`, and `report.html` for people."""
+"""What a preparation records: `ledger.parquet`, `manifest.json`, and `report.html` for people."""
 
 import re
 from collections import Counter, defaultdict
@@ -67,7 +67,7 @@ class Ledger:
         self.samples: dict[str, list[str]] = defaultdict(list)
 
     def drop(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
-        """Note a row that is out, and its text where samples of the reason lack."""
+        """Record a dropped row, and its text while its reason has fewer than SAMPLES."""
         row = Dropped(example.source, example.line, example.row_sha256, reason, detail)
         self.rows.append(row)
         text = text or "\n".join(f"{m.role}: {m.content}" for m in example.messages)
@@ -76,7 +76,7 @@ class Ledger:
             self.samples[reason].append(f"{example.place} ({detail})\n{shown[:SAMPLE]}")
 
     def extend(self, other: "Ledger") -> None:
-        """Take over what another ledger holds."""
+        """Add the counts, rows and samples of another ledger."""
         self.read += other.read
         self.repairs += other.repairs
         self.rows += other.rows

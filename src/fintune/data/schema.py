@@ -35,7 +35,7 @@ _TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
 
 
 class Rejected(Exception):
-    """A row that is out before any filter, with reason and detail for the ledger."""
+    """A row dropped before any filter, with reason and detail for the ledger."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail

@@ -63,8 +63,7 @@ class Order:
 
     Args:
         world_size: processes that share a step.
-        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: as many as
-            there are.
+        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: no limit.
 
     Raises:
         ConfigError: the micro-batches of an optimizer step do not divide among the processes.
@@ -96,7 +95,7 @@ class Order:
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
 
     def _parts_under(self, cap: int, parts: int) -> int:
-        """Fewest micro-batches a step, the same for all steps, that keep each of the run under a cap.
+        """Fewest micro-batches a step, the same for all steps, that keep each of them under a cap.
 
         Args:
             cap: most tokens of a micro-batch; an example that is longer is one alone.

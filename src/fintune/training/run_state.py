@@ -128,11 +128,11 @@ class RunState:
         return cls(folder, fingerprint, *distributed.from_rank0(begin))
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
-        """What this run resolved before, or resolves now."""
+        """The value that this run resolved before under `name`, or that of `decide()`, recorded."""
         return self.resolved[name] if name in self.resolved else self.record(name, decide())
 
     def record(self, name: str, value: Any) -> Any:
-        """Resolve anew; rank 0 writes it down."""
+        """Set a resolved value and return it; rank 0 writes it to `record.json`."""
         self.resolved[name] = value
         if distributed.is_rank0():
             files.write_json(self.folder / RECORD, self.resolved)

@@ -52,8 +52,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The TrainingArguments of a run, for one device a process.
 
-    Checkpoints, the best weights and the order of rows are ours, so the words for them only say
-    what happens.
+    Arguments of checkpoints, the best weights and the order of rows only document what happens:
+    that code of the Trainer is overridden.
 
     Args:
         precision: bf16, fp16 or fp32, resolved.
