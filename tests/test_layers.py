@@ -128,6 +128,22 @@ def test_help_is_instant_and_loads_no_torch() -> None:
     assert "prepare" in done.stdout
 
 
+def test_a_config_is_read_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("nosuch: 1\n")
+    code = (
+        "import sys; from fintune import cli\n"
+        "for command in 'plan prepare train eval judge release run inspect dropped'.split():\n"
+        "    sys.argv = ['fintune', command, '--config', 'wrong.yaml']\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as left: print(command, left.code, 'torch' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9 and all(line.endswith(" 1 False") for line in lines), done.stdout
+    assert done.stderr.count("nosuch: unknown key") == 9
+
+
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",

@@ -47,9 +47,9 @@ compared, and from which the row is the question in another order."""
 
 REWORDED, MISSING, ANSWER, ANSWER_WORDS = 32.0, 3.0, 20.0, 4
 """Nats that make a row a rewording; cost of a word that is missing; an equal answer of at least 4
-words, such as a definition, hardly has a second question and counts 20. Chosen on the real sample,
-so that it loses under 0.5 % of its rows, and on planted rewordings; see bench/prepare.py siblings,
-contamination."""
+words, such as a definition, rarely answers another question and counts 20. Chosen on the real
+sample, so that it loses under 0.5 % of its rows, and on planted rewordings; see bench/prepare.py
+siblings, contamination."""
 
 MOST_SHIFT = 2
 """Words by which a word's offset may differ from the mode of all: a replaced token may have been
