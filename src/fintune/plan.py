@@ -115,6 +115,7 @@ def _describe(config: Config, size: ModelSize) -> Facts:
         "batches": {
             "steps": steps,
             "largest_micro_batch": max(int(lengths[b].sum()) for step in epoch for b in step),
+            "estimated": assumed,
             "examples_per_step": per_step,
         },
         "flops": {
