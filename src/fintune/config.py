@@ -240,9 +240,6 @@ class EvalConfig(Section):
     """most items of the checkable test rows, and of each task"""
     tasks: dict[str, str] = {}
     """finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"""
-    regression: tuple[str, ...] = ()
-    """lm-eval tasks on which the adapter must not be worse than its base: names, or paths of
-    task files NAME.yaml"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)
