@@ -14,12 +14,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fintune import nano
-from fintune.config import DataConfig, SourceConfig, _read_yaml
+from fintune.config import DataConfig, SourceConfig
 from fintune.console import say
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 from fintune.formats import ENDINGS, ROWS_A_BATCH, Row, check_head, file_rows, format_of, parse
 from fintune.hub import COMMIT, Repository, resolve
+from fintune.yaml_reader import read_yaml
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -234,7 +235,7 @@ def _configuration(
     # That key alone: the card of a large data set has thousands of other values.
     front = re.match(r"---\s*\n(.*?\n)---(\s|\Z)", text, re.DOTALL)
     block = re.search(r"(?ms)^configs:.*?(?=^\w|\Z)", front[1]) if front else None
-    listed = _read_yaml(block[0], f"{item.path}/{CARD}")["configs"] if block else None
+    listed = read_yaml(block[0], f"{item.path}/{CARD}")["configs"] if block else None
     entries = [each for each in listed or [] if isinstance(each, dict)]
     found = {str(each.get("config_name", "default")): each for each in entries}
     if not found and (item.subset or all(map(_CONVERTED.fullmatch, data))):
