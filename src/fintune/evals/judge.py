@@ -8,7 +8,8 @@ known, are part of every run.
 A call is one line of `judge_calls.jsonl` when it is finished, and is then never made again. The
 openai client repeats what a network or a busy server spoils (408, 409, 429, 5xx, a connection
 that breaks) after `Retry-After` or a growing, jittered wait. A call that stays without an answer
-is asked again by the next run of the same command.
+is asked again by the next run of the same command; one whose reply is no completion does not keep
+the others from being made.
 """
 
 import json
@@ -236,7 +237,8 @@ def ask(
 ) -> dict[str, Json]:
     """Make every call that is not finished yet, a few at once; return the finished rows by key.
 
-    The first error stops those that wait; those under way end and are logged.
+    The first error stops those that wait; those under way end and are logged. A reply that is no
+    completion concerns its call alone; a window of them and nothing else is an error as any other.
 
     Args:
         judge_host: a host that may get the key besides the variable's own.
@@ -254,14 +256,16 @@ def ask(
     made = len(calls) - len(todo)
     say(f"judge {config.model}: {len(todo)} calls to make, {made} done; at most ${most:.2f}")
     spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
-    lock, stopped = threading.Lock(), threading.Event()
+    lock, before = threading.Lock(), len(done)
+    errors: list[BaseException] = []
 
     def make(call: Call) -> None:
         nonlocal spent
         most = _most_usd(call, config, limits)
         try:
             with lock:
-                if stopped.is_set():
+                in_vain = len(errors) >= CONCURRENCY and len(done) == before
+                if in_vain or not all(isinstance(error, _NoCompletion) for error in errors):
                     return
                 if config.max_usd is not None and spent + most > config.max_usd:
                     raise GateRefused(
@@ -275,9 +279,8 @@ def ask(
                 done[call.key] = row
                 spent += row["usage"]["usd"] - most
                 progress.advance()
-        except BaseException:
-            stopped.set()
-            raise
+        except BaseException as error:
+            errors.append(error)
 
     with (
         _client(config, judge_host) as client,
@@ -286,7 +289,13 @@ def ask(
         ThreadPoolExecutor(CONCURRENCY) as pool,
     ):
         list(pool.map(make, todo))
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, _NoCompletion))
     return done
+
+
+class _NoCompletion(ModelError):
+    """A reply with status 200 holds no completion."""
 
 
 def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
@@ -351,7 +360,7 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         used = value.get("usage") or {}
         tokens = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _failure("no completion", body, config) from None
+        raise _failure("no completion", body, config, _NoCompletion) from None
     priced = zip(tokens, config.usd_per_million, strict=True)
     usd = sum(count * price for count, price in priced) / 1e6
     verdict = read_verdict(call, text)
@@ -369,13 +378,15 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
     }
 
 
-def _failure(what: str, said: str, config: JudgeConfig) -> ModelError:
+def _failure(
+    what: str, said: str, config: JudgeConfig, kind: type[ModelError] = ModelError
+) -> ModelError:
     """A call that the client repeated in vain, or that no repeating helps."""
     fixes: dict[str, str] = PHRASES["judge_fixes"]
     fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
     fix = fix.format(key_variable=config.key_variable, model=config.model)
     failed = f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}"
-    return ModelError(failed, fix=f"{fix}, and run the same command again; no call is made twice")
+    return kind(failed, fix=f"{fix}, and run the same command again; no call is made twice")
 
 
 def api_key(config: JudgeConfig, judge_host: str = "") -> str:
