@@ -250,7 +250,7 @@ def ask(
         judge_host: another host that may get the key (see `api_key`).
 
     Returns:
-        The rows of all finished calls by key.
+        The rows of finished calls by key.
 
     Raises:
         ConfigError: no key, a key of another host, or the `openai` package is not installed.
@@ -262,8 +262,7 @@ def ask(
     if not todo:
         return done
     most = sum(_most_usd(call, config, limits) for call in todo)
-    made = len(calls) - len(todo)
-    say(f"judge {config.model}: {len(todo)} calls to make, {made} done; at most ${most:.2f}")
+    say(f"judge {config.model}: {len(todo)} of {len(calls)} calls to make; at most ${most:.2f}")
     spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
     lock, before = threading.Lock(), len(done)
     errors: list[BaseException] = []
@@ -273,14 +272,11 @@ def ask(
         most = _most_usd(call, config, limits)
         try:
             with lock:
-                in_vain = len(errors) >= CONCURRENCY and len(done) == before
-                if in_vain or not all(isinstance(error, _NoCompletion) for error in errors):
+                if _hopeless(errors) or len(errors) >= CONCURRENCY and len(done) == before:
                     return
                 if config.max_usd is not None and spent + most > config.max_usd:
-                    raise GateRefused(
-                        f"judge: the next call may pass the limit of ${config.max_usd}",
-                        fix="the same command with a higher limit continues; no call is made twice",
-                    )
+                    what = f"judge: the next call may pass the limit of ${config.max_usd}"
+                    raise GateRefused(what, fix=PHRASES["judge_fixes"]["budget"])
                 spent += most
             row = _ask(client, call, config, limits)
             with lock:
@@ -299,12 +295,17 @@ def ask(
     ):
         list(pool.map(make, todo))
     if errors:
-        raise min(errors, key=lambda error: isinstance(error, _NoCompletion))
+        raise (_hopeless(errors) or errors)[0]
     return done
 
 
 class _NoCompletion(ModelError):
     """A reply with status 200 holds no completion."""
+
+
+def _hopeless(errors: list[BaseException]) -> list[BaseException]:
+    """Those that concern every further call."""
+    return [error for error in errors if not isinstance(error, _NoCompletion)]
 
 
 def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
