@@ -23,7 +23,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
@@ -39,10 +38,7 @@ KEY_VARIABLE = "FINTUNE_API_KEY"
 SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
 MAX_BODY = 1 << 20
-MAX_DROPPED = 8 * MAX_BODY
-"""Bytes read and dropped of a body that is refused for its length, before the response."""
-DROPPING_S = 1.0
-"""Seconds that takes at most: a client may announce a long body and wait for the response."""
+"""Bytes; a larger body is refused (413) before it is read."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
 """Held-out questions that the page proposes."""
@@ -203,24 +199,6 @@ async def _answer(
     return JSONResponse(await answer.whole(request))
 
 
-def _dropping_rest(app: ASGIApp) -> ASGIApp:
-    """Read the rest of a body before a response 413: a client reads it only after sending."""
-
-    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        async def respond(message: Message) -> None:
-            more, left = message.get("status") == 413, MAX_DROPPED
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DROPPING_S):
-                    while more and left > 0:
-                        part = await receive()
-                        more, left = part.get("more_body", False), left - len(part.get("body", b""))
-            await send(message)
-
-        await app(scope, receive, respond)
-
-    return wrapped
-
-
 @contextlib.contextmanager
 def running(
     loaded: LoadedRelease, folder: Path, *, host: str, port: int, key: str | None
@@ -245,7 +223,7 @@ def running(
     app.include_router(public)
     app.include_router(guarded)
     settings = uvicorn.Config(
-        _dropping_rest(app),  # outside of the limit of bodies
+        app,
         host=host,
         port=port,
         http="h11",
