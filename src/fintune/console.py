@@ -13,7 +13,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 _CONTROLS = re.compile(
@@ -21,7 +27,7 @@ _CONTROLS = re.compile(
 )
 """C0 (but tab and newline), C1 and bidirectional controls, half characters: they move the cursor,
 clear the screen, or show a line in another order than it is read."""
-PLAIN_INTERVAL_S = 10.0
+PLAIN_INTERVAL_S, DOWNLOAD_INTERVAL_S = 10.0, 60.0
 """Seconds between plain progress lines where there is no terminal (a log stays readable)."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -30,7 +36,7 @@ out = Console(highlight=False, soft_wrap=True)
 
 def printable(text: str) -> str:
     """Text of others for a terminal or a page: every control character as its escape."""
-    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def safe_markup(text: str) -> str:
@@ -72,7 +78,7 @@ def stream(text: str) -> None:
 def emit_json(value: Any) -> None:
     """A command's result for programs: one JSON document on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(_CONTROLS.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "\n")
+    sys.stdout.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -88,23 +94,31 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None
 class Meter:
     """Progress of one piece of work: `advance` per item, `note` for the text on the right."""
 
-    def __init__(self, label: str, total: int, progress: Progress) -> None:
-        self._progress, self._printed = progress, time.monotonic()
+    def __init__(self, label: str, total: int, progress: Progress, interval: float) -> None:
+        self._progress, self._interval, self._printed = progress, interval, time.monotonic()
         self._task = progress.add_task(label, total=total, note="")
 
     def advance(self, count: int = 1, **fields: Any) -> None:
         """Count `count` more items done; `note` replaces the note."""
         self._progress.update(self._task, advance=count, **fields)
-        if self._progress.disable and time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+        if self._progress.disable and time.monotonic() - self._printed >= self._interval:
             self._printed = time.monotonic()
             err.print(self._progress.get_renderable())
 
 
 @contextmanager
-def meter(label: str, total: int) -> Iterator[Meter]:
-    """A progress bar on a terminal, its line every ten seconds elsewhere."""
-    note = TextColumn("{task.fields[note]}", style="dim", markup=False)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), note)
+def meter(label: str, total: int, *, download: bool = False) -> Iterator[Meter]:
+    """A progress bar on a terminal, its line every ten seconds elsewhere.
+
+    Args:
+        total: how many items, or bytes of a download (a line a minute, with their rate).
+    """
+    if download:
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    else:
+        note = TextColumn("{task.fields[note]}", style="dim", markup=False)
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), note)
+    interval = DOWNLOAD_INTERVAL_S if download else PLAIN_INTERVAL_S
     quiet = not err.is_terminal
     with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
-        yield Meter(label, total, progress)
+        yield Meter(label, total, progress, interval)

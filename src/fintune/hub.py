@@ -1,38 +1,334 @@
-"""Errors of the Hugging Face hub, as what a user can act on."""
+"""Repositories of the Hugging Face hub: one resolution, one download, one message for each error.
 
-from huggingface_hub import errors
+A name is resolved to a commit once (`resolve`); every later request asks for that commit, so that
+a branch which moves in between cannot mix two versions. `fetch` brings files of a commit into the
+hub's cache and compares every one with the hash that the hub names. Mirrors are reached by
+`HF_ENDPOINT`; `HF_HUB_OFFLINE=1` opens no connection.
+"""
 
-from fintune.errors import DataError, FintuneError, ModelError
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    WeakFileLock,
+    disable_progress_bars,
+)
+
+from fintune import console
+from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
+from fintune.files import FULL, cached_sha256, free_bytes, write_text
+
+T = TypeVar("T")
+Kind = Literal["model", "dataset"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WAITS_S = (1, 2, 4, 8, 16, 32)
+"""Between the tries of a request that the hub is too busy for; its Retry-After goes before."""
+LONGEST_WAIT_S = 300
+BUSY = (429, 500, 502, 503, 504)
+NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One repository at one commit.
+
+    `revision` is the name that was resolved (a branch, a tag), None for a commit given as such.
+    `setting` is the config key that a user would change, as errors name it.
+    """
+
+    kind: Kind
+    id: str
+    commit: str
+    setting: str
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The snapshot in the hub's cache, whether or not it is there."""
+        return self._cache / "snapshots" / self.commit
+
+    @property
+    def _cache(self) -> Path:
+        name = f"{self.kind}s--{self.id.replace('/', '--')}"
+        return Path(constants.HF_HUB_CACHE) / name
+
+    def files(self) -> dict[str, int]:
+        """Size in bytes of every file of the commit by its path; asked for once, then cached.
+
+        Raises:
+            FintuneError: the hub refuses or cannot be reached, and the listing is not cached.
+        """
+        known = {"repo_type": self.kind, "revision": self.commit}
+        try:
+            listed: Any = huggingface_hub.get_cached_repo_tree(self.id, **known)
+        except errors.CachedRepoTreeNotFoundError:
+            # The client writes the listing to its cache when it downloads; two small files.
+            self._download(["config.json", "README.md"])
+            with suppress(errors.CachedRepoTreeNotFoundError):
+                listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
+                return {file.path: file.size for file in listed}
+            if self.kind == "dataset":  # a shard that is missing would not be missed
+                what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
+                fix = f"run once with the hub, or set {self.setting} to a local copy"
+                raise DataError(what, why="some may be missing", fix=fix) from None
+            paths = [path for path in self.folder.rglob("*") if path.is_file()]
+            return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in paths}
+        return {file.path: file.size for file in listed}
+
+    def fetch(self, patterns: list[str]) -> Path:
+        """The snapshot's folder with every file that matches; what is there is not fetched again.
+
+        Several processes that want the same repository wait for each other. A file whose content
+        is not what the hub's hash says is fetched once more.
+
+        Raises:
+            FintuneError: the hub refuses, cannot be reached, or sends damaged files.
+            NoSpace: too little disk.
+        """
+        lock = self._cache.parent / ".locks" / self._cache.name / "fintune.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            files = self.files()
+            wanted = [name for name in files if any(fnmatch(name, each) for each in patterns)]
+            for _ in range(2):
+                if missing := [name for name in wanted if not (self.folder / name).exists()]:
+                    self._download_with_progress(missing, sum(files[name] for name in missing))
+                damaged = [name for name in wanted if _damaged(self.folder / name)]
+                if not damaged:
+                    break
+                for name in damaged:
+                    (self.folder / name).resolve().unlink()
+            else:
+                what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
+                raise _class_of(self.setting)(
+                    what, fix="try another network, mirror or HF_ENDPOINT"
+                )
+            if self.revision:  # so that the name can be resolved offline, now that all is there
+                write_text(self._cache / "refs" / self.revision, self.commit)
+        return self.folder
+
+    def _download_with_progress(self, names: list[str], size: int) -> None:
+        if (free := free_bytes(self._cache)) < size:
+            what = (
+                f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has {free / 1e9:.1f}"
+            )
+            raise NoSpace(
+                f"{what} GB free", fix="free some space, or set HF_HOME to another volume"
+            )
+        with _progress(self.id, self._cache / "blobs", size):
+            self._download([re.sub(r"([\[*?])", r"[\1]", name) for name in names])
+
+    def _download(self, patterns: list[str]) -> None:
+        request: Any = huggingface_hub.snapshot_download
+        disable_progress_bars()  # `_progress` shows what comes
+        with hub_errors(self.id, self.setting, self.revision or self.commit):
+            retried(
+                lambda: request(
+                    self.id,
+                    repo_type=self.kind,
+                    revision=self.commit,
+                    allow_patterns=patterns,
+                )
+            )
+
+
+def resolve(
+    kind: Kind,
+    name: str,
+    revision: str | None,
+    *,
+    setting: str,
+    recorded: str | None = None,
+) -> Repository:
+    """The repository at the commit that a name means.
+
+    Args:
+        revision: branch, tag or commit; None is `main`.
+        setting: the config key that names a local path instead (`model.path`).
+        recorded: the commit that an earlier stage or start used; it is kept, and a branch that has
+            moved since is a line of notice.
+
+    Raises:
+        FintuneError: see `hub_errors`.
+    """
+    branch = revision or constants.DEFAULT_REVISION
+    fixed = recorded or (revision if revision and COMMIT.fullmatch(revision) else None)
+    api = huggingface_hub.HfApi()
+    if fixed:
+        if recorded and branch != recorded and not constants.HF_HUB_OFFLINE:
+            with suppress(Exception):  # only for the notice
+                now = api.repo_info(name, repo_type=kind, revision=branch, timeout=10).sha
+                if now and now != recorded:
+                    moved = f"{name}: {branch} has moved to {now[:12]}"
+                    console.warn(f"{moved}; this run keeps {recorded[:12]}")
+        return Repository(kind, name, fixed, setting)
+    with hub_errors(name, setting, branch):
+        try:
+            info = retried(lambda: api.repo_info(name, repo_type=kind, revision=branch))
+            commit = str(info.sha)
+        except NO_CONNECTION as error:
+            cached = Repository(kind, name, "", setting)._cache / "refs" / branch
+            if not cached.is_file():
+                raise
+            commit = cached.read_text()
+            if not isinstance(error, errors.OfflineModeIsEnabled):
+                console.warn(f"the hub does not answer: {name} is the cached commit {commit[:12]}")
+    return Repository(kind, name, commit, setting, branch)
+
+
+def retried(request: Callable[[], T]) -> T:
+    """A request's answer; a busy hub (429, 5xx) is waited for and asked again.
+
+    Raises:
+        Exception: what the client raised, of the last try.
+    """
+    for seconds in WAITS_S:
+        try:
+            return request()
+        except Exception as error:
+            status = _status(error)
+            if status not in BUSY:
+                raise
+            response: Any = next(e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError))
+            after = str(response.response.headers.get("Retry-After", ""))
+            wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
+            console.say(f"the hub answers {status}: trying again in {wait} s")
+            time.sleep(wait)
+    return request()
+
+
+@contextmanager
+def hub_errors(name: str, setting: str, revision: str | None = None) -> Iterator[None]:
+    """Raise what the hub's clients raise as one message each (see `hub_error`)."""
+    try:
+        yield
+    except FintuneError:
+        raise
+    except Exception as error:
+        known = (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError)
+        if not isinstance(error, known):
+            raise
+        raise hub_error(error, name, setting=setting, revision=revision) from None
 
 
 def hub_error(
     error: Exception, name: str, *, setting: str, revision: str | None = None
 ) -> FintuneError:
-    """One message for the hub's many errors; of the cause its class alone: no token, no URL.
+    """The message for an exception of the hub's clients, without token or URL.
 
     Args:
         name: hub id of a model or a data set.
-        setting: the config key that takes a local path instead; `model.path` for a model.
+        setting: `model.path`, another config key of a data set, or `repository` of a push.
     """
-    model = setting == "model.path"
-    what, kind = ("model", ModelError) if model else ("data set", DataError)
-    page = f"https://huggingface.co/{'' if model else 'datasets/'}{name}"
-    causes: list[BaseException] = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
+    causes = _causes(error)
+    status = _status(error)
+    raised = _class_of(setting)
+    kind = "model" if setting in ("model.path", "repository") else "data set"
 
-    def is_a(*kinds: type[Exception]) -> bool:
-        return any(isinstance(each, kinds) for each in causes)
+    def is_a(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
 
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
+    token = "HF_TOKEN" if huggingface_hub.get_token() else "no token: set HF_TOKEN"
+    if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
+        what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
+        return NoSpace(what, fix="free some space, or set HF_HOME to another volume")
     if is_a(errors.GatedRepoError):
         what = f"{name} is gated: its licence must be accepted first"
-        return kind(what, fix=f"accept it at {page} and set HF_TOKEN to a read token")
+        return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
     if is_a(errors.RevisionNotFoundError):
-        return kind(f"{name} has no revision {revision}", fix=f"see {page}")
+        return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError):
-        what = f"the hub knows no {what} {name}, and there is no such local path"
-        return kind(what, fix=f"check the id and {setting}; a private or gated one needs HF_TOKEN")
-    if type(error) is ValueError:  # of datasets: an unknown split or configuration
-        return kind(f"{name}: {str(error)[:200]}", fix="check the source's split")
-    what = f"{name} is not on this machine and the hub cannot be reached ({type(error).__name__})"
-    return kind(what, fix=f"check the network, or set {setting} to a local copy")
+        what = f"the hub knows no {kind} {name}, and there is no such local path"
+        return raised(
+            what, fix=f"check the id and {setting}; a private one needs its token ({token})"
+        )
+    if status in (401, 403):
+        what = f"the hub refuses the token for {name} (HTTP {status})"
+        return raised(what, fix="set HF_TOKEN to a valid token with the right to do this")
+    if status in BUSY:
+        what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
+        return raised(what, fix="the same command continues later")
+    if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        what = f"{name} ({revision}) is not whole in the cache, and the hub is off (offline)"
+        return raised(what, fix=f"run once without --offline, or set {setting} to a local copy")
+    if status is None and is_a(*NO_CONNECTION):
+        what = f"{name} is not on this machine and the hub cannot be reached"
+        why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
+        return raised(what, why=why, fix=f"check the network, or set {setting} to a local copy")
+    said = console.printable(str(error)).strip().partition("\n")[0][:200]
+    answer = f"HTTP {status}" if status else f"{type(error).__name__}: {said}"
+    return raised(f"the hub and {name}: {answer}", fix=f"see {page}")
+
+
+def _class_of(setting: str) -> type[FintuneError]:
+    if setting == "repository":
+        return OutputError
+    return ModelError if setting == "model.path" else DataError
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    return causes
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an exception of the client stands for."""
+    answers = [cause for cause in _causes(error) if isinstance(cause, errors.HfHubHTTPError)]
+    return int(answers[0].response.status_code) if answers else None
+
+
+def _damaged(path: Path) -> bool:
+    """Whether a cached file is not what its name says: sha256 of large ones, git's sha1 of others.
+
+    The cache names a file by the hub's ETag. Where the file system has no links, or a mirror has
+    ETags of another kind, there is nothing to compare with.
+    """
+    blob = path.resolve()
+    if len(blob.name) == 64 and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return cached_sha256(blob) != blob.name
+    if COMMIT.fullmatch(blob.name):
+        data = blob.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blob.name
+    return False
+
+
+@contextmanager
+def _progress(name: str, blobs: Path, size: int) -> Iterator[None]:
+    """Show how much of a download has come: a bar on a terminal, else a line a minute."""
+    ended = threading.Event()
+
+    def held() -> int:
+        total = 0
+        with suppress(OSError):  # a file is renamed while it is looked at
+            total = sum(path.stat().st_size for path in blobs.glob("*"))
+        return total
+
+    def watch() -> None:
+        before = held()
+        with console.meter(f"fetching {name}", size, download=True) as meter:
+            while not ended.wait(0.5):
+                meter.advance((now := held()) - before)
+                before = now
+
+    console.say(f"fetching {name}: {size / 1e6:,.1f} MB")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
