@@ -84,6 +84,15 @@ def read_seal(
     return done
 
 
+def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
+    """What stages recorded of a base (`model.Base.record`), of the first folder that has it."""
+    for path in (folder / name for folder in folders for name in (DONE, INPUTS)):
+        base = read_checked(path)["inputs"].get("base") if path.is_file() else None
+        if isinstance(base, dict) and base["id"] == base_id:
+            return base
+    return {}
+
+
 def read_data(folder: Path) -> dict[str, Any]:
     """The seal of prepared data, which most stages read (see `read_seal`)."""
     validation, test = "validation.parquet", "test.parquet"

@@ -60,11 +60,14 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         ModelError: no base folder, tokenizer or usable chat template.
     """
     heading("prepare")
-    base = find_base(config.model, weights=False)
+    kept_in = () if fresh else (config.data_dir,)
+    base = find_base(config.model, weights=False, kept_in=kept_in)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
     sources = find_sources(config.data)
     benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
     inputs = _inputs(config, base, chat, sources, benchmarks)
+    # Rows depend on the tokenizer alone: prepared once, they are kept for other weights.
+    inputs["base"] = seal.recorded_base(kept_in, base.id) or base.record
     folder = config.data_dir
     with seal.lock(folder):
         if fresh:
@@ -100,7 +103,6 @@ def _inputs(
         "sources": {source.name: described(source) for source in sources},
         "benchmarks": {source.name: described(source) for source in benchmarks},
         "settings": settings,
-        "base": base.id,
         "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
         "fintune": __version__,  # other filters, other rows

@@ -56,14 +56,15 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
         DataError: no test row. GateRefused: the judge's budget is spent.
     """
-    folder, inputs = config.eval_dir, _inputs(config)
+    base = model.find_base(config.model, kept_in=[config.run_dir])
+    folder, inputs = config.eval_dir, _inputs(config, base)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
         kept = seal.finished(folder, inputs, command=results.COMMAND)
         if not kept:
             seal.start(folder, inputs)
-            _answer(config, folder, inputs)
+            _answer(config, base, folder, inputs)
             found = _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
@@ -128,18 +129,22 @@ def _judged_set(folder: Path) -> list[Pair]:
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
 
 
-def _inputs(config: Config) -> dict[str, Any]:
+def _inputs(config: Config, base: model.Base) -> dict[str, Any]:
     data = seal.read_data(config.data_dir)
     adapter = "best/adapter_model.safetensors"
     run = seal.read_seal(
         config.run_dir, stage="training run", make="fintune train", needed=[adapter]
     )
+    trained = run["inputs"].get("base", base.record)["revision"]
+    if trained != base.revision:
+        what = f"the run was trained on {base.id} at {trained}, this base is {base.revision}"
+        raise OutputError(what, fix="set model.revision and model.path as they were")
     apart = {"out", "judge", "tasks"}  # paths say nothing on another machine
     return {
         **{part: data["files"][f"{part}.parquet"]["sha256"] for part in ("train", "test")},
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
-        "base_revision": model.find_base(config.model).revision,
+        "base_revision": base.revision,
         "quantization": config.model.quantization,
         "date_string": config.chat.date_string,
         "precision": config.train.precision,
@@ -149,9 +154,9 @@ def _inputs(config: Config) -> dict[str, Any]:
     }
 
 
-def _answer(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
+def _answer(config: Config, base: model.Base, folder: Path, inputs: dict[str, Any]) -> None:
     """Held-out loss and answers of both models, from one copy of the base weights."""
-    base, choice, on = model.find_base(config.model), config.train.precision, model.device()
+    choice, on = config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
     chat = ChatFormat(tokenizer, config.chat.date_string)
     rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()

@@ -48,7 +48,8 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     """
     data = seal.read_data(config.data_dir)
     sections = config.sections("model", "chat", "train", "seed")
-    sections["model"].pop("path")
+    for name in ("path", "revision"):
+        sections["model"].pop(name)
     tokenizer = {
         "tokenizer_sha256": files.sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
@@ -62,7 +63,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     return {
         "config": sections,
         "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
-        "base": {"id": base.id, "revision": base.revision},
+        "base": base.record,
         **tokenizer,
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -205,6 +206,12 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     begun = seal.read_checked(path)
     before, changes = begun["inputs"], begun.get("accepted", [])
     differs = seal.differences(before, fingerprint)
+    if other := [line for line in differs if line.startswith("base.revision:")]:
+        raise OutputError(
+            f"the base has other weights than those the run began with: {other[0]}",
+            why="a half-trained adapter fits the weights it was trained on, and no others",
+            fix=f"--set model.revision={before['base']['revision']}, or: fintune train --fresh",
+        )
     if fixed := [line for line in differs if line.startswith(SHAPE_KEYS)]:
         raise OutputError(
             f"what was saved so far has another shape: {'; '.join(fixed)}",
