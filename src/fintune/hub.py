@@ -117,8 +117,10 @@ class Repository:
                 damaged = [name for name in wanted if _damaged(self.folder / name)]
                 if not damaged:
                     break
-                for name in damaged:
-                    (self.folder / name).resolve().unlink()
+                for path in (self.folder / name for name in damaged):
+                    blob = path.resolve()
+                    path.unlink()
+                    blob.unlink(missing_ok=True)
             else:
                 what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
                 raise _class_of(self.setting)(
