@@ -22,6 +22,7 @@ from fake_judge import FakeJudge, serve
 from hub.machine import Machine
 from hub.server import Hub
 from huggingface_hub import constants
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from victims import can_mount, small_volume
 
@@ -327,7 +328,7 @@ def test_shards_are_those_of_the_index(hub: Hub, machine: Machine, tmp_path: Pat
 
 def test_pickled_weights_are_no_weights(weights: Weights) -> None:
     hub, machine, words = weights
-    commit = hub.commit("model", BASE, {WEIGHTS: None}, "pickles alone", "pickles")
+    commit = hub.commit("model", BASE, {**files(), WEIGHTS: None}, "no", "pickles")
     said = machine.run(*words, "-s", f"model.revision={commit}")
     assert said.code == 1 and "lacks weights: model.safetensors" in said.text
     assert "pickled weights" in said.text and not hub.requests("GET", "/cdn/")
@@ -391,23 +392,21 @@ def test_what_is_missing_is_named(state: str, hub: Hub, machine: Machine, tmp_pa
 
 RUNNER = """
 import io, json, sys
-seen = []
+log = sys.argv[1]
 def hook(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
-        with open(sys.argv[-1], "a") as file:
-            print(json.dumps([event, repr(args[1:] if event == "socket.connect" else args)]), file=file)
+        with open(log, "a") as file:
+            print(event, args[1:] if event == "socket.connect" else args, file=file)
 sys.addaudithook(hook)
 plan = json.loads(sys.stdin.read())
 from fintune import cli
-log = sys.argv[-1]
-for words, stdin in plan:
-    sys.argv, sys.stdin = ["fintune", *words, log][:-1], io.StringIO(stdin)
-    print("$", *words[:2], file=sys.stderr)
+for words, typed in plan:
+    sys.argv, sys.stdin, code = ["fintune", *words], io.StringIO(typed), 0
     try:
         cli.main()
     except SystemExit as end:
-        print("exit", end.code or 0, file=sys.stderr)
-    sys.argv = ["", log]
+        code = end.code or 0
+    print("\\n$", *words[:2], "exit", code, file=sys.stderr)
 """
 
 
@@ -418,8 +417,8 @@ def test_offline_opens_no_connection_but_to_the_judge_on_this_machine(
     out, log = tmp_path / "out", tmp_path / "connections"
     with serve(FakeJudge()) as judge:
         asks = tiny.words(judge="judge-1", judge_url=judge.url, judge_prices=[0, 0])
-        given = [*chain(out, max_steps=2), *asks]
-        release = str(out / "release")
+        given, release = [*chain(out, max_steps=2), *asks], str(out / "release")
+        elsewhere = tiny.words(judge_url="https://judge.example/v1")
         plan = [
             (["--offline", "prepare", *given], ""),
             (["train", "--offline", *given], ""),
@@ -428,23 +427,12 @@ def test_offline_opens_no_connection_but_to_the_judge_on_this_machine(
             (["--offline", "verify", release], ""),
             (["--offline", "plan", *given], ""),
             (["--offline", "inspect", *given], ""),
-            (["--offline", "dropped", *given], ""),
             (["--offline", "export", "merged", release, "--out", str(out / "merged")], ""),
             (["--offline", "chat", release], "What is EBITDA?\n/quit\n"),
             (["--offline", "doctor"], ""),
-            (
-                [
-                    "--offline",
-                    "eval",
-                    "--fresh",
-                    *given,
-                    *tiny.words(judge_url="https://j.example/v1"),
-                ],
-                "",
-            ),
+            (["--offline", "eval", "--fresh", *given, *elsewhere], ""),
         ]
         environment = {**whole.hub.env(whole.machine.home, "hf_alice"), "OPENAI_API_KEY": "sk-x"}
-        environment.pop("HF_HUB_OFFLINE", None)
         before = len(whole.hub.log)
         done = subprocess.run(
             [sys.executable, "-c", RUNNER, str(log)],
@@ -454,15 +442,13 @@ def test_offline_opens_no_connection_but_to_the_judge_on_this_machine(
             text=True,
             check=False,
         )
-    ends = [line for line in done.stderr.splitlines() if line.startswith("exit")]
-    assert ends == ["exit 0"] * (len(plan) - 1) + ["exit 1"] or (
-        len(ends) == 1 and ends == ["exit 1"]
-    ), done.stderr
-    assert "--offline, and the judge is at https://j.example/v1" in done.stderr
+    ends = [line[-1] for line in done.stderr.splitlines() if line.startswith("$ ")]
+    assert "".join(ends) == "0" * 10 + "1", done.stderr
+    assert "--offline, and the judge is at https://judge.example/v1" in done.stderr
     assert len(whole.hub.log) == before
-    port = judge.url.rpartition(":")[2].partition("/")[0]
+    host = judge.url.removeprefix("http://").partition("/")[0].split(":")
     lines = log.read_text().splitlines()
-    assert lines and all(port in line and "127.0.0.1" in line for line in lines), lines
+    assert lines and all(all(part in line for part in host) for line in lines), lines
 
 
 # ---- every answer of the hub -----------------------------------------------------------------
@@ -662,8 +648,9 @@ def test_a_log_gets_a_line_a_minute(weights: Weights) -> None:
     machine, words, change = slowly(weights, each)
     said = machine.done(*words, change=change)
     lines = [line for line in said.text.splitlines() if f"fetching {BASE}" in line]
-    assert lines[1].endswith(" MB") and len(lines) >= 4, said.text  # the first: the small files
-    assert all("%" in line and "B/s" in line for line in lines[2:]), said.text
+    assert f"fetching {BASE}: 1.5 MB" in lines
+    rates = [line for line in lines if "%" in line and "B/s" in line]
+    assert 2 <= len(rates) <= 4, said.text
 
 
 def test_a_terminal_gets_a_bar(weights: Weights) -> None:
@@ -672,6 +659,7 @@ def test_a_terminal_gets_a_bar(weights: Weights) -> None:
     def on_terminal() -> None:
         os.environ.update({"TERM": "xterm", "COLUMNS": "120"})
         os.dup2(theirs, 2)
+        console.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     machine, words, change = slowly(weights, on_terminal)
     process, shown = machine.start(*words, change=change), b""

@@ -1,4 +1,4 @@
-"""The stage `prepare`: rows in, a Parquet file for each part of the split and its account out.
+"""The stage `prepare`: from sources to a Parquet file for each part of the split and a ledger.
 
 Text filters and exact duplicates run over everything, streaming; then only the rows that come
 first in hash order are compared, tokenized and split, until the caps are full.
@@ -21,13 +21,13 @@ from fintune.console import heading, meter, say
 from fintune.data.decontaminate import contaminated, read_benchmarks
 from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
-from fintune.data.sources import Source, find_sources, named
 from fintune.data.split import near_duplicates, split
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example
 from fintune.files import read_json, sha256_file, staged_folder
 from fintune.model import Base, find_base, load_tokenizer
+from fintune.sources import Source, find_sources, named, recorded_commits
 
 MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
@@ -63,12 +63,15 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     kept_in = () if fresh else (config.data_dir,)
     base = find_base(config.model, weights=False, kept_in=kept_in)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
-    sources = find_sources(config.data)
-    benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
+    folder = config.data_dir
+    old = {} if fresh else seal.recorded_inputs(folder)
+    known = recorded_commits(*(old.get(table, {}) for table in ("sources", "benchmarks")))
+    sources = find_sources(config.data, known)
+    wanted = [SourceConfig(**item.model_dump()) for item in config.data.benchmarks]
+    benchmarks = named(wanted, "data.benchmarks", known)
     inputs = _inputs(config, base, chat, sources, benchmarks)
     # Rows depend on the tokenizer alone: prepared once, they are kept for other weights.
     inputs["base"] = seal.recorded_base(kept_in, base.id) or base.record
-    folder = config.data_dir
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -76,6 +79,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:
+            sources = [source.fetched() for source in sources]
             questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
             _write_rows(staging, selected.parts)
@@ -123,22 +127,29 @@ def _select(
         say(f"{len(examples)} of {ledger.read.total()} rows go on")
         if data.pii != "off":
             examples = _mask(examples, data.pii, ledger)
-        examples, hits = _decontaminate(examples, questions, ledger)
+        hits = contaminated(examples, questions)
+        for at, hit in sorted(hits.items()):
+            question = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
+            ledger.drop(examples[at], "contaminated", question)
+        examples = [example for at, example in enumerate(examples) if at not in hits]
         rows = _tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
         max_length = _adaptive_max_length(lengths, data.max_length)
         rows = _fit(rows, max_length, data.over_length, ledger)
-        rows = _drop_near_duplicates(rows, data.near_duplicates, ledger)
+        repeats = near_duplicates([row.example for row in rows], data.near_duplicates)
+        for at, first in sorted(repeats.items()):
+            ledger.drop(rows[at].example, "near_duplicate", f"of {rows[first].example.place}")
+        rows = [row for at, row in enumerate(rows) if at not in repeats]
         parts, full = _fill(rows, sources, data, ledger)
         if full or complete:
             _check_left(ledger, parts)
-            return Selected(ledger, hits, lengths, max_length, parts)
+            return Selected(ledger, [*hits.values()], lengths, max_length, parts)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
 
 def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]:
-    """Rows without personal data; the ledger counts in how many each kind was found."""
+    """Rows without personal data; the ledger counts the rows of each kind."""
     kept = []
     for example in examples:
         messages, kinds = mask_messages(example.messages)
@@ -149,17 +160,6 @@ def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]
         else:
             kept.append(clean)
     return kept
-
-
-def _decontaminate(
-    examples: list[Example], questions: list[Example], ledger: Ledger
-) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Rows that repeat no benchmark, and of the others what they repeat."""
-    hits = contaminated(examples, questions)
-    for at, hit in sorted(hits.items()):
-        near = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
-        ledger.drop(examples[at], "contaminated", near)
-    return [example for at, example in enumerate(examples) if at not in hits], [*hits.values()]
 
 
 def _tokenize(
@@ -214,15 +214,6 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
     return kept
 
 
-def _drop_near_duplicates(
-    rows: list[Tokenized], threshold: float, ledger: Ledger
-) -> list[Tokenized]:
-    repeats = near_duplicates([row.example for row in rows], threshold)
-    for at, of in sorted(repeats.items()):
-        ledger.drop(rows[at].example, "near_duplicate", f"of {rows[of].example.place}")
-    return [row for at, row in enumerate(rows) if at not in repeats]
-
-
 def _fill(
     rows: list[Tokenized], sources: list[Source], data: DataConfig, ledger: Ledger
 ) -> tuple[Parts, bool]:
@@ -236,13 +227,13 @@ def _fill(
     taken: Counter[int] = Counter()
     placed = split([row.example for row in rows], *shares)
     for row, (group, part) in zip(rows, placed, strict=True):
-        own = configs[row.example.source]
-        if taken[id(own)] >= (own.max_rows or math.inf):
+        source = configs[row.example.source]
+        if taken[id(source)] >= (source.max_rows or math.inf):
             ledger.drop(row.example, "over_cap", "source")
         elif len(parts[part]) >= caps[part]:
             ledger.drop(row.example, "over_cap", part)
         else:
-            taken[id(own)] += 1
+            taken[id(source)] += 1
             parts[part].append((group, row))
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 

@@ -1,4 +1,4 @@
-"""A release in the forms other programs load; a form is a function with `@exports.command()`."""
+"""A release in the formats of other programs; each is a function with `@exports.command()`."""
 
 import importlib.util
 import os
@@ -86,11 +86,9 @@ def vllm(folder: Folder) -> str:
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-    if rank > VLLM_RANKS[-1]:
-        refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
-    if config.get("bias", "none") != "none":
-        refused.append(f"bias {config['bias']!r}")
+    keys = ("use_dora", "modules_to_save", "lora_bias", "bias")
+    refused = [key for key in keys if (config.get(key) or "none") != "none"]
+    refused += [f"rank {rank} (at most {VLLM_RANKS[-1]})"] if rank > VLLM_RANKS[-1] else []
     if refused:
         raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
     path, revision = folder.resolve(), config.get("revision") or ""
@@ -126,7 +124,7 @@ def push(
 ) -> str:
     """Verify a release and upload it to the hub, private.
 
-    The token is read from HF_TOKEN (or the hub's own login) and never from an argument.
+    The token is read from HF_TOKEN (or the login of huggingface_hub) and never from an argument.
     """
     verify(folder, base=base).settle()
     names = sorted(path.name for path in folder.iterdir())
