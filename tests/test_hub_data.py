@@ -220,7 +220,7 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     with client_of(hub, tmp_path / "cache", HF_HUB_OFFLINE=True):
         prepared(out="c")
         assert identity("c") == identity("b") == first
-        refused(prepare({"path": SET, "split": "test"}), SET, "not whole", "--offline")
+        refused(prepare({"path": SET, "split": "test"}), SET, "not whole in the cache", "--offline")
         refused(prepare("acme/other"), "acme/other", "offline")
     refused(prepare({"path": SET, "split": "test"}), "cannot be reached", "check the network")
 
@@ -430,7 +430,7 @@ def test_a_hub_that_stays_busy_is_said(hub: Hub) -> None:
 
 def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
     hub.stop()
-    refused(prepare(), f"{SET} is not on this machine", "the hub cannot be reached", hub.url)
+    refused(prepare(), f"{SET} is not on this machine and the hub cannot be reached", hub.url)
     refused(prepare(benchmarks=[SET], source=str(tiny.rows())), "data.", "cannot be reached")
 
 
