@@ -86,6 +86,10 @@ class Repository:
             with suppress(errors.CachedRepoTreeNotFoundError):
                 listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
                 return {file.path: file.size for file in listed}
+            if self.kind == "dataset":  # a shard that is missing would not be missed
+                what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
+                fix = f"run once with the hub, or set {self.setting} to a local copy"
+                raise DataError(what, why="some may be missing", fix=fix) from None
             paths = [path for path in self.folder.rglob("*") if path.is_file()]
             return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in paths}
         return {file.path: file.size for file in listed}
