@@ -8,6 +8,7 @@ hub's cache and compares every one with the hash that the hub names. Mirrors are
 
 import glob
 import hashlib
+import json
 import re
 import threading
 import time
@@ -44,6 +45,9 @@ LONGEST_WAIT_S = 300
 SILENCE_S = 100.0
 """After which a hub that sends nothing is gone, where the client has no limit of its own."""
 BUSY = (429, 500, 502, 503, 504)
+PUSH = "--repository"
+"""The `setting` of a push, where nothing local could be named instead."""
+_CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
 
@@ -217,8 +221,8 @@ def retried(request: Callable[[], T]) -> T:
             status = _status(error)
             if status not in BUSY:
                 raise
-            response: Any = next(e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError))
-            after = str(response.response.headers.get("Retry-After", ""))
+            headers = found.response.headers if (found := _error_of_hub(error)) else {}
+            after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
             time.sleep(wait)
@@ -248,19 +252,22 @@ def hub_error(
 
     Args:
         name: hub id of a model or a data set.
-        setting: `model.path`, another config key of a data set, or `repository` of a push.
+        setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
         missing: what was asked for.
     """
     causes = _causes(error)
-    status = _status(error)
+    status = _status(error) or _status_of_xet(causes)
     raised = _class_of(setting)
-    kind = "model" if setting in ("model.path", "repository") else "data set"
+    kind = "model" if setting in _CLASSES else "data set"
+    said = (found.server_message or "") if (found := _error_of_hub(error)) else str(error)
+    said = console.printable(said.strip().partition("\n")[0])[:200]
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
+    local = "" if setting == PUSH else f", or set {setting} to a local copy"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    token = "HF_TOKEN" if huggingface_hub.get_token() else "no token: set HF_TOKEN"
+    token = "HF_TOKEN" if (held := huggingface_hub.get_token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
         what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
         return NoSpace(what, fix="free some space, or set HF_HOME to another volume")
@@ -269,35 +276,38 @@ def hub_error(
         return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
     if is_a(errors.RevisionNotFoundError):
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
-    if is_a(errors.RepositoryNotFoundError, errors.HFValidationError):
+    if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
         return raised(
             what, fix=f"check the id and {setting}; a private one needs its token ({token})"
         )
+    if status in (401, 403) and not held:
+        return raised(f"the hub wants a token for {name}", fix="set HF_TOKEN")
     if status in (401, 403):
         what = f"the hub refuses the token for {name} (HTTP {status})"
-        return raised(what, fix="set HF_TOKEN to a valid token with the right to do this")
+        return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
+    if status == 412:
+        what = f"{name}: main has moved since this push began, and nothing was committed"
+        return raised(what, fix="look at what is there now; the same command replaces it")
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")
     absent = f"{name} ({revision}) is not on this machine, or not whole"
     absent += f" ({missing})" if missing else ""
+    absent = f"{name} cannot be pushed" if setting == PUSH else absent
     if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         what = f"{absent}, and the hub is off (offline)"
-        return raised(what, fix=f"run once without --offline, or set {setting} to a local copy")
+        return raised(what, fix=f"run once without --offline{local}")
     if status is None and is_a(*NO_CONNECTION):
         what = f"{absent}, and the hub cannot be reached"
         why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
-        return raised(what, why=why, fix=f"check the network, or set {setting} to a local copy")
-    said = console.printable(str(error)).strip().partition("\n")[0][:200]
-    answer = f"HTTP {status}" if status else f"{type(error).__name__}: {said}"
-    return raised(f"the hub and {name}: {answer}", fix=f"see {page}")
+        return raised(what, why=why, fix=f"check the network{local}")
+    answer = f"HTTP {status}" if status else type(error).__name__
+    return raised(f"the hub and {name}: {answer}", why=said, fix=f"see {page}")
 
 
 def _class_of(setting: str) -> type[FintuneError]:
-    if setting == "repository":
-        return OutputError
-    return ModelError if setting == "model.path" else DataError
+    return _CLASSES.get(setting, DataError)
 
 
 def token_state() -> tuple[str, str]:
@@ -330,10 +340,24 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
+def _error_of_hub(error: BaseException) -> errors.HfHubHTTPError | None:
+    return next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
+
+
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an exception of the client stands for."""
-    answers = [cause for cause in _causes(error) if isinstance(cause, errors.HfHubHTTPError)]
-    return int(answers[0].response.status_code) if answers else None
+    """The HTTP status that an exception of the client stands for.
+
+    502 for a page that is no JSON: the client reads some answers before their status.
+    """
+    if isinstance(error, json.JSONDecodeError):
+        return 502
+    return int(found.response.status_code) if (found := _error_of_hub(error)) else None
+
+
+def _status_of_xet(causes: list[BaseException]) -> int | None:
+    """The status in the text of a refused Xet transfer, which hf_xet has tried again itself."""
+    found = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
+    return int(found[1]) if found else None
 
 
 def _damaged(path: Path) -> bool:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,10 @@ RESULTS = "test_results.json"
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
 TRAINING_ARGS = "training_args.bin"
+HUB_FILES = {".gitattributes"}
+"""What the hub makes in every repository."""
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
+_ENTRIES = 10_000
 _SMALL = 2**20
 """Bytes of a text file that has no bound of its own in limits.toml."""
 
@@ -104,6 +108,17 @@ def refuse(what: str, names: Collection[str]) -> None:
     """Raise Unreadable with the first three of these names, if there are any."""
     if names:
         raise Unreadable(f"{what} {some(names)}")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, by name, but for what the hub and its client put beside a download.
+
+    `.gitattributes` and a folder `.cache` with nothing but `huggingface` in it are never opened.
+    """
+    cache, added = folder / ".cache", {*HUB_FILES}
+    if cache.is_dir() and not cache.is_symlink():
+        added |= {".cache"} if {path.name for path in cache.iterdir()} == {"huggingface"} else set()
+    return sorted(path for path in islice(folder.iterdir(), _ENTRIES) if path.name not in added)
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
