@@ -292,8 +292,7 @@ def hub_error(
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")
-    absent = f"{name} ({revision}) is not on this machine, or not whole"
-    absent += f" ({missing})" if missing else ""
+    absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
     absent = f"{name} cannot be pushed" if setting == PUSH else absent
     if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         what = f"{absent}, and the hub is off (offline)"

@@ -87,9 +87,10 @@ def read_seal(
 def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
     """What stages recorded of a base (`model.Base.record`), of the first folder that has it."""
     for path in (folder / name for folder in folders for name in (DONE, INPUTS)):
-        base = read_checked(path)["inputs"].get("base") if path.is_file() else None
-        if isinstance(base, dict) and base["id"] == base_id:
-            return base
+        with suppress(OutputError):  # absent, or damaged: its stage says so
+            base = read_checked(path)["inputs"].get("base")
+            if isinstance(base, dict) and base.get("id") == base_id and "named" in base:
+                return base
     return {}
 
 
