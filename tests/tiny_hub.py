@@ -22,5 +22,6 @@ def client(hub: Hub, home: Path, token: str = "", *, xet: bool = False) -> Itera
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),
     }
-    with mock.patch.multiple(constants, **known), mock.patch.dict(os.environ, HF_TOKEN=token):
+    environment = {"HF_TOKEN": token, "HF_HOME": str(home)}  # the latter for hf_xet
+    with mock.patch.multiple(constants, **known), mock.patch.dict(os.environ, environment):
         yield

@@ -256,11 +256,13 @@ def hub_error(
         missing: what was asked for.
     """
     causes = _causes(error)
-    status = _status(error) or _status_of_xet(causes)
+    # hf_xet has tried again itself where its text names a status.
+    xet = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
+    status = int(xet[1]) if xet else _status(error)
     raised = _class_of(setting)
     kind = "model" if setting in _CLASSES else "data set"
-    said = (found.server_message or "") if (found := _error_of_hub(error)) else str(error)
-    said = console.printable(said.strip().partition("\n")[0])[:200]
+    said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
+    said = console.printable((said or "").strip().partition("\n")[0])[:200]
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
@@ -351,12 +353,6 @@ def _status(error: BaseException) -> int | None:
     if isinstance(error, json.JSONDecodeError):
         return 502
     return int(found.response.status_code) if (found := _error_of_hub(error)) else None
-
-
-def _status_of_xet(causes: list[BaseException]) -> int | None:
-    """The status in the text of a refused Xet transfer, which hf_xet has tried again itself."""
-    found = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
-    return int(found[1]) if found else None
 
 
 def _damaged(path: Path) -> bool:
