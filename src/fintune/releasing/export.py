@@ -19,7 +19,7 @@ from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.hub import COMMIT
-from fintune.model import DTYPES, LoadedRelease, load_release, open_release
+from fintune.model import DTYPES, LoadedRelease, find_release, load_release, open_release
 from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
 from fintune.releasing.push import push_release
 from fintune.releasing.verify import CONVERSATIONS, verify
@@ -30,7 +30,8 @@ MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
 
 exports = typer.Typer()
-Folder = Annotated[Path, typer.Argument(help="A release folder.")]
+_RELEASE = "A release folder, or hub id (also ID@REVISION)."
+Folder = Annotated[Path, typer.Argument(help=_RELEASE, callback=find_release)]
 Out = Annotated[Path, typer.Option(help="What to write; nothing may be there yet.")]
 BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 DType = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the weights.")]

@@ -116,8 +116,9 @@ def entries(folder: Path) -> list[Path]:
     `.gitattributes` and a folder `.cache` with nothing but `huggingface` in it are never opened.
     """
     cache, added = folder / ".cache", {*HUB_FILES}
-    if cache.is_dir() and not cache.is_symlink():
-        added |= {".cache"} if {path.name for path in cache.iterdir()} == {"huggingface"} else set()
+    inside = cache.iterdir() if cache.is_dir() and not cache.is_symlink() else []
+    if [path.name for path in islice(inside, 2)] == ["huggingface"]:
+        added.add(".cache")
     return sorted(path for path in islice(folder.iterdir(), _ENTRIES) if path.name not in added)
 
 
