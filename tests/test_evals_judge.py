@@ -177,7 +177,7 @@ def test_a_proxy_does_not_get_what_is_for_this_machine(judged: tiny.Chain) -> No
         assert ask(judged, server, HTTP_PROXY="http://127.0.0.1:9").code == 0
 
 
-def test_human_labels_are_held_against_the_judge(judged: tiny.Chain, tmp_path: Path) -> None:
+def test_human_labels_are_compared_with_the_judge(judged: tiny.Chain, tmp_path: Path) -> None:
     with serve(FakeJudge()) as server:
         assert ask(judged, server).code == 0
         rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
@@ -186,8 +186,8 @@ def test_human_labels_are_held_against_the_judge(judged: tiny.Chain, tmp_path: P
         lines = [json.dumps({"id": key, "verdict": word}) + "\n" for key, word in said.items()]
         path.write_text("".join(lines))
         assert ask(judged, server, "--labels", path).code == 0
-        found = json.loads((judged.eval / "test_results.json").read_text())["judge"]
-        assert found["human"]["agreement"]["value"] == found["human"]["kappa"] == 1.0
+        human = json.loads((judged.eval / "test_results.json").read_text())["judge"]["human"]
+        assert human["agreement"]["value"] == human["kappa"] == 1.0
         path.write_text('{"id": "x", "verdict": "both"}\n')
         refused = ask(judged, server, "--labels", path)
         assert (refused.code, "no file of human verdicts" in refused.err) == (1, True)

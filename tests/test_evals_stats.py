@@ -16,7 +16,7 @@ from fintune.evals import stats
     ],
 )
 def test_wilson_table(count, n, low, high):
-    assert stats.wilson(count, n) == pytest.approx((low, high), abs=6e-4)
+    assert stats.rate(count, n)["ci95"] == pytest.approx([low, high], abs=6e-4)
 
 
 def width_of(difference):
@@ -53,7 +53,8 @@ def test_mcnemar_holm_and_kappa_by_hand():
     assert adjusted == {"a": 0.06, "b": 0.03, "c": 0.06}
     yes_no = ["y"] * 25 + ["n"] * 25
     other = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    assert stats.kappa([*zip(yes_no, other, strict=True)]) == pytest.approx(0.4)
+    assert stats.agreement([*zip(yes_no, other, strict=True)])["kappa"] == pytest.approx(0.4)
+    assert stats.agreement([]) is None
 
 
 @pytest.mark.parametrize(("gain", "least", "most"), [(0.2, 0.95, 1.0), (0.0, 0.0, 0.06)])

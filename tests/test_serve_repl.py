@@ -20,4 +20,4 @@ def test_chat_answers_as_adapter_base_or_both(chain: tiny.Chain) -> None:
     assert talk(ask, "/reset", "/nonsense", ask).out == adapter * 2
     assert talk(ask, ask).out != adapter * 2  # it remembers
     long = talk("EBITDA " * 3000)
-    assert (long.code, "no room in the context of 2048" in long.err) == (1, True), long.err
+    assert (long.code, "no space in the context of 2048" in long.err) == (1, True), long.err

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, NoSpace, OutputError, Stopped
+from fintune.errors import ConfigError, FintuneError, NoSpace, Stopped
 from fintune.files import FULL
 from fintune.stop import STOP
 
@@ -174,12 +174,8 @@ def evaluate(
     """Base against adapter on held-out rows: the verdict is a paired interval."""
     if rescore:
         from fintune.evals.results import rescore as make_again
-        from fintune.seal import lock
 
-        if not rescore.is_dir():
-            raise OutputError(f"no evaluation folder at {rescore}")
-        with lock(rescore):
-            results = make_again(rescore)
+        results = make_again(rescore)
     else:
         from fintune.evals import evaluate as stage
 

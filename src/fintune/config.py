@@ -269,9 +269,6 @@ class EvalConfig(Section):
     """most items of the checkable test rows, and of each task"""
     tasks: dict[str, str] = {}
     """finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"""
-    regression: tuple[str, ...] = ()
-    """lm-eval tasks on which the adapter must not be worse than its base: names, or task files
-    NAME.yaml of one's own"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)

@@ -1,11 +1,12 @@
-"""Batched generation with a key-value cache: evaluation, serving and release use this one loop.
+"""Continuous batching with a key-value cache, used by evaluation, server, terminal and release.
 
-The loop is ours, not transformers' `generate`, for four reasons. Greedy means greedy: a base's
-generation_config (Llama 3.1 ships do_sample=true, temperature 0.6, top_p 0.9) is not read here.
-Batching is continuous: a row leaves the batch when it ends and another joins, so one long answer
-does not hold 63 others. Rows of the adapter and of its base share every forward pass (peft's
-`adapter_names`), so no global switch can leak one model's answer into another's. And the cache
-grows in place, where transformers' DynamicCache copies every key and value at every token.
+Why not transformers' `generate`:
+- A base's generation_config is not read (Llama 3.1 has do_sample=true, temperature 0.6, top_p
+  0.9), so that greedy decoding is greedy.
+- A row leaves the batch when its answer ends and a waiting prompt takes its place.
+- Rows of base and adapter share a forward pass (peft's `adapter_names`), so that no adapter has
+  to be switched on or off between requests.
+- The cache grows in place; DynamicCache copies every key and value at every token.
 
 Prompts are padded on the left; padding is masked out and positions count from each row's first
 token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
@@ -41,10 +42,10 @@ class Request:
     Attributes:
         adapter: False answers with the base of a PeftModel, in the same batch.
         temperature: 0 is greedy.
-        seed: of this request's own noise; None: another answer each time.
+        seed: of the sampling noise of this request; None: a random one.
         token_ids: generated ids, up to and with the first stop token.
         text: of a finished answer of `generate`, without stop tokens.
-        cancelled: may be set from any thread; the row leaves at the next token.
+        cancelled: may be set from any thread; the row leaves the batch at the next token.
     """
 
     id: str
@@ -84,9 +85,9 @@ def generate(
     stop_token_ids: Collection[int],
     batch_size: int,
 ) -> Iterator[list[Request]]:
-    """Answer requests, those with the longest prompts first; yield each when it is done.
+    """Answer requests; yield lists of them as they are finished.
 
-    The longest come first, so that a machine too small fails at once and not at the end.
+    The longest prompts come first, so that memory that does not suffice shows at once.
 
     Args:
         model: a causal language model of transformers, or a PeftModel (adapter on or off).
@@ -113,7 +114,7 @@ def generate(
 
 
 class Batch:
-    """Requests being answered together; `add` and `step` each give every row in them one token."""
+    """Requests that are answered together. `add` gives new rows a token, `step` every row."""
 
     def __init__(self, model: Any, stop_token_ids: Collection[int]) -> None:
         self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
@@ -123,7 +124,7 @@ class Batch:
         self._padded = False
 
     def add(self, new: list[Request]) -> list[Request]:
-        """Prefill prompts and let them join; returns those that are finished at once.
+        """Prefill prompts and add them to the batch; returns those that are finished at once.
 
         Raises:
             NotFinite: the logits of a prompt are NaN or infinite.
@@ -236,7 +237,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def join(self, other: DynamicLayer, width: int) -> None:
-        """Add another layer's rows; both are padded on the left to `width` tokens."""
+        """Append another layer's rows; all rows are padded on the left to `width` tokens."""
         pairs = (self.keys, other.keys), (self.values, other.values)
         self.keys, self.values = (
             torch.cat([_left_padded(part, width, 2) for part in pair]) for pair in pairs
@@ -256,11 +257,11 @@ def _left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
 
 
 def sample(logits: Tensor, requests: list[Request]) -> Tensor:
-    """Sample a token from each row of [rows, vocabulary]; [rows].
+    """Sample a token from each row of logits [rows, vocabulary]; returns [rows].
 
-    An exponential race (Gumbel-max): argmax of share / noise. A draw held against cumulated shares
-    would do the same with one number a row, but the rounding of a batch then moved 3 of 4,800
-    tokens across one of the thousands of borders; here two tokens must nearly tie.
+    The Gumbel-max trick with exponential noise: argmax of probability / noise. Inverse transform
+    sampling needs one number per row instead, but there the rounding of another batch changed 3 of
+    4,800 tokens; here it changes one only where two tokens nearly tie.
     """
     options = torch.tensor([[r.temperature, r.top_p] for r in requests], device=logits.device)
     temperature, top_p = options[:, :1], options[:, 1:]

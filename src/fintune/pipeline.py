@@ -1,4 +1,4 @@
-"""What needs more than one stage: all of them in a row, and a release of recomputed results."""
+"""Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
 from pathlib import Path
 
@@ -16,7 +16,10 @@ def run(
 ) -> Path:
     """Prepare, train, evaluate, release; a finished stage is kept. Returns the release folder.
 
-    Args: as of the stages; `fresh` moves each existing folder aside first.
+    Args:
+        fresh: move the existing folder of every stage aside first.
+        accept: as of `release`.
+        judge_host: another host that may get the judge's key.
 
     Raises:
         FintuneError: of the stage that failed; those before it are finished.
@@ -30,15 +33,18 @@ def run(
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
-    """The adapter with its card and proof, once the gate is passed. Returns the release folder.
+    """Compute the results again, then build the release (`bundle.release`).
 
     Args:
         fresh: move an existing release aside when the new one is complete.
         accept: release without the verdict `better`, for this reason, which the card states.
 
+    Returns:
+        The release folder.
+
     Raises:
         GateRefused: the gate refuses, or the results are not those of the stored answers.
-        OutputError: a stage before is unfinished or changed, or the folder is taken.
+        OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
     check_place(config.release_dir)
     check_results(config.eval_dir)

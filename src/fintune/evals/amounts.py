@@ -134,27 +134,27 @@ def scan(text: str) -> tuple[str, list[Amount]]:
 
     "3M" is the company, "1,234" is grouped and "12,5" has a decimal comma; a small whole number
     in parentheses after a word is a footnote mark. The first end of "$10 to $12 million" takes
-    the scale and unit of the second, and both have the role `range` ("from ... to" is a change,
+    the scale and unit of the second, and each end has the role `range` ("from ... to" is a change,
     not a range). About 0.5 ms for 500 characters, linear in the length.
     """
-    text, found = _clean(text), list[Amount]()
+    text, amounts = _clean(text), list[Amount]()
     cue: re.Match[str] | None = None
     end = 0
     for match in _GRAMMAR["token"].finditer(text):
         if match.lastgroup == "cue":
             cue = match
         elif match.lastgroup not in ("skip", None) and match.start() >= end:
-            found.append(_amount(text, match, cue))
-            end = found[-1].end
-    _join_ranges(text, found)
-    return text, found
+            amounts.append(_amount(text, match, cue))
+            end = amounts[-1].end
+    _join_ranges(text, amounts)
+    return text, amounts
 
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
     mantissa = _mantissa(match)
     before = ends_with(_GRAMMAR["prefix"], text, match.start(), 10)
     after = _GRAMMAR["suffix"].match(text, match.end())
-    assert before and after  # both patterns also match nothing
+    assert before and after  # the two patterns also match an empty string
     mark = re.sub("[ .]", "", before["currency"] or after["currency"] or "").lower()
     word = after["scale"] or after["letter"] or after["capital"] or ""
     scale = SCALES[word.lower()] if word else Decimal(1)
@@ -274,25 +274,26 @@ def _cue(text: str, nearest: re.Match[str] | None, begin: int, end: int) -> Cue:
     return "" if not after else "down" if after["down"] else "up"
 
 
-def _join_ranges(text: str, found: list[Amount]) -> None:
-    """Mark both ends of each range in place; the first takes what only the second prints."""
-    for left in range(len(found) - 1):
-        a, b = found[left], found[left + 1]
+def _join_ranges(text: str, amounts: list[Amount]) -> None:
+    """Give the two ends of each range that role, in place; the first takes scale and unit of the
+    second where it prints none."""
+    for left in range(len(amounts) - 1):
+        a, b = amounts[left], amounts[left + 1]
         restated = _AROUND["restated"].fullmatch(text, a.end, b.start)
         if restated and a.cue and not b.cue and not b.role:
-            found[left + 1] = replace(b, cue=a.cue)  # "decreased by $5 million, or 3.7%"
+            amounts[left + 1] = replace(b, cue=a.cue)  # "decreased by $5 million, or 3.7%"
         join = _AROUND["join"].fullmatch(text, a.end, b.start) if b.start - a.end <= 9 else None
         if not join or a.role or b.role or b.sign < 0 or a.cue in ("up", "down"):
             continue
         if a.unit not in ("plain", b.unit) or a.currency not in ("", b.currency or a.currency):
             continue
-        both = (join[1] or "").lower() not in ("and", "or")
-        both = both or bool(ends_with(_AROUND["between"], text, a.start, 10))
-        if _AROUND["more"].match(text, b.end) or not both:
+        joined = (join[1] or "").lower() not in ("and", "or")
+        joined = joined or bool(ends_with(_AROUND["between"], text, a.start, 10))
+        if _AROUND["more"].match(text, b.end) or not joined:
             continue
         scale = b.scale if a.scale == 1 else a.scale
         a = replace(a, scale=scale, unit=b.unit, currency=a.currency or b.currency)
         if join[1] or a.value < b.value:  # else a subtraction
             role: Role = "" if ends_with(_AROUND["from"], text, a.start, 8) else "range"
-            found[left] = replace(a, role=role)
-            found[left + 1] = replace(b, role=role, currency=a.currency)
+            amounts[left] = replace(a, role=role)
+            amounts[left + 1] = replace(b, role=role, currency=a.currency)

@@ -1,7 +1,7 @@
 """What is asked, which test rows are such questions, and when an answer is right.
 
 `grade` reads an answer and gives one of four outcomes: correct, wrong, abstained (said that it
-cannot be answered), unparsed (no number or label found). Numbers are decided by `numbers.py`,
+cannot be answered), unparsed (no number or label in it). Numbers are decided by `numbers.py`,
 labels by the words offered.
 """
 
@@ -18,7 +18,7 @@ from fintune.files import read_jsonl, read_toml, sha256_bytes
 
 Kind = Literal["number", "label", "span", "tags", "text", "unanswerable", "refuse", "comply"]
 UNREFERENCED: tuple[Kind, ...] = ("unanswerable", "refuse", "comply")
-"""Kinds whose right answer is to say so, or just to answer."""
+"""Kinds without a reference: right is to abstain, to refuse, or to answer without refusing."""
 Outcome = Literal["correct", "wrong", "abstained", "unparsed"]
 
 VARIANTS = ("base", "adapter")
@@ -37,7 +37,16 @@ _NOT = re.compile(PHRASES["negates"])
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """What the grader read in an answer and made of it."""
+    """The grade of an answer.
+
+    Attributes:
+        outcome: at the strict tolerance.
+        lenient: right at 1 % instead of 0.5 % (numbers); else as `outcome`.
+        read: the part of the answer that was graded; None where there is none.
+        miss: of a wrong number: `scale`, `percent`, `sign` or `other`.
+        ungrounded: the answer's numbers that neither stand in nor follow from question, context
+            and reference (`numbers.ungrounded`).
+    """
 
     outcome: Outcome
     lenient: bool
@@ -58,12 +67,20 @@ def grade(
     question: str = "",
     context: str = "",
 ) -> Graded | None:
-    """Grade an answer, or None where only a judge can (`kind="text"`).
+    """Grade an answer.
 
     Args:
+        kind: of the question.
+        reference: the right answer.
         choices: of a label, those offered.
-        question: of a number, what was asked; it may name a scale or a fall.
+        question: of a number, the question; it may name a scale or a fall.
         context: of a number, the documents and tables above the question.
+
+    Returns:
+        The grade; None where only a judge can grade (`kind="text"`).
+
+    Raises:
+        DataError: the reference of a number holds no number.
     """
     if kind == "text":
         return None
@@ -71,9 +88,9 @@ def grade(
         return _grade_number(reference, answer, question, context)
     if kind in UNREFERENCED:
         pattern = _ABSTAINS if kind == "unanswerable" else _REFUSES
-        found = pattern.search(answer)
-        right = bool(found) == (kind != "comply") and bool(answer)
-        return Graded("correct" if right else "wrong", right, found[0] if found else None)
+        match = pattern.search(answer)
+        right = bool(match) == (kind != "comply") and bool(answer)
+        return Graded("correct" if right else "wrong", right, match[0] if match else None)
     if kind == "label":
         read = read_label(answer, choices)
         right = read is not None and plain(read) == plain(reference)
@@ -93,30 +110,31 @@ def grade(
 
 def _grade_number(reference: str, answer: str, question: str, context: str) -> Graded:
     verdict = numbers.compare(reference, answer, question=question, context=context)
-    strange = numbers.ungrounded(answer, context, question, reference)
-    free = tuple(answer[amount.start : amount.end] for amount in strange)
+    amounts = numbers.ungrounded(answer, context, question, reference)
+    ungrounded = tuple(answer[amount.start : amount.end] for amount in amounts)
     if verdict.read is None or (not verdict.lenient and _ABSTAINS.search(answer)):
         outcome: Outcome = "abstained" if _ABSTAINS.search(answer) else "unparsed"
-        return Graded(outcome, False, ungrounded=free)
+        return Graded(outcome, False, ungrounded=ungrounded)
     read = answer[verdict.read.start : verdict.read.end]
     outcome = "correct" if verdict.correct else "wrong"
-    return Graded(outcome, verdict.lenient, read, verdict.miss, free)
+    return Graded(outcome, verdict.lenient, read, verdict.miss, ungrounded)
 
 
 def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
     """The one choice that an answer names, or None where it names none or several.
 
-    The whole answer first, then its first line, then all of it. A longer choice hides a shorter
-    one inside it ("mildly positive", "positive"); a negated one ("not positive") does not count.
+    Tried in this order: an answer equal to a choice, its first line, the whole text. A longer
+    choice has precedence over a shorter one inside it ("mildly positive", "positive"); a negated
+    one ("not positive") does not count.
     """
     for choice in choices:
         if plain(answer) == plain(choice):
             return choice
-    each = [rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1]]
-    pattern = re.compile("|".join(each) or r"(?!)", re.IGNORECASE)
+    words = [rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1]]
+    pattern = re.compile("|".join(words) or r"(?!)", re.IGNORECASE)
     for text in (answer.split("\n", 1)[0], answer):
-        found = [at for at in pattern.finditer(text) if not _NOT.search(text[: at.start()])]
-        named = {match[0].casefold() for match in found}
+        matches = [at for at in pattern.finditer(text) if not _NOT.search(text[: at.start()])]
+        named = {match[0].casefold() for match in matches}
         if len(named) == 1:
             return next(choice for choice in choices if choice.casefold() in named)
     return None
@@ -134,16 +152,20 @@ def listed_choices(prompt: str) -> tuple[str, ...]:
 
 
 def plain(text: str) -> str:
-    """A label as compared: case, outer punctuation and runs of spaces do not matter."""
+    """A label without case, outer punctuation and extra spaces, as it is compared."""
     return " ".join(text.casefold().strip(" \t\n.,;:!?\"'`*()[]{}").split())
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question, its reference, and what is needed to grade an answer.
+    """One question and what is needed to grade an answer to it.
 
-    `group` names the document or row family it came from (the unit of resampling); `majority` is
-    the commonest answer of its kind in the training rows.
+    Attributes:
+        task: a key of `eval.tasks`, or source and kind of a test row.
+        group: the document or group of related rows it is of, the unit of resampling.
+        messages: the prompt.
+        choices: of a label.
+        majority: the most frequent answer of its kind in the training rows, if there is one.
     """
 
     id: str
@@ -157,11 +179,11 @@ class Item:
 
     @property
     def question(self) -> str:
-        """What is asked, without the table or text above it, where the prompt marks it."""
+        """The question without the table or text above it, where the prompt marks it."""
         return self.parts()[0]
 
     def parts(self) -> tuple[str, str]:
-        """The question, and everything else that the model was shown."""
+        """The question, and the rest of the prompt."""
         text = self.messages[-1].content
         start = max((match.start() for match in _QUESTION.finditer(text)), default=0)
         before = [message.content for message in self.messages[:-1]]
@@ -179,8 +201,10 @@ class Item:
 
 
 class HeldOutItems:
-    """Which test rows can be checked by arithmetic or by their label, learnt from the rows
-    of the training set: an answer is a number, or a label that many rows share or a prompt lists.
+    """Makes items of test rows, and finds which of them are contaminated.
+
+    The training rows decide which short answers are labels: LABEL_ROWS of them share it, or a
+    prompt lists it. An answer that is a number is graded as a number, any other is `text`.
 
     Args:
         train: rows of train.parquet with `messages` and `group`.
@@ -206,8 +230,8 @@ class HeldOutItems:
                 self._answers[_label_set(text)][answer] += 1
                 self._answers["label",][answer] += 1
 
-    def saw(self, item: Item) -> bool:
-        """Whether a training row has the item's prompt, or is of its group."""
+    def contaminated(self, item: Item) -> bool:
+        """Whether a training row has the item's prompt or is of its group."""
         return item.group in self._groups or _prompt_hash(item.messages) in self._prompts
 
     def item(self, row: dict[str, Any]) -> Item:
@@ -241,14 +265,14 @@ def _label_set(prompt: str) -> tuple[str, ...]:
 
 
 def _prompt_hash(messages: Iterable[Message]) -> str:
-    """A prompt as compared with the training prompts: its words, case and spacing apart."""
+    """Hash of a prompt that ignores case and spacing."""
     text = "\n".join(f"{message.role} {message.content}" for message in messages)
     return sha256_bytes(" ".join(text.casefold().split()).encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One item with the texts of both answers and their grades, by variant."""
+    """One item with the text and grade of each variant's answer."""
 
     item: Item
     texts: dict[str, str]
@@ -256,18 +280,18 @@ class Pair:
 
     @property
     def better(self) -> str | None:
-        """Whose answer arithmetic or label prefers; None where both are right or both wrong."""
-        base, adapter = (self.holds(variant, lambda graded: graded.correct) for variant in VARIANTS)
+        """The variant that is correct where only one is, else None."""
+        base, adapter = (self.passes(variant, lambda g: g.correct) for variant in VARIANTS)
         return None if base == adapter else VARIANTS[adapter]
 
-    def holds(self, variant: str, test: Callable[[Graded], bool]) -> bool:
-        """Whether an answer is graded and its grade passes a test."""
+    def passes(self, variant: str, test: Callable[[Graded], bool]) -> bool:
+        """Whether a variant's answer is graded and its grade passes a test."""
         graded = self.graded[variant]
         return graded is not None and test(graded)
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """Items with both answers, graded now."""
+    """The items of predictions.jsonl with the answers of base and adapter, graded again."""
     pairs: dict[str, Pair] = {}
     for row in read_jsonl(folder / "predictions.jsonl"):
         key = row["item"]["id"]

@@ -1,14 +1,12 @@
-"""The judge: what it is asked, how its reply is read, and the calls.
+"""The LLM judge: its prompts, its calls, and how its replies are parsed.
 
-A candidate's text is hostile input. It is quoted line by line between fences that carry a nonce,
-nothing in it can look like a fence, and a verdict counts only as the last JSON object of the
-reply that carries the same nonce, which no candidate can know. Control items, whose verdict is
-known, are part of every run.
+A candidate's text may be a prompt injection. It is quoted line by line between fences that carry
+a nonce, and a verdict counts only as the last JSON object of the reply that carries the same
+nonce, which no candidate can know. Control items, whose verdict is known, are part of every run.
 
-A call is one line of `judge_calls.jsonl` when it is finished, and is then never made again. The
-openai client repeats what a network or a busy server spoils (408, 409, 429, 5xx, a connection
-that breaks) after `Retry-After` or a growing, jittered wait. A call that stays without an answer
-is asked again by the next run of the same command.
+A finished call is a line of `judge_calls.jsonl` and is never made again. The openai client retries
+408, 409, 429, 5xx and broken connections after `Retry-After` or with exponential backoff and
+jitter. A call that fails after that is made again by the next run of the same command.
 """
 
 import json
@@ -32,38 +30,42 @@ from fintune.files import FORMAT, JsonlLog, read_json, read_jsonl, sha256_bytes,
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"
-"""A line a judge call, or a line an item of the judged set without a judge."""
+"""The raw file: a line per judge call, or without a judge a line per item of the judged set."""
 RUBRIC = Path(__file__).with_name("rubric.md").read_text("utf-8")
 SCHEMA = read_json(Path(__file__).with_name("verdict_schema.json"))
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
-"""What an outcome of a pair counts in the adapter's win rate."""
+"""What an outcome counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
-"""JSON objects of a reply that are looked at; a reply of braces alone would take minutes."""
+"""JSON objects of a reply that are parsed; a reply of braces alone would take minutes."""
 _ANGLES = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
-_SPOILT: dict[str, str] = PHRASES["spoilt"]
-"""Answers that must lose: nothing, phrases that fit any question, and an attack."""
+_BAD_ANSWERS: dict[str, str] = PHRASES["bad_answers"]
+"""Control items: an empty answer, boilerplate and a prompt injection, which must lose."""
 LOG = "judge_calls.jsonl"
 CONCURRENCY = 8
 RETRIES = 5
 TIMEOUT_S = 300.0
 LIMITS = {"max_tokens": 600, "temperature": 0, "seed": 7}
 REASONING_LIMITS = {"max_completion_tokens": 8_000}
-"""For a model that refuses the first: its reasoning counts as part of the reply."""
+"""For a model that refuses LIMITS: its reasoning counts towards the completion tokens."""
 KEPT_CHARACTERS = 20_000
-"""Characters of a reply that are stored; a verdict is read from all of it."""
+"""Characters of a reply that are stored; the verdict is parsed from the whole reply."""
 KEY_HOSTS: dict[str, str] = PHRASES["key_hosts"]
-"""The host that the key of a variable is for. OpenAI's also goes to a server on this machine, where
-any client sends it."""
+"""Environment variable of a key -> the host it may be sent to. OPENAI_API_KEY may also be sent to
+a server on this machine, as every client of such a server does."""
 NUMERIC = ("digit", "scale")
-"""References that must lose with another digit or scale."""
+"""Control items: references with one digit or their scale changed, which must lose."""
 
 
 class Call(NamedTuple):
-    """One question to the judge.
+    """One call of the judge.
 
-    `positions` names who wrote candidates A and B. `key` hashes everything that the verdict
-    depends on; a call with a known key is never made again. `control` is the kind of a control
-    item and `expect` its verdict.
+    Attributes:
+        key: hash of everything that the verdict depends on; a finished key is not called again.
+        item: id of the item.
+        positions: the variants whose answers are candidates A and B.
+        nonce: marks fences and verdict of this call.
+        control: the kind of a control item, else None.
+        expect: the outcome of a control item, else None.
     """
 
     key: str
@@ -76,9 +78,14 @@ class Call(NamedTuple):
 
 
 def plan(pairs: Sequence[Pair], config: JudgeConfig, seed: int) -> list[Call]:
-    """Every call over the judged set: each item in both orders, then the control items.
+    """Every call: each item in both orders of its answers, then the control items.
 
-    None without a judge.
+    Args:
+        pairs: the judged set.
+        seed: chooses the items of the control items.
+
+    Returns:
+        The calls; an empty list without a judge.
     """
     if config.model is None:
         return []
@@ -99,7 +106,7 @@ def _call(
     kind = control[0] if control else None
     material = [config.model, config.base_url, RUBRIC, positions, kind]
     key = sha256_json([*material, item.id, asked, item.reference, answers])
-    # The nonce depends on every text shown, so no text can contain its own.
+    # The nonce depends on every text of the prompt, so no text can contain it.
     nonce = sha256_bytes(f"nonce {key}".encode())[:32]
     prompt = "\n".join(f"{role}: {content}" for role, content in asked)
     shown = [fence("question", nonce, prompt), fence("reference", nonce, item.reference)]
@@ -112,22 +119,22 @@ def _call(
 
 
 def fence(name: str, nonce: str, text: str) -> str:
-    """Text as data: quoted line by line, with nothing in it that could be read as a fence."""
+    """Quote a text line by line between fences; angle brackets in it are replaced."""
     lines = text.translate(_ANGLES).splitlines() or [""]
     return "\n".join([f"<{name} {nonce}>", *(f"| {line}" for line in lines), f"</{name} {nonce}>"])
 
 
 def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Call]:
-    """Calls whose verdict is known: spoilt references must lose, two equal answers must tie."""
+    """Calls whose outcome is known: bad answers must lose, two equal answers must tie."""
     order = sorted(items, key=lambda item: sha256_bytes(f"control {seed} {item.id}".encode()))
     calls: list[Call] = []
-    for at, kind in enumerate((*_SPOILT, *NUMERIC, "same")):
-        spoilt = [(item, _spoil(kind, item.reference)) for item in order]
-        if kind in NUMERIC:  # "three" has no digit
-            numbers = [(item, bad) for item, bad in spoilt if item.kind == "number"]
-            spoilt = [(i, bad) for i, bad in numbers if not compare(i.reference, bad).lenient]
-        if spoilt:
-            item, bad = spoilt[at % len(spoilt)]
+    for at, kind in enumerate((*_BAD_ANSWERS, *NUMERIC, "same")):
+        choices = [(item, _bad_answer(kind, item.reference)) for item in order]
+        if kind in NUMERIC:  # "three" has no digit to change
+            numbers = [(item, bad) for item, bad in choices if item.kind == "number"]
+            choices = [(i, bad) for i, bad in numbers if not compare(i.reference, bad).lenient]
+        if choices:
+            item, bad = choices[at % len(choices)]
             positions = ("good", "bad") if at % 2 else ("bad", "good")
             expect = "tie" if kind == "same" else "good"
             answers = {"good": item.reference, "bad": bad}
@@ -135,31 +142,31 @@ def _controls(items: Sequence[Item], config: JudgeConfig, seed: int) -> list[Cal
     return calls
 
 
-def _spoil(kind: str, text: str) -> str:
-    """A reference made wrong; as it is for kind `same`."""
+def _bad_answer(kind: str, text: str) -> str:
+    """The bad answer of a control item; the reference itself for kind `same`."""
     if kind == "digit":
         return re.sub("[0-9]", lambda at: str((int(at[0]) + 4) % 9 + 1), text, count=1)
     if kind == "scale":
         number = r"[0-9][0-9,]*(?:\.[0-9]+)?"
-        more = lambda at: f"{float(at[0].replace(',', '')) * 1000:,.6g}"  # noqa: E731
-        return re.sub(number, more, text, count=1)
-    return _SPOILT.get(kind, text)
+        scaled = lambda at: f"{float(at[0].replace(',', '')) * 1000:,.6g}"  # noqa: E731
+        return re.sub(number, scaled, text, count=1)
+    return _BAD_ANSWERS.get(kind, text)
 
 
 def read_verdict(call: Call, reply: str) -> Json | None:
-    """The last JSON object of a reply that carries the call's nonce, if it fits the schema."""
+    """The last JSON object of a reply whose `id` is the nonce; None where it breaks the schema."""
     decoder, starts = json.JSONDecoder(), [match.start() for match in re.finditer("{", reply)]
     for start in reversed(starts[-MOST_OBJECTS:]):
         with suppress(ValueError, RecursionError):
-            found: Json = decoder.raw_decode(reply, start)[0]
-            if found.get("id") == call.nonce:
-                fits = found.get("winner") in ("A", "B", "tie")
-                return found if fits and isinstance(found.get("rationale", ""), str) else None
+            verdict: Json = decoder.raw_decode(reply, start)[0]
+            if verdict.get("id") == call.nonce:
+                valid = verdict.get("winner") in ("A", "B", "tie")
+                return verdict if valid and isinstance(verdict.get("rationale", ""), str) else None
     return None
 
 
 def outcome(call: Call, verdict: Json) -> str:
-    """Who won: `base`, `adapter` (of a control item `good`, `bad`), or `tie`."""
+    """The variant that won: `base`, `adapter` (of a control item `good`, `bad`), or `tie`."""
     winner = verdict["winner"]
     return "tie" if winner == "tie" else call.positions["AB".index(winner)]
 
@@ -171,23 +178,35 @@ def raw_rows(
     model: str | None = None,
     labels: Path | None = None,
 ) -> list[Json]:
-    """The lines of the raw file: one a call, or one an item where no judge was asked.
+    """The rows of the raw file: one per call, or one per item where no judge was asked.
 
     Args:
-        done: the finished calls by key; see `calls.ask`.
-        labels: human verdicts, JSON Lines of id and verdict.
+        done: the rows of the finished calls by key (see `ask`).
+        model: of the config, which an endpoint may serve under another name.
+        labels: human verdicts, JSON Lines of `id` and `verdict` (base, adapter or tie).
 
     Raises:
         DataError: `labels` is no such file.
     """
-    facts = {pair.item.id: _facts(pair) for pair in pairs}
+    by_item = {
+        pair.item.id: {
+            "format": FORMAT,
+            "id": pair.item.id,
+            "task": pair.item.task,
+            "question": pair.item.question,
+            "reference": pair.item.reference,
+            "answers": pair.texts,
+            "deterministic": {name: g and asdict(g) for name, g in pair.graded.items()},
+        }
+        for pair in pairs
+    }
     if not done:
         unjudged = {"status": "unscored", "unscored_reason": "no_judge"}
-        return [{**row, **unjudged} for row in facts.values()]
-    human, rubric = _labels(labels), sha256_bytes(RUBRIC.encode())
+        return [{**row, **unjudged} for row in by_item.values()]
+    human, rubric = _read_labels(labels) if labels else {}, sha256_bytes(RUBRIC.encode())
     return [
         {
-            **facts[call.item],
+            **by_item[call.item],
             **done[call.key],
             "model": model,
             "rubric_sha256": rubric,
@@ -200,23 +219,9 @@ def raw_rows(
     ]
 
 
-def _facts(pair: Pair) -> Json:
-    graded = {name: asdict(found) if found else None for name, found in pair.graded.items()}
-    return {
-        "format": FORMAT,
-        "id": pair.item.id,
-        "task": pair.item.task,
-        "question": pair.item.question,
-        "reference": pair.item.reference,
-        "answers": pair.texts,
-        "deterministic": graded,
-    }
-
-
-def _labels(path: Path | None) -> dict[str, str]:
-    """Human verdicts (`base`, `adapter`, `tie`) by item."""
+def _read_labels(path: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)} if path else {}
+        labels = {row["id"]: row["verdict"] for row in read_jsonl(path)}
         if set(labels.values()) <= SCORE.keys():
             return labels
     what = f"--labels {path}: no file of human verdicts"
@@ -224,7 +229,7 @@ def _labels(path: Path | None) -> dict[str, str]:
 
 
 def finished(folder: Path) -> dict[str, Json]:
-    """The rows of the finished calls by key."""
+    """The rows of the finished calls by key; none where the folder has no log."""
     if not (folder / LOG).is_file():
         return {}
     with JsonlLog(folder / LOG) as log:
@@ -234,15 +239,19 @@ def finished(folder: Path) -> dict[str, Json]:
 def ask(
     folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
 ) -> dict[str, Json]:
-    """Make every call that is not finished yet, a few at once; return the finished rows by key.
+    """Make every call that is not finished yet, CONCURRENCY at once.
 
-    The first error stops those that wait; those under way end and are logged.
+    After the first error no further call starts; those in flight end and are logged.
 
     Args:
-        judge_host: a host that may get the key besides the variable's own.
+        folder: of the evaluation; its `judge_calls.jsonl` gets a line per finished call.
+        judge_host: another host that may get the key (see `api_key`).
+
+    Returns:
+        The rows of all finished calls by key.
 
     Raises:
-        ConfigError: no key, one for another host, or the `openai` package is not installed.
+        ConfigError: no key, a key of another host, or the `openai` package is not installed.
         ModelError: the endpoint refuses the key, the account or the model, or does not answer.
         GateRefused: the next call could pass `max_usd`.
     """
@@ -251,9 +260,9 @@ def ask(
     if not todo:
         return done
     most = sum(_most_usd(call, config, limits) for call in todo)
-    made = len(calls) - len(todo)
-    say(f"judge {config.model}: {len(todo)} calls to make, {made} done; at most ${most:.2f}")
-    spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
+    before = len(calls) - len(todo)
+    say(f"judge {config.model}: {len(todo)} calls to make, {before} done; at most ${most:.2f}")
+    spent = sum(row["usage"]["usd"] for row in done.values())  # calls in flight count at their most
     lock, stopped = threading.Lock(), threading.Event()
 
     def make(call: Call) -> None:
@@ -290,7 +299,7 @@ def ask(
 
 
 def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
-    """Upper bound of one call: a token is at least one byte of the prompt."""
+    """Upper bound of the price of one call: a prompt has at most as many tokens as bytes."""
     prompt = sum(len(message["content"].encode()) + 16 for message in call.messages)
     price_in, price_out = config.usd_per_million
     return (prompt * price_in + max(limits.values()) * price_out) / 1e6
@@ -302,7 +311,7 @@ def _client(config: JudgeConfig, judge_host: str) -> Any:
     except ImportError:
         what = "a judge needs the openai client, which is not installed"
         raise ConfigError(what, fix="pip install 'fintune[judge]'") from None
-    # No redirect takes key and rows to another host, no proxy what is for this machine.
+    # No redirect, which could send key and rows to another host; no proxy for this machine.
     proxies = not _is_loopback(config)
     if proxies and "FINTUNE_OFFLINE" in os.environ:
         raise ConfigError(f"--offline, and the judge is at {config.base_url}")
@@ -316,7 +325,10 @@ def _client(config: JudgeConfig, judge_host: str) -> Any:
 
 
 def _ask(client: Any, call: Call, config: JudgeConfig, limits: dict[str, int]) -> Json:
-    """The row of one call; `limits` are changed for all calls where the model refuses them.
+    """Make one call and return its row.
+
+    Args:
+        limits: LIMITS; changed in place to REASONING_LIMITS where the model refuses them.
 
     Raises:
         ModelError: the call stays without a completion.
@@ -333,15 +345,15 @@ def _ask(client: Any, call: Call, config: JudgeConfig, limits: dict[str, int]) -
             **limits,
         )
     except openai.APIStatusError as error:
-        said = error.response.text.replace(client.api_key, "[redacted]")
-        if "max_completion_tokens" in said and "max_tokens" in limits:
+        body = error.response.text.replace(client.api_key, "[redacted]")
+        if "max_completion_tokens" in body and "max_tokens" in limits:
             limits.clear()
             limits.update(REASONING_LIMITS)
             return _ask(client, call, config, limits)
-        raise _failure(f"HTTP {error.status_code}", said, config) from None
+        raise _failure(f"HTTP {error.status_code}", body, config) from None
     except openai.APIConnectionError as error:
         raise _failure("no reply", str(error), config) from None
-    # A server that writes the key into its reply must not bring it into a file.
+    # A reply is written to a file; a server may have echoed the key in it.
     return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
 
 
@@ -350,8 +362,8 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         value = json.loads(body)
         choice = value["choices"][0]
         text = str(choice["message"].get("content") or choice["message"].get("refusal") or "")
-        used = value.get("usage") or {}
-        tokens = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        usage = value.get("usage") or {}
+        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _failure("no completion", body, config) from None
     priced = zip(tokens, config.usd_per_million, strict=True)
@@ -371,20 +383,23 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
     }
 
 
-def _failure(what: str, said: str, config: JudgeConfig) -> ModelError:
-    """A call that the client repeated in vain, or that no repeating helps."""
+def _failure(what: str, reply: str, config: JudgeConfig) -> ModelError:
+    """The error of a call that failed after its retries, or that no retry helps."""
     fixes: dict[str, str] = PHRASES["judge_fixes"]
     fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
     fix = fix.format(key_variable=config.key_variable, model=config.model)
-    failed = f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}"
+    failed = f"judge: {config.base_url} failed ({what}): {' '.join(reply.split())[:300]}"
     return ModelError(failed, fix=f"{fix}, and run the same command again; no call is made twice")
 
 
 def api_key(config: JudgeConfig, judge_host: str = "") -> str:
-    """The key from the environment, if the host may have it; a server on this machine needs none.
+    """The key from the environment variable `key_variable`; a server on this machine needs none.
+
+    Args:
+        judge_host: a host that may get the key besides that of KEY_HOSTS.
 
     Raises:
-        ConfigError: the key is not for this host, would travel in clear, or is not set.
+        ConfigError: the key is of another host, would be sent without TLS, or is not set.
     """
     url, loopback, variable = urlsplit(config.base_url), _is_loopback(config), config.key_variable
     key = os.environ.get(variable, "").strip()
@@ -393,10 +408,10 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
     if url.scheme != "https" and not loopback:
         why = "key and rows would travel where others can read them"
         raise ConfigError(f"judge: {config.base_url} is not https", why=why)
-    own = KEY_HOSTS.get(variable)
+    key_host = KEY_HOSTS.get(variable)
     openai_here = loopback and variable == "OPENAI_API_KEY"
-    if url.hostname not in (own, judge_host.lower()) and not openai_here:
-        why = f"it goes to {own or 'no host'} unless another is named outside the config"
+    if url.hostname not in (key_host, judge_host.lower()) and not openai_here:
+        why = f"it goes to {key_host or 'no host'} unless another is named outside the config"
         fix = f"if that host is to have it: --judge-host {url.hostname}"
         what = f"judge: the key in {variable} is not for {url.hostname}"
         raise ConfigError(what, why=why, fix=fix)

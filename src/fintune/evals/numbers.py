@@ -1,5 +1,4 @@
-"""Which number of a reply is its answer, and whether it is the reference's: the only place that
-decides it.
+"""Which number of a reply is its answer, and whether it equals the reference's.
 
 compare("$1,577", "It was $1.577 billion.", question="... in USD millions?").correct   True
 compare("12.5%", "The margin was 1250%").miss                                          "percent"
@@ -81,7 +80,7 @@ def _sentence_ends(text: str) -> list[int]:
 
 
 def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
-    """Those of the eligible amounts of a reply that state its answer, the most plausible first.
+    """The amounts among the eligible ones that may state the answer, the most plausible first.
 
     After the last "the answer is", `####` or `\\boxed{`: those of that statement. Without one:
     those of the last two and the first sentence that hold amounts, the rule that agreed best with
@@ -94,7 +93,7 @@ def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
     for marker in reversed(list(_REPLY["marker"].finditer(text))):
         at = bisect_left(ends, marker.end() + 1)
         if at + 1 < len(ends) and not text[marker.end() : ends[at]].strip("*: \n"):
-            at += 1  # "Answer:" on a line of its own
+            at += 1  # "Answer:" alone on a line
         stop = ends[min(at, len(ends) - 1)]
         because = _REPLY["because"].search(text, marker.end(), stop)
         stop = because.start() if because else stop
@@ -234,13 +233,13 @@ def _years(text: str, amounts: list[Amount]) -> list[Amount]:
 def _gold(gold: str) -> Amount:
     text, amounts = scan(gold)
     years = [replace(year, role="year") for year in _years(text, amounts)]
-    for found in (*_stated(text, _eligible(text, amounts)), *years):
-        return found
+    for amount in (*_stated(text, _eligible(text, amounts)), *years):
+        return amount
     raise DataError(f"the reference {gold[:80]!r} holds no number")
 
 
 def _targets(gold: Amount, asked: _Asked) -> list[Amount]:
-    """The gold in each way that it may be meant; a bare one takes its unit from the question."""
+    """The readings of the gold; a bare one takes its unit or scale from the question."""
     if not gold.bare:
         return [gold]
     if asked.unit and not gold.currency:
@@ -330,10 +329,11 @@ def _miss(amount: Amount, targets: list[Amount], asked: _Asked) -> Miss:
 
 
 def ungrounded(answer: str, *known: str) -> list[Amount]:
-    """The amounts of an answer that stand in no known text and that no operation on two of their
-    numbers gives (sum, difference, product, quotient, relative change) at the printed precision.
+    """The amounts of an answer without support in the known texts.
 
-    Whole numbers up to 10 and constants of calculation (100, 12, 365) are not asked about.
+    Supported are amounts that are in a text, or that one operation on two amounts of them gives at
+    the printed precision (sum, difference, product, quotient, relative change). Whole numbers up
+    to 10 and constants of calculation (100, 12, 365) need no support.
     """
     facts = [fact for text in known for fact in scan(text)[1] if fact.mantissa]
     sizes = {float(size): 0 for fact in facts for size in (abs(fact.value), fact.mantissa)}

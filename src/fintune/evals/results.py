@@ -1,10 +1,10 @@
 """The verdict and its report: pure functions of the raw files of an evaluation.
 
-`results` reads `run.json`, `predictions.jsonl`, `heldout.jsonl` and, where a judge was
-asked, `eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns what is written to
-`test_results.json`. One measure, named before the run, decides; everything else is reported.
-`report.html` has the verdict first, then what it rests on, then every item with both answers.
-Nothing that is imported here loads torch: rescoring takes the time of the grading.
+`compute_results` reads `run.json`, `predictions.jsonl`, `heldout.jsonl` and the judge's
+`eval_50_gpt_judged_raw.jsonl`, grades every answer again and returns the content of
+`test_results.json`. One measure, named before the run (`eval.primary`), decides the verdict; all
+others are secondary. `report.html` shows the verdict, the measures, then every item with the two
+answers. Nothing imported here loads torch, so that rescoring takes as long as the grading.
 """
 
 import contextlib
@@ -18,22 +18,22 @@ from fintune import seal
 from fintune.errors import GateRefused
 from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
-from fintune.files import FORMAT, json_text, read_json, read_jsonl, write_json
+from fintune.files import json_text, read_json, read_jsonl, write_json
 from fintune.page import save_page
 
 Json = dict[str, Any]
 COMMAND = "fintune eval"
 RESULTS, REPORT = "test_results.json", "report.html"
 FEWEST_CHECKABLE = 100
-"""With fewer checkable items than this, accuracy cannot decide and the judge's win rate does."""
+"""With fewer checkable items than this the judge's win rate decides instead of accuracy."""
 FEWEST_ITEMS = 50
-"""Fewer items than this decide nothing: they find differences of 18 points and more."""
+"""With fewer items the verdict is `invalid`: 50 detect differences of 18 points and more only."""
 MOST_UNSCORED = 0.02
-"""Share of judge calls without a readable verdict above which the run is invalid."""
+"""Share of judge calls without a readable verdict above which the verdict is `invalid`."""
 CHECKED = ("number", "label", "span", "tags")
-"""Kinds of item whose correctness is accuracy; the others have measures of their own."""
+"""Kinds of item that count for accuracy; the others have secondary measures."""
 SLIPS = ("scale", "percent", "sign")
-"""Misses that put a figure wrong by orders of magnitude or turn a profit into a loss."""
+"""Misses by orders of magnitude, or that turn a profit into a loss."""
 MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
     "accuracy_lenient": (CHECKED, lambda g: g.lenient),
     "wrong": (CHECKED, lambda g: g.outcome == "wrong"),
@@ -45,22 +45,20 @@ MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
     "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
     "harmless_refused": (("comply",), lambda g: not g.correct),
 }
-"""Secondary measures, which never decide: shares of answers to some kinds of item."""
-MARGIN, MEAN_MARGIN = 0.03, 0.015
-"""Non-inferiority in general ability, since learning finance costs a little of everything else
-(Biderman et al. 2024, arXiv 2405.09673): a task of lm-eval passes while its lower 95 % bound is not
-under -3 points; the mean of all, -1.5 points."""
+"""Secondary measures: name -> kinds of item, and the test whose share of passes is measured."""
 GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is right",
           "Both are right", "Not decided by arithmetic")  # fmt: skip
-"""Pairs by which answers are right, in the order of the page."""
+"""Headings of the report's items, in its order."""
 
 
-def results(folder: Path, pairs: list[Pair]) -> Json:
-    """Everything of test_results.json but its format number; `pairs` as `load_pairs` gives them."""
+def compute_results(folder: Path, pairs: list[Pair]) -> Json:
+    """The content of test_results.json without its format number.
+
+    Args:
+        folder: of the evaluation.
+        pairs: its items with answers and grades (`load_pairs`).
+    """
     run = read_json(folder / "run.json")
-    scores = folder / "regression.json"
-    ability = read_json(scores) if scores.is_file() else None
-    general = ability and regression_summary(ability["base"], ability["adapter"], run["seed"])
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     judged = judge_summary(
@@ -76,14 +74,13 @@ def results(folder: Path, pairs: list[Pair]) -> Json:
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
     return {
-        **_verdict(run, len(checked), loss, accuracy, judged, general),
+        **_verdict(run, len(checked), loss, accuracy, judged),
         "loss": loss,
         "accuracy": accuracy,
         "tasks": _tasks(checked),
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
         "judge": judged,
-        "regression": general,
         "n": {
             "items": len(pairs),
             "checkable": len(checked),
@@ -95,9 +92,13 @@ def results(folder: Path, pairs: list[Pair]) -> Json:
 
 
 def loss_summary(cells: list[Json]) -> Json:
-    """Loss (nats a label token), overall and by source, from the sums of the cells."""
+    """Loss (nats per label token), overall and by source.
 
-    def over(chosen: list[Json]) -> Json:
+    Args:
+        cells: rows of heldout.jsonl, the sums of one source each.
+    """
+
+    def mean(chosen: list[Json]) -> Json:
         tokens = sum(cell["tokens"] for cell in chosen)
         base, adapter = (sum(cell[name] for cell in chosen) / max(tokens, 1) for name in VARIANTS)
         return {
@@ -109,83 +110,62 @@ def loss_summary(cells: list[Json]) -> Json:
         }
 
     sources = dict.fromkeys(cell["source"] for cell in cells)
-    by_source = {name: over([cell for cell in cells if cell["source"] == name]) for name in sources}
-    return {**over(cells), "by_source": by_source}
-
-
-def regression_summary(base: Json, adapter: Json, seed: int) -> Json:
-    """Differences by task with their lower bounds, and whether all keep within the margins."""
-    tasks, every = dict[str, Json](), dict[str, float]()
-    for task, scored in base.items():
-        change = {name: adapter[task][name] - score for name, score in scored.items()}
-        every |= {f"{task}/{name}": value for name, value in change.items()}
-        difference = stats.paired([*change.values()], seed=seed)
-        tasks[task] = {
-            "base": round(sum(scored.values()) / len(scored), 6),
-            "adapter": round(sum(adapter[task].values()) / len(scored), 6),
-            "difference": difference,
-            "pass": difference["ci95"][0] >= -MARGIN,
-        }
-    mean = stats.paired([*every.values()], [*every], seed=seed)
-    kept = mean["ci95"][0] >= -MEAN_MARGIN
-    passed = kept and all(task["pass"] for task in tasks.values())
-    return {"tasks": tasks, "mean": {"difference": mean, "pass": kept}, "pass": passed}
+    by_source = {name: mean([cell for cell in cells if cell["source"] == name]) for name in sources}
+    return {**mean(cells), "by_source": by_source}
 
 
 def judge_summary(
-    rows: Sequence[Json], decided: dict[str, str | None], groups: dict[str, str], seed: int
+    rows: Sequence[Json], graded: dict[str, str | None], groups: dict[str, str], seed: int
 ) -> Json | None:
-    """What the judge's calls add up to; None where no judge was asked.
+    """Win rate, reliability and cost of the judge; None where no judge was asked.
 
     Args:
-        rows: of the raw file, one a call.
-        decided: for every item whose completion arithmetic or label prefers, or None.
-        groups: the document of every item, the unit of resampling.
+        rows: of the raw file, one per call.
+        graded: by item the variant that is correct where only one is (`Pair.better`), else None.
+        groups: by item its document, the unit of resampling.
     """
-    asked = [row for row in rows if row.get("key")]
-    if not asked:
+    calls = [row for row in rows if row.get("key")]
+    if not calls:
         return None
-    pairs = [row for row in asked if row["control"] is None]
-    controls = [row for row in asked if row["control"] is not None]
+    pairs = [row for row in calls if row["control"] is None]
+    controls = [row for row in calls if row["control"] is not None]
     failed = sorted({row["control"] for row in controls if row["outcome"] != row["expect"]})
-    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
-    human = None
-    if labelled:
-        alike = sum(one == other for one, other in labelled)
-        agreement = stats.rate(alike, len(labelled))
-        human = {"kappa": round(stats.kappa(labelled), 6), "agreement": agreement}
     ok = sum(row["outcome"] == row["expect"] for row in controls)
+    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     return {
-        "model": asked[0]["model"],
-        "calls": len(asked),
-        "unscored": stats.rate(sum(row["outcome"] is None for row in asked), len(asked)),
+        "model": calls[0]["model"],
+        "calls": len(calls),
+        "unscored": stats.rate(sum(row["outcome"] is None for row in calls), len(calls)),
         "control_items": {"ok": ok, "of": len(controls), "failed": failed},
-        "usd": round(sum(row["usage"]["usd"] for row in asked), 6),
-        "human": human,
-        **_pairwise(pairs, decided, groups, seed),
+        "usd": round(sum(row["usage"]["usd"] for row in calls), 6),
+        "human": stats.agreement(labelled),
+        **_pairwise(pairs, graded, groups, seed),
     }
 
 
 def _pairwise(
-    rows: list[Json], decided: dict[str, str | None], groups: dict[str, str], seed: int
+    rows: list[Json], graded: dict[str, str | None], groups: dict[str, str], seed: int
 ) -> Json:
-    """Win rate and reliability. Orders that disagree are a tie; arithmetic outranks both."""
+    """Win rate and position bias, from two calls an item, one in each order of the candidates.
+
+    Two orders with different outcomes are a tie; where `graded` names a variant, it wins.
+    """
     orders: dict[str, list[str | None]] = {}
     for row in rows:
         orders.setdefault(row["id"], []).append(row["outcome"])
     wins: dict[str, str] = {}
     consistent = against = 0
-    for key, (one, other) in orders.items():
-        opinion = None if not (one and other) else one if one == other else "tie"
-        consistent += opinion is not None and one == other
-        exact = decided.get(key)
+    for key, (first, second) in orders.items():
+        opinion = None if not (first and second) else first if first == second else "tie"
+        consistent += opinion is not None and first == second
+        exact = graded.get(key)
         against += exact is not None and opinion not in (None, "tie", exact)
         if exact or opinion:
             wins[key] = exact or opinion or ""
     scores = [judge.SCORE[winner] for winner in wins.values()]
     difference = stats.paired([s - 0.5 for s in scores], [groups[key] for key in wins], seed=seed)
     chosen = [row for row in rows if row["outcome"] in VARIANTS]
-    first = sum(row["outcome"] == row["positions"][0] for row in chosen)
+    chose_first = sum(row["outcome"] == row["positions"][0] for row in chosen)
     won, tied, lost = (scores.count(score) for score in (1.0, 0.5, 0.0))
     value = round(sum(scores) / len(scores), 6) if scores else None
     p = round(stats.mcnemar_midp(won, lost), 6)
@@ -193,15 +173,15 @@ def _pairwise(
     return {
         "win_rate": {**shares, "p": p},
         "position_consistency": stats.rate(consistent, len(orders)),
-        "first_position": stats.rate(first, len(chosen)),
+        "first_position": stats.rate(chose_first, len(chosen)),
         "against_arithmetic": against,
         "items": wins,
     }
 
 
 def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> Json:
-    """Shares of both models' answers that pass a test, and their paired difference."""
-    flags = {name: [pair.holds(name, test) for pair in pairs] for name in VARIANTS}
+    """Share of answers that pass a test, of base and adapter, and the paired difference."""
+    flags = {name: [pair.passes(name, test) for pair in pairs] for name in VARIANTS}
     change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
     gained, lost = change.count(1), change.count(-1)
     groups = [pair.item.group for pair in pairs]
@@ -215,27 +195,27 @@ def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> Js
 
 
 def _accuracy(checked: list[Pair], seed: int) -> Json:
-    found = _compare(checked, lambda graded: graded.correct, seed)
+    accuracy = _compare(checked, lambda graded: graded.correct, seed)
     known = [pair.item for pair in checked if pair.item.majority is not None]
     majority = sum(bool((g := item.grade(item.majority or "")) and g.correct) for item in known)
     return {
-        **found,
-        **{name: found[name]["value"] for name in VARIANTS},
-        "ci95": {name: found[name]["ci95"] for name in VARIANTS},
+        **accuracy,
+        **{name: accuracy[name]["value"] for name in VARIANTS},
+        "ci95": {name: accuracy[name]["ci95"] for name in VARIANTS},
         "majority_class": stats.rate(majority, len(known)),
     }
 
 
 def _measures(pairs: list[Pair], seed: int) -> Json:
-    found = {}
+    measures = {}
     for name, (kinds, test) in MEASURES.items():
         if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
-            found[name] = _compare(chosen, test, seed)
-    return found
+            measures[name] = _compare(chosen, test, seed)
+    return measures
 
 
 def _tasks(checked: list[Pair]) -> Json:
-    """Counts of the four outcomes by task and model, and what wrong answers cost."""
+    """Counts of the four outcomes by task and variant, and scores that penalise wrong answers."""
     table: Json = {}
     for name in dict.fromkeys(pair.item.task for pair in checked):
         chosen = [pair for pair in checked if pair.item.task == name]
@@ -256,21 +236,16 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
     return dict(Counter(misses).most_common())
 
 
-def _verdict(
-    run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None, general: Json | None
-) -> Json:
-    """better | worse | no_detectable_difference | invalid, and every reason."""
-    primary, invalid = run["primary"], []
-    wins = judged["win_rate"]["difference"] if judged else None
-    if primary == "accuracy" and checkable < FEWEST_CHECKABLE:
-        if wins is None:
-            few = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
-            invalid.append(f"{few} and no judge")
-        else:
-            primary = "win_rate"
-    if primary == "win_rate" and wins is None:
-        invalid.append("the win rate should decide, and no judge was asked")
-    difference = wins if primary == "win_rate" and wins else accuracy["difference"]
+def _verdict(run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None) -> Json:
+    """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`."""
+    primary, difference, invalid = "accuracy", accuracy["difference"], []
+    reason = "eval.primary is win_rate" if run["primary"] == "win_rate" else ""
+    if checkable < FEWEST_CHECKABLE:
+        reason = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
+    if reason and judged:
+        primary, difference = "win_rate", judged["win_rate"]["difference"]
+    elif reason:
+        invalid.append(f"{reason} and no judge was asked")
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
     if judged and (failed := judged["control_items"]["failed"]):
@@ -280,8 +255,6 @@ def _verdict(
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
     guards = {"held_out_loss": loss["adapter"] <= loss["base"]}
-    if general:
-        guards["general_regression"] = general["pass"]
     low, high = difference["ci95"]
     if invalid:
         verdict = "invalid"
@@ -293,19 +266,19 @@ def _verdict(
     return {"verdict": verdict, "primary": decided, "guards": guards, "invalid_reasons": invalid}
 
 
-def words(found: Json) -> Sequence[str]:
-    """The verdict in sentences, for a terminal and the head of the report."""
-    primary = found["primary"]
+def summary(results: Json) -> list[str]:
+    """The verdict and its reasons in sentences, for the terminal and the head of the report."""
+    primary = results["primary"]
     low, high = (f"{100 * end:+.1f}" for end in primary["ci95"])
     name = "accuracy" if primary["measure"] == "accuracy" else "the judge's win rate over one half"
     gain = f"{name}: {100 * primary['value']:+.1f} points ({low} to {high}, {primary['n']} items)"
-    seen = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
-    failed = [PHRASES["guards"][guard] for guard, held in found["guards"].items() if not held]
+    power = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
+    failed = [PHRASES["guards"][guard] for guard, passed in results["guards"].items() if not passed]
     return [
-        PHRASES["verdicts"][found["verdict"]],
-        *(f"Reason: {reason}." for reason in found["invalid_reasons"]),
+        PHRASES["verdicts"][results["verdict"]],
+        *(f"Reason: {reason}." for reason in results["invalid_reasons"]),
         *(f"Guard failed: {guard}." for guard in failed),
-        f"{gain[0].upper()}{gain[1:]}; {seen}.",
+        f"{gain[0].upper()}{gain[1:]}; {power}.",
     ]
 
 
@@ -316,22 +289,22 @@ def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
 
 
 def check_results(folder: Path) -> None:
-    """Hold test_results.json of a finished evaluation against what its raw files give.
+    """Compute the results of a finished evaluation again and compare with test_results.json.
 
     Raises:
-        GateRefused: it says something else.
+        GateRefused: they differ.
         OutputError: the evaluation is unfinished, or a file of it was changed.
     """
     read_evaluation(folder)
     path, differing = folder / RESULTS, ["they cannot be read"]
     with contextlib.suppress(Exception):  # whatever forged raw files raise
-        text = json_text(results(folder, load_pairs(folder)))
+        text = json_text(compute_results(folder, load_pairs(folder)))
         if path.read_text(encoding="utf-8") == text:
             return
-        differing = seal.differences(read_json(path), json.loads(text)) or ["its spelling"]
+        differing = seal.differences(read_json(path), json.loads(text)) or ["its formatting"]
     raise GateRefused(
         f"{path} is not what its raw files give: {'; '.join(differing[:5])}",
-        why="a verdict is a function of the answers beside it, and of nothing else",
+        why="the verdict must follow from the stored answers alone",
         fix=f"make it again: fintune eval --rescore {folder}",
     )
 
@@ -340,39 +313,40 @@ def rescore(folder: Path) -> Json:
     """Make test_results.json and report.html of an evaluation again, from its raw files alone.
 
     Raises:
-        OutputError: the evaluation is unfinished, or a raw file is not the one that was sealed.
+        OutputError: the evaluation is absent or unfinished, a raw file was changed since it was
+            sealed, or another process writes the folder.
     """
     done = read_evaluation(folder, unread=(RESULTS, REPORT))
-    found = write_results(folder)
-    seal.seal(folder, done["inputs"])
-    return found
+    with seal.lock(folder):
+        write_results(folder)
+        seal.seal(folder, done["inputs"])
+    return read_json(folder / RESULTS)
 
 
-def write_results(folder: Path) -> Json:
-    """Write test_results.json and report.html from the raw files; the former's content.
+def write_results(folder: Path) -> None:
+    """Write test_results.json and report.html from the raw files.
 
-    The page is a function of the raw files, so it carries no date.
+    The report carries no date, so that rescoring makes the same bytes.
     """
     pairs = load_pairs(folder)
-    found = results(folder, pairs)
-    write_json(folder / RESULTS, found)
+    results = compute_results(folder, pairs)
+    write_json(folder / RESULTS, results)
     verdicts: dict[str, list[Json]] = {}
     for row in read_jsonl(folder / judge.NAME):
         if row.get("key") and not row["control"]:
             verdicts.setdefault(row["id"], []).append(row)
     groups: dict[str, list[Pair]] = {name: [] for name in GROUPS}
     for pair in pairs:
-        both = pair.holds("base", lambda graded: graded.correct)
-        name = f"Only the {pair.better} is right" if pair.better else GROUPS[2 + both]
+        right = pair.passes("base", lambda graded: graded.correct)
+        name = f"Only the {pair.better} is right" if pair.better else GROUPS[2 + right]
         groups[name if pair.item.kind in CHECKED else GROUPS[-1]].append(pair)
     save_page(
         folder / REPORT,
         "eval_report",
-        found=found,
-        sentences=words(found),
+        results=results,
+        sentences=summary(results),
         names=PHRASES["names"],
         outcomes=PHRASES["outcomes"],
         groups=groups,
         verdicts=verdicts,
     )
-    return {"format": FORMAT, **found}

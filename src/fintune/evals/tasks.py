@@ -1,4 +1,4 @@
-"""Finance tasks: how a file of questions is asked, read and scored.
+"""Finance tasks: how the rows of a benchmark become questions.
 
 A task is a function that makes a `Question` of one row, registered by `@task`; a new task is a new
 function here and nothing else:
@@ -30,7 +30,7 @@ SENTIMENTS = ("negative", "neutral", "positive")
 
 
 class Question(NamedTuple):
-    """What one row asks. A label without `choices` takes those that its prompt lists."""
+    """One question. A label without `choices` has those that its prompt lists."""
 
     prompt: str
     reference: str
@@ -59,7 +59,7 @@ def task(
     """Register a function as a task.
 
     Args:
-        questions: a JSON Lines file of this folder, for a task that brings its own questions.
+        questions: a JSON Lines file of this folder, for a task whose questions are bundled.
         columns: columns of the data set on the hub, by the name that the function reads.
     """
 
@@ -74,20 +74,20 @@ def task_items(name: str, source: str, limit: int) -> list[Item]:
     """Items of one task, the first `limit` by order of the file.
 
     Args:
-        source: a JSON Lines file, a hub id, or empty for a task that brings its own questions.
+        source: a JSON Lines file, a hub id, or empty for a task whose questions are bundled.
 
     Raises:
         ConfigError: no such task, or no source. DataError: a line without prompt or answer.
     """
-    found = TASKS.get(name)
-    if found is None:
+    task = TASKS.get(name)
+    if task is None:
         fix = f"known: {', '.join(sorted(TASKS))}"
         raise ConfigError(f"eval.tasks: no task {name!r}", fix=fix)
-    if not source and not found.questions:
+    if not source and not task.questions:
         fix = f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH"
         raise ConfigError(f"eval.tasks.{name}: no file of questions", fix=fix)
-    rows = _read(name, source or str(Path(__file__).with_name(found.questions)), found.columns)
-    return [_item(name, found, row, at) for at, row in zip(range(limit), rows, strict=False)]
+    rows = _read(name, source or str(Path(__file__).with_name(task.questions)), task.columns)
+    return [_item(name, task, row, at) for at, row in zip(range(limit), rows, strict=False)]
 
 
 def source_hash(source: str) -> str:
@@ -166,8 +166,8 @@ def entity(row: Row) -> Question:
 
 @task("nwgi")
 @task("banking77")
-def listed(row: Row) -> Question:
-    """Sentiment in seven levels; a customer's intent out of 77: the prompt lists them."""
+def listed_label(row: Row) -> Question:
+    """Sentiment in seven levels, or one of 77 customer intents; the prompt lists the labels."""
     return _label(row)
 
 
@@ -186,7 +186,7 @@ def number_or_span(row: Row) -> Question:
 
 
 @task("convfinqa")
-def executed(row: Row) -> Question:
+def convfinqa(row: Row) -> Question:
     """`answer` is printed short ("1.7"), `exe_answer` is what the program gives (1.65246)."""
     printed = row.get("exe_answer") in (None, "")
     return number_or_span(row if printed else {**row, "answer": row["exe_answer"]})
@@ -194,12 +194,12 @@ def executed(row: Row) -> Question:
 
 @task("formula")
 def formula(row: Row) -> Question:
-    """A formula is given, its result is asked."""
+    """The prompt gives a formula and asks for its result."""
     return Question(row["prompt"], str(row["answer"]), "number")
 
 
 @task("xbrl_term")
-def term(row: Row) -> Question:
+def explanation(row: Row) -> Question:
     """An XBRL term explained in a sentence; only a judge can grade it."""
     return Question(row["prompt"], row["answer"], "text")
 
@@ -214,8 +214,8 @@ def tags(row: Row) -> Question:
 
 
 @task("unanswerable", questions="unanswerable.jsonl")
-def left_open(row: Row) -> Question:
-    """The text does not hold the answer; the right one says so."""
+def unanswerable(row: Row) -> Question:
+    """The text does not hold the answer; an abstention is right."""
     return Question(row["prompt"], "", "unanswerable")
 
 

@@ -1,1 +1,1 @@
-"""The adapter leaves the house only with proof: bundle, card, gate, verify, export."""
+"""The release of an adapter: gate, folder, model card, verification, export."""

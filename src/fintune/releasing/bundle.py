@@ -1,8 +1,8 @@
-"""Build the release folder from a finished run and its evaluation, or refuse it.
+"""Build the release folder from a finished run and its evaluation, if the gate allows it.
 
-It is built beside its place and renamed (`files.staged_folder`), so a release is whole or absent.
-The same inputs give the same bytes: no clock, no set order, modes 0644. What may be inside is the
-allow-list of `untrusted.checks`; every file is made or copied here by name.
+It is built in a staging folder that is renamed at the end (`files.staged_folder`). The same inputs
+give the same bytes: no time stamp, no order of a set, modes 0644. Only the names in
+`untrusted/limits.toml` are written.
 """
 
 import io
@@ -35,7 +35,7 @@ LLAMA_NOTICE = """\
 Llama {0} is licensed under the Llama {0} Community License, \
 Copyright © Meta Platforms, Inc. All Rights Reserved.
 """
-"""The words section 1.b.iii of the Llama 3 licences asks for."""
+"""The attribution that section 1.b.iii of the Llama 3 licences requires."""
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
@@ -134,16 +134,16 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         ("evaluation is of another adapter", of_eval["adapter"], provenance["adapter_sha256"]),
         ("evaluation compared with other training rows", of_eval["train"], train),
         ("evaluation decided by other rows", of_eval["test"], test),
-        ("evaluation found contaminated test rows", results["n"]["contaminated"], 0),
+        ("evaluation counts contaminated test rows", results["n"]["contaminated"], 0),
     ]
-    mismatches = [f"the {reason}" for reason, stated, found in compared if stated != found]
+    mismatches = [f"the {reason}" for reason, stated, actual in compared if stated != actual]
     manifest = files.read_json(config.data_dir / "manifest.json")
     facts = (manifest, results, files.read_json(environment), files.read_json(arguments))
     return Inputs(config, load_config(recipe), base, *facts, accepted, provenance, mismatches)
 
 
 def _gate(inputs: Inputs) -> None:
-    """Refuse what the evidence does not prove, naming every reason.
+    """Refuse to release where the evaluation does not allow it, with every reason.
 
     Raises:
         GateRefused: the verdict is not `better` and none was accepted, the folders do not belong
@@ -152,7 +152,7 @@ def _gate(inputs: Inputs) -> None:
     if inputs.accepted is not None and not inputs.accepted.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     weights = static.check_weights(inputs.config.run_dir / "best")
-    failed = [check.detail for check in weights if check.status == "failed"]
+    failed = [weights.detail] if weights.status == "failed" else []
     verdict = inputs.results.get("verdict")
     unproved = verdict != "better" and inputs.accepted is None
     reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
@@ -165,7 +165,11 @@ def _gate(inputs: Inputs) -> None:
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
-    """An existing release of the same inputs stays; any other is never overwritten."""
+    """Keep an existing release of the same inputs.
+
+    Raises:
+        OutputError: it is of other inputs. GateRefused: it was changed.
+    """
     old = files.read_json(final / CONFIG) if (final / CONFIG).is_file() else {}
     if differing := seal.differences(old.get(PROVENANCE, {}), inputs.provenance):
         raise OutputError(
@@ -212,10 +216,10 @@ def _build(staging: Path, inputs: Inputs) -> None:
 
 
 def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
-    """The tokenizer's files by name, and a special_tokens_map that agrees with it.
+    """Write the tokenizer's files, and a special_tokens_map.json that agrees with them.
 
-    transformers 5 no longer writes the map; older loaders still read it and believe it. The class
-    is named as versions 4 and 5 both know it (5 alone writes TokenizersBackend).
+    transformers 5 no longer writes the map, but older loaders read it. The class has the name that
+    transformers 4 and 5 know; 5 would write TokenizersBackend.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -242,7 +246,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _pickled(arguments: Json) -> bytes:
-    """training_args.bin as the Trainer writes it, from a fresh object; it is never read here."""
+    """The bytes of training_args.bin, pickled as by the Trainer; it is never read here."""
     fields = TrainingArguments.__dataclass_fields__
     known = {k: v for k, v in arguments.items() if k in fields and v is not None}
     # transformers would take an absent disable_tqdm from this process's log level.
@@ -258,19 +262,19 @@ def _pickled(arguments: Json) -> bytes:
 
 def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     """LICENSE and NOTICE of a Llama base beside its adapter; its version, or None for others."""
-    found = _LLAMA.search(base.id)
-    if found is None:
+    match = _LLAMA.search(base.id)
+    if match is None:
         return None
     license_file = min(base.folder.glob("LICENSE*"), default=None)
     if license_file is None:
         raise GateRefused(
-            f"no licence text of {base.id} was found",
+            f"{base.folder} holds no licence text of {base.id}",
             why="Llama's licence asks for a copy of itself with everything derived from it",
             fix=f"put the base's LICENSE into {base.folder}",
         )
     files.copy_file(license_file, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(found[1]))
-    return found[1]
+    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(match[1]))
+    return match[1]
 
 
 def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: str | None) -> str:

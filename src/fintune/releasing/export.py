@@ -1,4 +1,4 @@
-"""A release in the forms other programs load; a form is a function with `@exports.command()`."""
+"""A release in the formats of other programs; each is a function with `@exports.command()`."""
 
 import importlib.util
 import os
@@ -87,11 +87,9 @@ def vllm(folder: Folder) -> str:
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-    if rank > VLLM_RANKS[-1]:
-        refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
-    if config.get("bias", "none") != "none":
-        refused.append(f"bias {config['bias']!r}")
+    keys = ("use_dora", "modules_to_save", "lora_bias", "bias")
+    refused = [key for key in keys if (config.get(key) or "none") != "none"]
+    refused += [f"rank {rank} (at most {VLLM_RANKS[-1]})"] if rank > VLLM_RANKS[-1] else []
     if refused:
         raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
     path, revision = folder.resolve(), config.get("revision") or ""
@@ -128,7 +126,7 @@ def push(
 ) -> str:
     """Verify a release and make it the content of a hub repository, in one commit; private.
 
-    The token is read from HF_TOKEN (or the hub's own login) and never from an argument.
+    The token is read from HF_TOKEN (or the login of huggingface_hub) and never from an argument.
     """
     if "/" not in repository:
         raise OutputError(f"--repository {repository} names no owner", fix="--repository you/name")

@@ -102,8 +102,8 @@ def permute(weight: Tensor, heads: int) -> Tensor:
 
 def _in_gguf_order(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    found = re.search(r"\.([qk])_proj\.weight$", name)
-    return permute(weight, heads[found[1]]) if found else weight
+    match = re.search(r"\.([qk])_proj\.weight$", name)
+    return permute(weight, heads[match[1]]) if match else weight
 
 
 def _llama_config(base: Base) -> PretrainedConfig:

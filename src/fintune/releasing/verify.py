@@ -1,9 +1,8 @@
-"""Golden prompts (`prompt_fixture.json`), and the check of a release folder, ours or not.
+"""Golden prompts (`prompt_fixture.json`), and `verify`, the check of any release folder.
 
-Golden prompts are conversations with exact prompt, ids, labels and answers. They travel with the
-adapter, so that any server can be held against what was trained: the same base gets different
-prompts from different servers (a second BOS, a missing date block, another template), and the
-adapter then answers a question it was never taught.
+Golden prompts are conversations with their prompt, ids, labels and greedy answers as in training.
+Servers render different prompts for the same base (a second BOS, a missing date, another template),
+which the adapter was not trained on; comparing a server's prompts with these shows it.
 
 The stages of `verify`, in order: bytes (`untrusted.static`; nothing is loaded unless all of that
 passed); tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the
@@ -35,12 +34,12 @@ TIMEOUT_S = 120.0
 MAX_BYTES = 4 << 20
 """Bytes read of a server's answer."""
 ANSWER_TOKENS = 24
-"""Length of a recorded answer: long enough to part two prompts, short enough for a laptop."""
+"""Tokens of a recorded answer: enough to tell two prompts apart, few enough for a laptop."""
 ATOL = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
 """Largest difference of a log-probability (nats) that the rounding of a precision explains."""
 MEAN_SHARE = 0.2
-"""Share of `ATOL` that the mean difference may reach. Rounding is large at a few tokens; other
-weights are off at all of them, also where a release names a coarse precision as its own."""
+"""Share of `ATOL` that the mean difference may reach: rounding is large at a few tokens, wrong
+weights differ at all tokens, also where a release states a coarse precision."""
 
 CONTROL = "control"
 """The golden prompt whose user's text spells control tokens: plain characters here, while a server
@@ -105,10 +104,10 @@ def verify(
     report.run(lambda: [static.check_paths(folder, [])])
     if report.failed:
         return report
-    found = model.release_base(folder, base)
-    report.run(lambda: model.check_revision(folder, found))
-    report.run(lambda: probe_release(folder, found.folder))
-    report.run(lambda: _check_loaded(folder, found))
+    base_model = model.release_base(folder, base)
+    report.run(lambda: model.check_revision(folder, base_model))
+    report.run(lambda: probe_release(folder, base_model.folder))
+    report.run(lambda: _check_loaded(folder, base_model))
     if server is not None:
         report.run(lambda: _check_server(folder, server))
     return report
@@ -134,7 +133,7 @@ def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
     equal logits everywhere, and then any token is a most likely one.
     """
     atol = max(ATOL[dtype], ATOL[golden["decoding"]["dtype"]])
-    found = []
+    differences = []
     for row in golden["conversations"]:
         answer = row["answer"]
         logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
@@ -143,8 +142,8 @@ def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
         if not bool((gaps <= atol).all()):
             at = int((~(gaps <= atol)).nonzero()[0])
             return Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
-        found.append(gaps)
-    every = torch.cat(found)
+        differences.append(gaps)
+    every = torch.cat(differences)
     mean, limit = float(every.mean()), MEAN_SHARE * atol
     if mean > limit:
         said = f"log-probabilities differ by {mean:.1e} in the mean (limit {limit:.1e})"
@@ -205,11 +204,11 @@ class _Server:
             ModelError: no server there, or none of the models.
         """
         self._url, self._model = url.rstrip("/").removesuffix("/v1"), ""
-        found = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
-        chosen = [name for name in names if name in found] or (found if len(found) == 1 else [])
+        served = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
+        chosen = [name for name in names if name in served] or (served if len(served) == 1 else [])
         if not chosen:
             raise ModelError(
-                f"{url} lists {', '.join(found) or 'no models'}, none called {' or '.join(names)}",
+                f"{url} lists {', '.join(served) or 'no models'}, none called {' or '.join(names)}",
                 fix="serve the adapter under the name of its release folder, OpenAI-compatible",
             )
         self._model = chosen[0]

@@ -1,1 +1,1 @@
-"""Use an adapter: a terminal chat, an OpenAI-compatible server, a page that compares with base."""
+"""Inference with a release: terminal chat, OpenAI-compatible server, page to compare with base."""

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server with two models, `base` and `adapter`, over one copy of the weights.
 
-Unknown fields are refused rather than ignored: a client that asks for what is not there should
-hear so. For load beyond one process use vLLM (`fintune export vllm` prints its command).
+Unknown fields of a request are refused (400), since an ignored one would change the answer
+silently. For load beyond one process use vLLM (`fintune export vllm` prints its command).
 """
 
 import asyncio
@@ -40,12 +40,12 @@ SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
 MAX_BODY = 1 << 20
 MAX_DROPPED = 8 * MAX_BODY
-"""Bytes read and dropped of a body that is refused for its length, before the answer."""
+"""Bytes read and dropped of a body that is refused for its length, before the response."""
 DROPPING_S = 1.0
-"""A client may also announce a long body and wait for the answer."""
+"""Seconds that takes at most: a client may announce a long body and wait for the response."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
-"""Held-out questions that the page offers to click."""
+"""Held-out questions that the page proposes."""
 PAGE = Path(__file__).parent / "page" / "index.html"
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -65,18 +65,18 @@ async def _check_key(request: Request) -> None:
 
 
 public, guarded = APIRouter(), APIRouter(dependencies=[Depends(_check_key)])
-"""Endpoints that need no key, and those that do where one is set."""
+"""Endpoints without authentication, and those that need the API key where one is set."""
 
 
 @public.get("/")
 async def page() -> Response:
-    """The page that compares base and adapter; it asks for the key."""
+    """The page that compares base and adapter; the page asks its user for the key."""
     return FileResponse(PAGE)
 
 
 @public.get("/health")
 async def health(request: Request) -> Response:
-    """Rows running and requests waiting; 503 when the model failed."""
+    """Rows running and requests waiting; status 503 after the model failed."""
     engine = request.app.state.engine
     running, waiting = engine.load
     status = "failed" if engine.failed else "ok"
@@ -86,7 +86,7 @@ async def health(request: Request) -> Response:
 
 @guarded.get("/run.json")
 async def run(request: Request) -> Response:
-    """What the page shows beside answers: held-out questions, the verdict, logged steps."""
+    """Data of the page: held-out questions, test_results.json, the metrics of the training run."""
     folder, base = request.app.state.folder, request.app.state.loaded.base
     rows = [row for row in _objects(folder / JUDGED) if isinstance(row.get("question"), str)]
     # The shortest question of each reference answer.
@@ -104,7 +104,7 @@ async def run(request: Request) -> Response:
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of the lines of a file of the run; what is damaged is left out."""
+    """The JSON objects of a JSON Lines file; damaged lines are skipped, no file is no line."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             tree = from_json(line, allow_inf_nan=False)
@@ -204,10 +204,10 @@ async def _answer(
 
 
 def _dropping_rest(app: ASGIApp) -> ASGIApp:
-    """Read the rest of a body that is too long: a client still sending would not see the answer."""
+    """Read the rest of a body before a response 413: a client reads it only after sending."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        async def answer(message: Message) -> None:
+        async def respond(message: Message) -> None:
             more, left = message.get("status") == 413, MAX_DROPPED
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DROPPING_S):
@@ -216,7 +216,7 @@ def _dropping_rest(app: ASGIApp) -> ASGIApp:
                         more, left = part.get("more_body", False), left - len(part.get("body", b""))
             await send(message)
 
-        await app(scope, receive, answer)
+        await app(scope, receive, respond)
 
     return wrapped
 
@@ -225,12 +225,16 @@ def _dropping_rest(app: ASGIApp) -> ASGIApp:
 def running(
     loaded: LoadedRelease, folder: Path, *, host: str, port: int, key: str | None
 ) -> Iterator[uvicorn.Server]:
-    """A configured server over an engine that ends with the block; on loopback only local Hosts.
+    """A configured server; its engine is closed when the block ends.
 
-    The allow-list of Hosts keeps a page elsewhere from reaching the server by DNS rebinding.
+    On loopback only local Host names are allowed, against DNS rebinding by a web page.
+
+    Args:
+        folder: of the release.
+        key: the API key; None: no authentication.
     """
     engine = Engine(loaded)
-    # FastAPI reads a body as JSON only under a JSON content type, so no form of another page posts.
+    # FastAPI parses a body only under a JSON content type, so that no web form can post one.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY)
     app.state.loaded, app.state.engine, app.state.folder = loaded, engine, folder.resolve()
     app.state.key, app.state.started = key, int(time.time())
@@ -249,7 +253,7 @@ def running(
         log_level="warning",
         server_header=False,
         headers=[*SECURITY_HEADERS.items()],
-        limit_concurrency=512,  # connections, 64 of which the engine answers at once
+        limit_concurrency=512,  # connections; the engine answers 64 requests at once
         timeout_graceful_shutdown=30,
         h11_max_incomplete_event_size=16 << 10,  # bytes of headers
     )
@@ -283,7 +287,7 @@ def serve(
     loaded = load_release(folder, open_release(folder, base))
     with running(loaded, folder, host=host, port=port, key=key) as server:
         console.say(f"{folder.name} on {loaded.base.id}: open http://{host}:{port}/")
-        # uvicorn drains, then raises the signal again: a wished-for stop should still exit with 0.
+        # uvicorn drains, then raises the signal again; a stop on request exits with 0.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         server.run()

@@ -1,4 +1,4 @@
-"""A thread that answers requests in one continuous batch, and sends their text as it is made."""
+"""A thread that answers requests by continuous batching and streams their text."""
 
 import asyncio
 import contextlib
@@ -18,21 +18,21 @@ from fintune.model import LoadedRelease
 MAX_ROWS = 64
 """Rows of the running batch."""
 PREFILL_TOKENS = 8192
-"""Padded tokens prefilled at once: what running rows may have to wait for."""
+"""Padded tokens of one prefill, during which the running rows wait."""
 MAX_CONTEXT = 8192
-"""Most tokens of prompt and answer served here, also where the base could take more: one process
-keeps every request's keys and values, and longer loads belong to vLLM."""
+"""Most tokens of prompt and answer, also where the base takes more: keys and values of MAX_ROWS
+requests are in the memory of one process."""
 
 Piece = tuple[str, FinishReason | Literal["error"] | None]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class StreamedRequest(Request):
-    """A request whose text is sent to the event loop that made it.
+    """A request whose text is streamed to the event loop that created it.
 
     Attributes:
         tokenizer: of the tokenizers library, to decode.
-        stop_strings: texts that end the answer, and are no part of it.
+        stop_strings: texts that end the answer; they are not part of it.
     """
 
     tokenizer: Any
@@ -43,13 +43,13 @@ class StreamedRequest(Request):
     _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
 
     def append(self, token: int, stop_token_ids: Collection[int]) -> None:
-        """Take the next token and send the text that can hold no beginning of a stop string."""
+        """Take the next token and send the text, but an end that may begin a stop string."""
         Request.append(self, token, stop_token_ids)
         if token not in stop_token_ids:
             self._held += self._stream.step(self.tokenizer, token) or ""
-            found = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
-            if found:
-                self._held, self.finish_reason = self._held[: min(found)], "stop"
+            ends = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
+            if ends:
+                self._held, self.finish_reason = self._held[: min(ends)], "stop"
         kept = 0 if self.finish_reason else max(map(len, self.stop_strings), default=1) - 1
         end = max(0, len(self._held) - kept)
         text, self._held = self._held[:end], self._held[end:]
@@ -57,12 +57,12 @@ class StreamedRequest(Request):
             self.send(text, self.finish_reason)
 
     def send(self, *piece: Any) -> None:
-        """Hand text and the reason of its end to the event loop; from any thread."""
+        """Send text and finish reason (or None) to the event loop; callable from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is gone when a server stops hard
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def pieces(self) -> AsyncGenerator[tuple[str, str | None]]:
-        """Pieces of text, the last with its reason; closing the generator cancels the request.
+        """Pieces of text, the last with its finish reason; closing the generator cancels.
 
         Raises:
             ModelError: the model failed.
@@ -79,7 +79,7 @@ class StreamedRequest(Request):
 
 
 class Engine:
-    """Answers requests on a thread of its own, which alone uses the model, until `close`."""
+    """Answers requests on a background thread, the only one that uses the model."""
 
     def __init__(self, loaded: LoadedRelease) -> None:
         self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
@@ -123,7 +123,7 @@ class Engine:
                 elif self._batch.requests:
                     self._batch.step()
         except Exception:
-            # peft leaves its hooks behind when a forward fails, so this model must not go on.
+            # peft leaves its hooks registered when a forward fails: the model is not used again.
             self.failed = True
             raise
         finally:
@@ -134,7 +134,7 @@ class Engine:
                 self._batch.requests, self._waiting, self._closed = [], deque(), True
 
     def _admit(self) -> list[StreamedRequest]:
-        """Take waiting requests as far as rows and prefill tokens allow; cancelled ones vanish."""
+        """Take waiting requests up to MAX_ROWS and PREFILL_TOKENS; cancelled ones are dropped."""
         self._waiting = deque(request for request in self._waiting if not request.cancelled)
         free = MAX_ROWS - len(self._batch.requests)
         lengths = [len(request.prompt_ids) for request in islice(self._waiting, free)]

@@ -1,6 +1,6 @@
-"""OpenAI's formats: bodies of requests, errors, and answers, whole or as server-sent events.
+"""OpenAI's formats: request bodies, errors, and responses, whole or as server-sent events.
 
-Bodies are strict and every number is bounded; FastAPI validates them.
+FastAPI validates the bodies: strict types, no unknown field, bounded numbers.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Body(BaseModel):
 
 
 class TextPart(Body):
-    """A text part of a message; there are no others here, and nothing is ever fetched."""
+    """A text part of a message; other kinds of part, such as images by URL, are refused."""
 
     type: Literal["text"]
     text: str
@@ -65,7 +65,7 @@ class StreamOptions(Body):
 
 
 class SamplingRequest(Body):
-    """How an answer is made, in chats and completions alike."""
+    """The parameters that chat and text completions share."""
 
     model: ModelName
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -106,20 +106,20 @@ class ApiError(HTTPException):
 
 
 async def error_response(_: Request, error: Exception) -> JSONResponse:
-    """Any exception as a response; what is no fault of the client's says nothing of itself."""
+    """Any exception as a response; an internal error shows no details to the client."""
     headers = getattr(error, "headers", None)
     if isinstance(error, RequestValidationError):
         error = _invalid(error)
     elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
         error = ApiError(error.status_code, error.detail, "invalid_request")
     elif not isinstance(error, ApiError):
-        said = error.what if isinstance(error, ModelError) else "a defect of the server"
-        error = ApiError(500, said, "server_error")
+        message = error.what if isinstance(error, ModelError) else "a defect of the server"
+        error = ApiError(500, message, "server_error")
     return JSONResponse(error.body(), error.status_code, headers)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first field that is wrong."""
+    """The error of the first invalid field."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", "invalid_json")
@@ -131,7 +131,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 
 class Answer:
-    """An answer being made, in the format of a chat or a completion."""
+    """The response to a request, in the format of a chat or a text completion."""
 
     def __init__(self, request: StreamedRequest, body: SamplingRequest) -> None:
         self._request, self._chat = request, isinstance(body, ChatRequest)
@@ -139,7 +139,7 @@ class Answer:
         self._head = {"id": request.id, "created": int(time.time()), "model": body.model}
 
     async def whole(self, client: Request) -> dict[str, Any]:
-        """One JSON object when the answer is complete, or the client has disconnected."""
+        """The response as one JSON object, when the answer is complete or the client is gone."""
         text, finish_reason = "", None
         async with contextlib.aclosing(self._request.pieces()) as pieces:
             async for piece, reason in pieces:
@@ -147,8 +147,8 @@ class Answer:
                 if await client.is_disconnected():
                     break
         message = {"message": {"role": "assistant", "content": text}}
-        said = message if self._chat else {"text": text}
-        return self._tree(said, finish_reason) | {"usage": self._usage()}
+        content = message if self._chat else {"text": text}
+        return self._tree(content, finish_reason) | {"usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; an error after the first byte is an event too."""
@@ -157,8 +157,8 @@ class Answer:
         try:
             async with contextlib.aclosing(self._request.pieces()) as pieces:
                 async for text, finish_reason in pieces:
-                    said = {"delta": {"content": text}} if self._chat else {"text": text}
-                    yield _line(self._tree(said, finish_reason))
+                    content = {"delta": {"content": text}} if self._chat else {"text": text}
+                    yield _line(self._tree(content, finish_reason))
         except ModelError as error:
             yield _line(ApiError(500, error.what, "server_error").body())
         if self._include_usage:
@@ -166,16 +166,16 @@ class Answer:
             yield _line(last | {"choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    def _tree(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    def _tree(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         kind = "chat.completion" if self._chat else "text_completion"
-        kind += ".chunk" if "delta" in said else ""
-        choice = {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
+        kind += ".chunk" if "delta" in content else ""
+        choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
         return {**self._head, "object": kind, "choices": [choice]}
 
     def _usage(self) -> dict[str, int]:
-        prompt, made = len(self._request.prompt_ids), len(self._request.token_ids)
-        total = prompt + made
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": total}
+        prompt, completion = len(self._request.prompt_ids), len(self._request.token_ids)
+        total = prompt + completion
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def _line(tree: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A chat in the terminal, with the adapter, its base, or both one after the other."""
+"""A chat in the terminal with the adapter, its base, or the two in turn."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from fintune.example import Message
 from fintune.model import LoadedRelease, find_release, load_release, open_release
 from fintune.serve.engine import Engine, StreamedRequest
 
-HELP = "/adapter, /base, /both: who answers · /reset: forget · /quit"
+HELP = "/adapter, /base, /both: the model that answers · /reset: forget · /quit"
 COMMANDS = {"/adapter": ["adapter"], "/base": ["base"], "/both": ["base", "adapter"]}
 
 
@@ -43,7 +43,7 @@ async def _reply(
     """Print the answer to a conversation that ends with the user, and return it."""
     ids, context = loaded.chat.prompt_ids(history), engine.max_context
     if len(ids) >= context:
-        raise ModelError(f"{len(ids)} tokens leave no room in the context of {context}")
+        raise ModelError(f"{len(ids)} prompt tokens leave no space in the context of {context}")
     tokenizer, limit = loaded.chat.tokenizer.backend_tokenizer, min(limit, context - len(ids))
     request = StreamedRequest("chat", ids, limit, adapter=adapter, tokenizer=tokenizer)
     engine.submit(request)

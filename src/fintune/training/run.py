@@ -178,12 +178,12 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
         NotFinite: a weight of the adapter.
         OutputError: the adapter does nothing.
     """
-    for check in check_weights(trainer.best):
-        if check.status == "failed":
-            raise (NotFinite if "NaN" in check.detail else OutputError)(
-                f"{trainer.best}: {check.detail}",
-                fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
-            )
+    check = check_weights(trainer.best)
+    if check.status == "failed":
+        raise (NotFinite if "NaN" in check.detail else OutputError)(
+            f"{trainer.best}: {check.detail}",
+            fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
+        )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)

@@ -1,6 +1,6 @@
-"""Folders made by others: everything that is read from a release, an adapter or a base.
+"""Checks of folders made by others: releases, adapters and bases.
 
-First the static checks (`static`), which import neither torch nor transformers; then, in one
-forked child with limits, what only transformers and peft can say (`probe`). What passes may be
-loaded by path; SECURITY.md says what that promises.
+`static` reads bytes and imports neither torch nor transformers; `probe` runs transformers and peft
+in a forked child with limits. A folder that passes may be loaded by its path. SECURITY.md states
+what this guarantees.
 """

@@ -1,7 +1,7 @@
-"""What every check of a folder made by others needs: its files within bounds, and the report.
+"""What all checks share: reading files of a folder within bounds, and the report.
 
-Only regular files are opened, never through a link, with a bound on their size. JSON is parsed
-with bounded depth and without duplicate keys; a safetensors header by safetensors itself.
+Only regular files are opened, never through a symbolic link, and read up to a size limit. JSON is
+parsed with bounded depth and without duplicate keys, a safetensors header by safetensors itself.
 """
 
 import hashlib
@@ -39,20 +39,20 @@ HUB_FILES = {".gitattributes"}
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
 _ENTRIES = 10_000
 _SMALL = 2**20
-"""Bytes of a text file that has no bound of its own in limits.toml."""
+"""Largest text file in bytes, where limits.toml does not name it."""
 
 
 class Unreadable(GateRefused):
-    """A file that is not opened, or not what its name says; the message says why."""
+    """A file that may not be opened or has another content than its name says."""
 
 
 class Note(str):
-    """An answer that informs: what a folder of another tool need not have."""
+    """The detail of a check with status `note`: something that is not required."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question about a folder and its answer; a `note` informs and never fails."""
+    """The result of one check of a folder; a `note` informs and never refuses the folder."""
 
     name: str
     status: Literal["ok", "failed", "note"]
@@ -74,27 +74,33 @@ class Report:
     def run(self, stage: Callable[[], Iterable[Check]]) -> None:
         """Add a stage's checks up to the first refusal, unless an earlier stage failed."""
         for check in [] if self.failed else stage():
-            # Names of files stand in details: a line break in one would paint a row of its own.
+            # Details contain names of files; a line break in one could imitate another row.
             line = printable(check.detail).replace("\n", "\\n").replace("\t", "\\t")
             self.checks.append(replace(check, detail=line))
             if self.failed:
                 break
 
     def settle(self) -> None:
-        """Raise GateRefused naming each failed check, if there is one."""
+        """Raise GateRefused with every failed check, if there is one."""
         failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
         if self.failed and self.failed[0].name == "server":
             raise GateRefused(
-                f"{self.folder.name} passed every check of its own, but not {failed}",
-                why="another prompt gets another answer than the adapter was trained to give",
+                f"{self.folder.name} is verified, but the check of the server failed: {failed}",
+                why="a different prompt gets a different answer than the adapter was trained for",
             )
         if failed:
-            fix = "get it again from its source; a release of your own: fintune release"
+            fix = "download it again; a release made here: fintune release"
             raise GateRefused(f"{self.folder.name} is refused: {failed}", fix=fix)
 
 
 def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
-    """Failed where the question raises; else ok, or a note, with its answer."""
+    """Run one check.
+
+    Args:
+        name: of the check.
+        question: returns the detail (a `Note`: status `note`) or raises, which is status `failed`.
+        about: arguments of `question`.
+    """
     try:
         answer = question(*about)
     except FintuneError as error:
@@ -105,7 +111,7 @@ def ask(name: str, question: Callable[..., str], *about: Any) -> Check:
 
 
 def refuse(what: str, names: Collection[str]) -> None:
-    """Raise Unreadable with the first three of these names, if there are any."""
+    """Raise Unreadable where `names` is not empty; the message has the first three."""
     if names:
         raise Unreadable(f"{what} {some(names)}")
 
@@ -123,9 +129,9 @@ def entries(folder: Path) -> list[Path]:
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
-    """Open a regular file of a folder without following links.
+    """Open a regular file of a folder; symbolic links are not followed.
 
-    One exception: a link of a hub cache's snapshot to a file in the `blobs` of its repository.
+    Exception: a link from a snapshot of the hub's cache to the `blobs` folder of its repository.
 
     Raises:
         Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
@@ -196,7 +202,7 @@ def read_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]
 
 
 def some(names: Collection[str]) -> str:
-    """The first three, and how many more."""
+    """The first three names, and the number of the others."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + rest
 
@@ -208,8 +214,8 @@ def sha256_of(folder: Path, name: str) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` of json: refuse a key that stands twice, as readers differ on it."""
+    """`object_pairs_hook` of json: refuse duplicate keys, of which parsers take different ones."""
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return tree

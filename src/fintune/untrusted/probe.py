@@ -1,9 +1,9 @@
-"""What only transformers and peft can say of a folder: asked in a forked child with limits.
+"""Checks that need transformers and peft, run in a forked child with limits.
 
-Tokenizers carry regular expressions, templates are programs, an adapter's target modules are
-patterns and a configuration names sizes: each is tried once on the meta device or on short texts.
-The child is forked after the imports, so that they are paid once. It writes no file, reads no
-terminal, and its death is a refusal.
+Tokenizers contain regular expressions, templates are programs, an adapter's target modules are
+patterns and a configuration states sizes: each is used once, on short texts or the meta device.
+The child is forked after the imports, so that they are done once. It writes no file and reads no
+terminal; where it dies, the folder is refused.
 """
 
 import json
@@ -37,16 +37,16 @@ from fintune.untrusted import checks
 from fintune.untrusted.checks import Check, Unreadable, ask, refuse
 
 CPU_S = 20
-"""Processor time of the child itself."""
+"""Processor time of the child."""
 CLOCK_S = 120
 MEMORY = 2 * 2**30
 """Resident bytes beyond the parent's at the fork."""
 _POLL_S = 0.02
 _MOST_RESULT = 8 * 2**20
-"""Largest result in bytes; a longer one is a hostile one."""
+"""Largest result of the child in bytes."""
 _LIMITS = f"{CPU_S} s of processor time, {CLOCK_S} s, {MEMORY >> 30} GB of memory, no file written"
 _RUN = 400
-"""Characters of a repeated text: one that makes a pattern of nested repetitions explode."""
+"""Length of repeated characters, on which nested repetitions in a pattern backtrack for hours."""
 _MOST_TOKENS = 4096
 """Most tokens of a recorded answer."""
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
@@ -62,13 +62,13 @@ _TURNS = [
 
 
 def probe_base(folder: Path, *, weights: bool) -> None:
-    """Try a base's configuration, tokenizer and chat template.
+    """Use a base's configuration, tokenizer and chat template once.
 
     Args:
-        weights: the weights are used too: an empty model of this configuration is built.
+        weights: also build a model without weights from the configuration.
 
     Raises:
-        GateRefused: it needs code of its own, or passes a limit of the child.
+        GateRefused: the base needs custom code, or exceeded a limit of the child.
         ModelError: the tokenizer does not load.
     """
     _import_architecture(folder)
@@ -76,43 +76,43 @@ def probe_base(folder: Path, *, weights: bool) -> None:
 
 
 def probe_release(folder: Path, base: Path) -> list[Check]:
-    """Try an adapter's tokenizer, template, golden prompts and tensors against its base.
+    """Check an adapter's tokenizer, template, golden prompts and tensors against its base.
 
     Raises:
-        GateRefused: it passes a limit of the child.
+        GateRefused: a limit of the child was exceeded.
     """
     _import_architecture(base)
     report = checks.Report(folder)
 
-    def asked() -> list[tuple[str, ...]]:
-        report.run(lambda: _asked(_Release(folder, base)))
-        return [astuple(row) for row in report.checks]
+    def run_checks() -> list[tuple[str, ...]]:
+        report.run(lambda: _release_checks(_Release(folder, base)))
+        return [astuple(check) for check in report.checks]
 
-    return [Check(*row) for row in run_limited(asked, folder.name)]
+    return [Check(*row) for row in run_limited(run_checks, folder.name)]
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, as the seed's usage snippet loads it; no code of it runs.
+    """The tokenizer of a folder; no code of the folder runs.
 
     Raises:
-        GateRefused: it needs code of its own.
+        GateRefused: it needs custom code.
         ModelError: it does not load.
     """
     return _read(AutoTokenizer, folder, "the tokenizer in")
 
 
 def read_architecture(folder: Path) -> Any:
-    """A base's configuration, of a class that transformers itself has.
+    """A base's configuration, of a class that is part of transformers.
 
     Raises:
-        GateRefused: it needs code of its own.
-        ModelError: transformers does not know it, or it does not fit its class.
+        GateRefused: it needs custom code.
+        ModelError: transformers does not know it, or a field has a wrong type.
     """
     return _read(AutoConfig, folder, "config.json of")
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the generation_config's list and the tokenizer's own.
+    """Ids of every token that ends an answer: `eos_token_id` of generation_config and tokenizer.
 
     Args:
         folder: of the base.
@@ -128,21 +128,21 @@ def _read(kind: Any, folder: Path, what: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):  # how transformers says that it lacks the class
-            what = f"{what} {folder} asks to run code of its own (auto_map), which is never run"
-            fix = "use a base whose architecture transformers itself has"
+            what = f"{what} {folder} asks to run custom code (auto_map), which is never run"
+            fix = "use a base whose architecture is part of transformers"
             raise GateRefused(what, fix=fix) from None
         raise ModelError(f"{what} {folder} does not load: {str(error)[:200]}") from None
 
 
 def run_limited(work: Callable[[], Any], subject: str) -> Any:
-    """Run `work` in a child; its result must be JSON.
+    """Run `work` in a forked child with limits and return its result, which must be JSON.
 
     Args:
-        subject: the folder, for messages.
+        subject: name of the folder in messages.
 
     Raises:
-        GateRefused: the child raised, died or passed a limit.
-        FintuneError: what `work` raised of the error tree, as the same class.
+        GateRefused: the child raised, died or exceeded a limit.
+        FintuneError: raised by `work`; the same class is raised here.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -158,7 +158,7 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
                     child.kill()
         with suppress(EOFError, OSError, ValueError):
             answer = json.loads(receiver.recv_bytes(_MOST_RESULT)) if receiver.poll() else {}
-    finally:  # also where a signal of ours came in between
+    finally:  # also where a signal was handled meanwhile
         receiver.close()
         child.kill()
         child.join()
@@ -166,7 +166,7 @@ def run_limited(work: Callable[[], Any], subject: str) -> Any:
         return answer["result"]
     if kind := getattr(errors, answer.pop("class", ""), None):
         raise kind(**answer)
-    what = answer.get("what", f"reading it crashed or passed a limit ({_LIMITS})")
+    what = answer.get("what", f"reading it crashed or exceeded a limit ({_LIMITS})")
     raise GateRefused(f"{subject} is refused: {what}")
 
 
@@ -200,7 +200,7 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
 
 
 def _import_architecture(folder: Path) -> None:
-    """Import transformers' module of an architecture before the fork, so that it is paid once."""
+    """Import transformers' module of an architecture before the fork, so that it is done once."""
     with suppress(Unreadable, KeyError, ImportError):
         name = checks.read_object(folder, "config.json")["model_type"]
         MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None)
@@ -215,7 +215,7 @@ def _try_base(folder: Path, weights: bool) -> None:
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
-    """Encode texts that make patterns explode; render turns, with and without a system text."""
+    """Encode texts that slow patterns down; render turns, with and without a system message."""
     for text in _PROBES:
         tokenizer(text)
     if tokenizer.chat_template:
@@ -231,7 +231,7 @@ def _empty_model(architecture: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Release:
-    """An adapter's folder, its base's, and what several checks read of them."""
+    """The folders of an adapter and its base, and what several checks read from them."""
 
     folder: Path
     base: Path
@@ -242,26 +242,26 @@ class _Release:
 
     @cached_property
     def golden(self) -> dict[str, Any]:
-        """Its golden prompts; empty where it has none."""
+        """prompt_fixture.json; empty where there is none."""
         return checks.read_object(self.folder, checks.FIXTURE, absent=True)
 
 
-def _asked(of: _Release) -> Iterator[Check]:
+def _release_checks(of: _Release) -> Iterator[Check]:
     yield ask("tokenizer", _check_special_tokens, of)
     if of.golden:
         yield ask("tokenizer", _check_same_tokenizer, of)
         yield ask("stop tokens", _check_stop_tokens, of)
         yield ask("fixture", _check_golden_prompts, of)
     else:
-        yield Check("fixture", "note", f"no {checks.FIXTURE}: prompts unproved")
+        yield Check("fixture", "note", f"no {checks.FIXTURE}: prompts not checked")
     yield ask("keys", _check_keys, of)
 
 
 def _check_special_tokens(of: _Release) -> str:
-    """Both files that name special tokens say what the tokenizer does.
+    """The special tokens in each of the two files are those of the loaded tokenizer.
 
-    transformers lets special_tokens_map.json win; other loaders read tokenizer_config.json alone.
-    A release of ours names each token in both; in other folders one may be silent.
+    In transformers special_tokens_map.json has precedence; other loaders read only
+    tokenizer_config.json. Our releases state each token in both files, other folders need not.
     """
     _try_tokenizer(of.tokenizer)
     differing = []
@@ -287,7 +287,7 @@ def _check_same_tokenizer(of: _Release) -> str:
     )
     if mine != theirs:
         raise Unreadable("BOS, end of turn or tokenizer.json are not the base's")
-    return "the base's own"
+    return "equals the base's"
 
 
 def _check_stop_tokens(of: _Release) -> str:
@@ -298,7 +298,7 @@ def _check_stop_tokens(of: _Release) -> str:
 
 
 def _check_golden_prompts(of: _Release) -> str:
-    """Every conversation renders to the same text, ids and labels as when it was trained."""
+    """Every conversation renders to the recorded text, ids and labels."""
     golden, rows = of.golden, of.golden["conversations"]
     chat, words = ChatFormat(of.tokenizer, golden["date_string"]), range(len(of.tokenizer))
     if chat.template_sha256 != golden["template_sha256"]:
@@ -314,12 +314,12 @@ def _check_golden_prompts(of: _Release) -> str:
         finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
         whole = [type(token) is int and token in words for token in ids]
         if not 0 < len(ids) == len(logprobs) <= _MOST_TOKENS or not all(finite + whole):
-            raise Unreadable(f"{row['name']}: an answer that no model gave")
+            raise Unreadable(f"{row['name']}: ids or logprobs of the answer are not valid")
     return f"{len(rows)} conversations, same ids"
 
 
 def _check_keys(of: _Release) -> str:
-    """The adapter's tensors have peft's own names and shapes for this base."""
+    """The adapter's tensors have the names and shapes that peft gives them on this base."""
     model = _empty_model(read_architecture(of.base))
     peft = get_peft_model(model, LoraConfig.from_pretrained(of.folder), low_cpu_mem_usage=True)
     state = get_peft_model_state_dict(peft, save_embedding_layers=False)

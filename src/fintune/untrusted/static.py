@@ -1,10 +1,10 @@
-"""What a folder's bytes say, before torch or transformers see any of it.
+"""Static checks: of a folder's bytes, before torch or transformers read any of them.
 
-JSON is searched for keys that name code, templates are read as Jinja tokens, weights as bits, and
-what a release says of its own files is held against the files:
-`training_config.json` names the sha256 of what the release was made from (`provenance`) and of
-every file beside it (`files`), the card that of `training_config.json` and the verdict. So a
-changed file is contradicted by another one, also where its line in SHA256SUMS was redone.
+JSON is searched for keys that name code, templates are lexed, weights are read as bit patterns, and
+the hashes in a release's files are compared with the files: `training_config.json` states the
+sha256 of what the release was made from (`provenance`) and of every file beside it (`files`), the
+card that of `training_config.json`, and the verdict. A changed file thus contradicts another file,
+also where its line in SHA256SUMS was changed too.
 """
 
 import re
@@ -21,7 +21,7 @@ from fintune.untrusted import checks
 from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask, refuse, some
 
 Role = Literal["release", "adapter", "base"]
-"""A release of ours (an allow-list of names), any peft folder, a base model."""
+"""A release of fintune (only allowed names), any folder of peft, or a base model."""
 _SHARD = re.compile(r"[^/\\]+\.safetensors")
 _PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,14 +40,14 @@ _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
     "F16": np.uint16(0x7C00),
     "BF16": np.uint16(0x7F80),
 }
-"""Types of an adapter: the bits of the exponent, all set where a number is not finite."""
+"""Allowed types of tensors -> the exponent's bits, which are all 1 where a number is not finite."""
 _ELEMENTS = 2**28
-"""Most of one tensor, which is read as a whole: vocabulary of 262,144 at rank 1,024."""
+"""Most elements of one tensor, which is read as a whole: vocabulary of 262,144 at rank 1,024."""
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder that is checked, and what several checks read of it."""
+    """A folder, and what several checks read from it."""
 
     path: Path
     role: Role
@@ -55,17 +55,17 @@ class _Folder:
 
     @cached_property
     def names(self) -> list[str]:
-        """Its entries, at most 10,000."""
+        """Names of its entries, at most 10,000."""
         return [path.name for path in checks.entries(self.path)]
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of each file, read once."""
+        """sha256 of every file."""
         return {name: checks.sha256_of(self.path, name) for name in self.names}
 
     @cached_property
     def trees(self) -> dict[str, dict[str, Any]]:
-        """JSON that is read of it by transformers, peft and fintune. Raises Unreadable."""
+        """The JSON files that transformers, peft or fintune read. Raises Unreadable."""
         read = {name for name in self.names if name.endswith(".json")}
         if self.role != "release":
             read &= {*LIMITS["loaded_json"]}
@@ -73,7 +73,7 @@ class _Folder:
 
 
 def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> Iterator[Check]:
-    """Everything that can be said about a folder from its bytes alone, a check at a time.
+    """Run the static checks of a folder, one at a time.
 
     Args:
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed in a release by
@@ -86,7 +86,7 @@ def static_checks(folder: Path, role: Role, *, no_pickle: bool = False) -> Itera
 
 
 def open_folder(folder: Path, role: Role) -> list[Check]:
-    """Check a folder's bytes; what transformers and peft say of it is asked by `probe`.
+    """Run the static checks of a folder; `probe` has those that need transformers and peft.
 
     Raises:
         GateRefused: a static check failed; the message names it.
@@ -98,18 +98,18 @@ def open_folder(folder: Path, role: Role) -> list[Check]:
 
 
 def check_paths(folder: Path, private: list[str]) -> Check:
-    """No file names a folder of the machine that built it.
+    """No file contains a path of the machine that built the release.
 
     Args:
-        private: absolute folders of this build; found literally, in any file. Home folders of
-            others are found by their form, in every text file but the tokenizer's vocabulary.
+        private: absolute folders of this build, searched literally in every file. Other home
+            folders are searched by pattern, in all files but the weights and tokenizer.json.
     """
     return ask("paths", _no_paths, folder, private)
 
 
-def check_weights(folder: Path) -> list[Check]:
+def check_weights(folder: Path) -> Check:
     """Finite, non-empty LoRA tensors whose B matrices are not all zero; read without torch."""
-    return [ask("weights", _adapter_weights, folder)]
+    return ask("weights", _adapter_weights, folder)
 
 
 def _no_paths(folder: Path, private: list[str]) -> str:
@@ -126,7 +126,7 @@ def _no_paths(folder: Path, private: list[str]) -> str:
 
 
 def _check_files(of: _Folder) -> str:
-    """Regular files; of a release only names of the allow-list, no pickle without a checksum."""
+    """Files that are read are regular; a release has only allowed names and no other pickle."""
     release, base, args = of.role == "release", of.role == "base", checks.TRAINING_ARGS
     loaded = {*LIMITS["loaded_json"], *LIMITS["loaded_files"]}
     read = {n for n in of.names if release or n in loaded or n.endswith(".safetensors")}
@@ -139,13 +139,13 @@ def _check_files(of: _Folder) -> str:
     refuse("a pickle: reading it can run code:", pickles)
     refuse("not in the allow-list:", unknown)
     refuse("a pickle (--no-pickle):", read & {args} if of.no_pickle else ())
-    refuse("an adapter, no base:", read & {checks.ADAPTER_CONFIG} if base else ())
+    refuse("an adapter, no base model:", read & {checks.ADAPTER_CONFIG} if base else ())
     never_opened = f"; {args} is a pickle and never opened" if args in read else ""
     return f"{len(read)} files" + (", all in the allow-list" if release else "") + never_opened
 
 
 def _check_sums(of: _Folder) -> str:
-    """SHA256SUMS names every file, and every file has the hash it names."""
+    """SHA256SUMS lists every file with its hash."""
     sums, files = dict[str, str](), of.hashes.keys() - {checks.SUMS}
     if checks.SUMS not in of.names:
         unnoticed = f"no {checks.SUMS}: a change cannot be noticed"
@@ -155,7 +155,7 @@ def _check_sums(of: _Folder) -> str:
     for line in checks.read_text(of.path, checks.SUMS).splitlines():
         match = _SUM_LINE.fullmatch(line.rstrip())
         if match is None or match[2] in sums:
-            raise Unreadable(f"{checks.SUMS} has a line that is none of sha256sum: {line[:80]!r}")
+            raise Unreadable(f"{checks.SUMS}: not a line of sha256sum: {line[:80]!r}")
         sums[match[2]] = match[1]
     refuse("changed:", [name for name in files & sums.keys() if of.hashes[name] != sums[name]])
     refuse("missing:", sums.keys() - files)
@@ -164,13 +164,13 @@ def _check_sums(of: _Folder) -> str:
 
 
 def _check_provenance(of: _Folder) -> str:
-    """Every hash that `training_config.json` states is that of its file."""
+    """The hashes in training_config.json are those of the files."""
     config = checks.read_object(of.path, checks.CONFIG, absent=True)
     if checks.PROVENANCE not in config:
         return Note(f"no {checks.CONFIG} says what it was made from")
     provenance, files = config[checks.PROVENANCE], config.get("files", {})
     if not isinstance(provenance, dict) or not isinstance(files, dict):
-        raise Unreadable(f"{checks.CONFIG} holds no provenance that can be read")
+        raise Unreadable(f"{checks.CONFIG}: `provenance` or `files` is no object")
     stated = [(name, provenance.get(key)) for key, name in _MADE_FROM.items()] + [*files.items()]
     wrong = {name for name, digest in stated if of.hashes.get(name, "") != digest}
     refuse(f"not the files that {checks.CONFIG} names:", wrong)
@@ -178,7 +178,7 @@ def _check_provenance(of: _Folder) -> str:
 
 
 def _check_card(of: _Folder) -> str:
-    """The verdict and the hash in the card's prose are those of the files."""
+    """The verdict and the hash in the card are those of the files."""
     if checks.CARD not in of.names:
         return Note(f"no {checks.CARD}")
     card = checks.read_text(of.path, checks.CARD)
@@ -187,14 +187,14 @@ def _check_card(of: _Folder) -> str:
         (_VERDICT, checks.RESULTS, str(results.get("verdict")).replace("_", " ")),
         (_CONFIG_SHA256, checks.CONFIG, of.hashes.get(checks.CONFIG, "")),
     )
-    for form, name, true in stated:
-        if {*form.findall(card)} - {true}:
+    for pattern, name, value in stated:
+        if {*pattern.findall(card)} - {value}:
             raise Unreadable(f"{checks.CARD} says something else than {name}")
     return f"{checks.CARD} contradicts no file"
 
 
 def _check_configs(of: _Folder) -> str:
-    """JSON that is JSON, and a base with a name; types of the rest are tried in the child."""
+    """Every JSON file can be parsed, and a release names its base by a hub id."""
     config = of.trees.get(checks.ADAPTER_CONFIG, {})
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if of.role == "release" and not _HUB_ID.fullmatch(str(base)):
@@ -205,7 +205,7 @@ def _check_configs(of: _Folder) -> str:
 
 
 def _check_hooks(of: _Folder) -> str:
-    """No JSON names code to import; `auto_map` of a base is never followed, and said."""
+    """No JSON file names code to import; `auto_map` of a base is ignored, with a note."""
     trees = [(name, of.trees[name]) for name in of.trees if name not in LIMITS["vocabularies"]]
     hooks = [f"{name}: {hook}" for name, tree in trees for hook in _hooks(tree)]
     ignored = [hook for hook in hooks if of.role == "base" and hook.endswith(": auto_map")]
@@ -217,10 +217,10 @@ def _check_hooks(of: _Folder) -> str:
 
 
 def _check_template(of: _Folder) -> str:
-    """A chat template is a program: it may reach for messages, not for Python's internals.
+    """Chat templates use no names of Python's internals and read no other file.
 
-    Read as Jinja tokens and never run here. transformers' sandbox, in which it is rendered later,
-    is a second wall (CVE-2026-5760 is a server that had neither).
+    They are lexed and not rendered here; transformers renders them in a sandbox. CVE-2026-5760 is
+    a server without either protection.
     """
     texts = [checks.read_text(of.path, name) for name in of.names if name == checks.TEMPLATE]
     for name in ("tokenizer_config.json", "chat_template.json"):
@@ -231,7 +231,7 @@ def _check_template(of: _Folder) -> str:
 
 
 def _values(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every value of a JSON tree at any depth, with its key."""
+    """Every key and value of a JSON tree, at any depth."""
     rows = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in rows:
         yield str(key), value
@@ -252,7 +252,7 @@ def _hooks(tree: Any) -> Iterator[str]:
 
 
 def template_reaches(source: str) -> str:
-    """The first thing in a template's code that no chat template needs, or nothing."""
+    """The first unsafe token of a template's code, such as a name with `__`; empty without one."""
     last = ""
     for _, kind, value in jinja2.Environment().lex(source):
         if kind in {"name", "string"} and "__" in value:
@@ -269,7 +269,7 @@ def template_reaches(source: str) -> str:
 
 
 def _check_weights(of: _Folder) -> str:
-    """Of a base the headers; its bytes are read once, by torch."""
+    """An adapter's tensors (`check_weights`); of a base only the headers of its shards."""
     if of.role != "base":
         return _adapter_weights(of.path)
     names = [name for name in of.names if name.endswith(".safetensors")]
