@@ -7,7 +7,6 @@ hub's cache and compares every one with the hash that the hub names. Mirrors are
 """
 
 import glob
-import hashlib
 import json
 import re
 import threading
@@ -30,6 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from fintune import console
 from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
@@ -122,14 +122,16 @@ class Repository:
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
                     self._download_with_progress(missing, sum(files[name] for name in missing))
-                damaged = [name for name in wanted if _damaged(self.folder / name)]
+                # The cache names a file by the hub's ETag, unless its file system has no links.
+                blobs = {name: (self.folder / name).resolve() for name in wanted}
+                damaged = [n for n in wanted if has_hash(blobs[n], blobs[n].name) is False]
                 if not damaged:
                     break
                 for name in damaged:
-                    (self.folder / name).resolve().unlink()
+                    blobs[name].unlink()
             else:
                 what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
-                raise _class_of(self.setting)(
+                raise _CLASSES.get(self.setting, DataError)(
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
             if self.revision:  # so that the name can be resolved offline, now that all is there
@@ -179,7 +181,7 @@ def resolve(
     """
     branch = revision or constants.DEFAULT_REVISION
     if not REVISION.fullmatch(branch):  # a name of others becomes a path in the cache
-        raise _class_of(setting)(f"{branch!r} is no revision of {name}")
+        raise _CLASSES.get(setting, DataError)(f"{branch!r} is no revision of {name}")
     fixed = recorded or (revision if revision and COMMIT.fullmatch(revision) else None)
 
     def ask() -> str:
@@ -259,7 +261,7 @@ def hub_error(
     # hf_xet has tried again itself where its text names a status.
     xet = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
     status = int(xet[1]) if xet else _status(error)
-    raised = _class_of(setting)
+    raised = _CLASSES.get(setting, DataError)
     kind = "model" if setting in _CLASSES else "data set"
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
@@ -283,10 +285,8 @@ def hub_error(
         return raised(
             what, fix=f"check the id and {setting}; a private one needs its token ({token})"
         )
-    if status in (401, 403) and not held:
-        return raised(f"the hub wants a token for {name}", fix="set HF_TOKEN")
     if status in (401, 403):
-        what = f"the hub refuses the token for {name} (HTTP {status})"
+        what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
     if status == 412:
         what = f"{name}: main has moved since this push began, and nothing was committed"
@@ -305,10 +305,6 @@ def hub_error(
         return raised(what, why=why, fix=f"check the network{local}")
     answer = f"HTTP {status}" if status else type(error).__name__
     return raised(f"the hub and {name}: {answer}", why=said, fix=f"see {page}")
-
-
-def _class_of(setting: str) -> type[FintuneError]:
-    return _CLASSES.get(setting, DataError)
 
 
 def token_state() -> tuple[str, str]:
@@ -355,19 +351,14 @@ def _status(error: BaseException) -> int | None:
     return int(found.response.status_code) if (found := _error_of_hub(error)) else None
 
 
-def _damaged(path: Path) -> bool:
-    """Whether a cached file is not what its name says: sha256 of large ones, git's sha1 of others.
+def has_hash(path: Path, digest: str) -> bool | None:
+    """Whether a file is what the hub says: sha256 of large ones, git's sha1 of others.
 
-    The cache names a file by the hub's ETag. Where the file system has no links, or a mirror has
-    ETags of another kind, there is nothing to compare with.
+    None for a digest of another kind: there is nothing to compare with.
     """
-    blob = path.resolve()
-    if len(blob.name) == 64 and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return cached_sha256(blob) != blob.name
-    if COMMIT.fullmatch(blob.name):
-        data = blob.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blob.name
-    return False
+    if re.fullmatch("[0-9a-f]{64}", digest):
+        return cached_sha256(path) == digest
+    return git_hash(path.read_bytes()) == digest if COMMIT.fullmatch(digest) else None
 
 
 @contextmanager

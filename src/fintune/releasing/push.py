@@ -8,15 +8,14 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from huggingface_hub.utils.sha import git_hash
 
 from fintune import console, files
 from fintune.errors import OutputError
-from fintune.hub import PUSH, hub_errors, retried
+from fintune.hub import PUSH, has_hash, hub_errors, retried
 from fintune.stop import STOP
 from fintune.untrusted import checks
 
@@ -34,12 +33,10 @@ def push_release(folder: Path, repository: str, *, public: bool) -> str:
         OutputError: the hub refuses or cannot be reached, the repository is public, or its `main`
             moved meanwhile.
     """
-    api = HfApi()
+    api, page = HfApi(), f"{constants.ENDPOINT}/{repository}"
     look = partial(api.model_info, repository, files_metadata=True)
     STOP.guard()
     with tempfile.TemporaryDirectory() as changed, hub_errors(repository, PUSH):
-        validate_repo_id(repository)
-        data = _published(folder, repository, Path(changed))
         try:
             start = retried(look)
         except RepositoryNotFoundError:
@@ -49,11 +46,10 @@ def push_release(folder: Path, repository: str, *, public: bool) -> str:
         if not (start.private or public):
             what = f"{repository} is public: everyone could read this release"
             raise OutputError(what, fix="--public if that is meant, else another --repository")
-        older = {file.rfilename for file in start.siblings or []} - data.keys() - checks.HUB_FILES
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(name, path) for name, path in data.items()),
-            *(CommitOperationDelete(name, is_folder=False) for name in sorted(older)),
-        ]
+        data = _published(folder, repository, Path(changed))
+        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in data.items()]
+        older = sorted(_listed(start).keys() - data.keys())
+        operations += [CommitOperationDelete(name, is_folder=False) for name in older]
         commit = partial(api.create_commit, repository, operations, parent_commit=start.sha)
 
         def once() -> ModelInfo:
@@ -63,11 +59,10 @@ def push_release(folder: Path, repository: str, *, public: bool) -> str:
             return look(revision=commit(commit_message="A release of fintune").oid)
 
         if not _holds(now := retried(once), data):
-            page = f"{constants.ENDPOINT}/{repository}"
             raise OutputError(f"{repository} does not hold what was pushed", fix=f"see {page}")
     did = "holds this release already" if now.sha == start.sha else f"{len(data)} files pushed"
     console.say(f"{repository} ({'private' if now.private else 'public'}): {did}")
-    return f"{constants.ENDPOINT}/{repository}/commit/{now.sha}"
+    return f"{page}/commit/{now.sha}"
 
 
 def _published(folder: Path, repository: str, changed: Path) -> dict[str, Path]:
@@ -85,12 +80,12 @@ def _published(folder: Path, repository: str, changed: Path) -> dict[str, Path]:
     return data
 
 
+def _listed(info: ModelInfo) -> dict[str, str]:
+    """Hash of every file of a commit but the hub's own: sha256 of large ones, git's of others."""
+    files = [file for file in info.siblings or [] if file.rfilename not in checks.HUB_FILES]
+    return {f.rfilename: f.lfs.sha256 if f.lfs else str(f.blob_id) for f in files}
+
+
 def _holds(info: ModelInfo, data: dict[str, Path]) -> bool:
-    """Whether a commit holds exactly these files, by the hashes of its listing."""
-    listed = {file.rfilename: file for file in info.siblings or []}
-    return listed.keys() - checks.HUB_FILES == data.keys() and all(
-        files.sha256_file(path) == file.lfs.sha256
-        if (file := listed[name]).lfs
-        else git_hash(path.read_bytes()) == file.blob_id
-        for name, path in data.items()
-    )
+    listed = _listed(info)
+    return listed.keys() == data.keys() and all(has_hash(data[n], listed[n]) for n in data)

@@ -34,8 +34,8 @@ RESULTS = "test_results.json"
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
 TRAINING_ARGS = "training_args.bin"
-HUB_FILES = {".gitattributes"}
-"""What the hub makes in every repository."""
+HUB_FILES = {".gitattributes", ".cache"}
+"""What the hub makes in every repository, and its client beside a download."""
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
 _ENTRIES = 10_000
 _SMALL = 2**20
@@ -117,15 +117,8 @@ def refuse(what: str, names: Collection[str]) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, by name, but for what the hub and its client put beside a download.
-
-    `.gitattributes` and a folder `.cache` with nothing but `huggingface` in it are never opened.
-    """
-    cache, added = folder / ".cache", {*HUB_FILES}
-    inside = cache.iterdir() if cache.is_dir() and not cache.is_symlink() else []
-    if [path.name for path in islice(inside, 2)] == ["huggingface"]:
-        added.add(".cache")
-    return sorted(path for path in islice(folder.iterdir(), _ENTRIES) if path.name not in added)
+    """What a folder holds, at most 10,000 by name, without `HUB_FILES`, which are never opened."""
+    return sorted(p for p in islice(folder.iterdir(), _ENTRIES) if p.name not in HUB_FILES)
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
