@@ -580,14 +580,15 @@ FIGURES = {
 
 def main(wanted: str) -> None:
     """Measure one figure or all, print each, and keep them in the results file."""
-    kept = read_json(RESULTS) if RESULTS.is_file() else {}
     for name, figure in FIGURES.items():
         if wanted in (name, "all"):
             with tempfile.TemporaryDirectory() as folder:
-                kept[name] = {**figure(Path(folder)), "machine": machine()}
-            result(f"{name}: {json.dumps(kept[name], indent=1)}")
+                found = {**figure(Path(folder)), "machine": machine()}
+            result(f"{name}: {json.dumps(found, indent=1)}")
+            # Read after the measurement: another process may have written its figure meanwhile.
+            kept = read_json(RESULTS) if RESULTS.is_file() else {}
             kept.pop("format", None)
-            write_json(RESULTS, kept)
+            write_json(RESULTS, {**kept, name: found})
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
+from fintune.stop import STOP  # noqa: E402
 from fintune.training import run_state, trainer  # noqa: E402
 from fintune.training.run import train  # noqa: E402
 
@@ -231,16 +232,15 @@ def signals(bench: Bench) -> Row:
     module = sys.modules[prepare.__module__]
 
     def work() -> None:
-        from fintune.cli import _stoppable
-
-        with _stoppable():
+        with STOP.listening():
             prepare(stopped)
 
-    outcome = harmed(work, at(module, "write_report", 1, term))
+    outcome = harmed(work, at(module, "write_account", 1, term))
     rows["in preparation"] = {
         "exit": outcome.code,
         "seconds": round(outcome.ended - float(mark.read_text()), 2),
-        "nothing_left": not any(root.iterdir()),
+        # The lock's file stays, whoever held it; nothing of the rows does.
+        "nothing_left": [path.name for path in root.iterdir()] == [".data.lock"],
     }
     return {"places": rows, "seconds_of_a_step": round(bench.seconds / STEPS, 3)}
 
@@ -331,17 +331,17 @@ def long(bench: Bench) -> Row:
     config, samples = bench.new(*changes), bench.folder / "samples.jsonl"
 
     def sampled() -> None:
-        save, file = trainer.LoraTrainer._save_whole, samples.open("w")
+        save, file = trainer.LoraTrainer._save_checkpoint, samples.open("w")
         page = os.sysconf("SC_PAGE_SIZE")
 
-        def measured(self: Any, **keywords: Any) -> None:
-            save(self, **keywords)
+        def measured(self: Any, model: Any, trial: Any) -> None:
+            save(self, model, trial)
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
             row = {"resident": resident, "handles": len(os.listdir("/proc/self/fd"))}
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-        trainer.LoraTrainer._save_whole = measured
+        trainer.LoraTrainer._save_checkpoint = measured
 
     start = time.monotonic()
     outcome = harmed(lambda: train(config), sampled)
@@ -389,7 +389,7 @@ def cost(bench: Bench) -> Row:
         watch(trainer.LoraTrainer, "_write_best", "best adapter")
         watch(files.JsonlLog, "append", "metrics lines")
         watch(trainer.Losses, "add", "spike rule")
-        watch(sys.modules[train.__module__], "check_best", "last look")
+        watch(sys.modules[train.__module__], "check_weights", "last look")
         watch(trainer.LoraTrainer, "train", "the whole run")
 
     def work() -> None:

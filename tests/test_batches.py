@@ -3,6 +3,7 @@
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 from fintune.batches import (
     Steps,
     choose_boundaries,
-    micro_batches_under,
     plan_epoch,
     plan_evaluation,
-    rebalance,
 )
+from fintune.collate import Collator
 from fintune.config import Config, TrainConfig
+from fintune.training.rows import Order, Rows
 
 PLANS = ("stratified", "bucketed", "random")
 
@@ -116,16 +117,20 @@ def test_ranks_share_tokens_equally(plan: str, most: float, world: int) -> None:
 
 def test_a_cap_on_tokens_splits_every_step() -> None:
     lengths = np.array([100] * 60 + [900] * 4)
-    planned = make(lengths.tolist(), size=16)
-    parts = micro_batches_under(1000, lengths, [planned], 2)
-    capped = rebalance(lengths, planned, parts)
-    assert max(lengths[batch].sum() for batch in chain(*capped)) <= 1000
-    assert {len(step) for step in capped} == {parts}
-    for before, after in zip(planned, capped, strict=True):
+    ids = [[0] * length for length in lengths]
+    columns = {"example_id": list(map(str, range(64))), "input_ids": ids, "labels": ids}
+    rows = Rows(pa.table({**columns, "length": lengths}))
+    train = TrainConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2)
+    planned, capped, capped_at_900, capped_at_500 = (
+        Order(Config(train=train), rows, Collator(True, 0), cap=cap) for cap in (0, 1000, 900, 500)
+    )
+    assert planned.accumulation == 2
+    assert max(lengths[batch].sum() for batch in chain(*capped.epoch(0))) <= 1000
+    assert {len(step) for step in capped.epoch(0)} == {capped.accumulation}
+    for before, after in zip(planned.epoch(0), capped.epoch(0), strict=True):
         assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
-    assert micro_batches_under(500, lengths, [planned], 2) == micro_batches_under(
-        900, lengths, [planned], 2
-    ), "an example longer than the cap is a micro-batch alone"
+    alone = "an example longer than the cap is a micro-batch alone"
+    assert capped_at_500.accumulation == capped_at_900.accumulation, alone
 
 
 def test_chosen_boundaries_are_quantiles() -> None:

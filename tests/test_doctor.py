@@ -15,7 +15,7 @@ def findings() -> dict[str, dict[str, str]]:
 
 def test_a_secret_is_reported_by_being_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_never_printed_anywhere")
-    assert findings()["hub token"]["found"] == "set"
+    assert findings()["hub token"]["value"] == "set"
     assert "never" not in tiny.done("doctor").out
 
 
@@ -30,10 +30,10 @@ def test_what_is_missing_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.metadata, "version", without)
     found = findings()
     assert found["packages"]["status"] == "missing"
-    assert "peft absent (needs " in found["packages"]["found"]
-    assert "transformers 5.0.0 (needs " in found["packages"]["found"]
+    assert "peft absent (needs " in found["packages"]["value"]
+    assert "transformers 5.0.0 (needs " in found["packages"]["value"]
     serve = found["extra serve"]
-    assert (serve["status"], serve["found"]) == ("note", "without uvicorn")
+    assert (serve["status"], serve["value"]) == ("note", "without uvicorn")
     assert serve["advice"] == "pip install 'fintune[serve]'"
     said = tiny.fintune("doctor")
     assert (said.code, "missing  packages" in said.out) == (1, True)

@@ -229,7 +229,7 @@ def test_a_key_that_is_not_set_ends_with_1_before_any_request(judged: tiny.Chain
 
 def test_a_budget_that_is_spent_ends_with_3_and_more_goes_on(judged: tiny.Chain) -> None:
     with fake_judge.serve(fake_judge.FakeJudge()) as judge:
-        said = ask(judge, judged, "--max-usd", 0.2)
+        said = ask(judge, judged, "-s", "eval.judge.max_usd=0.2")
         assert said.code == 3, said.err
         assert "the next call may pass the limit of $0.2" in said.err
         assert 0 < len(judge.paid) < CALLS

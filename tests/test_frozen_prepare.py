@@ -219,6 +219,9 @@ def test_inspect_tells_why_rows_were_dropped(chain: tiny.Chain) -> None:
     assert "dropped rows: 2" in said.out
     lines = [line for line, reason in tiny.planted().items() if reason == "not_english"]
     assert all(f" {line} " in said.out for line in lines)
+    assert "wrong_cells" not in frozen.read_json(chain.data / "manifest.json")["rows"]["dropped"]
+    none = tiny.done("dropped", "--reason", "wrong_cells", *chain.words())
+    assert none.out.strip() == "no row was dropped for the reason wrong_cells"
     other = tiny.fintune("dropped", "--reason", "bored", *chain.words())
     assert (other.code, "not_english" in other.err) == (1, True)
 
@@ -254,7 +257,7 @@ def test_rows_prepared_in_two_parts_are_refused_by_name(
     (copy.data / "done.json").write_text(json.dumps(done))
     said = tiny.fintune(verb, *copy.words())
     assert said.code == 1
-    assert "earlier version: it has no test.parquet" in said.err
+    assert "test.parquet is missing" in said.err
     assert "fintune prepare --fresh" in said.err
 
 

@@ -1,7 +1,5 @@
 """`fintune init`: every key with its meaning, loading to what was asked, never over a file."""
 
-import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +7,6 @@ import tiny
 import yaml
 
 from fintune.config import dotted_keys, load_config, presets
-
-
-class Terminal(io.StringIO):
-    """A standard input that a person types into."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -66,11 +57,6 @@ def test_options_are_answers(tmp_path: Path) -> None:
     assert not (tmp_path / "bad.yaml").exists()
 
 
-def test_questions_are_asked_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "asked.yaml"
-    monkeypatch.setattr(sys, "stdin", Terminal("\nmine\nrows/*.jsonl\n\n"))
-    said = tiny.done("init", "--out", out)
-    config = load_config(out)
-    assert (config.name, config.data.source) == ("mine", "rows/*.jsonl")
-    assert config.model.id == "fintune/nano"
-    assert f"preset to start from ({', '.join(presets())})" in said.err
+def test_without_options_it_is_the_preset_nano(tmp_path: Path) -> None:
+    tiny.done("init", "--out", tmp_path / "mine.yaml")
+    assert load_config(tmp_path / "mine.yaml") == load_config("nano")

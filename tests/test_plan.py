@@ -101,7 +101,7 @@ def test_a_model_without_data_keeps_what_the_real_one_keeps(tmp_path: Path) -> N
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     changes = write_shape(tmp_path, "llama", **shape)
     config = load_config("nano", changes)
-    planned = count(config)
+    planned = count(config)["none"]
     base = LlamaForCausalLM._from_config(
         AutoConfig.from_pretrained(tmp_path), attn_implementation=attention.NAME, dtype="bfloat16"
     )

@@ -1,10 +1,10 @@
 """Attention inside each sequence's boundaries, registered with transformers; no model code copied.
 
 `NAME` is given to a model as its attention implementation. With boundaries (`cu_seq_lens_q`, from
-`collate.padding_free_batch`) a token attends to the earlier tokens of its own sequence only: on
+`collate.padding_free_batch`) a token attends to the earlier tokens of the same sequence only: on
 CUDA with `torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere
 with scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
-batches) it is transformers' own sdpa.
+batches) it is transformers' sdpa.
 """
 
 from typing import Any
@@ -102,7 +102,9 @@ def why_padded(model: Any) -> str | None:
     """
     config = model.config
     if not model._supports_attention_backend or model._is_stateful:
-        return f"{type(model).__name__} has attention or a state of its own"
+        return (
+            f"{type(model).__name__} does not use transformers' attention interface, or is stateful"
+        )
     names = ["attn_logit_softcapping", "attention_chunk_size", "attention_dropout"]
     names += ["sliding_window"] if getattr(config, "use_sliding_window", True) else []
     for name in names:

@@ -12,7 +12,7 @@ would have seen. Several processes are more micro-batches of the same step: rank
 every w-th of them, after they were balanced.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,32 +61,6 @@ def rebalance(lengths: Ints, steps: Steps, micro_batches: int, world_size: int =
     """The same steps, each as so many micro-batches of nearly equal tokens."""
     dealt = [_balance(lengths, np.concatenate(s), micro_batches, world_size) for s in steps]
     return [_to_ranks(lengths, step, world_size) for step in dealt]
-
-
-def micro_batches_under(
-    cap: int,
-    lengths: Ints,
-    epochs: list[Steps],
-    micro_batches: int,
-    world_size: int = 1,
-    padded_tokens: Callable[[list[int]], int] = sum,
-) -> int:
-    """Fewest micro-batches a step, the same for all steps, that keep each of a run under a cap.
-
-    Args:
-        cap: most tokens of a micro-batch; an example that is longer is one alone.
-        micro_batches: the number to begin with; it grows in strides of `world_size`.
-        padded_tokens: tokens that a micro-batch of these lengths takes, padding included.
-    """
-    cap = max(cap, padded_tokens([int(lengths.max())]))
-    steps = [step for epoch in epochs for step in epoch]
-    most = max(sum(batch.size for batch in step) for step in steps)
-    while micro_batches < most and any(
-        padded_tokens(lengths[batch].tolist()) > cap for step in steps for batch in step
-    ):
-        micro_batches += world_size
-        steps = rebalance(lengths, steps, micro_batches, world_size)
-    return micro_batches
 
 
 def plan_evaluation(lengths: Ints, max_tokens: int) -> list[list[int]]:

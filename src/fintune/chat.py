@@ -7,7 +7,7 @@ are tokenised apart, exactly as a server does it: the prompt alone, then the ans
 The template is rendered once per conversation shape (the order of roles) with placeholders for
 the texts, so that a text which spells a control token (`<|eot_id|>`) can be encoded as the plain
 characters it is. That is only right if the template copies texts unchanged, so every shape is
-proved on its first rows against the tokenizer's own `apply_chat_template`.
+proved on its first rows against the tokenizer's `apply_chat_template`.
 """
 
 import re
@@ -147,7 +147,7 @@ class ChatFormat:
         }
 
     def text_tokens(self, messages: Sequence[Message], encoded: Encoded) -> int:
-        """Tokens of the conversation's own texts: its length less what the template alone takes."""
+        """Tokens of the texts alone: the length less what the template takes."""
         return len(encoded.input_ids) - self._template_tokens(_shape(messages))
 
     def _count_template(self, shape: tuple[Role, ...]) -> int:
@@ -200,15 +200,15 @@ class ChatFormat:
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        found = backend.encode_batch_fast(unique, add_special_tokens=False)
-        ids = {text: encoding.ids for text, encoding in zip(unique, found, strict=True)}
+        encodings = backend.encode_batch_fast(unique, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
         return [self._tokenise_raw(run) if run.raw else ids[run.text] for run in runs]
 
     def _tokenise_raw(self, run: _Run) -> list[int]:
         ids: list[int] = []
         for text, raw in run.pieces:
-            found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=raw)
-            ids += found["input_ids"]
+            encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=raw)
+            ids += encoding["input_ids"]
         return ids
 
 

@@ -1,4 +1,8 @@
-"""The command line: one short function a verb. Stages are imported inside, so --help is instant."""
+"""The command line: one short function a command.
+
+Stages are imported inside, so that --help is instant, and after the config is read: an error in it
+is said before torch is loaded.
+"""
 
 import json
 import logging
@@ -13,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+import fintune
 from fintune import __version__, console
-from fintune.errors import ConfigError, FintuneError, NoSpace, Stopped
-from fintune.files import FULL
+from fintune.errors import ConfigError, FintuneError, Stopped
 from fintune.stop import STOP
 
 if TYPE_CHECKING:
@@ -44,20 +48,21 @@ Release = Annotated[Path, typer.Argument(help="A release folder, or hub id (also
 BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
-"""Verbs that write a folder, which a signal must not leave half-written."""
+"""Commands that write a folder, which a signal must not leave half-written."""
 OFFLINE = "--offline"
 CONFIG = "fintune.yaml"
-"""Config file that every verb looks for first; `fintune init` writes it."""
+"""The config where no --config is given; `fintune init` writes it."""
 DEMO_RELEASE = Path("runs/demo/release")
 
 
 def main() -> None:
-    """Entry point: a FintuneError, or a full disk, becomes one message and its exit code."""
+    """Entry point: a FintuneError becomes one message and its exit code."""
     words = sys.argv[1:]
     sys.argv[1:] = sorted(words, key=lambda word: word != OFFLINE)  # it may stand anywhere
     again = shlex.join(["fintune", *words])
+    last_words = f"stopped before anything was written; continue with: {again}\n"
     try:
-        with STOP.listening(f"stopped before anything was written; continue with: {again}\n"):
+        with STOP.listening(last_words.encode(errors="backslashreplace")):
             _quiet()
             app()
     except FintuneError as error:
@@ -67,11 +72,6 @@ def main() -> None:
             kept = [word for word in words if word != "--fresh" or words[0] == "release"]
             console.say(f"continue with: {shlex.join(['fintune', *kept])}")
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        console.fail("no space left where the results are written; the same command begins again")
-        sys.exit(NoSpace.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,7 +89,7 @@ def _root(
         console.result(__version__)
         raise typer.Exit
     if context.invoked_subcommand not in WRITERS:
-        STOP.release()  # a reader has nothing to continue, and a server stops in its own way
+        STOP.release()  # a reader has nothing to continue, and uvicorn has a handler
 
 
 @app.command()
@@ -99,10 +99,10 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """The whole path on the bundled nano base and sample rows, offline, in minutes."""
+    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     from fintune.demo import show
     from fintune.pipeline import run as all_stages
 
-    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     all_stages(config, fresh=fresh)
     show(config)
 
@@ -116,9 +116,10 @@ def run(
     judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
+    loaded = _load(config, overrides)
     from fintune.pipeline import run as all_stages
 
-    all_stages(_load(config, overrides), fresh=fresh, accept=accept, judge_host=judge_host)
+    all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -129,9 +130,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
-    from fintune.data.prepare import prepare as stage
-
-    _emit(stage(_load(config, overrides), fresh=fresh), as_json)
+    loaded = _load(config, overrides)
+    _emit(fintune.prepare(loaded, fresh=fresh), as_json)
 
 
 @app.command()
@@ -145,21 +145,21 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    from fintune.training.run import train as stage
-
-    folder = stage(_load(config, overrides), fresh=fresh, force_resume=force_resume)
+    loaded = _load(config, overrides)
+    folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
     _emit({"run": str(folder)}, as_json)
 
 
 @app.command()
 def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json = False) -> None:
     """What `train` would do, what it takes and where it fits; loads no weights, needs no GPU."""
-    from fintune import plan as planned
+    loaded = _load(config, overrides)
+    from fintune import plan as planning
 
-    found = planned.plan(_load(config, overrides))
-    _emit(found, as_json)
+    planned = planning.plan(loaded)
+    _emit(planned, as_json)
     if not as_json:
-        planned.show(found)
+        planning.show(planned)
 
 
 @app.command("eval")
@@ -177,9 +177,8 @@ def evaluate(
 
         results = make_again(rescore)
     else:
-        from fintune.evals import evaluate as stage
-
-        results = stage.evaluate(_load(config, overrides), fresh=fresh, judge_host=judge_host)
+        loaded = _load(config, overrides)
+        results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     _emit(results, as_json)
 
 
@@ -191,9 +190,8 @@ def release(
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
-    from fintune.pipeline import release as stage
-
-    stage(_load(config, overrides), fresh=fresh, accept=accept)
+    loaded = _load(config, overrides)
+    fintune.release(loaded, fresh=fresh, accept=accept)
 
 
 @app.command()
@@ -209,17 +207,14 @@ def inspect(
     line: LineNumber = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
+    loaded = _load(config, overrides)
     from fintune.data import inspect as shown
 
-    loaded, out = _load(config, overrides), list[dict[str, Any]]()
-    if line is None:
-        kept = shown.inspect(loaded, row, part, count, source)
-    else:
-        kept, out = shown.find(loaded, line, source)
-    for found in kept:
-        console.out.print(found)
-    if out:
-        _show_dropped(out)
+    texts, dropped_rows = shown.inspect(loaded, row, part, count, source, line)
+    for text in texts:
+        console.out.print(text)
+    if dropped_rows:
+        _show_dropped(dropped_rows)
 
 
 @app.command()
@@ -232,17 +227,20 @@ def dropped(
     line: LineNumber = None,
 ) -> None:
     """Which rows were dropped, where and why: the ledger of `prepare`."""
+    loaded = _load(config, overrides)
     from fintune.data.inspect import why_dropped
 
-    found = why_dropped(_load(config, overrides), source=source, reason=reason, line=line)
-    _show_dropped(found, count)
+    rows = why_dropped(loaded, source=source, reason=reason, line=line)
+    if reason and not rows:
+        console.result(f"no row was dropped for the reason {reason}")
+        return
+    _show_dropped(rows, count)
 
 
 @app.command()
 def judge(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
-    max_usd: Annotated[float | None, typer.Option(help="Sets eval.judge.max_usd.")] = None,
     judge_host: JudgeHost = "",
     labels: Annotated[
         Path | None, typer.Option(help="Human verdicts, JSON Lines of id and verdict.")
@@ -250,10 +248,9 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
+    loaded = _load(config, overrides)
     from fintune.evals.evaluate import judge_answers
 
-    budget = [] if max_usd is None else [f"eval.judge.max_usd={max_usd}"]
-    loaded = _load(config, [*(overrides or []), *budget])
     _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 
 
@@ -268,10 +265,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
-    from fintune.releasing.verify import verify as stage
-
     try:
-        report = stage(folder, base=base, no_pickle=no_pickle, server=server)
+        report = fintune.verify(folder, base=base, no_pickle=no_pickle, server=server)
     except FintuneError as error:
         _emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
         raise
@@ -334,13 +329,13 @@ def serve(
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
-    preset: Annotated[str | None, typer.Option(help="The preset to start from.")] = None,
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "nano",
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
     base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a commented config to edit; asks where no option is given. Never over a file."""
+    """Write a commented config to edit. Never over a file."""
     from fintune.init import init as write
 
     write(out, preset=preset, name=name, source=source, base=base, force=force)
@@ -355,14 +350,14 @@ def doctor(as_json: Json = False) -> None:
     _emit(findings, as_json)
     if not as_json:
         for row in findings:
-            line = f"{row['status']:8} {row['name']:17} {row['found']}  {row['advice']}"
+            line = f"{row['status']:8} {row['name']:17} {row['value']}  {row['advice']}"
             console.result(line.rstrip())
     if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
 
 
 def _emit(value: Any, as_json: bool) -> None:
-    """A verb's result for programs, where --json was given."""
+    """A command's result for programs, where --json was given."""
     if as_json:
         console.emit_json(value)
 
@@ -381,7 +376,7 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    # Read by transformers and datasets at import; a user's own setting wins.
+    # Read by transformers and datasets at import; a setting of the user wins.
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):

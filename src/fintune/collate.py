@@ -1,7 +1,7 @@
 """Examples -> one batch: padding-free with sequence boundaries, or padded where that is needed.
 
-Both give the same keys to the loss: `labels` are already shifted (the label of a position is the
-next token of its own sequence, `IGNORE_INDEX` at every sequence's end), so that no token predicts
+They have the same keys for the loss: `labels` are already shifted (the label of a position is the
+next token of the same sequence, `IGNORE_INDEX` at every sequence's end), so that no token predicts
 the first token of a neighbour.
 """
 
@@ -34,7 +34,7 @@ def padding_free_batch(rows: Sequence[Mapping[str, Tokens]], pad_to_multiple_of:
 
     Args:
         rows: each with `input_ids` and `labels` of the same length.
-        pad_to_multiple_of: of this many tokens; the padding is a sequence of its own, without
+        pad_to_multiple_of: of this many tokens; the padding is one more sequence, without
             label tokens.
 
     Returns:

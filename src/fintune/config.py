@@ -1,11 +1,8 @@
-"""Every knob: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
+"""Every setting: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
 
 `load_config("llama-3.1-8b-finance", ["train.learning_rate=2e-4"])` finds a preset by name or a
 file by path, applies the overrides, checks everything at once and returns a `Config`. An unknown
 key is an error that names the nearest known one.
-
-YAML scalars stay texts, whatever they look like, until the type of their key is known: pydantic
-makes numbers and truth values of them, and a name or a path is what is written.
 """
 
 import difflib
@@ -28,39 +25,14 @@ from pydantic import (
 )
 
 from fintune.errors import ConfigError
+from fintune.files import read_toml
+from fintune.yaml_reader import read_yaml, redacted
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_RENAMED = {
-    "data.max_length_cap": "data.max_length",
-    "data.max_validation_rows": "data.max_held_out_rows",
-    "data.personal_data": "data.pii",
-    "train.lora.alpha": "train.lora.lora_alpha",
-    "train.lora.dropout": "train.lora.lora_dropout",
-    "train.epochs": "train.num_train_epochs",
-    "train.micro_batch_size": "train.per_device_train_batch_size",
-    "train.accumulation": "train.gradient_accumulation_steps",
-    "train.plan": "train.train_sampling_strategy",
-    "train.optimizer": "train.optim",
-    "train.schedule": "train.lr_scheduler_type",
-    "train.log_steps": "train.logging_steps",
-    "train.eval_rows": "train.max_eval_samples",
-    "train.activation_checkpointing": "train.gradient_checkpointing",
-    "eval.batch_size": "eval.per_device_eval_batch_size",
-}
-"""Keys of version 0.2.0 that have another name now."""
-SECRETS = re.compile(
-    r"""(?ix)(?<![a-z])(?:sk|pk|rk|hf|gh[opsu]|xox[abp]|glpat|AIza|AKIA|ASIA)[-_]?[A-Za-z0-9_-]{12,}
-    | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)? | bearer\s+[\w.~+/=-]{8,}
-    | (?<=//)[^\s/@"]+:[^\s/@"]+(?=@)
-    | (?:(?:api|access)[_-]?key|token|secret|passw(?:or)?d)
-      \\?["']?\s*[:=]\s*\\?["']?[^\s"',}\\]{6,}"""
-)
-"""What looks like a key or a password: never stored, never shown."""
+RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
+"""Key of version 0.2.0 -> its name now."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
-MOST_NODES = 5_000
-"""Values of a YAML document. Every key with its default is 90."""
-
 URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$"
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
@@ -208,7 +180,7 @@ class TrainConfig(Section):
     train_sampling_strategy: Literal["stratified", "bucketed", "random"] = "stratified"
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
-    """lengths that end a bucket, for `bucketed`; absent: 8 quantiles"""
+    """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
     optim: str = "adamw_torch"
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
@@ -291,7 +263,7 @@ class ReleaseConfig(Section):
 
 
 class Config(Section):
-    """The whole tree. Every verb takes it; each stage reads its own section."""
+    """The whole tree. Every command takes it; each stage reads its section."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """name of the run"""
@@ -314,9 +286,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> "Config":
-        boundaries = self.train.bucket_boundaries
-        if boundaries is not None and list(boundaries) != sorted(set(boundaries)):
-            raise ValueError("train.bucket_boundaries must increase")
         if self.train.max_steps == 0:
             raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
         data, places = self.data, self.folders()
@@ -360,11 +329,8 @@ class Config(Section):
 
     def sections(self, *names: str) -> dict[str, Any]:
         """The named sections as plain values without `out` folders, so that a run can be moved."""
-        tree = self.model_dump(mode="json", include=set(names))
-        for value in tree.values():
-            if isinstance(value, dict):
-                value.pop("out", None)
-        return tree
+        folders = {stage: {"out"} for stage in ("data", "train", "eval", "release")}
+        return self.model_dump(mode="json", include=set(names), exclude=folders)
 
 
 def preset_dir() -> Path:
@@ -391,7 +357,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         near = difflib.get_close_matches(str(name), presets(), n=1)
         fix = f"did you mean {near[0]}?" if near else f"presets: {', '.join(presets())}"
         raise ConfigError(f"no config file at {name}", fix=fix)
-    tree = _read_yaml(path.read_bytes(), str(path))
+    tree = read_yaml(path.read_bytes(), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
     for override in overrides:
@@ -421,43 +387,6 @@ def dump_yaml(config: Config) -> str:
     return text
 
 
-class _Loader(yaml.BaseLoader):
-    """Scalars are texts, or None for a null without quotes; no aliases, no key twice."""
-
-    nodes = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.nodes += 1
-        if self.check_event(yaml.AliasEvent) or self.nodes > MOST_NODES:
-            raise yaml.YAMLError(f"an alias (*), or more than {MOST_NODES} values")
-        return super().compose_node(parent, index)
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:  # type: ignore[override]
-        null = not node.style and node.value in ("", "~", "null", "Null", "NULL")
-        return None if null else str(node.value)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        if twice := [key for at, key in enumerate(keys) if key in keys[:at]]:
-            raise yaml.YAMLError(f"written twice: {twice[0]}")
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: "\U00110000"
-        mark = getattr(error, "problem_mark", None)
-        # Not the lines themselves, which str(error) quotes: a secret may stand in them.
-        said = f"{getattr(error, 'problem', '')}, line {mark.line + 1}" if mark else str(error)
-        raise ConfigError(redacted(f"{where} is not readable YAML: {said}")) from None
-
-
-def redacted(text: str) -> str:
-    """A text without what looks like a secret."""
-    return SECRETS.sub("[redacted]", text)
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     *sections, last = key.strip().split(".")
@@ -467,14 +396,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {redacted(key)}: {section} is a value, not a section")
-    tree[last] = _read_yaml(value, f"--set {key}: the value")
+    tree[last] = read_yaml(value, f"--set {key}: the value")
 
 
 def _explain(problem: dict[str, Any]) -> str:
     """A problem of pydantic's; without a value that may be or hold a secret."""
     key = redacted(".".join(str(part) for part in problem["loc"] if part != "[key]"))
-    if key in _RENAMED:
-        return f"{key}: this key is {_RENAMED[key]} now"
+    if key in RENAMED:
+        return f"{key}: this key is {RENAMED[key]} now"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, dotted_keys(), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")

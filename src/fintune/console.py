@@ -36,7 +36,7 @@ out = Console(highlight=False, soft_wrap=True)
 
 def printable(text: str) -> str:
     """Text of others for a terminal or a page: every control character as its escape."""
-    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def safe_markup(text: str) -> str:
@@ -78,7 +78,7 @@ def stream(text: str) -> None:
 def emit_json(value: Any) -> None:
     """A command's result for programs: one JSON document on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(_CONTROLS.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "\n")
+    sys.stdout.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -21,24 +21,24 @@ DEMO_GB, BASE_GB = 3, 20
 
 
 def examine() -> list[dict[str, str]]:
-    """A row for every fact: `name`, `status`, `found`, `advice`.
+    """A row for every fact: `name`, `status`, `value`, `advice`.
 
     `status` is ok, note (with what to do in `advice`), or missing: fintune does not work at all.
     """
     return [*_software(), *_hardware()]
 
 
-def _row(name: str, found: str, advice: str = "", status: str = "note") -> dict[str, str]:
+def _row(name: str, value: str, advice: str = "", status: str = "note") -> dict[str, str]:
     return {
         "name": name,
         "status": status if advice else "ok",
-        "found": found,
+        "value": value,
         "advice": advice,
     }
 
 
 def _software() -> Iterator[dict[str, str]]:
-    """Python, what fintune requires by its own metadata, and its extras."""
+    """Python, what fintune requires by its metadata, and its extras."""
     yield _row("python", f"{platform.python_version()} on {platform.system()}")
     needed = [Requirement(text) for text in importlib.metadata.requires("fintune") or ()]
     wrong = [
@@ -47,20 +47,20 @@ def _software() -> Iterator[dict[str, str]]:
         if (not row.marker or row.marker.evaluate({"extra": ""}))
         and not row.specifier.contains(_version(row.name) or "0")
     ]
-    found = ", ".join(wrong) or f"torch {_version('torch')}, peft {_version('peft')}"
-    yield _row("packages", found, "install fintune again" if wrong else "", "missing")
+    versions = ", ".join(wrong) or f"torch {_version('torch')}, peft {_version('peft')}"
+    yield _row("packages", versions, "install fintune again" if wrong else "", "missing")
     for extra in importlib.metadata.metadata("fintune").get_all("Provides-Extra") or ():
         rows = [row for row in needed if row.marker and row.marker.evaluate({"extra": extra})]
         absent = ", ".join(row.name for row in rows if not _version(row.name))
-        found = f"without {absent}" if absent else "installed"
-        yield _row(f"extra {extra}", found, f"pip install 'fintune[{extra}]'" if absent else "")
+        state = f"without {absent}" if absent else "installed"
+        yield _row(f"extra {extra}", state, f"pip install 'fintune[{extra}]'" if absent else "")
 
 
 def _hardware() -> Iterator[dict[str, str]]:
     yield _row("CPU", f"{psutil.cpu_count()} cores, {torch.get_num_threads()} threads")
     cards = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-    found = ", ".join(f"{card.name} {_gb(card.total_memory)}" for card in cards)
-    yield _row("GPU", found or "none that torch uses", "" if cards else "small bases train on CPU")
+    names = ", ".join(f"{card.name} {_gb(card.total_memory)}" for card in cards)
+    yield _row("GPU", names or "none that torch uses", "" if cards else "small bases train on CPU")
     memory, free = psutil.virtual_memory().total, free_bytes(Path())
     short = memory < DEMO_GB * 1e9
     yield _row("memory", _gb(memory), f"the demo needs {DEMO_GB} GB" if short else "")

@@ -38,7 +38,7 @@ class OutputError(FintuneError):
 
 
 class GateRefused(FintuneError):
-    """A release gate, a verification or a budget said no."""
+    """A release gate, a verification or a budget refused."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""The records every stage speaks: a message, an example, a dropped row, an encoded conversation."""
+"""Records that all stages share: a message, an example, a dropped row, an encoded conversation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row that is still in: where it came from and what it says.
+    """A row that was not dropped: where it came from, and its messages.
 
     `line` is 1-based in its file. `row_sha256` hashes the raw row's canonical JSON (or, for
     a line that was no JSON, its bytes).
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is out, with the one reason that decided."""
+    """A dropped row, with its one reason."""
 
     source: str
     line: int

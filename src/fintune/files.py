@@ -174,12 +174,12 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def reaching(folder: Path) -> Iterator[None]:
-    """Raise OutputError where a folder's place cannot be had; a full volume may empty again."""
+    """Raise OutputError where a folder's place cannot be written, NoSpace on a full volume."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise
+            raise NoSpace(f"no space left on the volume of {folder}", fix=_FREE) from None
         what = f"{folder} cannot be written: {error.strerror}"
         raise OutputError(what, fix="choose another folder: --set out=...") from None
 
@@ -235,7 +235,7 @@ def require_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def space_for(folder: Path, needed: int) -> Iterator[None]:
+def space_for(folder: Path, needed: int = 0) -> Iterator[None]:
     """Write below a folder where `needed` bytes are free.
 
     Raises:

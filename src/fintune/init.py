@@ -1,16 +1,13 @@
 """A config to edit, every key with its default and its meaning: `fintune init`."""
 
 import json
-import sys
-from functools import partial
 from pathlib import Path
 
-import typer
 from pydantic import BaseModel
 
 from fintune import console
-from fintune.config import Config, load_config, presets
-from fintune.errors import ConfigError, OutputError
+from fintune.config import Config, load_config
+from fintune.errors import OutputError
 from fintune.files import reaching, write_text
 
 COMMENT_COLUMN = 44
@@ -23,10 +20,9 @@ HEAD = """\
 
 
 def init(
-    out: Path, *, preset: str | None, name: str | None, source: str | None, base: str | None,
-    force: bool = False,
-) -> None:  # fmt: skip
-    """Write a commented config; questions are asked on a terminal where no answer was given.
+    out: Path, *, preset: str, name: str | None, source: str | None, base: str | None, force: bool
+) -> None:
+    """Write a commented config.
 
     Args:
         preset: the shipped config to start from.
@@ -36,22 +32,11 @@ def init(
         force: overwrite `out`.
 
     Raises:
-        ConfigError: an answer the config refuses, or no answers and nobody to ask.
+        ConfigError: no such preset, or a value that its key does not take.
         OutputError: `out` exists, or cannot be written.
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
-    if preset is name is source is base is None:
-        if not sys.stdin.isatty():
-            what = "init asks a few questions, and there is no terminal to ask on"
-            raise ConfigError(what, fix="give options: fintune init --preset nano --source x.jsonl")
-        ask = partial(typer.prompt, err=True, type=str)
-        preset = ask(f"preset to start from ({', '.join(presets())})", "nano")
-        known = load_config(preset)
-        name = ask("name of the run", known.name)
-        source = ask("rows: a file, folder, glob or hub id", known.data.source)
-        base = ask("base: a hub id, or a folder", known.model.id)
-    preset = preset or "nano"
     lines = _lines(load_config(preset, _overrides(name, source, base)), Config())
     with reaching(out):
         write_text(out, HEAD.format(preset=preset, out=out) + "\n".join(lines) + "\n")
@@ -75,7 +60,7 @@ def _lines(values: BaseModel, defaults: BaseModel, indent: str = "") -> list[str
 def _overrides(name: str | None, source: str | None, base: str | None) -> list[str]:
     chosen = {} if name is None else {"name": name, "out": f"runs/{name}"}
     if source is not None:
-        # A preset may pass its own rows unmasked; what it knows of them is not true of others.
+        # A preset may pass its rows unmasked; what it knows of them is not true of others.
         chosen |= {"data.source": source, "data.pii": "mask"}
     if base is not None:
         folder = Path(base).expanduser()

@@ -84,7 +84,7 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
     Args:
         model: a causal language model, bare, with a peft adapter, or wrapped (DDP, FSDP): the
-            wrapper's own forward is called, so its hooks run.
+            wrapper's forward is called, so that its hooks run.
         batch: of `collate`, on the model's device; shifted labels.
 
     Returns:
@@ -99,7 +99,7 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         logits = model(**inputs, use_cache=False).logits[counted].to(torch.float32)
         return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
     head = causal.get_output_embeddings()
-    head.forward = lambda input: input  # the output layer hands the hidden states through
+    head.forward = lambda input: input  # the output layer returns the hidden states
     try:
         hidden = model(**inputs, use_cache=False).logits[counted]
     finally:
@@ -111,7 +111,7 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 def why_full_logits(causal: Any) -> str | None:
-    """Why a model's loss needs its own full logits, or None where the chunked loss applies."""
+    """Why a model's loss needs full logits, or None where the chunked loss applies."""
     config = causal.config.get_text_config()
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):

@@ -30,7 +30,6 @@ class ModelSize:
         parameters, trainable: of the base, of the adapter.
         linear: weights of the base's layers that quantization packs.
         head: weights of the output layer.
-        vocab: width of the logits.
         layers, hidden: decoder layers, width of the residual stream.
         widest: input width of the widest adapted projection.
         matrix: weights of the largest linear layer, unpacked at once where it is quantized.
@@ -43,7 +42,6 @@ class ModelSize:
     trainable: int
     linear: int
     head: int
-    vocab: int
     layers: int
     hidden: int
     widest: int
@@ -73,7 +71,6 @@ def model_size(model: Any, batches: Iterable[Batch], element: int) -> ModelSize:
         trainable=sum(each.numel() for each in trained),
         linear=sum(matrices),
         head=head.numel(),
-        vocab=len(head),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         widest=max(each.shape[-1] for each in trained if each.dim() > 1),
@@ -93,7 +90,7 @@ def saved_bytes(model: Any, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if id(storage) not in weights:
             kept[id(storage)] = storage
-        # An output packed as itself would hold its own node: the graph would never be freed.
+        # An output packed as itself would hold its node: the graph would never be freed.
         return tensor.detach()
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -129,7 +126,7 @@ def step_memory(
     # The adapter is kept in the base's precision until the backward pass.
     copies = e * size.trainable / (size.layers if checkpointing else 1)
     through = size.layers * e * size.hidden + layer if checkpointing else size.saved
-    logits = (4 + e) * size.vocab * label_tokens
+    logits = (4 + e) * (size.head // size.hidden) * label_tokens
     if not size.full_logits:
         logits = min(CHUNK_BYTES, logits)
     # Of the widest projection: mask, its bytes, gradient and the adapter's part; where peft

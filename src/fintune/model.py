@@ -187,11 +187,11 @@ def open_release(folder: Path, base: Path | None) -> Base:
     report = Report(folder)
     ours = (folder / checks.SUMS).exists()
     report.checks += open_folder(folder, "release" if ours else "adapter")
-    found = release_base(folder, base)
-    report.run(lambda: check_revision(folder, found))
-    report.run(lambda: probe_release(folder, found.folder))
+    named = release_base(folder, base)
+    report.run(lambda: check_revision(folder, named))
+    report.run(lambda: probe_release(folder, named.folder))
     report.settle()
-    return found
+    return named
 
 
 def release_base(folder: Path, base: Path | None) -> Base:
@@ -259,7 +259,7 @@ def load_base(
         on_cpu: leave it in the machine's memory, to be taken apart from there.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
-    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a user's own setting wins.
+    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a setting of the user wins.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     packed = BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",
@@ -293,21 +293,17 @@ def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
         ModelError: a target module that the base does not have.
     """
     torch.manual_seed(seed)
+    options = config.model_dump() | {"target_modules": sorted(config.target_modules)}
+    settings = PeftLoraConfig(**options, bias="none", task_type="CAUSAL_LM")
     try:
-        peft = get_peft_model(model, peft_config(config), autocast_adapter_dtype=True)
+        peft = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         what = f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}"
-        raise ModelError(what, fix="name its own projections, such as q_proj, v_proj") from None
+        raise ModelError(what, fix="name projections of the base, such as q_proj, v_proj") from None
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
     return peft
-
-
-def peft_config(config: LoraConfig) -> PeftLoraConfig:
-    """peft's own configuration object for ours."""
-    options = config.model_dump() | {"target_modules": sorted(config.target_modules)}
-    return PeftLoraConfig(**options, bias="none", task_type="CAUSAL_LM")
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
@@ -347,7 +343,7 @@ def load_release(
 
     Args:
         dtype: precision of the base; None: `inference_dtype`.
-        date_string: date of the chat template; None: the release's own, or the default.
+        date_string: date of the chat template; None: the release's, or the default.
 
     Raises:
         ModelError: base, adapter or tokenizer does not load.

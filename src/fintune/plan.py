@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fintune import attention, console, memory
@@ -22,13 +21,14 @@ from fintune.errors import ModelError
 from fintune.files import read_toml
 from fintune.kernels import pointwise
 from fintune.memory import ModelSize, step_memory
-from fintune.model import find_base, peft_config
+from fintune.model import attach, find_base
 from fintune.seal import DONE, read_data
 from fintune.training import lora
 from fintune.training.rows import read_train, read_validation
 from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import probe_base, read_architecture
 
+Facts = dict[str, Any]
 DATA = read_toml(__file__, "plan.toml")
 MEMORY_BAND = 0.10
 """Of the peak; assumed: what autograd keeps is counted, what an allocator adds is not."""
@@ -49,7 +49,7 @@ MEAN_TOKENS, SIGMA, LABEL_SHARE = 300, 0.9, 0.5
 that the loss counts."""
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: Config) -> Facts:
     """What the run of a config does and takes; loads no weights.
 
     Returns:
@@ -60,26 +60,26 @@ def plan(config: Config) -> dict[str, Any]:
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
     """
-    train, size = config.train, count(config)
+    train, sizes = config.train, count(config)
     arguments = training_arguments(
         config,
         "bf16" if train.precision == "auto" else train.precision,
         train.gradient_checkpointing == "on",
         train.gradient_accumulation_steps,
     )
-    facts = _describe(config, size)
-    settings = _settings(config, size, facts)
+    facts = _describe(config, sizes["none"])
+    settings = _settings(config, sizes, facts)
     return {
         "training_arguments": {**arguments.to_dict(), "use_cpu": False},
         "lora_config": {**train.lora.model_dump(mode="json"), "bias": "none"},
         **facts,
         "settings": settings,
         "memory_band": MEMORY_BAND,
-        "gpus": [_on_gpu(gpu, settings, facts["flops"]) for gpu in DATA["gpu"]],
+        "gpus": [_on_gpu(gpu, settings) for gpu in DATA["gpu"]],
     }
 
 
-def _describe(config: Config, size: ModelSize) -> dict[str, Any]:
+def _describe(config: Config, size: ModelSize) -> Facts:
     """Facts of a run on any device."""
     train, assumed = config.train, not (config.data_dir / DONE).is_file()
     lengths, validation, label_share = _assumed(config) if assumed else _prepared(config)
@@ -90,8 +90,8 @@ def _describe(config: Config, size: ModelSize) -> dict[str, Any]:
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     tokens = round(mean * min(steps * per_step, len(lengths) * train.num_train_epochs))
     evaluations = -(-steps // train.eval_steps)  # the last step is evaluated too
-    # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the adapter's
-    # own. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
+    # 2 a weight and token forward, 2 for the gradient of the activations, 2 for the gradient of
+    # the adapter. Attention's scores are left out: 1 % of an 8B base's at 300 tokens.
     block, head = 2 * (size.linear + size.trainable), 2 * size.head * label_share
     training = tokens * (2 * block + 2 * size.trainable + 2 * head)
     evaluation = evaluations * int(validation.sum()) * (block + head)
@@ -150,12 +150,11 @@ def _assumed(config: Config) -> tuple[Ints, Ints, float]:
     return train, validation, LABEL_SHARE
 
 
-def count(config: Config, *, quantized: bool = False) -> ModelSize:
-    """Build the base with its adapter on the meta device, and count.
+def count(config: Config) -> dict[str, ModelSize]:
+    """Build the base with its adapter on the meta device, and count; by quantization.
 
-    Args:
-        quantized: as for a quantized base, whose LoRA arithmetic is peft's own. Its dropout masks
-            count two bytes an element here and take one on CUDA: measured about 18 % too much.
+    A quantized base keeps peft's LoRA arithmetic. Its dropout masks count two bytes an element
+    here and take one on CUDA: measured about 18 % too much.
 
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
@@ -175,20 +174,22 @@ def count(config: Config, *, quantized: bool = False) -> ModelSize:
                 dtype=torch.bfloat16,
                 attn_implementation=attention.NAME,
             ).requires_grad_(False)
-            model = get_peft_model(model, peft_config(config.train.lora), low_cpu_mem_usage=True)
+            model = attach(model, config.train.lora, config.seed)
             probes = [_batch(memory.PROBE_TOKENS), _batch(2 * memory.PROBE_TOKENS)]
         model.to(torch.bfloat16)  # as autocast computes
         pointwise.fuse(model)
-        if not quantized:
-            lora.fuse(model)
-        return memory.model_size(model, probes, torch.bfloat16.itemsize)
+        peft = memory.model_size(model, probes, torch.bfloat16.itemsize)
+        lora.fuse(model)
+        fused = memory.model_size(model, probes, torch.bfloat16.itemsize)
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         what = f"{config.model.id} cannot be planned: {str(error)[:200]}"
         fix = "check train.lora.target_modules and the base's config.json"
         raise ModelError(what, fix=fix) from None
+    sharded = config.train.strategy == "fsdp"  # it is not quantized then
+    return {"none": fused} if sharded else {"none": fused, "8bit": peft, "4bit": peft}
 
 
-def _batch(tokens: int) -> dict[str, Any]:
+def _batch(tokens: int) -> Facts:
     """One flat sequence. The mask is never read (attention.attend has the boundaries); without it
     transformers would look for boundaries in the positions' values, which do not exist here."""
     ids = torch.empty(1, tokens, dtype=torch.long)
@@ -198,13 +199,11 @@ def _batch(tokens: int) -> dict[str, Any]:
     return {**whole, "cu_seq_lens_q": ends, "max_length_q": tokens}
 
 
-def _settings(config: Config, plain: ModelSize, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What may be chosen to make a run fit, the fastest first, and its memory."""
-    train, settings, sizes = config.train, [], {"none": plain}
-    if train.strategy != "fsdp":
-        sizes["8bit"] = sizes["4bit"] = count(config, quantized=True)
+def _settings(config: Config, sizes: dict[str, ModelSize], facts: Facts) -> list[Facts]:
+    """What may be chosen to make a run fit, the fastest first: its memory and operations."""
+    train, settings = config.train, []
     configured = (config.model.quantization, train.gradient_checkpointing)
-    tokens = facts["batches"]["largest_micro_batch"]
+    tokens, flops = facts["batches"]["largest_micro_batch"], facts["flops"]
     labels = round(tokens * facts["rows"]["label_share"])
     for (kind, size), choice in itertools.product(sizes.items(), ("off", "on")):
         on = choice == "on"
@@ -217,45 +216,42 @@ def _settings(config: Config, plain: ModelSize, facts: dict[str, Any]) -> list[d
                 "configured": configured in ((kind, choice), (kind, "auto")),
                 "memory": parts,
                 "peak": memory.peak(parts),
+                "flops": sum(flops.values()) - flops["recomputation_flops"] * (not on),
             }
         )
     return settings
 
 
-def _on_gpu(
-    gpu: dict[str, Any], settings: list[dict[str, Any]], flops: dict[str, float]
-) -> dict[str, Any]:
+def _on_gpu(gpu: Facts, settings: list[Facts]) -> Facts:
     """The first setting that fits a GPU, with its hours, least and most."""
-    free = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
-    best = next((each for each in settings if each["peak"] <= free), None)
+    usable = gpu["gib"] * 2**30 * USABLE / (1 + MEMORY_BAND)
+    best = next((setting for setting in settings if setting["peak"] <= usable), None)
     facts = {"gpu": gpu["name"], "gib": gpu["gib"], "fits": best is not None}
     if best is None:
         return facts
     chosen = {"model.quantization": best["quantization"]}
     chosen["train.gradient_checkpointing"] = best["gradient_checkpointing"]
-    total = flops["training_flops"] + flops["evaluation_flops"]
-    total += flops["recomputation_flops"] * (best["gradient_checkpointing"] == "on")
-    hours = [total / (gpu["tflops"] * 3.6e15 * share) for share in reversed(PEAK_SHARE)]
+    hours = [best["flops"] / (gpu["tflops"] * 3.6e15 * share) for share in reversed(PEAK_SHARE)]
     return facts | {"set": chosen, "peak": best["peak"], "hours": hours}
 
 
-def show(found: dict[str, Any]) -> None:
+def show(planned: Facts) -> None:
     """A plan as tables of at most 80 columns."""
     parts = ("lora_config", "base", "adapter", "rows", "batches", "flops")
-    facts = [item for part in parts for item in found[part].items()]
-    usual = TrainingArguments().to_dict()
-    chosen = [item for item in found["training_arguments"].items() if item[1] != usual[item[0]]]
-    console.table("training arguments, but transformers' defaults", ["key", "value"], chosen)
+    facts = [item for part in parts for item in planned[part].items()]
+    defaults = TrainingArguments().to_dict().items()
+    changed = [item for item in planned["training_arguments"].items() if item not in defaults]
+    console.table("training arguments, but transformers' defaults", ["key", "value"], changed)
     cells = ([key.replace("_", " "), _shown(value)] for key, value in facts)
     console.table("the run", ["what", "value"], cells)
     title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
     columns = ["base", "checkpointing", *HELD, "peak"]
-    console.table(title, columns, map(_setting_row, found["settings"]))
+    console.table(title, columns, map(_setting_row, planned["settings"]))
     columns = ["GPU", "base", "checkpointing", "peak", "hours"]
-    console.table("one GPU, one process", columns, map(_gpu_row, found["gpus"]))
+    console.table("one GPU, one process", columns, map(_gpu_row, planned["gpus"]))
     share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[1]:.0%}"
     console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
-    for note in found["notes"]:
+    for note in planned["notes"]:
         console.warn(note)
 
 
@@ -265,14 +261,14 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _setting_row(setting: dict[str, Any]) -> list[str]:
+def _setting_row(setting: Facts) -> list[str]:
     mark = "* " if setting["configured"] else "  "
     sizes = [*(setting["memory"][name] for name in HELD), setting["peak"]]
     chosen = [mark + setting["quantization"], setting["gradient_checkpointing"]]
     return chosen + [f"{size / 1e9:.1f}" for size in sizes]
 
 
-def _gpu_row(row: dict[str, Any]) -> list[str]:
+def _gpu_row(row: Facts) -> list[str]:
     if not row["fits"]:
         return [row["gpu"], "does not fit"]
     hours = "-".join(f"{hours:.2g}" for hours in row["hours"])

@@ -16,16 +16,16 @@ from typing import Any
 
 from fintune.console import warn
 from fintune.errors import OutputError
-from fintune.files import reaching, read_json, sha256_file, sha256_json, write_json
+from fintune.files import reaching, read_json, sha256_file, sha256_json, space_for, write_json
 from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
-"""Beginnings of names that no later stage reads: under seals of their own, or a log that grows
+"""Beginnings of names that no later stage reads: checkpoints have a seal each, and the log grows
 when its stage is finished."""
 HOLDER = "process "
-"""How the line of a lock's holder begins."""
+"""Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
@@ -42,12 +42,12 @@ def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, A
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
     """`bytes` and `sha256` of every file but hidden ones, the seal and what is not read."""
-    found = {}
+    manifest = {}
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != DONE and not name.startswith(unread):
-            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return found
+            manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return manifest
 
 
 def read_seal(
@@ -70,10 +70,10 @@ def read_seal(
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
     done, passed = read_checked(folder / DONE), (*UNREAD, *unread)
-    found = _manifest(folder, passed)
+    present = _manifest(folder, passed)
     listed = {name: fact for name, fact in done["files"].items() if not name.startswith(passed)}
-    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - found.keys())]
-    for name, fact in found.items():
+    problems = [f"{name} is missing" for name in sorted({*listed, *needed} - present.keys())]
+    for name, fact in present.items():
         if name not in listed:
             problems.append(f"{name} was not there when it was finished")
         elif listed[name] != fact:
@@ -96,12 +96,7 @@ def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
 
 def read_data(folder: Path) -> dict[str, Any]:
     """The seal of prepared data, which most stages read (see `read_seal`)."""
-    validation, test = "validation.parquet", "test.parquet"
-    files = read_checked(folder / DONE)["files"] if (folder / DONE).is_file() else {}
-    if validation in files and test not in files:
-        what = f"{folder} was prepared by an earlier version: it has no {test}"
-        raise OutputError(what, fix="run: fintune prepare --fresh")
-    needed = ("train.parquet", validation, test, "manifest.json")
+    needed = ("train.parquet", "validation.parquet", "test.parquet", "manifest.json")
     return read_seal(folder, stage="prepared data", make="fintune prepare", needed=needed)
 
 
@@ -127,11 +122,12 @@ def lock(folder: Path) -> Iterator[str]:
     Its file stands beside the folder, which may be moved aside meanwhile.
 
     Yields:
-        Who held it last and died, or an empty string.
+        The process that held it last and died, or an empty string.
 
     Raises:
         OutputError: another process holds it, nothing can be written there, or no stage may own
             the folder (`check_place`).
+        NoSpace: the volume is full, before the block or in it.
     """
     check_place(folder)
     path = folder.with_name(f".{folder.name}.lock")
@@ -141,7 +137,7 @@ def lock(folder: Path) -> Iterator[str]:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         # "r+" opens what can be sought alone: no FIFO, socket or terminal.
         opened = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
-    with opened as file:
+    with space_for(folder), opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,7 +24,7 @@ class _Interrupt(BaseException):
 
 
 class StopRequest:
-    """Whether a signal asked to stop, and what it meets.
+    """The handler of the signals, and whether one came.
 
     Attributes:
         asked: a signal came since the outermost `listening` began.
@@ -48,8 +48,8 @@ class StopRequest:
         raise _Interrupt
 
     @contextmanager
-    def listening(self, last_words: str | None = None) -> Iterator[None]:
-        """Listen while the block runs; only the main thread may (signal's own rule).
+    def listening(self, last_words: bytes | None = None) -> Iterator[None]:
+        """Listen while the block runs; only the main thread may (a rule of `signal`).
 
         A signal that was ignored before stays ignored, as `nohup` wants it for SIGHUP.
 
@@ -63,8 +63,7 @@ class StopRequest:
             yield
             return
         self.asked = self._interrupted = False
-        said = None if last_words is None else last_words.encode(errors="backslashreplace")
-        self._last_words = said
+        self._last_words = last_words
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)

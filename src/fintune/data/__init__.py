@@ -1,4 +1,4 @@
-"""Rows in, prepared data out: every row accounted for, nothing leaked, nothing cut in silence."""
+"""The stage `prepare`, and `inspect` and `dropped`, which read its folder."""
 
 from fintune.files import read_toml
 

@@ -1,7 +1,7 @@
 """`fintune inspect`: a row as the model sees it, or why a row was dropped.
 
-Every function raises OutputError where the data is not prepared, or by an earlier version, and
-DataError for a source or a reason that no row has.
+Every function raises OutputError where the data is not prepared or was changed since, and
+DataError for a source that was not read or a reason that no filter has.
 """
 
 from itertools import groupby
@@ -14,6 +14,7 @@ from rich.text import Text
 from fintune import seal
 from fintune.config import Config
 from fintune.console import printable
+from fintune.data.filters import MEANINGS
 from fintune.data.report import PARTS
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX
@@ -22,50 +23,44 @@ from fintune.model import find_base, load_tokenizer
 
 
 def inspect(
-    config: Config, row: str = "", part: str = "train", count: int = 1, source: str | None = None
-) -> list[Text]:
+    config: Config, row: str, part: str, count: int, source: str | None, line: int | None
+) -> tuple[list[Text], list[dict[str, Any]]]:
     """Rows of prepared data as the model sees them: trained tokens in green.
 
     Args:
-        row: an example id or the start of one; absent: the first `count` rows of `part`.
+        row: an example id or the start of one; empty: any.
         part: train, validation or test.
+        count: most rows.
         source: only rows of this source.
+        line: only rows of this line, in any part; `row`, `part` and `count` are not used then.
+
+    Returns:
+        The rows, and where `line` is given those of the ledger (see `why_dropped`).
 
     Raises:
-        DataError: no such row in `part`.
+        DataError: no such row.
     """
-    table = _matching(config, part, source=source)
-    table = table.filter(pc.starts_with(table["example_id"], row)).slice(0, count)
-    if table.num_rows == 0:
+    if line is None:
+        table = _matching(config, part, source=source)
+        table = table.filter(pc.starts_with(table["example_id"], row)).slice(0, count)
+        tables, dropped, missing = {part: table}, [], f"such row in {part}.parquet"
+    else:
+        tables = {name: _matching(config, name, source=source, line=line) for name in PARTS}
+        dropped = why_dropped(config, source=source, line=line)
+        missing = f"row at {source or 'any source'}:{line}"
+    if not dropped and not any(map(len, tables.values())):
         raise DataError(
-            f"no such row in {part}.parquet of {config.data_dir}",
-            fix="it may have been dropped: fintune dropped, or be in another part: --part",
+            f"no {missing} of {config.data_dir}",
+            fix="see fintune dropped, or another --part; lines count from 1, a row's is its first",
         )
-    return _texts(config, {part: table})
+    return _texts(config, tables), dropped
 
 
 def why_dropped(
     config: Config, *, source: str | None = None, line: int | None = None, reason: str | None = None
 ) -> list[dict[str, Any]]:
     """Lines of the ledger (source, line, row_sha256, reason, detail) that fit all arguments."""
-    found = _matching(config, "ledger", source=source, line=line, reason=reason)
-    return list(found.to_pylist())
-
-
-def find(
-    config: Config, line: int, source: str | None = None
-) -> tuple[list[Text], list[dict[str, Any]]]:
-    """The row of a line, of every source that has one unless it is named: kept, or of the ledger.
-
-    Raises:
-        DataError: no source has a row there.
-    """
-    tables = {part: _matching(config, part, source=source, line=line) for part in PARTS}
-    dropped = why_dropped(config, source=source, line=line)
-    if not dropped and not any(map(len, tables.values())):
-        fix = "lines count from 1; a row of several lines goes by its first"
-        raise DataError(f"no row at {source or 'any source'}:{line}", fix=fix)
-    return _texts(config, tables), dropped
+    return list(_matching(config, "ledger", source=source, line=line, reason=reason).to_pylist())
 
 
 def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
@@ -73,13 +68,12 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
     folder = config.data_dir
     seal.read_data(folder)
     table = pq.read_table(folder / f"{name}.parquet")
-    manifest = read_json(folder / "manifest.json")
-    there = {"source": manifest["sources"], "reason": manifest["rows"]["dropped"]}
+    known = {"source": read_json(folder / "manifest.json")["sources"], "reason": MEANINGS}
     for column, value in wanted.items():
         if value is not None:
-            known = there.get(column, [value])
-            if value not in known:
-                raise DataError(f"no {column} {value}", fix=f"there are: {', '.join(known)}")
+            values = known.get(column, [value])
+            if value not in values:
+                raise DataError(f"no {column} {value}", fix=f"there are: {', '.join(values)}")
             table = table.filter(pc.equal(table[column], value))
     return table
 

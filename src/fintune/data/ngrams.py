@@ -16,7 +16,7 @@ from fintune.example import Example
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 OPENING_CHARACTERS = 40
-"""A shorter first turn is a greeting; conversations are told apart by what follows it."""
+"""A shorter first turn is a greeting: what follows it makes conversations differ."""
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 _WORD = re.compile(r"\w+")
@@ -42,7 +42,7 @@ _word_hash = cache(hash64)
 
 def fixed(text: str) -> list[str]:
     """What no rewording changes: numbers, names, negations, words of direction; sorted."""
-    return sorted(found.replace(",", "").casefold() for found in _FIXED.findall(text))
+    return sorted(part.replace(",", "").casefold() for part in _FIXED.findall(text))
 
 
 def words(text: str) -> Hashes:
@@ -67,8 +67,8 @@ def sequences(hashed: Hashes, size: int) -> Hashes:
 def jaccard(one: Hashes, other: Hashes) -> float:
     """Shared elements over all elements, of two arrays taken as sets; empty ones are alike."""
     a, b = np.unique(one), np.unique(other)
-    both = len(np.intersect1d(a, b, assume_unique=True))
-    return both / (len(a) + len(b) - both) if len(a) or len(b) else 1.0
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared) if len(a) or len(b) else 1.0
 
 
 def asked(example: Example) -> str:

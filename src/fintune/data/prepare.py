@@ -1,4 +1,4 @@
-"""The stage `prepare`: rows in, a Parquet file for each part of the split and its account out.
+"""The stage `prepare`: from sources to a Parquet file for each part of the split and a ledger.
 
 Text filters and exact duplicates run over everything, streaming; then only the rows that come
 first in hash order are compared, tokenized and split, until the caps are full.
@@ -123,22 +123,29 @@ def _select(
         say(f"{len(examples)} of {ledger.read.total()} rows go on")
         if data.pii != "off":
             examples = _mask(examples, data.pii, ledger)
-        examples, hits = _decontaminate(examples, questions, ledger)
+        hits = contaminated(examples, questions)
+        for at, hit in sorted(hits.items()):
+            question = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
+            ledger.drop(examples[at], "contaminated", question)
+        examples = [example for at, example in enumerate(examples) if at not in hits]
         rows = _tokenize(examples, chat, data.min_tokens, ledger)
         lengths = [row.length for row in rows]
         max_length = _adaptive_max_length(lengths, data.max_length)
         rows = _fit(rows, max_length, data.over_length, ledger)
-        rows = _drop_near_duplicates(rows, data.near_duplicates, ledger)
+        repeats = near_duplicates([row.example for row in rows], data.near_duplicates)
+        for at, first in sorted(repeats.items()):
+            ledger.drop(rows[at].example, "near_duplicate", f"of {rows[first].example.place}")
+        rows = [row for at, row in enumerate(rows) if at not in repeats]
         parts, full = _fill(rows, sources, data, ledger)
         if full or complete:
             _check_left(ledger, parts)
-            return Selected(ledger, hits, lengths, max_length, parts)
+            return Selected(ledger, [*hits.values()], lengths, max_length, parts)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
 
 def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]:
-    """Rows without personal data; the ledger counts in how many each kind was found."""
+    """Rows without personal data; the ledger counts the rows of each kind."""
     kept = []
     for example in examples:
         messages, kinds = mask_messages(example.messages)
@@ -149,17 +156,6 @@ def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]
         else:
             kept.append(clean)
     return kept
-
-
-def _decontaminate(
-    examples: list[Example], questions: list[Example], ledger: Ledger
-) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Rows that repeat no benchmark, and of the others what they repeat."""
-    hits = contaminated(examples, questions)
-    for at, hit in sorted(hits.items()):
-        near = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
-        ledger.drop(examples[at], "contaminated", near)
-    return [example for at, example in enumerate(examples) if at not in hits], [*hits.values()]
 
 
 def _tokenize(
@@ -214,15 +210,6 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
     return kept
 
 
-def _drop_near_duplicates(
-    rows: list[Tokenized], threshold: float, ledger: Ledger
-) -> list[Tokenized]:
-    repeats = near_duplicates([row.example for row in rows], threshold)
-    for at, of in sorted(repeats.items()):
-        ledger.drop(rows[at].example, "near_duplicate", f"of {rows[of].example.place}")
-    return [row for at, row in enumerate(rows) if at not in repeats]
-
-
 def _fill(
     rows: list[Tokenized], sources: list[Source], data: DataConfig, ledger: Ledger
 ) -> tuple[Parts, bool]:
@@ -236,13 +223,13 @@ def _fill(
     taken: Counter[int] = Counter()
     placed = split([row.example for row in rows], *shares)
     for row, (group, part) in zip(rows, placed, strict=True):
-        own = configs[row.example.source]
-        if taken[id(own)] >= (own.max_rows or math.inf):
+        source = configs[row.example.source]
+        if taken[id(source)] >= (source.max_rows or math.inf):
             ledger.drop(row.example, "over_cap", "source")
         elif len(parts[part]) >= caps[part]:
             ledger.drop(row.example, "over_cap", part)
         else:
-            taken[id(own)] += 1
+            taken[id(source)] += 1
             parts[part].append((group, row))
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 

@@ -1,4 +1,4 @@
-"""The account of a preparation: `ledger.parquet`, `manifest.json`, and `report.html` for people."""
+"""What a preparation records: `ledger.parquet`, `manifest.json`, and `report.html` for people."""
 
 import re
 from collections import Counter, defaultdict
@@ -54,7 +54,7 @@ Parts = dict[str, list[tuple[str, Tokenized]]]
 
 
 class Ledger:
-    """Counts of what was read and found, and dropped rows with their reasons.
+    """Counts of rows read, repairs and personal data; dropped rows with their reasons.
 
     Args:
         redact: personal data is masked in what is shown.
@@ -67,7 +67,7 @@ class Ledger:
         self.samples: dict[str, list[str]] = defaultdict(list)
 
     def drop(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
-        """Note a row that is out, and its text where samples of the reason lack."""
+        """Record a dropped row, and its text while its reason has fewer than SAMPLES."""
         row = Dropped(example.source, example.line, example.row_sha256, reason, detail)
         self.rows.append(row)
         text = text or "\n".join(f"{m.role}: {m.content}" for m in example.messages)
@@ -76,7 +76,7 @@ class Ledger:
             self.samples[reason].append(f"{example.place} ({detail})\n{shown[:SAMPLE]}")
 
     def extend(self, other: "Ledger") -> None:
-        """Take over what another ledger holds."""
+        """Add the counts, rows and samples of another ledger."""
         self.read += other.read
         self.repairs += other.repairs
         self.rows += other.rows
@@ -89,7 +89,7 @@ class Ledger:
 
     def shown(self, text: str) -> str:
         """The start of a text without escapes, which would hide values, and masked."""
-        plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:SHOWN])
+        plain = _ESCAPED.sub(lambda match: chr(int(match[1] or match[2], 16)), text[:SHOWN])
         plain = repair(plain, Counter()).replace("\ufffd", " ")
         return mask(plain)[0] if self.redact else plain
 
@@ -168,7 +168,7 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _related(parts: Parts) -> dict[str, int]:
-    """Groups of related rows, and those with rows both in training and held out."""
+    """Groups of related rows, and those with rows in training and held out."""
     trained = {group for group, _ in parts["train"]}
     held_out = [group for part, rows in parts.items() if part != "train" for group, _ in rows]
     return {
@@ -188,9 +188,6 @@ def _distribution(lengths: list[int]) -> dict[str, float]:
 
 def _write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> None:
     """Write the page: what was read, what was dropped and why, with examples, and lengths."""
-    before = np.array(selected.lengths)
-    train = np.array([row.length for _, row in selected.parts["train"]])
-    edges = np.linspace(0, max(64, 2 * selected.max_length), 33)  # the last column holds the rest
     save_page(
         path,
         "data_report",
@@ -199,11 +196,6 @@ def _write_report(path: Path, manifest: dict[str, Any], selected: Selected) -> N
             (reason, count, MEANINGS.get(reason, ""), "\n\n".join(selected.ledger.samples[reason]))
             for reason, count in selected.ledger.counts().most_common()
         ],
-        kept=float((before <= selected.max_length).mean()),
-        edges=edges.astype(int).tolist(),
-        histogram={
-            name: np.histogram(np.minimum(lengths, edges[-1]), edges)[0].tolist()
-            for name, lengths in (("before", before), ("train", train))
-        },
+        kept=float(np.mean(np.array(selected.lengths) <= selected.max_length)),
         hits=selected.contaminated[:12],
     )

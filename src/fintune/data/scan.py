@@ -60,10 +60,10 @@ def scan(
     """
     ledger, rows = Ledger(redact=config.pii != "off"), list[ScannedRow]()
     texts, threshold = 0, math.inf
-    for part, found in _batches(sources, config, seed):
+    for part, scanned in _batches(sources, config, seed):
         ledger.extend(part)
-        rows += found
-        texts += _strip(found, threshold)
+        rows += scanned
+        texts += _strip(scanned, threshold)
         if texts > 2 * wanted:
             threshold = np.partition([row.priority for row in rows], wanted)[wanted]
             texts = _strip(rows, threshold)

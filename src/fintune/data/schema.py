@@ -35,7 +35,7 @@ _TURN = re.compile(r"^(User|Assistant):[ \t]*", re.MULTILINE)
 
 
 class Rejected(Exception):
-    """A row that is out before any filter, with reason and detail for the ledger."""
+    """A row dropped before any filter, with reason and detail for the ledger."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
@@ -56,7 +56,8 @@ def to_messages(row: Any, columns: dict[str, str] | None) -> tuple[Message, ...]
     if columns is not None:
         row = {ours: row.get(theirs) for ours, theirs in columns.items()}
     # Files of several formats put together hold every column, those of the others without a value:
-    # the first format that has both wins, else the first that has any, else one only named.
+    # the first format of which question and answer are filled, else the first with one of them
+    # filled, else the first that has one of them.
     filled = {name for name, value in row.items() if not _is_empty(value)}
     for name in TURNS:
         if name in filled:
@@ -93,7 +94,7 @@ def _column(row: dict[str, Any], name: str) -> str:
 
 
 def _turns(value: Any, system: str) -> tuple[Message, ...]:
-    """Turns of a list; its own system text goes before the column's."""
+    """Turns of a list; a system turn in it goes before the system column."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise Rejected("not_text", "the turns are no list of objects")
     messages = []

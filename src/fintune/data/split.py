@@ -1,12 +1,12 @@
 """Near-duplicates, groups of related rows, and the split into train, validation and test.
 
-*Near-duplicate*: question and answer both near another row's. What the two questions say besides
-instructions must be near too, and numbers, names and words of direction equal.
+*Near-duplicate*: question and answer are each near another row's. What the two questions say
+besides instructions must be near too, and numbers, names and words of direction equal.
 
 *Related*: the same longest passage, or most word sequences of the smaller one shared. Sequences
 that many different passages share are instructions and are left out.
 
-A row's part is a function of the hash of its own longest passage, so adding rows never moves a row.
+A row's part is a function of the hash of its longest passage, so adding rows never moves a row.
 Related rows of different passages may therefore fall into two parts. None is dropped; those held
 out choose the checkpoint (validation), and only groups wholly held out for it decide the verdict.
 """
@@ -30,7 +30,8 @@ INSTRUCTION_ROWS = 4
 _SENTENCE = re.compile(r"\n+|(?<=[.?!:;])\s+")
 
 RELATED_WORDS = 8
-"""Words of a sequence that relates two rows, as long as one that two authors rarely both write."""
+"""Words of a sequence that relates two rows: long enough that two authors rarely share one by
+chance."""
 
 INSTRUCTION_SPREAD = 4
 """A sequence in more passages than this is an instruction or a set phrase, not a shared text."""
@@ -53,34 +54,37 @@ def split(examples: list[Example], validation: float, test: float) -> list[tuple
     if not examples:
         return []
     hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
-    passages, own = np.unique(hashes, return_inverse=True)
-    groups = _components(examples, own, len(passages))
+    passages, passage_of = np.unique(hashes, return_inverse=True)
+    groups = _components(examples, passage_of, len(passages))
     parts = [part_of(int(each), validation, test) for each in passages]
     of_group: dict[int, set[str]] = {}
-    for at in own:
+    for at in passage_of:
         of_group.setdefault(groups[at], set()).add(parts[at])
     placed = []
-    for at in own:
+    for at in passage_of:
         mixed = parts[at] == "test" and len(of_group[groups[at]]) > 1
         part = "validation" if mixed else parts[at]
         placed.append((f"{passages[groups[at]]:016x}", part))
     return placed
 
 
-def _components(examples: list[Example], own: Integers, count: int) -> Integers:
-    """For every passage the smallest passage it is connected to through shared sequences.
+def _components(examples: list[Example], passage_of: Integers, count: int) -> Integers:
+    """Connected components of passages that share sequences.
 
     Args:
-        own: the passage of every example, as a number below `count`.
+        passage_of: the passage of every example, as a number below `count`.
+
+    Returns:
+        For every passage the smallest one of its component, shape (count,).
     """
     # A passage and 32 bits of a sequence's hash in one number: tens of millions of them at the
     # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
-    found = [
+    keyed = [
         sequences(words(asked(example)), RELATED_WORDS) >> np.uint64(32) | np.uint64(at << 32)
-        for example, at in zip(examples, own.tolist(), strict=True)
+        for example, at in zip(examples, passage_of.tolist(), strict=True)
     ]
-    pairs = np.unique(np.concatenate(found))
-    del found
+    pairs = np.unique(np.concatenate(keyed))
+    del keyed
     where = (pairs >> np.uint64(32)).astype(np.int32)
     _, what = np.unique(pairs.astype(np.uint32), return_inverse=True)
     del pairs
@@ -92,9 +96,10 @@ def _components(examples: list[Example], own: Integers, count: int) -> Integers:
     matrix: Any = csr_matrix(
         (ones, (where[shared], what[shared])), shape=(count, int(what.max()) + 1)
     )
-    both: Any = (matrix @ matrix.T).tocoo()
-    near = both.data >= RELATED_SHARE * np.minimum(size[both.row], size[both.col])
-    links = coo_matrix((both.data[near], (both.row[near], both.col[near])), shape=(count, count))
+    common: Any = (matrix @ matrix.T).tocoo()  # sequences that two passages have in common
+    row, column = common.row, common.col
+    near = common.data >= RELATED_SHARE * np.minimum(size[row], size[column])
+    links = coo_matrix((common.data[near], (row[near], column[near])), shape=(count, count))
     _, labels = connected_components(links, directed=False)
     smallest = np.full(labels.max() + 1, count)
     np.minimum.at(smallest, labels, np.arange(count))
@@ -106,7 +111,7 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
 
     Args:
         examples: rows in hash order; of two near ones the first stays.
-        threshold: Jaccard similarity of word triples that question and answer must both reach.
+        threshold: least Jaccard similarity of word triples, of the questions and of the answers.
     """
     if threshold >= 1:
         return {}
@@ -119,8 +124,8 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
     template = MinHash(PERMUTATIONS, hashfunc=int)
     for at, (question, answer) in enumerate(texts):
         sketch = template.copy()
-        both = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)
-        sketch.update_batch((both >> np.uint64(32)).tolist())
+        triples = sequences(words(f"{question}\n{answer}"), NEAR_WORDS)
+        sketch.update_batch((triples >> np.uint64(32)).tolist())
         for other in sorted(index.query(sketch)):
             if _near(texts[at], texts[other], threshold, instructions):
                 repeats[at] = other
@@ -133,20 +138,23 @@ def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]
 def _near(
     one: tuple[str, str], other: tuple[str, str], threshold: float, instructions: set[int]
 ) -> bool:
-    """Answers, the questions' last lines, whole questions and own parts near, cheapest first.
+    """Whether answers, the questions' last lines, whole questions and their differing lines are
+    near; compared in this order, the cheapest first.
 
-    A question's own part is its lines that the other has not, without sentences that are
-    `instructions`: 60 words of them would outweigh a short text that says the opposite.
+    Args:
+        one, other: question and answer.
+        instructions: hashes of sentences that do not count in the differing lines: 60 words of
+            them would outweigh a short text that says the opposite.
     """
     last = (one[0].rstrip().rsplit("\n", 1)[-1], other[0].rstrip().rsplit("\n", 1)[-1])
     lines = (one[0].split("\n"), other[0].split("\n"))
     left = ([line for line in mine if line not in theirs] for mine, theirs in (lines, lines[::-1]))
     sentences = (_SENTENCE.split("\n".join(kept)) for kept in left)
-    own = [
-        " ".join(part for part in found if hash64(part) not in instructions) for found in sentences
+    differing = [
+        " ".join(part for part in parts if hash64(part) not in instructions) for parts in sentences
     ]
     return all(
         fixed(a) == fixed(b)
         and jaccard(sequences(words(a), NEAR_WORDS), sequences(words(b), NEAR_WORDS)) >= threshold
-        for a, b in ((one[1], other[1]), last, (one[0], other[0]), own)
+        for a, b in ((one[1], other[1]), last, (one[0], other[0]), differing)
     )

@@ -1,9 +1,10 @@
-"""What is changed in a text: conversions' damage is repaired, personal data is masked.
+"""What is changed in a text: damage by format conversions is repaired, personal data is masked.
 
-Repairs: entities, lost escapes, characters nobody sees.
+Repairs: HTML entities, escapes that lost their backslash, invisible characters.
 
-Personal data is found by form and checksum. Cards carry Luhn's check digit and an issuer's prefix,
-accounts IBAN's, US routing numbers theirs; social security numbers exclude what was never issued.
+Personal data is detected by form and checksum. Cards carry Luhn's check digit and an issuer's
+prefix, accounts IBAN's, US routing numbers theirs; social security numbers exclude what was never
+issued.
 Only the kind and the row are ever recorded, never the value. CUSIP, ISIN, CIK, amounts and dates
 do not look like any of these: a run of digits counts only in the grouping people write, or beside
 a word that says what it is.
@@ -89,17 +90,17 @@ def _entities(text: str) -> str:
     return once(once(text))
 
 
-def _escape(found: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     """The character of an escape, which may be a pair of surrogates. Those below U+00A0 are left:
     a quote, a backslash or a line end means something where the text is JSON or another source."""
-    digits = found[0].replace("\\", "").replace("u", "")
+    digits = match[0].replace("\\", "").replace("u", "")
     character = bytes.fromhex(digits).decode("utf-16-be", "replace")
-    return character if "\u00a0" <= character != "\ufffd" else found[0]
+    return character if "\u00a0" <= character != "\ufffd" else match[0]
 
 
-def _entity(found: re.Match[str]) -> str:
-    name = found[0][1:]
-    return html.unescape(found[0]) if name[0] == "#" or name in html.entities.html5 else found[0]
+def _entity(match: re.Match[str]) -> str:
+    name = match[0][1:]
+    return html.unescape(match[0]) if name[0] == "#" or name in html.entities.html5 else match[0]
 
 
 _STEPS: tuple[tuple[str, Callable[[str], str]], ...] = (
@@ -172,19 +173,19 @@ def mask(text: str) -> tuple[str, set[str]]:
     """A text with every personal value replaced by its kind, such as `[EMAIL]`; and the kinds."""
     kinds: set[str] = set()
     for kind, pattern, valid in _KINDS:
-        for found in [*pattern.finditer(text)][::-1]:
-            groups = (group for group in found.groups() if group and group.strip(" -"))
-            value = next(groups, found[0])
+        for match in [*pattern.finditer(text)][::-1]:
+            groups = (group for group in match.groups() if group and group.strip(" -"))
+            value = next(groups, match[0])
             if valid(value):
                 kinds.add(kind)
-                masked = found[0].replace(value, f"[{kind.upper()}]")
-                text = text[: found.start()] + masked + text[found.end() :]
+                masked = match[0].replace(value, f"[{kind.upper()}]")
+                text = text[: match.start()] + masked + text[match.end() :]
     return text, kinds
 
 
 def mask_messages(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], set[str]]:
-    """All messages masked, and the kinds found in any."""
+    """All messages masked, and the kinds of personal data in any of them."""
     masked = [mask(message.content) for message in messages]
-    kinds = set().union(*(found for _, found in masked))
+    kinds = set().union(*(of_message for _, of_message in masked))
     texts = zip(messages, masked, strict=True)
     return tuple(Message(message.role, text) for message, (text, _) in texts), kinds

@@ -9,8 +9,8 @@ fsdp    FSDP2 keeps a shard of the frozen base on each process and gathers a lay
         needed. The adapter (2 % of an 8B base at rank 64) stays whole everywhere under DDP, so
         checkpoints are the same files as with ddp, written by rank 0.
 
-accelerate's own FSDP would shard the adapter, and DeepSpeed writes its checkpoints itself: `start`
-refuses a launch of several processes that accelerate runs as one of them.
+FSDP as accelerate sets it up would shard the adapter, and DeepSpeed writes checkpoints itself:
+`start` refuses a launch of several processes that accelerate runs as one of them.
 
 A function that says "collective" communicates: every rank has to call it, or the others wait.
 """
@@ -61,7 +61,7 @@ def start(strategy: str, quantization: str) -> None:
             fix="it is small: use train.strategy=ddp",
         )
     if world_size() > 1:
-        # The others wait while rank 0 writes and hashes; NCCL's own limit is 10 minutes.
+        # The others wait while rank 0 writes and hashes; NCCL's default limit is 10 minutes.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=40))
         kind = state.distributed_type.value
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
@@ -98,13 +98,13 @@ def any_rank(flag: bool) -> bool:
     """All-reduce of a flag (max): the same answer on every rank. Collective."""
     if world_size() == 1:
         return flag
-    found = torch.tensor(int(flag), device=device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+    reduced = torch.tensor(int(flag), device=device())
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return bool(reduced)
 
 
 def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
-    """The files that every rank writes into a folder of its own, by name. Collective."""
+    """The files that every rank writes into a temporary folder, by name. Collective."""
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}

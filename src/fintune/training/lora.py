@@ -114,7 +114,7 @@ class _Group:
             matrices += [base, member.lora_A[name].weight, member.lora_B[name].weight]
         dropout = first.lora_dropout[name]
         p = dropout.p if first.training and isinstance(dropout, torch.nn.Dropout) else 0.0
-        # From torch's own generator, which checkpoints and recomputation restore.
+        # From torch's generator, which checkpoints and recomputation restore.
         seed = int(torch.randint(2**62, (1,))) if p else 0
         flat = x.reshape(-1, x.shape[-1]).to(matrices[0].dtype)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
@@ -158,6 +158,6 @@ def _is_fusable(layer: LoraLayer) -> bool:
 
 
 def _forward(group: _Group, index: int, peft_forward: Any, x: torch.Tensor) -> Any:
-    """The group's forward, or the base's own while the adapter is switched off."""
+    """The group's forward, or peft's while the adapter is switched off."""
     off = group.members[index].disable_adapters
     return peft_forward(x) if off else group.project(index, x)

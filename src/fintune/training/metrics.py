@@ -8,15 +8,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from transformers import TrainerCallback
 
 from fintune.console import Meter, warn
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
 from fintune.training.memory import in_use, trim_heap
-
-matplotlib.use("Agg")
 
 WINDOW = 50
 """Steps whose losses are compared."""
@@ -41,7 +38,7 @@ def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> Jso
 
     Args:
         resumed_at: step of the checkpoint; later lines are dropped and will come again.
-        evaluated: whether the checkpoint holds its own step's evaluation.
+        evaluated: whether the checkpoint holds the evaluation of its step.
     """
     with JsonlLog(path) as log:
         rows = log.rows()
@@ -79,7 +76,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's steps and logs into lines of metrics and progress.
 
     Args:
-        trainer: whose `losses` its own clipping adds, and whose `order` the steps have.
+        trainer: of `losses` (added where it clips gradients) and `order` (of the steps).
     """
 
     def __init__(self, metrics: JsonlLog, progress: Meter, trainer: Any) -> None:
@@ -136,10 +133,11 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw train and validation loss, learning rate, gradient norm and tokens/s over steps."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = list(read_jsonl(metrics))
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
         for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -151,4 +149,3 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     axes[0, 0].legend(frameon=False)
     # No software name in the file, so that equal metrics give equal bytes.
     figure.savefig(picture, dpi=110, metadata={"Software": None})
-    plt.close(figure)

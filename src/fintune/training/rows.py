@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from fintune.batches import Ints, Steps, micro_batches_under, plan_epoch, rebalance
+from fintune.batches import Ints, Steps, plan_epoch, rebalance
 from fintune.collate import Collator
 from fintune.config import Config
-from fintune.errors import ConfigError, DataError
+from fintune.errors import ConfigError
 
 Row = dict[str, NDArray[np.int32]]
 _TOKENS = ["input_ids", "labels"]
@@ -45,11 +45,8 @@ class Rows(Dataset[Row]):
 
 
 def read_train(data_dir: Path) -> Rows:
-    """The training rows. Raises DataError where there is none."""
-    rows = Rows(pq.read_table(data_dir / "train.parquet", columns=_COLUMNS))
-    if len(rows) == 0:
-        raise DataError("no training row", fix="see the ledger: fintune dropped")
-    return rows
+    """The training rows; `prepare` leaves no part empty."""
+    return Rows(pq.read_table(data_dir / "train.parquet", columns=_COLUMNS))
 
 
 def read_validation(data_dir: Path, most: int) -> Rows:
@@ -58,11 +55,6 @@ def read_validation(data_dir: Path, most: int) -> Rows:
     Example ids are hashes, so the first ones are a random sample, and the same one each time.
     """
     table = pq.read_table(data_dir / "validation.parquet", columns=_COLUMNS)
-    if table.num_rows == 0:
-        raise DataError(
-            "no validation row: no evaluation can choose the best adapter",
-            fix="raise data.validation_share or give more rows, and run: fintune prepare --fresh",
-        )
     return Rows(table.sort_by("example_id").slice(0, most))
 
 
@@ -71,8 +63,7 @@ class Order:
 
     Args:
         world_size: processes that share a step.
-        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: as many as
-            there are.
+        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: no limit.
 
     Raises:
         ConfigError: the micro-batches of an optimizer step do not divide among the processes.
@@ -97,14 +88,27 @@ class Order:
         self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
         self._epochs, self._parts = config.train.num_train_epochs, 0
         if cap:
-            plans = [self._plan(epoch) for epoch in range(self._epochs)]
-            self._parts = micro_batches_under(
-                cap, rows.lengths, plans, configured, world_size, collator.padded_tokens
-            )
+            self._parts = self._parts_under(cap, configured)
         self.accumulation = (self._parts or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         first = self.epoch(0)
         self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
+
+    def _parts_under(self, cap: int, parts: int) -> int:
+        """Fewest micro-batches a step, the same for all steps, that keep each of them under a cap.
+
+        Args:
+            cap: most tokens of a micro-batch; an example that is longer is one alone.
+            parts: the number to begin with; it grows by the number of processes.
+        """
+        lengths = self.rows.lengths
+        cap = max(cap, self.collator.padded_tokens([int(lengths.max())]))
+        steps = [step for epoch in range(self._epochs) for step in self._plan(epoch)]
+        most = max(sum(batch.size for batch in step) for step in steps)
+        while parts < most and any(self.tokens([b])[1] > cap for step in steps for b in step):
+            parts += self._world_size
+            steps = rebalance(lengths, steps, parts, self._world_size)
+        return parts
 
     def _epoch(self, number: int) -> Steps:
         steps = self._plan(number)

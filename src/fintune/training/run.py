@@ -46,7 +46,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
-    with STOP.listening(), files.space_for(run, files.SMALL_FILES):
+    with STOP.listening():
         STOP.guard()  # also where another process holds the lock for this one
         distributed.start(config.train.strategy, config.model.quantization)
         # Rank 0 writes, and holds the lock for all.
@@ -79,8 +79,8 @@ def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     distributed.from_rank0(lambda: _finish(trainer, rows, state))
     memory.trim_heap()
     best = files.read_json(trainer.best / BEST)
-    found = f"best validation loss {best['eval_loss']:.4f} at step {best['step']}"
-    say(f"train: {found}, {trainer.best}")
+    loss = f"best validation loss {best['eval_loss']:.4f} at step {best['step']}"
+    say(f"train: {loss}, {trainer.best}")
 
 
 def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:
@@ -117,7 +117,7 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
     peft = attach(model, config.train.lora, config.seed)
     pointwise.fuse(peft)
     if left := lora.fuse(peft):
-        warn(f"{left} LoRA layers keep peft's own arithmetic: quantized, or with a bias")
+        warn(f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias")
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None

@@ -6,8 +6,8 @@ record.json     precision, gradient checkpointing and token caps, of one fingerp
 checkpoints/    each written beside its place, every file synced, sealed like a stage's folder
                 (`seal.py`: size and sha256 of each file), renamed, the parent synced.
 
-transformers writes a checkpoint in place: of 60 random kill -9, 29 left a newest one that its own
-resume crashed on, with an intact one beside it. A run continues from the newest one whose seal
+transformers writes a checkpoint in place: of 60 random kill -9, 29 left a newest one on which
+resuming crashed, with an intact one beside it. A run continues from the newest one whose seal
 verifies, and says which it skipped and why.
 """
 
@@ -129,11 +129,11 @@ class RunState:
         return cls(folder, fingerprint, *distributed.from_rank0(begin))
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
-        """What this run resolved before, or resolves now."""
+        """The value that this run resolved before under `name`, or that of `decide()`, recorded."""
         return self.resolved[name] if name in self.resolved else self.record(name, decide())
 
     def record(self, name: str, value: Any) -> Any:
-        """Resolve anew; rank 0 writes it down."""
+        """Set a resolved value and return it; rank 0 writes it to `record.json`."""
         self.resolved[name] = value
         if distributed.is_rank0():
             files.write_json(self.folder / RECORD, self.resolved)
@@ -181,19 +181,19 @@ class RunState:
         Raises:
             OutputError: none verifies, or it is of another run.
         """
-        found = distributed.from_rank0(lambda: newest_checkpoint(self.folder / "checkpoints"))
-        if found is None:
+        newest = distributed.from_rank0(lambda: newest_checkpoint(self.folder / "checkpoints"))
+        if newest is None:
             return {}
-        resume = files.read_json(found / RESUME)
+        resume = files.read_json(newest / RESUME)
         if resume["fingerprint_sha256"] not in {self.sha256, *(c["was"] for c in self.accepted)}:
-            raise OutputError(f"{found} is of another run", fix="remove it")
+            raise OutputError(f"{newest} is of another run", fix="remove it")
         if resume["processes"] != world_size():
             warn(
-                f"{found} is of {resume['processes']} processes, this is a run of {world_size()}:"
+                f"{newest} is of {resume['processes']} processes, this is a run of {world_size()}:"
                 " rows and order are the same, dropout masks are not"
             )
-        say(f"continuing from {found}")
-        return {**resume, "checkpoint": found}
+        say(f"continuing from {newest}")
+        return {**resume, "checkpoint": newest}
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
@@ -251,14 +251,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         OutputError: there are checkpoints, and none verifies.
     """
-    found = checkpoints(folder)
-    for checkpoint in reversed(found):
+    by_step = checkpoints(folder)
+    for checkpoint in reversed(by_step):
         if (reason := corrupt(checkpoint)) is None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
-    if found:
+    if by_step:
         raise OutputError(
-            f"none of the {len(found)} checkpoints in {folder} verifies",
+            f"none of the {len(by_step)} checkpoints in {folder} verifies",
             fix="start again: fintune train --fresh (the old folder is moved aside)",
         )
     return None
@@ -270,9 +270,9 @@ def rotate(folder: Path, keep: int, step: int) -> None:
     Those after it were skipped when the run resumed, so they must not push out sound ones. The
     best adapter is in each checkpoint and in `best/`, out of reach of this.
     """
-    found = checkpoints(folder)
-    kept = [path for path in found if step_of(path) <= step][-keep:]
-    for removed in {*found, *folder.glob(".staging-*")} - {*kept}:
+    by_step = checkpoints(folder)
+    kept = [path for path in by_step if step_of(path) <= step][-keep:]
+    for removed in {*by_step, *folder.glob(".staging-*")} - {*kept}:
         (removed / seal.DONE).unlink(missing_ok=True)  # first: half a checkpoint is none
         shutil.rmtree(removed, ignore_errors=True)
 

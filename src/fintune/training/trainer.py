@@ -44,7 +44,7 @@ _SAME_NAME = {
     *("lr_scheduler_type", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
     "logging_steps",
 }
-"""Keys of our config that are transformers' own."""
+"""Keys of our config that TrainingArguments has under the same name."""
 
 
 def training_arguments(
@@ -52,8 +52,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The TrainingArguments of a run, for one device a process.
 
-    Checkpoints, the best weights and the order of rows are ours, so the words for them only say
-    what happens.
+    Arguments of checkpoints, the best weights and the order of rows only document what happens:
+    that code of the Trainer is overridden.
 
     Args:
         precision: bf16, fp16 or fp32, resolved.
@@ -121,7 +121,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._resume = dict[str, Any]()
         self.add_callback(_Boundaries(self))
         if self.args.process_index:
-            # Dropout masks of its own; the first keeps those of one process.
+            # Other dropout masks; rank 0 keeps those of a run of one process.
             torch.manual_seed(self.args.seed + self.args.process_index)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
