@@ -44,11 +44,11 @@ from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E4
 from fintune.data.filters import Texts, not_english  # noqa: E402
 from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
-from fintune.data.sources import named  # noqa: E402
 from fintune.data.texts import mask  # noqa: E402
 from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
+from fintune.sources import named  # noqa: E402
 
 SCALE_ROWS, KILLS = 518_185, 20
 PLANTED, ROWS_UNDER_PLANTS = 50, 20_000
@@ -185,7 +185,9 @@ def change_numbers(text: str, rng: random.Random, _: list[str]) -> str:
 
 def benchmark_questions() -> list[Example]:
     """The questions of all benchmark files."""
-    return read_benchmarks(named([SourceConfig(path=str(BENCHMARKS))]))
+    return read_benchmarks(
+        named([SourceConfig(path=str(BENCHMARKS), split=None)], "data.benchmarks", {})
+    )
 
 
 def contamination(_: Path) -> dict[str, Any]:

@@ -234,17 +234,22 @@ def grade() -> None:
 
 
 def hub_configurations() -> None:
-    import datasets
+    """Two configurations, none the default, asked for without naming one."""
+    from hub.server import Hub
+    from huggingface_hub import constants
 
-    def load(path: str, name: str | None = None, **others: Any) -> Any:
-        raise ValueError(
-            "Config name is missing.\nPlease pick one among the available configs: ['finqa', 'fpb']"
-        )
-
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("finqa", "fpb")
+    )
+    files = {"README.md": f"---\nconfigs:\n{configs}---\n".encode()}
+    files |= {f"{name}/rows.jsonl": tiny.rows().read_bytes() for name in ("finqa", "fpb")}
     shutil.rmtree("out", ignore_errors=True)
-    with mock.patch.object(datasets, "load_dataset", load):
-        source = [{"path": "someone/finance-bench", "revision": "0" * 40}]
-        said = fintune("prepare", "", *settings(sources=source))
+    with tempfile.TemporaryDirectory() as folder, Hub(Path(folder) / "hub") as hub:
+        hub.commit("dataset", "someone/finance-bench", files)
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        known = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": f"{folder}/cache"}
+        with mock.patch.multiple(constants, HUGGINGFACE_CO_URL_TEMPLATE=url, **known):
+            said = fintune("prepare", "", *settings(sources=[{"path": "someone/finance-bench"}]))
     print(*said)
 
 

@@ -321,23 +321,6 @@ def test_a_benchmark_is_a_path_or_names_its_split_and_columns(tmp_path: Path, an
         prepared(tmp_path / "wrong", source=tmp_path / "rows.jsonl", benchmarks=[wrong])
 
 
-def test_a_hub_benchmark_is_read_at_its_revision_and_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    asked: list[object] = []
-
-    def load(path: str, *, revision: str, split: str) -> datasets.Dataset:
-        asked.append((path, revision, split))
-        return datasets.Dataset.from_list([{"question": rows(3)[0]["user"], "answer": 7}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    benchmark = {"path": "someone/bench", "revision": "a" * 40, "split": "dev"}
-    assert {hit["benchmark"] for hit in hits(tmp_path, [], benchmark)} == {"someone/bench"}
-    assert asked == [("someone/bench", "a" * 40, "dev")]
-
-
 PERSONAL = [
     ("card 4111 1111 1111 1111 on file", "card"),
     ("IBAN DE89 3704 0044 0532 0130 00", "iban"),

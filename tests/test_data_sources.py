@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import errors
 from preparing import AS_GIVEN, prepared, read, rows, write
 
-from fintune.errors import DataError, FintuneError
+from fintune.errors import DataError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -240,27 +237,6 @@ def test_files_of_a_folder_or_glob_are_named_by_their_path_below_it(tmp_path: Pa
         "x.jsonl",
         "x.jsonl#2",
     ]
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        ("GatedRepoError", "HF_TOKEN"),
-        ("RepositoryNotFoundError", "HF_TOKEN"),
-        ("RevisionNotFoundError", "no revision"),
-        ("OfflineModeIsEnabled", "check the network"),
-    ],
-)
-def test_hub_problems_are_named(tmp_path: Path, error: str, says: str) -> None:
-    import httpx2 as httpx
-
-    kind = getattr(errors, error)
-    response = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid"))
-    raised = kind("x") if error == "OfflineModeIsEnabled" else kind("x", response=response)
-    refuse = mock.patch.object(huggingface_hub, "dataset_info", side_effect=raised)
-    with refuse, pytest.raises(FintuneError) as out:
-        prepared(tmp_path, source="someone/finance-rows")
-    assert says in str(out.value) and "hub.invalid" not in str(out.value)
 
 
 REPAIRS = [

@@ -41,11 +41,11 @@ def test_unfinished_runs_missing_rows_and_unknown_tasks_are_said(
         return found.err
 
     bad = tmp_path / "bad.jsonl"
-    for text, named in (('{"prompt": "x"}\n', "line 1: no prompt"), ("{\n", "line 1: not JSON")):
+    for text, named in (('{"prompt": "x"}\n', "line 1: no prompt"), ("{\n", "line 1: not_json")):
         bad.write_text(text)
         assert named in said(tasks={"fpb": str(bad)})
     assert "no file of questions" in said(tasks={"fpb": ""})
-    assert "no file at" in said(tasks={"fpb": str(tmp_path / "absent.jsonl")})
+    assert "no file or folder at" in said(tasks={"fpb": str(tmp_path / "absent.jsonl")})
     (copy.run / "done.json").rename(copy.run / "done")
     assert "training run" in said()
     (copy.run / "done").rename(copy.run / "done.json")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fintune import grade
-from fintune.errors import DataError
+from fintune.config import DatasetConfig
 from fintune.evals.grading import HeldOutItems, Item, listed_choices
-from fintune.evals.tasks import TASKS, Question, task, task_items
+from fintune.evals.tasks import TASKS, Question, find_questions, task, task_items
 
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
 SENTIMENT = ("negative", "neutral", "positive")
@@ -119,9 +119,14 @@ def test_abstention_and_advice(kind, answer, right):
     assert grade(kind, "", answer).correct == right
 
 
+def items_of(name: str, path: str, limit: int) -> list[Item]:
+    sources = find_questions({name: DatasetConfig(path=path)}, {})
+    return task_items(name, sources[name], limit)
+
+
 def test_bundled_questions_load():
     brought = {name for name, found in TASKS.items() if found.questions}
-    found = [item.kind for name in brought for item in task_items(name, "", 1000)]
+    found = [item.kind for name in brought for item in items_of(name, "", 1000)]
     counts = {kind: found.count(kind) for kind in found}
     assert counts["refuse"] == 60 and counts["comply"] == 30 and counts["unanswerable"] >= 30
 
@@ -133,7 +138,7 @@ def test_a_task_is_one_registered_function(tmp_path):
 
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "up", "label": "positive"}\n')
-    (found,) = task_items("tone", str(path), 5)
+    (found,) = items_of("tone", str(path), 5)
     assert (found.messages[0].content, found.kind, found.choices) == (
         "Tone of: up", "label", SENTIMENT
     )  # fmt: skip
@@ -148,21 +153,15 @@ def test_gold_answers_of_the_benchmarks_are_right():
         "banking77": "banking77_test", "finer": "finer_batched", "formula": "formula_test",
     }  # fmt: skip
     for name, file in files.items():
-        found = task_items(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
+        found = items_of(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
         wrong = [entry.id for entry in found if not entry.grade(entry.reference).correct]
         assert not wrong, f"{name}: {wrong[:3]}"
 
 
-def test_a_hub_id_is_read_with_the_columns_of_its_task(tmp_path, monkeypatch):
-    """`datasets` takes a folder OWNER/NAME for the hub id of that name, and never the network."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "owner" / "sentences"
-    folder.mkdir(parents=True)
+def test_a_folder_is_read_with_the_columns_of_its_task(tmp_path):
     lines = [{"query": f"Sales rose {n} %.", "answer": "positive"} for n in range(5)]
-    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = task_items("fpb", "owner/sentences", 3)
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    found = items_of("fpb", str(tmp_path), 3)
     assert [item.messages[-1].content for item in found] == [line["query"] for line in lines[:3]]
     assert {(item.kind, item.reference) for item in found} == {("label", "positive")}
-    with pytest.raises(DataError, match="owner/absent is not on this machine"):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        task_items("fpb", "owner/absent", 3)

@@ -376,8 +376,8 @@ def _load(name: str, overrides: list[str] | None) -> "Config":
 
 def _quiet() -> None:
     """Keep notices of libraries about themselves out of our output; warnings of ours stay."""
-    # Read by transformers and datasets at import; a setting of the user wins.
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+    # Read by transformers and huggingface_hub at import; a setting of the user wins.
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")

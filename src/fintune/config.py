@@ -76,17 +76,17 @@ class ChatConfig(Section):
     """date the template prints; pinned, so that labels do not depend on the day"""
 
 
-class BenchmarkConfig(Section):
-    """One of several benchmarks; a path alone stands for all of it."""
+class DatasetConfig(Section):
+    """A data set; a path alone stands for all of it."""
 
-    path: str = Field(min_length=1)
+    path: str = ""
     """file, folder, glob or hub id"""
     revision: str | None = None
-    """commit of a hub data set"""
-    split: str = "test"
-    """split of a hub data set"""
-    columns: dict[ColumnName, str] | None = None
-    """our column (system, user, assistant, messages): the file's column"""
+    """branch, tag or commit of a hub data set"""
+    subset: str | None = None
+    """configuration of a folder or hub data set that has several"""
+    split: str | None = "test"
+    """split of a folder or hub data set"""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,11 +94,22 @@ class BenchmarkConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
 
+class BenchmarkConfig(DatasetConfig):
+    """One of several benchmarks."""
+
+    path: str = Field(min_length=1)
+    """file, folder, glob or hub id"""
+    split: str | None = None
+    """split of a folder or hub data set; absent: test where there is a train split, else all"""
+    columns: dict[ColumnName, str] | None = None
+    """our column (system, user, assistant, messages): the file's column"""
+
+
 class SourceConfig(BenchmarkConfig):
     """One of several sources of rows."""
 
-    split: str = "train"
-    """split of a hub data set"""
+    split: str | None = "train"
+    """split of a folder or hub data set"""
     max_rows: int | None = Field(None, ge=1)
     """most rows kept of this source"""
     weight: float = Field(1.0, gt=0)
@@ -113,8 +124,8 @@ class DataConfig(Section):
     source: str = ""
     """file, folder, glob or hub id; short for one of `sources`"""
     sources: tuple[SourceConfig, ...] = ()
-    """sources, instead of or besides `source`: each a path alone, or with revision, split (of a
-    hub id: train), columns, max_rows, weight and licence"""
+    """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
+    (of a folder or hub id: train), columns, max_rows, weight and licence"""
     out: Folder | None = None
     """folder of the prepared data; absent: OUT/data"""
     max_train_rows: int = Field(40_000, ge=1)
@@ -141,7 +152,7 @@ class DataConfig(Section):
     """Jaccard similarity of near duplicates; 1: exact ones only"""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     """benchmarks whose questions must not be trained: files, folders or hub ids, each alone or
-    with revision, split (of a hub id: test) and columns"""
+    with revision, subset, split (test where there is a train split, else all) and columns"""
     pii: Literal["off", "mask", "drop"] = "mask"
     """cards, accounts, e-mail, phones: leave, mask, or drop the row"""
 
@@ -239,8 +250,9 @@ class EvalConfig(Section):
     """the one measure that decides, named before the run"""
     max_items: int = Field(400, ge=1)
     """most items of the checkable test rows, and of each task"""
-    tasks: dict[str, str] = {}
-    """finance tasks by name: a JSON Lines file, a hub id, or empty if bundled"""
+    tasks: dict[str, DatasetConfig] = {}
+    """finance tasks by name: a file, a folder, a hub id, or empty if bundled; alone as `path`, or
+    with revision, subset and split (test)"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)

@@ -159,6 +159,16 @@ def lock(folder: Path) -> Iterator[str]:
             file.truncate(0)
 
 
+def recorded_inputs(folder: Path) -> dict[str, Any]:
+    """What a finished or begun folder was made from; {} where there is none.
+
+    Raises:
+        OutputError: the file that says it was changed or damaged.
+    """
+    marks = [folder / name for name in (DONE, INPUTS) if (folder / name).is_file()]
+    return dict(read_checked(marks[0])["inputs"]) if marks else {}
+
+
 def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> bool:
     """Whether a stage may be skipped; else it has to begin or go on.
 

@@ -25,10 +25,11 @@ from scipy.sparse import csr_matrix
 from fintune.console import warn
 from fintune.data.ngrams import Hashes, Integers, asked, hash64, normal, passage, sequences, words
 from fintune.data.schema import Rejected, to_messages
-from fintune.data.sources import Source, parse
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import Example, Message
+from fintune.formats import parse
+from fintune.sources import Source
 
 LONG_WORDS, LONG, SHORT = 40, 13, 8
 """A question of 40 distinctive words or more is compared by sequences of 13, a shorter one of 8."""

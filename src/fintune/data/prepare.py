@@ -21,13 +21,13 @@ from fintune.console import heading, meter, say
 from fintune.data.decontaminate import contaminated, read_benchmarks
 from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
-from fintune.data.sources import Source, find_sources, named
 from fintune.data.split import near_duplicates, split
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example
 from fintune.files import read_json, sha256_file, staged_folder
 from fintune.model import Base, find_base, load_tokenizer
+from fintune.sources import Source, find_sources, named, recorded_commits
 
 MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
@@ -63,12 +63,15 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     kept_in = () if fresh else (config.data_dir,)
     base = find_base(config.model, weights=False, kept_in=kept_in)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
-    sources = find_sources(config.data)
-    benchmarks = named([SourceConfig(**item.model_dump()) for item in config.data.benchmarks])
+    folder = config.data_dir
+    old = {} if fresh else seal.recorded_inputs(folder)
+    known = recorded_commits(*(old.get(table, {}) for table in ("sources", "benchmarks")))
+    sources = find_sources(config.data, known)
+    wanted = [SourceConfig(**item.model_dump()) for item in config.data.benchmarks]
+    benchmarks = named(wanted, "data.benchmarks", known)
     inputs = _inputs(config, base, chat, sources, benchmarks)
     # Rows depend on the tokenizer alone: prepared once, they are kept for other weights.
     inputs["base"] = seal.recorded_base(kept_in, base.id) or base.record
-    folder = config.data_dir
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -76,6 +79,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             say(f"{folder}: unchanged, kept")
             return read_json(folder / "manifest.json")
         with staged_folder(folder) as staging:
+            sources = [source.fetched() for source in sources]
             questions = read_benchmarks(benchmarks, redact=config.data.pii != "off")
             selected = _select(config, sources, chat, questions)
             _write_rows(staging, selected.parts)

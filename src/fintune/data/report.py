@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintune.data.filters import MEANINGS
-from fintune.data.sources import Source
 from fintune.data.texts import mask, repair
 from fintune.example import Dropped, Example
 from fintune.files import sha256_json, write_json
 from fintune.page import save_page
+from fintune.sources import Source
 
 PARTS = ("train", "validation", "test")
 

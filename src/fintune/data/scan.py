@@ -21,10 +21,11 @@ from fintune.data.filters import first_rejection
 from fintune.data.ngrams import hash64, normal
 from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
-from fintune.data.sources import Row, Source, Unreadable, parse
 from fintune.data.texts import repair
 from fintune.example import Example, Message
 from fintune.files import sha256_bytes, sha256_json
+from fintune.formats import Row, Unreadable, parse
+from fintune.sources import Source
 
 LABEL_CHARACTERS = 40
 """Longest answer that counts as a label when one prompt carries two of them."""
@@ -84,7 +85,7 @@ def _batches(
     sources: list[Source], config: DataConfig, seed: int
 ) -> Iterator[tuple[Ledger, list[ScannedRow]]]:
     """Every batch scanned, in order, whatever the number of processes."""
-    size = sum(source.path.stat().st_size for source in sources if source.path)
+    size = sum(path.stat().st_size for source in sources for path in source.paths)
     batches = ((batch, source) for source in sources for batch in source.batches())
     if PROCESSES == 1 or size < PARALLEL_BYTES:
         yield from (scan_batch(*batch, config, seed) for batch in batches)

@@ -27,13 +27,15 @@ from fintune.console import meter, say
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import judge, results
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
-from fintune.evals.tasks import source_hash, task_items
+from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.sources import Source, recorded_commits
 from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
+Tasks = dict[str, list[Source]]
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -53,15 +55,18 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         DataError: no test row. GateRefused: the judge's budget is spent.
     """
     base = model.find_base(config.model, kept_in=[config.run_dir])
-    folder, inputs = config.eval_dir, _inputs(config, base)
+    folder, tasks = config.eval_dir, _find_tasks(config, fresh)
+    inputs = _inputs(config, base, tasks)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
         if seal.finished(folder, inputs, command=results.COMMAND):
             say(f"{folder}: unchanged, kept")
         else:
+            most = config.eval.max_items
+            asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             seal.start(folder, inputs)
-            _answer(config, base, folder, inputs)
+            _answer(config, base, folder, inputs, asked)
             _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
@@ -133,7 +138,18 @@ def _judged_set(folder: Path) -> list[Pair]:
     return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
 
 
-def _inputs(config: Config, base: model.Base) -> dict[str, Any]:
+def _find_tasks(config: Config, fresh: bool) -> Tasks:
+    """Where the tasks' questions lie.
+
+    A hub id is at the commit that this evaluation began with, else at the one that the training
+    rows were compared with.
+    """
+    prepared = seal.recorded_inputs(config.data_dir).get("benchmarks", {})
+    begun = {} if fresh else seal.recorded_inputs(config.eval_dir).get("tasks", {})
+    return find_questions(config.eval.tasks, recorded_commits(prepared, begun))
+
+
+def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
     data = seal.read_data(config.data_dir)
     adapter = "best/adapter_model.safetensors"
     run = seal.read_seal(
@@ -154,11 +170,13 @@ def _inputs(config: Config, base: model.Base) -> dict[str, Any]:
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=excluded),
-        "tasks": {name: source_hash(source) for name, source in config.eval.tasks.items()},
+        "tasks": {name: identity(config.eval.tasks[name], found) for name, found in tasks.items()},
     }
 
 
-def _answer(config: Config, base: model.Base, folder: Path, inputs: dict[str, Any]) -> None:
+def _answer(
+    config: Config, base: model.Base, folder: Path, inputs: dict[str, Any], asked: list[Item]
+) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
@@ -172,7 +190,8 @@ def _answer(config: Config, base: model.Base, folder: Path, inputs: dict[str, An
     dtype = model.precision(precision, device)
     base_model = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
     peft_model = model.load_adapter(base_model, config.run_dir / "best")
-    prompts, run_info = _choose(config, rows, chat, base_model.config.max_position_embeddings)
+    context = base_model.config.max_position_embeddings
+    prompts, run_info = _choose(config, rows, asked, chat, context)
     run_info["provenance"] = {
         **inputs,
         "precision": dtype,
@@ -195,7 +214,7 @@ def _enabled(peft_model: Any, variant: str) -> Any:
 
 
 def _choose(
-    config: Config, rows: list[dict[str, Any]], chat: ChatFormat, context: int
+    config: Config, rows: list[dict[str, Any]], asked: list[Item], chat: ChatFormat, context: int
 ) -> tuple[Prompts, dict[str, Any]]:
     """The items to answer with the token ids of their prompts, and the fields of run.json.
 
@@ -203,10 +222,11 @@ def _choose(
 
     Args:
         rows: of test.parquet.
+        asked: of the tasks.
         context: tokens of prompt and answer that the base takes.
 
     Raises:
-        OutputError: two items share their id. Of `task_items`: ConfigError, DataError.
+        OutputError: two items share their id.
     """
 
     def by_hash(items: list[Item], salt: str = "") -> list[Item]:
@@ -216,9 +236,7 @@ def _choose(
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
     test_items = by_hash([reader.item(row) for row in rows])
-    items = [item for item in test_items if item.kind != "text"][: config.eval.max_items]
-    for name, source in config.eval.tasks.items():
-        items += task_items(name, source, config.eval.max_items)
+    items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
     if len({item.id for item in items}) < len(items):

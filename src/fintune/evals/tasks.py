@@ -7,24 +7,23 @@ function here and nothing else:
     def intents(row: Row) -> Question:
         return Question(row["prompt"], row["answer"], "label", ("fee", "card"))
 
-Its questions are a JSON Lines file, a data set of the hub, or `questions`, a file beside this one.
+Its questions are a file, a folder, a data set of the hub, or `questions`, a file beside this one.
 """
 
-import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fintune.config import DatasetConfig, SourceConfig
 from fintune.errors import ConfigError, DataError
 from fintune.evals.grading import UNREFERENCED, Item, Kind, listed_choices
 from fintune.evals.numbers import is_number_answer
 from fintune.example import Message
-from fintune.files import sha256_file
-from fintune.hub import hub_error
+from fintune.formats import Unreadable, parse
+from fintune.sources import Known, Source, named
 
 Row = dict[str, Any]
-SPLIT = "test"
-"""Of a data set on the hub."""
 QUERY = {"prompt": "query"}
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -70,51 +69,51 @@ def task(
     return register
 
 
-def task_items(name: str, source: str, limit: int) -> list[Item]:
-    """Items of one task, the first `limit` by order of the file.
-
-    Args:
-        source: a JSON Lines file, a hub id, or empty for a task whose questions are bundled.
+def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, list[Source]]:
+    """Where the questions of each task lie; of a hub id at one commit (see `sources.locate`).
 
     Raises:
-        ConfigError: no such task, or no source. DataError: a line without prompt or answer.
+        ConfigError: no such task, or no source. DataError: no such file, or the hub refuses.
     """
-    task = TASKS.get(name)
-    if task is None:
-        fix = f"known: {', '.join(sorted(TASKS))}"
-        raise ConfigError(f"eval.tasks: no task {name!r}", fix=fix)
-    if not source and not task.questions:
-        fix = f"give a JSON Lines file or a hub id: eval.tasks.{name}=PATH"
-        raise ConfigError(f"eval.tasks.{name}: no file of questions", fix=fix)
-    rows = _read(name, source or str(Path(__file__).with_name(task.questions)), task.columns)
-    return [_item(name, task, row, at) for at, row in zip(range(limit), rows, strict=False)]
+    found = {}
+    for name, item in tasks.items():
+        task, setting = TASKS.get(name), f"eval.tasks.{name}"
+        if task is None:
+            fix = f"known: {', '.join(sorted(TASKS))}"
+            raise ConfigError(f"eval.tasks: no task {name!r}", fix=fix)
+        if not item.path and not task.questions:
+            fix = f"give a JSON Lines file or a hub id: {setting}=PATH"
+            raise ConfigError(f"{setting}: no file of questions", fix=fix)
+        path = item.path or str(Path(__file__).with_name(task.questions))
+        wanted = SourceConfig.model_validate({**item.model_dump(), "path": path})
+        found[name] = named([wanted], setting, known)
+    return found
 
 
-def source_hash(source: str) -> str:
-    """What names a task's questions in the inputs: a file's sha256, a hub id, or `bundled`."""
-    path = Path(source).expanduser()
-    return (sha256_file(path) if path.is_file() else source) if source else "bundled"
+def identity(item: DatasetConfig, sources: list[Source]) -> Any:
+    """What names a task's questions in the inputs: files' sha256, or a hub id with its commit."""
+    hashes = [source.identity for source in sources]
+    return item.model_dump() | {"identity": hashes[0]} if sources[0].repository else hashes
 
 
-def _read(name: str, source: str, columns: dict[str, str]) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        for number, line in enumerate(path.open(encoding="utf-8"), start=1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}, line {number}: not JSON") from None
-        return
-    if path.suffix or source.startswith((".", "/", "~")):
-        raise DataError(f"eval.tasks: no file at {path}")
-    import datasets  # seconds to import, and only a hub id needs it
+def task_items(name: str, sources: list[Source], limit: int) -> list[Item]:
+    """Items of one task, the first `limit` by order of its files.
 
-    try:
-        rows = datasets.load_dataset(source, split=SPLIT)
-    except Exception as error:
-        raise hub_error(error, source, setting=f"eval.tasks.{name}") from None
-    for row in rows:
-        yield {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+    Raises:
+        DataError: a line that cannot be read, or without prompt or answer.
+    """
+    rows = chain.from_iterable(_read(name, source) for source in sources)
+    return [_item(name, TASKS[name], row, at) for at, row in zip(range(limit), rows, strict=False)]
+
+
+def _read(name: str, source: Source) -> Iterator[Row]:
+    columns = TASKS[name].columns
+    for line, given in source.rows():
+        row = parse(given)
+        if not isinstance(row, dict):
+            wrong = f"{row.reason}, {row.detail}" if isinstance(row, Unreadable) else "no object"
+            raise DataError(f"eval.tasks.{name}: {source.name}, line {line}: {wrong}")
+        yield row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
 def _item(name: str, task: Task, row: Row, number: int) -> Item:

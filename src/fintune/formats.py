@@ -1,14 +1,12 @@
-"""Where rows come from: local files, globs and folders, or a hub id, as batches of raw rows.
+"""Files of rows: JSON Lines, JSON, CSV, Parquet and Arrow streams, also packed by gzip or zstd.
 
-Files are JSON Lines, JSON, CSV and Parquet, also packed by gzip or zstd. JSON Lines stay bytes
-until `parse`, which may be called in another process; every other format is parsed here, and a JSON
-array is read whole. A row that cannot be read is an `Unreadable`. Rows before the place where a
-file breaks off are kept; the place is one `Unreadable` more.
+JSON Lines stay bytes until `parse`, which may be called in another process; every other format is
+parsed here, and a JSON array is read whole. A row that cannot be read is an `Unreadable`. Rows
+before the place where a file breaks off are kept; the place is one `Unreadable` more.
 """
 
 import contextlib
 import csv
-import glob
 import gzip
 import io
 import json
@@ -16,20 +14,15 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintune import nano
-from fintune.config import DataConfig, SourceConfig
-from fintune.errors import ConfigError, DataError
-from fintune.files import sha256_file
-from fintune.hub import hub_error
+from fintune.errors import DataError
 
 Row = tuple[int, Any]
 """Line, counted from 1, and the row."""
@@ -50,7 +43,6 @@ HEADS = {
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 """What bytes that are no UTF-8 become under `surrogateescape`."""
 _SKIPPED = re.compile(r"[\s,]*")
@@ -69,10 +61,28 @@ class Unreadable:
         return self.raw.replace(",", ", ") or self.detail
 
 
-def format_of(path: Path) -> str | None:
+def format_of(name: str) -> str | None:
     """The ending that names a file's format, a packing's apart; None for none known."""
+    path = Path(name.lower())
     suffix = path.with_suffix("").suffix if path.suffix in PACKINGS else path.suffix
     return suffix if suffix in FORMATS else None
+
+
+def check_head(path: Path) -> None:
+    """Refuse a file that is empty, or something else than its name says.
+
+    Raises:
+        DataError: so it is.
+    """
+    if format_of(path.name) is None:
+        raise DataError(f"{path}: no known data format", fix=ENDINGS)
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
+    for start, what in HEADS.items():
+        if head.startswith(start) and path.suffix.lower() not in PACKINGS:
+            raise DataError(f"{path} is {what}")
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -83,10 +93,11 @@ def file_rows(path: Path) -> Iterator[Row]:
     """
     line = 0
     # gzip's own reader gives what stands before a break; pyarrow's loses the read that fails.
-    unpack = gzip.open if path.suffix == ".gz" else pa.input_stream
+    packing = {".gz": gzip.open, ".zst": lambda name: pa.input_stream(name, "zstd")}
+    unpack: Any = packing.get(path.suffix.lower(), lambda name: pa.input_stream(name, None))
     with unpack(str(path)) as opened, _Counted(opened) as file:
         try:
-            for line, row in FORMATS[format_of(path) or ""](file):
+            for line, row in FORMATS[format_of(path.name) or ""](file):
                 yield line, row
         except (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error) as error:
             if line == 0:
@@ -220,6 +231,12 @@ def _parquet(file: Any) -> Iterator[Row]:
         yield from arrow_rows(table.iter_batches(ROWS_A_BATCH))
 
 
+def _arrow(file: Any) -> Iterator[Row]:
+    """A stream of record batches, as `save_to_disk` of the package datasets writes it."""
+    with pa.ipc.open_stream(file.file) as batches:
+        yield from arrow_rows(batches)
+
+
 def arrow_rows(tables: Iterable[Any]) -> Iterator[Row]:
     """Rows of Arrow tables; one that Python cannot hold costs itself."""
     return enumerate(chain.from_iterable(map(_rows, tables)), 1)
@@ -236,128 +253,12 @@ def _rows(table: Any) -> list[Any]:
 
 FORMATS: dict[str, Callable[[Any], Iterator[Row]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }
 """Ending -> how such a file is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file or hub data set.
-
-    `name` stands in the ledger and in `train.parquet`; it is the path below the configured
-    folder, or below a glob's part without wildcards, so that prepared data does not depend on
-    where the rows lay. `identity` is what the manifest records: a file's sha256 or a data set's
-    commit.
-    """
-
-    name: str
-    identity: str
-    config: SourceConfig
-    path: Path | None
-
-    def batches(self) -> Iterator[list[Row]]:
-        """All rows in order, `ROWS_A_BATCH` at a time, those of JSON Lines not parsed yet.
-
-        Raises:
-            DataError: the file is no data of its format, the hub refuses, or none of the first
-                rows has a column that the config names.
-        """
-        rows = file_rows(self.path) if self.path else _hub_rows(self.config, self.identity)
-        there: set[str] = set()
-        while batch := list(islice(rows, ROWS_A_BATCH)):
-            if self.config.columns and not there:
-                found = [row for _, raw in batch if isinstance(row := parse(raw), dict)]
-                there = {str(name) for row in found for name in row}
-                if there and (unknown := {*self.config.columns.values()} - there):
-                    raise DataError(
-                        f"{self.name} has no column {', '.join(sorted(unknown))}",
-                        fix=f"its columns: {', '.join(sorted(there))}; name them under `columns`",
-                    )
-            yield batch
-
-
-def find_sources(config: DataConfig) -> list[Source]:
-    """Every file and hub id of the config, ordered by name.
-
-    Raises:
-        ConfigError: no source is configured.
-        DataError: a missing path, a folder or glob without data, a Git LFS pointer, no hub.
-    """
-    wanted = [SourceConfig(path=config.source)] if config.source else []
-    if not wanted and not config.sources:
-        raise ConfigError("data.source is empty", fix="name a file, a folder, a glob or a hub id")
-    return named([*wanted, *config.sources])
-
-
-def named(wanted: list[SourceConfig]) -> list[Source]:
-    """Every file and hub id of these, ordered by name; of equal names later ones get a number."""
-    found = [source for item in wanted for source in locate(item)]
-    found.sort(key=lambda source: (source.name, source.identity))
-    seen: Counter[str] = Counter()
-    for at, source in enumerate(found):
-        seen[source.name] += 1
-        if (count := seen[source.name]) > 1:
-            found[at] = replace(source, name=f"{source.name}#{count}")
-    return found
-
-
-def locate(item: SourceConfig) -> list[Source]:
-    """The files of one configured source, or the hub data set it names."""
-    # The bundled sample rows go by the bundled base's name.
-    path = nano.rows_path() if item.path == nano.NANO_ID else Path(item.path).expanduser()
-    if path.is_file():
-        return [_local(path, path.name, item)]
-    if path.is_dir():
-        root, pattern = path, "**/*"  # hidden files and folders are left out
-    elif glob.has_magic(item.path):
-        root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-        pattern = str(path.relative_to(root))
-    elif _HUB_ID.fullmatch(item.path) and format_of(path) is None:
-        return [Source(item.path, _hub_commit(item), item, None)]
-    else:
-        raise DataError(f"no file or folder at {item.path}", fix="check data.source")
-    found = sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
-    files = [file for file in found if format_of(file) and file.is_file()]
-    if not files:
-        raise DataError(
-            f"{item.path} holds no data file", fix=f"data files end in one of {', '.join(FORMATS)}"
-        )
-    return [_local(file, file.relative_to(root).as_posix(), item) for file in files]
-
-
-def _local(path: Path, name: str, item: SourceConfig) -> Source:
-    if format_of(path) is None:
-        raise DataError(
-            f"{path}: no known data format", fix=f"data files end in one of {', '.join(FORMATS)}"
-        )
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
-    for start, what in HEADS.items():
-        if head.startswith(start) and path.suffix not in PACKINGS:
-            raise DataError(f"{path} is {what}")
-    return Source(name, sha256_file(path), item, path)
-
-
-def _hub_commit(item: SourceConfig) -> str:
-    """The commit that a hub id means now; a pinned full commit needs no network."""
-    if item.revision and re.fullmatch(r"[0-9a-f]{40}", item.revision):
-        return item.revision
-    try:
-        return str(huggingface_hub.dataset_info(item.path, revision=item.revision).sha)
-    except Exception as error:
-        raise hub_error(error, item.path, setting="data.source", revision=item.revision) from None
-
-
-def _hub_rows(item: SourceConfig, commit: str) -> Iterator[Row]:
-    import datasets  # seconds
-
-    try:
-        rows = datasets.load_dataset(item.path, revision=commit, split=item.split)
-    except Exception as error:
-        raise hub_error(error, item.path, setting="data.source", revision=commit) from None
-    return arrow_rows(rows.with_format("arrow").iter(ROWS_A_BATCH))
+ENDINGS = f"data files end in one of {', '.join(FORMATS)}"
