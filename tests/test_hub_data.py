@@ -219,7 +219,12 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     with client_of(hub, tmp_path / "cache", HF_HUB_OFFLINE=True):
         prepared(out="c")
         assert identity("c") == identity("b") == first
-        refused(prepare({"path": SET, "split": "test"}), SET, "or not whole (main: test.jsonl)", "--offline")
+        refused(
+            prepare({"path": SET, "split": "test"}),
+            SET,
+            "or not whole (main: test.jsonl)",
+            "--offline",
+        )
         refused(prepare("acme/other"), "acme/other", "offline")
     refused(prepare({"path": SET, "split": "test"}), "cannot be reached", "check the network")
 
