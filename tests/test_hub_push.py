@@ -120,7 +120,10 @@ def test_an_existing_public_repository_needs_public(client: Client) -> None:
     client.hub.commit("model", ID, {"README.md": b"seen by all"})
     said = client.push()
     assert (said.code, client.commits()) == (1, ["commit"])
-    assert "alice/adapter is public" in said.err and "--public" in said.err
+    assert (
+        "alice/adapter is public: everyone could read this release" in said.err
+        and "--public" in said.err
+    )
     said = client.push("--public")
     assert (said.code, client.repo.private) == (0, False), said.err
     assert "alice/adapter (public)" in said.err and client.main() == pushed(client)
@@ -155,6 +158,7 @@ def test_a_name_that_is_none_makes_no_repository(client: Client, name: str) -> N
     said = client.push(to=name)
     assert said.code == 1 and "Traceback" not in said.err and "\x1b[2J" not in said.err
     assert not client.hub.repos and not client.hub.log
+    assert ("names no owner" in said.err) == ("/" not in name)
 
 
 def test_a_copy_from_the_hub_is_pushed_without_the_hubs_files(
@@ -250,7 +254,7 @@ JSON = {"Content-Type": "application/json"}
 REFUSED = "the hub refuses the token for alice/adapter (HTTP 403)"
 ERRORS: dict[str, tuple[dict[str, Any], str, bool, list[str]]] = {
     "no token": ({}, "", False, ["the hub wants a token for alice/adapter", "set HF_TOKEN"]),
-    "a refused token": ({}, "hf_old", False, ["refuses the token", "HTTP 401", "set HF_TOKEN to"]),
+    "a refused token": ({}, "hf_old", False, ["the hub refuses the token for", "HTTP 401", "set HF_TOKEN to"]),
     "a token that only reads": ({}, "hf_read", False, [REFUSED, "rights to create a repository"]),
     "the namespace of another": ({}, "hf_bob", False, [REFUSED, "rights to create a repository"]),
     "LFS refuses": (LFS | {"status": 403}, "hf_alice", False, [REFUSED]),

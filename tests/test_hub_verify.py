@@ -111,6 +111,24 @@ def test_what_is_not_there_is_one_message(hub: Hub, stranger: Path) -> None:
     assert said.code == 1 and "and the hub cannot be reached" in said.err, said.err
 
 
+def test_what_the_hub_does_not_give_is_one_message(hub: Hub, stranger: Path) -> None:
+    repo = hub.repos["model", ID]
+    for change, fault, named in (
+        ({"gated": "auto"}, {}, f"{ID} is gated: its licence must be accepted first"),
+        ({"private": True}, {}, f"the hub knows no model {ID}, and there is no such local path"),
+        ({}, {"path": "/api/models/", "status": 503}, f"the hub answers 503 for {ID}, also after"),
+        ({}, {"path": "/cdn/", "flip": 900}, "is damaged: its hash is not the one the hub names"),
+    ):
+        vars(repo).update({"gated": False, "private": False} | change)
+        hub.faults.clear()
+        if fault:
+            hub.fault("GET", headers={"Retry-After": "0"}, times=-1, **fault)
+        said = tiny.fintune("verify", ID)
+        assert (said.code, named in said.err, "Traceback" in said.err) == (1, True, False), said.err
+    hub.faults.clear()
+    tiny.done("verify", ID)
+
+
 def test_a_fetched_id_needs_no_hub(hub: Hub, stranger: Path) -> None:
     commit = hub.repos["model", ID].at("main").id
     tiny.done("verify", f"{ID}@{commit}")
