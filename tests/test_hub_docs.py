@@ -79,7 +79,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
         assert lines.pop(0).startswith("export HF_TOKEN=") and len(lines) == 15
         text = "".join(command(line.replace("COMMIT", commit), hub, home) for line in lines)
     assert "would upload to you/finance-adapter (private)" in text
-    assert text.count(": verified") == 4
+    assert text.count(": verified") == 3
     assert hub.repos["model", "you/finance-adapter"].private
     shown = json.loads(Path("runs/finance/release/adapter_config.json").read_text())
     assert shown["revision"] == commit

@@ -254,7 +254,7 @@ JSON = {"Content-Type": "application/json"}
 REFUSED = "the hub refuses the token for alice/adapter (HTTP 403)"
 ERRORS: dict[str, tuple[dict[str, Any], str, bool, list[str]]] = {
     "no token": ({}, "", False, ["the hub wants a token for alice/adapter", "set HF_TOKEN"]),
-    "a refused token": ({}, "hf_old", False, ["the hub refuses the token for", "HTTP 401", "set HF_TOKEN to"]),
+    "a refused token": ({}, "hf_old", False, ["the hub refuses the token for", "HTTP 401"]),
     "a token that only reads": ({}, "hf_read", False, [REFUSED, "rights to create a repository"]),
     "the namespace of another": ({}, "hf_bob", False, [REFUSED, "rights to create a repository"]),
     "LFS refuses": (LFS | {"status": 403}, "hf_alice", False, [REFUSED]),

@@ -54,9 +54,10 @@ def push_release(folder: Path, repository: str, *, public: bool) -> str:
 
         def once() -> ModelInfo:
             # Asked at every try, since the answer to a commit that was made may have been lost.
-            if _holds(now := look(), data):
-                return now
-            return look(revision=commit(commit_message="A release of fintune").oid)
+            if not _holds(now := look(), data):
+                commit(commit_message="A release of fintune")
+                now = look()
+            return now
 
         if not _holds(now := retried(once), data):
             raise OutputError(f"{repository} does not hold what was pushed", fix=f"see {page}")
@@ -70,11 +71,11 @@ def _published(folder: Path, repository: str, changed: Path) -> dict[str, Path]:
     data = {path.name: path for path in checks.entries(folder)}
     if {checks.CARD, checks.SUMS} <= data.keys():
         card, sums = (checks.read_text(folder, name) for name in (checks.CARD, checks.SUMS))
-        old = files.sha256_file(data[checks.CARD])
-        card = re.sub(r'(?m)^adapter = ".*"$', f'adapter = "{repository}"', card)
-        card = re.sub(r"(--lora-modules [^\s=]+=)\S+", rf"\g<1>{repository}", card)
-        sums = sums.replace(old, files.sha256_bytes(card.encode()))
-        for name, text in ((checks.CARD, card), (checks.SUMS, sums)):
+        named = re.sub(r'(?m)^adapter = ".*"$', f'adapter = "{repository}"', card)
+        named = re.sub(r"(--lora-modules [^\s=]+=)\S+", rf"\g<1>{repository}", named)
+        old, new = (files.sha256_bytes(text.encode()) for text in (card, named))
+        sums = sums.replace(old, new)
+        for name, text in ((checks.CARD, named), (checks.SUMS, sums)):
             data[name] = changed / name
             files.write_text(data[name], text)
     return data
