@@ -17,12 +17,14 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ import test_numbers  # noqa: E402
 from fake_judge import ASKED_AGAIN, FINE, RETRIED, STOPPED, UNSCORED, FakeJudge, serve  # noqa: E402
 from prepare import BENCHMARKS, machine  # noqa: E402
 from tiny_eval import eval_config  # noqa: E402
+from victims import harmed  # noqa: E402
 
 from fintune import model, nano  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
@@ -158,14 +161,20 @@ def faults() -> dict[str, Any]:
 
 def kills(rounds: int = 100) -> dict[str, Any]:
     """Kill -9 the asking process until 100 kills are done; count what was lost and made twice."""
+    import openai  # noqa: F401 - seconds to import: kills should meet calls, not the start
+
     rng = random.Random(7)
     killed = lost = runs = paid = 0
     while killed < rounds:
-        folder, keys = Path(tempfile.mkdtemp()), set[str]()
+        folder, keys, code = Path(tempfile.mkdtemp()), set[str](), -1
         with serve(FakeJudge(delay=0.25)) as server:
-            code = None
+            config = JudgeConfig(model="fake", base_url=server.url)
+            plan = [call for call in judge.plan(items(200), config, 42) if not call.control]
             while code != 0 and killed < rounds:
-                code = _one_child(folder, server.url, rng.uniform(0.0, 3.0))
+                asking = partial(judge.ask, folder, plan, config)
+                outcome = harmed(asking, kill_after=rng.uniform(0.0, 3.0))
+                code = outcome.code
+                assert code in (0, -signal.SIGKILL), outcome.text
                 killed += code != 0
                 done = judge.finished(folder)
                 lost += len(keys - done.keys())
@@ -173,6 +182,7 @@ def kills(rounds: int = 100) -> dict[str, Any]:
             time.sleep(0.5)
             runs += code == 0
             paid += sum(count - 1 for count in server.paid.values())
+        shutil.rmtree(folder)
     return {
         "kills": killed,
         "runs_of_400_completed": runs,
@@ -180,29 +190,6 @@ def kills(rounds: int = 100) -> dict[str, Any]:
         "calls_made_again": paid,
         "most_possible": killed * judge.CONCURRENCY,
     }
-
-
-def _one_child(folder: Path, url: str, seconds: float) -> int:
-    """Start the asking process and kill it after a while; 0 where it was done before."""
-    command = [sys.executable, __file__, "child", str(folder), url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-        assert child.stdout
-        child.stdout.readline()  # it is about to ask
-        try:
-            return child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            return child.wait()
-
-
-def child(folder: str, url: str) -> None:
-    """A run of 400 calls, as the killed process makes it."""
-    config = JudgeConfig(model="fake", base_url=url)
-    plan = [call for call in judge.plan(items(200), config, 42) if not call.control]
-    import openai  # noqa: F401 - seconds to import: kills should meet calls, not the start
-
-    print("ready", flush=True)  # noqa: T201
-    judge.ask(Path(folder), plan, config)
 
 
 def wall() -> dict[str, Any]:
@@ -324,9 +311,7 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        child(*sys.argv[2:])
-    elif not sys.argv[1:] or set(sys.argv[1:]) - {*FIGURES, "all"}:
+    if not sys.argv[1:] or set(sys.argv[1:]) - {*FIGURES, "all"}:
         sys.exit(__doc__)
     else:
         main(sys.argv[1:])

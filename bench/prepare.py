@@ -1,6 +1,6 @@
 """Figures of the stage `prepare`, each beside its goal.
 
-    python bench/prepare.py language|related|contamination|siblings|personal|tokens|kill|scale|all
+    python bench/prepare.py NAME     of FIGURES, or `all`
 
 Reads the real rows, benchmarks and tokenizer of `../shared`, which are not part of the project.
 Every figure is printed and written to bench/results/data.json with the machine described.
@@ -21,11 +21,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 from stdnum import luhn
 from stdnum.us import rtn, ssn
@@ -50,7 +52,7 @@ from fintune.files import read_json, sha256_file, sha256_json, write_json  # noq
 from fintune.model import Base, load_tokenizer  # noqa: E402
 from fintune.sources import named  # noqa: E402
 
-SCALE_ROWS, KILLS = 518_185, 20
+SCALE_ROWS, KILLS, HUB_RUNS = 518_185, 20, 2
 PLANTED, ROWS_UNDER_PLANTS = 50, 20_000
 DATE = "26 Jul 2024"
 MAX_LENGTH = 2048
@@ -328,15 +330,17 @@ def tokens(folder: Path) -> dict[str, Any]:
 
 
 class Peak:
-    """Samples the resident memory of all processes below this one, twice a second."""
+    """Samples the resident memory of all processes below this one but `apart`, twice a second."""
 
-    def __init__(self) -> None:
-        self.bytes, self._over = 0, threading.Event()
+    def __init__(self, *apart: int) -> None:
+        self.bytes, self._apart, self._over = 0, apart, threading.Event()
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
             total = 0
             for process in psutil.Process().children(recursive=True):
+                if process.pid in self._apart:
+                    continue
                 with contextlib.suppress(psutil.NoSuchProcess):
                     total += process.memory_info().rss
             self.bytes = max(self.bytes, total)
@@ -351,31 +355,65 @@ class Peak:
         self._thread.join()
 
 
+def large() -> Iterator[dict[str, Any]]:
+    """As many rows as the published data set has: the real ones, then varied ones."""
+    rng, rows = random.Random(7), sample()[0]
+    for number in range(SCALE_ROWS):
+        row = rows[number % len(rows)]
+        yield row if number < len(rows) else vary(row, number, rng)
+
+
+def timed(settings: Config, *apart: int, **env: str) -> dict[str, Any]:
+    """`fintune prepare` in a process of its own: seconds, and the memory of it and its workers."""
+    (settings.out / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("fintune")), "prepare"]
+    command += ["--config", str(settings.out / "config.yaml")]
+    start, before = time.perf_counter(), sum(os.times()[2:4])
+    with Peak(*apart) as peak:
+        subprocess.run(command, check=True, env=os.environ | env)
+    return {
+        "rows": read_json(settings.data_dir / "manifest.json")["rows"],
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds_of_all_processes": round(sum(os.times()[2:4]) - before, 1),
+        "peak_gigabytes_of_all_processes": round(peak.bytes / 1e9, 2),
+    }
+
+
 def scale(folder: Path) -> dict[str, Any]:
     """The whole of `prepare` on 518,185 rows with the recipe's caps: seconds, peak memory."""
-    rng, rows = random.Random(7), sample()[0]
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for number in range(SCALE_ROWS):
-            row = rows[number % len(rows)]
-            row = row if number < len(rows) else vary(row, number, rng)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    size = path.stat().st_size
-    settings = config(folder, path)
-    (folder / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("fintune")), "prepare"]
-    start, before = time.perf_counter(), sum(os.times()[2:4])
-    with Peak() as peak:
-        subprocess.run([*command, "--config", str(folder / "config.yaml")], check=True)
-    seconds, cpu = time.perf_counter() - start, sum(os.times()[2:4]) - before
-    manifest = read_json(settings.data_dir / "manifest.json")
-    path.unlink()
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in large())
+    return timed(config(folder, path)) | {"megabytes": round(path.stat().st_size / 1e6)}
+
+
+def hub(folder: Path) -> dict[str, Any]:
+    """The same rows as Parquet, from a hub on loopback with an empty cache and as a local file."""
+    path = folder / "served" / "datasets" / "acme" / "rows" / "data"
+    path.mkdir(parents=True)
+    path /= "train-00000-of-00001.parquet"
+    rows, names = large(), ("system", "user", "assistant")
+    with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in names])) as file:
+        while chunk := [{n: row.get(n) for n in names} for row in islice(rows, 20_000)]:
+            file.write_table(pa.Table.from_pylist(chunk, file.schema))
+    command = [sys.executable, str(ROOT / "tests" / "hub" / "server.py"), str(folder / "served")]
+    found: dict[str, list[dict[str, Any]]] = {"file": [], "hub": []}
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        known = {"HF_ENDPOINT": server.stdout.readline().strip(), "HF_HUB_DISABLE_XET": "1"}
+        for at in range(HUB_RUNS):
+            for name, source in (("file", path), ("hub", Path("acme/rows"))):
+                out = folder / f"{name}{at}"
+                known["HF_HOME"] = str(out / "home")
+                found[name].append(timed(config(out, source), server.pid, **known))
+                assert found[name][-1].pop("rows")["read"] == SCALE_ROWS
+        server.kill()
+    least = {name: min(run["seconds"] for run in runs) for name, runs in found.items()}
     return {
-        "rows": manifest["rows"],
-        "megabytes": round(size / 1e6),
-        "seconds": round(seconds, 1),
-        "cpu_seconds_of_all_processes": round(cpu, 1),
-        "peak_gigabytes_of_all_processes": round(peak.bytes / 1e9, 2),
+        "megabytes": round(path.stat().st_size / 1e6),
+        "runs": found,
+        "ratio": round(least["hub"] / least["file"], 2),
+        "peak_gigabytes": max(run["peak_gigabytes_of_all_processes"] for run in found["hub"]),
     }
 
 
@@ -576,7 +614,7 @@ def personal_values(rng: random.Random, count: int) -> Iterator[tuple[str, str]]
 
 FIGURES = {
     f.__name__: f
-    for f in (language, related, contamination, siblings, personal, tokens, kill, scale)
+    for f in (language, related, contamination, siblings, personal, tokens, kill, scale, hub)
 }
 
 

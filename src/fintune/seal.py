@@ -165,7 +165,7 @@ def recorded_inputs(folder: Path) -> dict[str, Any]:
     Raises:
         OutputError: the file that says it was changed or damaged.
     """
-    marks = [folder / name for name in (DONE, INPUTS) if (folder / name).is_file()]
+    marks = [folder / name for name in (DONE, INPUTS) if os.path.isfile(folder / name)]
     return dict(read_checked(marks[0])["inputs"]) if marks else {}
 
 

@@ -6,7 +6,8 @@ nonce, which no candidate can know. Control items, whose verdict is known, are p
 
 A finished call is a line of `judge_calls.jsonl` and is never made again. The openai client retries
 408, 409, 429, 5xx and broken connections after `Retry-After` or with exponential backoff and
-jitter. A call that fails after that is made again by the next run of the same command.
+jitter. A call that fails after that is made again by the next run of the same command; one whose
+reply is no completion does not keep the others from being made.
 """
 
 import json
@@ -241,14 +242,15 @@ def ask(
 ) -> dict[str, Json]:
     """Make every call that is not finished yet, CONCURRENCY at once.
 
-    After the first error no further call starts; those in flight end and are logged.
+    After the first error no further call starts; those in flight end and are logged. A reply that
+    is no completion fails its call alone, unless CONCURRENCY of them come and no completion.
 
     Args:
         folder: of the evaluation; its `judge_calls.jsonl` gets a line per finished call.
         judge_host: another host that may get the key (see `api_key`).
 
     Returns:
-        The rows of all finished calls by key.
+        The rows of finished calls by key.
 
     Raises:
         ConfigError: no key, a key of another host, or the `openai` package is not installed.
@@ -260,23 +262,21 @@ def ask(
     if not todo:
         return done
     most = sum(_most_usd(call, config, limits) for call in todo)
-    before = len(calls) - len(todo)
-    say(f"judge {config.model}: {len(todo)} calls to make, {before} done; at most ${most:.2f}")
-    spent = sum(row["usage"]["usd"] for row in done.values())  # calls in flight count at their most
-    lock, stopped = threading.Lock(), threading.Event()
+    say(f"judge {config.model}: {len(todo)} of {len(calls)} calls to make; at most ${most:.2f}")
+    spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
+    lock, before = threading.Lock(), len(done)
+    errors: list[BaseException] = []
 
     def make(call: Call) -> None:
         nonlocal spent
         most = _most_usd(call, config, limits)
         try:
             with lock:
-                if stopped.is_set():
+                if _hopeless(errors) or len(errors) >= CONCURRENCY and len(done) == before:
                     return
                 if config.max_usd is not None and spent + most > config.max_usd:
-                    raise GateRefused(
-                        f"judge: the next call may pass the limit of ${config.max_usd}",
-                        fix="the same command with a higher limit continues; no call is made twice",
-                    )
+                    what = f"judge: the next call may pass the limit of ${config.max_usd}"
+                    raise GateRefused(what, fix=PHRASES["judge_fixes"]["budget"])
                 spent += most
             row = _ask(client, call, config, limits)
             with lock:
@@ -284,9 +284,8 @@ def ask(
                 done[call.key] = row
                 spent += row["usage"]["usd"] - most
                 progress.advance()
-        except BaseException:
-            stopped.set()
-            raise
+        except BaseException as error:
+            errors.append(error)
 
     with (
         _client(config, judge_host) as client,
@@ -295,7 +294,18 @@ def ask(
         ThreadPoolExecutor(CONCURRENCY) as pool,
     ):
         list(pool.map(make, todo))
+    if errors:
+        raise (_hopeless(errors) or errors)[0]
     return done
+
+
+class _NoCompletion(ModelError):
+    """A reply with status 200 holds no completion."""
+
+
+def _hopeless(errors: list[BaseException]) -> list[BaseException]:
+    """Those that concern every further call."""
+    return [error for error in errors if not isinstance(error, _NoCompletion)]
 
 
 def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
@@ -365,7 +375,7 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         usage = value.get("usage") or {}
         tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _failure("no completion", body, config) from None
+        raise _failure("no completion", body, config, _NoCompletion) from None
     priced = zip(tokens, config.usd_per_million, strict=True)
     usd = sum(count * price for count, price in priced) / 1e6
     verdict = read_verdict(call, text)
@@ -383,13 +393,15 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
     }
 
 
-def _failure(what: str, reply: str, config: JudgeConfig) -> ModelError:
+def _failure(
+    what: str, said: str, config: JudgeConfig, kind: type[ModelError] = ModelError
+) -> ModelError:
     """The error of a call that failed after its retries, or that no retry helps."""
     fixes: dict[str, str] = PHRASES["judge_fixes"]
     fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
     fix = fix.format(key_variable=config.key_variable, model=config.model)
-    failed = f"judge: {config.base_url} failed ({what}): {' '.join(reply.split())[:300]}"
-    return ModelError(failed, fix=f"{fix}, and run the same command again; no call is made twice")
+    failed = f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}"
+    return kind(failed, fix=f"{fix}, and run the same command again; no call is made twice")
 
 
 def api_key(config: JudgeConfig, judge_host: str = "") -> str:
