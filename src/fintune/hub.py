@@ -128,7 +128,8 @@ class Repository:
                 if not damaged:
                     break
                 for name in damaged:
-                    blobs[name].unlink()
+                    (self.folder / name).unlink()
+                    blobs[name].unlink(missing_ok=True)
             else:
                 what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
                 raise _CLASSES.get(self.setting, DataError)(
@@ -313,16 +314,15 @@ def token_state() -> tuple[str, str]:
         return "not set", "for gated bases"
     if constants.HF_HUB_OFFLINE:
         return "set", "offline: the hub was not asked whether it is good"
+    page, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
     try:
-        asked = f"{constants.ENDPOINT}/api/whoami-v2"
-        answer = get_session().get(asked, headers=build_hf_headers(token=token), timeout=5)
+        answer = get_session().get(page, headers=headers, timeout=5)
         hf_raise_for_status(answer)
         return f"good, of {answer.json()['name']}", ""
-    except Exception as error:
+    except Exception as error:  # whatever a proxy sends in the place of an answer
         if _status(error) in (401, 403):
             return "refused by the hub", f"make one at {constants.ENDPOINT}/settings/tokens"
-        said = type(_causes(error)[-1]).__name__
-        return "set", f"{constants.ENDPOINT} was not reached ({said}): check the network"
+        return "set", f"the hub was not reached ({type(_causes(error)[-1]).__name__})"
 
 
 @cache

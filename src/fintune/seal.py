@@ -84,16 +84,6 @@ def read_seal(
     return done
 
 
-def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
-    """What stages recorded of a base (`model.Base.record`), of the first folder that has it."""
-    for path in (folder / name for folder in folders for name in (DONE, INPUTS)):
-        with suppress(OutputError):  # absent, or damaged: its stage says so
-            base = read_checked(path)["inputs"].get("base")
-            if isinstance(base, dict) and base.get("id") == base_id and "named" in base:
-                return base
-    return {}
-
-
 def read_data(folder: Path) -> dict[str, Any]:
     """The seal of prepared data, which most stages read (see `read_seal`)."""
     needed = ("train.parquet", "validation.parquet", "test.parquet", "manifest.json")
@@ -167,6 +157,15 @@ def recorded_inputs(folder: Path) -> dict[str, Any]:
     """
     marks = [folder / name for name in (DONE, INPUTS) if os.path.isfile(folder / name)]
     return dict(read_checked(marks[0])["inputs"]) if marks else {}
+
+
+def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
+    """What stages recorded of a base (`model.Base.record`), of the first folder that has it."""
+    for folder in folders:
+        base = recorded_inputs(folder).get("base")
+        if isinstance(base, dict) and base.get("id") == base_id and "named" in base:
+            return base
+    return {}
 
 
 def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> bool:

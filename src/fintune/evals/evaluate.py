@@ -55,7 +55,8 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         DataError: no test row. GateRefused: the judge's budget is spent.
     """
     base = model.find_base(config.model, kept_in=[config.run_dir])
-    folder, tasks = config.eval_dir, _find_tasks(config, fresh)
+    folder = config.eval_dir
+    tasks = _find_tasks(config, fresh)
     inputs = _inputs(config, base, tasks)
     with seal.lock(folder):
         if fresh:

@@ -36,8 +36,9 @@ RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
 KEEP = 2
 """Newest checkpoints kept; the best adapter is kept besides."""
-SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
-"""What gives saved weights and optimizer states their shape: no change of it can be accepted."""
+_SHAPE = ("optim", "lora.r", "lora.target_modules")
+FIXED_KEYS = ("base.revision:", *(f"config.train.{key}:" for key in _SHAPE))
+"""What saved weights and optimizer states were made for: no change of it can be accepted."""
 
 
 def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -48,8 +49,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     """
     data = seal.read_data(config.data_dir)
     sections = config.sections("model", "chat", "train", "seed")
-    for name in ("path", "revision"):
-        sections["model"].pop(name)
+    del sections["model"]["path"], sections["model"]["revision"]  # `base` is what they mean
     tokenizer = {
         "tokenizer_sha256": files.sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
@@ -206,16 +206,11 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     begun = seal.read_checked(path)
     before, changes = begun["inputs"], begun.get("accepted", [])
     differs = seal.differences(before, fingerprint)
-    if other := [line for line in differs if line.startswith("base.revision:")]:
+    if fixed := [line for line in differs if line.startswith(FIXED_KEYS)]:
         raise OutputError(
-            f"the base has other weights than those the run began with: {other[0]}",
-            why="a half-trained adapter fits the weights it was trained on, and no others",
-            fix=f"--set model.revision={before['base']['revision']}, or: fintune train --fresh",
-        )
-    if fixed := [line for line in differs if line.startswith(SHAPE_KEYS)]:
-        raise OutputError(
-            f"what was saved so far has another shape: {'; '.join(fixed)}",
-            fix="start again: fintune train --fresh",
+            f"what was saved so far has another shape, or another base: {'; '.join(fixed)}",
+            why="a half-trained adapter fits the weights that it was trained on, and no others",
+            fix="set it back (a base's commit: model.revision), or: fintune train --fresh",
         )
     if differs:
         change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}
