@@ -9,10 +9,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +23,13 @@ import tiny
 from hub.server import Hub
 from huggingface_hub import constants
 
+import fintune.console
 import fintune.hub
 from fintune.errors import DataError
 
 ROWS = [line for line in tiny.rows().read_text().splitlines() if line.startswith("{")][:120]
-SET = "acme/rows"
+SET, TASK = "acme/rows", "acme/tones"
+NUMBER = count()
 
 
 def text(rows: list[Any]) -> bytes:
@@ -51,6 +55,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(fintune.hub, "WAITS_S", (0, 0))
+    monkeypatch.setattr(fintune.hub, "_warn_once", fintune.console.warn)  # many commands here
     at_once = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
     for name in ("utils._http", "file_download"):  # the client's own waits: 25 s
         monkeypatch.setattr(f"huggingface_hub.{name}.time", at_once)
@@ -60,9 +65,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def publish(hub: Hub, files: dict[str, Any], name: str = SET) -> str:
-    """Make `main` hold these files and no others; its commit."""
+    """Make `main` hold these files and no others; its commit, the only one of that id."""
     there = hub.repos[key].at("main").files if (key := ("dataset", name)) in hub.repos else {}
-    return hub.commit("dataset", name, {**dict.fromkeys(there), **files})
+    return hub.commit("dataset", name, {**dict.fromkeys(there), **files}, f"commit {next(NUMBER)}")
 
 
 def prepare(source: Any = SET, *words: str, out: str = "out", **settings: Any) -> tiny.Said:
@@ -217,7 +222,12 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     with client_of(hub, tmp_path / "cache", HF_HUB_OFFLINE=True):
         prepared(out="c")
         assert identity("c") == identity("b") == first
-        refused(prepare({"path": SET, "split": "test"}), SET, "not whole in the cache", "--offline")
+        refused(
+            prepare({"path": SET, "split": "test"}),
+            SET,
+            "or not whole (main: test.jsonl)",
+            "--offline",
+        )
         refused(prepare("acme/other"), "acme/other", "offline")
     refused(prepare({"path": SET, "split": "test"}), "cannot be reached", "check the network")
 
@@ -305,6 +315,10 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
     ("folders as subsets", ["one/train.jsonl", "two/train.jsonl"], "", {"subset": "two"},
      "two/train.jsonl"),
     ("the hub's conversion", ["one/train/0000.jsonl"], "", {}, "one/train/0000.jsonl"),
+    ("no list", ["[z-a].jsonl"], "  x\n", {}, "[z-a].jsonl"),
+    ("brackets", ["[z-a].jsonl", "b.jsonl"], "- data_files: '[z-a]*'\n", {}, "[z-a].jsonl"),
+    ("True", ["a.jsonl", "b.jsonl"], "- config_name: a\n  data_files: [a*]\n  default: True\n"
+     "- config_name: b\n  data_files: [b*]\n", {}, "a.jsonl"),
     ("an alias", ["a.jsonl"], "- &a\n  config_name: x\n- *a\n", {},
      "error: README.md is not readable YAML"),
     ("no data", ["a.txt"], "", {}, "error: holds no data file"),
@@ -345,10 +359,25 @@ def test_a_folder_and_the_hub_have_one_layout(
     if not expected.startswith("error:"):
         assert rows_of() == rows_of("local")
         fetched = {
-            request.path.rpartition("/resolve/")[2] for request in hub.requests("GET", "/resolve/")
+            unquote(request.path).rpartition("/resolve/")[2]
+            for request in hub.requests("GET", "/resolve/")
         }
         small = {"README.md", "config.json"}
         assert {name.partition("/")[2] for name in fetched} <= {*wanted, *small}
+
+
+def test_a_benchmark_is_its_test_rows_or_all_of_its_configuration(hub: Hub) -> None:
+    names = ["one/a.jsonl", "one/b.jsonl", "two/train.jsonl", "two/test.jsonl"]
+    made: dict[str, Any] = {name: text(ROWS[at * 9 :][:9]) for at, name in enumerate(names)}
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("one", "two"))
+    publish(hub, {"README.md": card(configs), **made}, TASK)
+    publish(hub, {"rows.jsonl": A})
+    for subset, read in (
+        ("one", "every split: one/a.jsonl, one/b.jsonl;"),
+        ("two", "test split: two/test.jsonl;"),
+    ):
+        said = prepared(benchmarks=[{"path": TASK, "subset": subset}], out=subset)
+        assert f"{TASK} ({subset}), {read}" in said.err, said.err
 
 
 def test_configurations_of_the_hubs_conversion_are_its_folders(hub: Hub, tmp_path: Path) -> None:
@@ -408,7 +437,7 @@ def test_a_hub_that_stays_busy_is_said(hub: Hub) -> None:
 
 def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
     hub.stop()
-    refused(prepare(), f"{SET} is not on this machine and the hub cannot be reached", hub.url)
+    refused(prepare(), f"{SET} is not on this machine", "and the hub cannot be reached", hub.url)
     refused(prepare(benchmarks=[SET], source=str(tiny.rows())), "data.", "cannot be reached")
 
 
@@ -439,8 +468,6 @@ def test_files_that_hold_no_rows_are_named(hub: Hub, data: bytes) -> None:
 
 
 # ---- questions -----------------------------------------------------------------------------------
-
-TASK = "acme/tones"
 
 
 def asked(line: str, count: int = 6, **others: bytes) -> dict[str, bytes]:
