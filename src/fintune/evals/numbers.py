@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -96,10 +97,8 @@ def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
         stated = [amount for amount in amounts if marker.end() <= amount.start < stop]
         if stated:
             return _led(text, stated)
-    groups: dict[int, list[Amount]] = {}
-    for amount in amounts:
-        groups.setdefault(bisect_left(ends, amount.start + 1), []).append(amount)
-    spoken = [_led(text, group) for group in groups.values()]
+    sentences = groupby(amounts, lambda amount: bisect_left(ends, amount.start + 1))
+    spoken = [_led(text, [*group]) for _, group in sentences]
     chosen = [spoken[-1], *spoken[-2:-1], *(spoken[:1] if len(spoken) > 2 else [])]
     return [amount for group in chosen for amount in group]
 

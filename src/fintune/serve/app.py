@@ -75,9 +75,9 @@ async def health(request: Request) -> Response:
     """Rows running and requests waiting; status 503 after the model failed."""
     engine = request.app.state.engine
     running, waiting = engine.load
-    status = "failed" if engine.failed else "ok"
+    status = "failed" if engine.closed else "ok"
     state = {"status": status, "running": running, "waiting": waiting}
-    return JSONResponse(state, 503 if engine.failed else 200)
+    return JSONResponse(state, 503 if engine.closed else 200)
 
 
 @guarded.get("/run.json")
@@ -109,15 +109,13 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @guarded.get("/v1/models")
-@guarded.get("/v1/models/{name}")
-async def models(request: Request, name: str = "") -> dict[str, Any]:
+@guarded.get("/v1/models/{model}")
+async def models(request: Request, model: protocol.ModelName | None = None) -> dict[str, Any]:
     """The two models, or one of them."""
     facts = {"object": "model", "created": request.app.state.started, "owned_by": "fintune"}
-    if not name:
-        return {"object": "list", "data": [{"id": model, **facts} for model in MODELS]}
-    if name not in MODELS:
-        raise ApiError(404, "no such model; there are base and adapter", "model_not_found")
-    return {"id": name, **facts}
+    if model:
+        return {"id": model, **facts}
+    return {"object": "list", "data": [{"id": name, **facts} for name in MODELS]}
 
 
 @guarded.post("/tokenize")
@@ -178,7 +176,7 @@ async def _answer(
     if remaining < (limit or 1):
         message = f"{len(ids)} prompt tokens and {limit or 1} more exceed the context of {context}"
         raise ApiError(400, message, "context_length_exceeded")
-    if engine.failed:
+    if engine.closed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
     kind = "chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-"
     streamed = StreamedRequest(
