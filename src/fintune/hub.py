@@ -153,7 +153,6 @@ class Repository:
     def _download(self, names: list[str]) -> None:
         request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
         disable_progress_bars()  # `_progress` shows what comes
-        get_session().timeout = httpx2.Timeout(SILENCE_S)
         asked |= {"repo_type": self.kind, "revision": self.commit}
         asked["allow_patterns"] = [glob.escape(name) for name in names]
         missing = ", ".join(names[:3]) + " ..." * (len(names) > 3)
@@ -237,6 +236,7 @@ def hub_errors(
     name: str, setting: str, revision: str | None = None, missing: str = ""
 ) -> Iterator[None]:
     """Raise what the hub's clients raise as one message each (see `hub_error`)."""
+    get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
         yield
     except FintuneError:
