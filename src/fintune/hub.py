@@ -292,6 +292,9 @@ def hub_error(
     if status == 412:
         what = f"{name}: main has moved since this push began, and nothing was committed"
         return raised(what, fix="look at what is there now; the same command replaces it")
+    if is_a(json.JSONDecodeError):
+        what = f"the hub and {name}: a page that is no JSON, also after {len(WAITS_S) + 1} tries"
+        return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")
