@@ -150,13 +150,11 @@ def lock(folder: Path) -> Iterator[str]:
 
 
 def recorded_inputs(folder: Path) -> dict[str, Any]:
-    """What a finished or begun folder was made from; {} where there is none.
-
-    Raises:
-        OutputError: the file that says it was changed or damaged.
-    """
-    marks = [folder / name for name in (DONE, INPUTS) if os.path.isfile(folder / name)]
-    return dict(read_checked(marks[0])["inputs"]) if marks else {}
+    """What a finished or begun folder was made from; {} where it does not say or is damaged."""
+    for mark in (folder / DONE, folder / INPUTS):
+        with suppress(OutputError):  # absent, or damaged: its stage says so
+            return dict(read_checked(mark)["inputs"])
+    return {}
 
 
 def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
