@@ -150,13 +150,12 @@ def lock(folder: Path) -> Iterator[str]:
 
 
 def recorded_inputs(folder: Path) -> dict[str, Any]:
-    """What a finished or begun folder was made from; {} where there is none.
-
-    Raises:
-        OutputError: the file that says it was changed or damaged.
-    """
-    marks = [folder / name for name in (DONE, INPUTS) if os.path.isfile(folder / name)]
-    return dict(read_checked(marks[0])["inputs"]) if marks else {}
+    """What a finished or begun folder was made from; {} where nothing says it, or something that
+    its own stage will refuse as damaged."""
+    for name in (DONE, INPUTS):
+        with suppress(OutputError):
+            return dict(read_checked(folder / name)["inputs"])
+    return {}
 
 
 def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
