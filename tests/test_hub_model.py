@@ -330,7 +330,7 @@ def test_pickled_weights_are_no_weights(weights: Weights) -> None:
     hub, machine, words = weights
     commit = hub.commit("model", BASE, {**files(), WEIGHTS: None}, "no", "pickles")
     said = machine.run(*words, "-s", f"model.revision={commit}")
-    assert said.code == 1 and "lacks weights: model.safetensors" in said.text
+    assert said.code == 1 and "holds no weights model.safetensors" in said.text
     assert "pickled weights" in said.text and not hub.requests("GET", "/cdn/")
 
 
