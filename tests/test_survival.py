@@ -47,7 +47,7 @@ from fintune import seal, train
 from fintune.config import Config
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import space_for, write_json
-from fintune.training import memory, metrics, run_state, trainer
+from fintune.training import memory, run_state, trainer
 from fintune.untrusted.probe import run_limited
 
 CI_KILLS = 4
@@ -292,8 +292,6 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
     owner, made = object.__new__(trainer.LoraTrainer), 0
     owner._step_loss, scale = torch.tensor(1.0), [2.0**16]
     owner.accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
-    owner.losses = metrics.Losses()
-    owner.losses.limit = 1.0
     owner.args = SimpleNamespace(world_size=1)
     owner.state = SimpleNamespace(global_step=6)
     owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]
@@ -302,7 +300,6 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
             owner._clip_grad_norm(None)
             made, scale[0] = made + 1, scale[0] / 2
     assert made == 16
-    assert owner.losses.limit is None, "the update before it is no spike twice"
     assert "a, b" in str(caught.value)
 
 
@@ -351,27 +348,6 @@ def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config]) -> None
     assert arguments["gradient_accumulation_steps"] > 1
     for row, other in zip(print_of(config)[1], print_of(whole)[1], strict=True):
         assert row == pytest.approx(other, rel=1e-4), "two examples twice are four at once"
-
-
-def test_a_spike_is_one_of_six_deviations() -> None:
-    losses = metrics.Losses()
-    noise = np.random.default_rng(0)
-    for value in 5 + 0.1 * noise.standard_normal(2_000):
-        losses.add(float(value))
-        assert losses.limit is None
-    losses.add(6.0, share=1 / 16)
-    assert losses.limit is None, "a mean over a sixteenth of the rows varies four times as much"
-    losses.add(6.0)
-    assert losses.limit is not None
-    assert losses.limit < 6
-
-
-def test_a_spike_is_flagged_with_its_rows(new: Callable[..., Config]) -> None:
-    config = new("train.max_steps=26", "train.eval_steps=26", "train.save_steps=26")
-    outcome = harmed(lambda: train(config), HARMS["a loss spike at step 25"])
-    assert (outcome.code, "loss spike at step 25" in outcome.text) == (0, True), outcome.text
-    rows = [row for row in read_lines(config.run_dir / "metrics.jsonl") if "spike_loss" in row]
-    assert [(row["step"], len(row["rows"])) for row in rows] == [(25, 4)]
 
 
 @pytest.fixture

@@ -91,8 +91,7 @@ class Order:
             self._parts = self._parts_under(cap, configured)
         self.accumulation = (self._parts or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
-        first = self.epoch(0)
-        self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
+        self.steps_per_epoch = len(self.epoch(0))
 
     def _parts_under(self, cap: int, parts: int) -> int:
         """Fewest micro-batches a step, the same for all steps, that keep each of them under a cap.
@@ -142,10 +141,6 @@ class Order:
     def most_tokens(self) -> int:
         """Tokens of `largest`, padding included."""
         return self.tokens([self.largest])[1]
-
-    def share(self, step: int) -> float:
-        """Examples of a step over those of the first: the last of an epoch may have fewer."""
-        return sum(batch.size for batch in self.step(step)) / self._whole
 
     def example_ids(self, step: int) -> list[str]:
         """Ids of the examples of a step, micro-batch by micro-batch."""

@@ -156,7 +156,7 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
     ):
         bar.advance(resume.get("step", 0))
         if log:
-            trainer.add_callback(MetricsCallback(log, bar, trainer))
+            trainer.add_callback(MetricsCallback(log, bar, order))
         trainer.resume(resume, total) if resume else trainer.train()
     if distributed.stop_asked():
         raise Stopped(

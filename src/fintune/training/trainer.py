@@ -31,7 +31,6 @@ from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
 from fintune.model import device
 from fintune.training import distributed, run_state
-from fintune.training.metrics import Losses
 from fintune.training.rows import Order, RankBatches, Rows
 from fintune.training.run_state import KEEP, RESUME, RunState
 
@@ -111,7 +110,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._loss_shifts_labels = False
         self.order, self.validation, self.run = order, validation, run
         self.best = run.folder / "best"
-        self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._start, self._evaluating = time.monotonic(), False
         self._eval_batches = plan_evaluation(validation.lengths, order.most_tokens)
@@ -161,11 +159,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._step_loss.zero_()
         step, scaler = self.state.global_step, self.accelerator.scaler
         if math.isfinite(loss) and math.isfinite(value):
-            self.losses.add(loss, self.order.share(step))
             return norm
         if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
             # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
-            self.losses.limit = None
             return torch.zeros_like(norm)
         ids = self.order.example_ids(step)
         raise NotFinite(
@@ -225,7 +221,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def resume(self, resume: dict[str, Any], total: int) -> None:
         """Train on until `total` steps; `resume` is of `RunState.newest_checkpoint`."""
         checkpoint = resume["checkpoint"]
-        self.losses.last.extend(resume["losses"])
         self._start -= resume["seconds"]
         if (checkpoint / BEST).exists():
             distributed.from_rank0(lambda: self._restore_best(checkpoint))
@@ -297,7 +292,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             "step": self.state.global_step,
             "pending_evaluation": self._evaluating,
             "logged": logged,
-            "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
             "processes": self.args.world_size,
             "fingerprint_sha256": self.run.sha256,
