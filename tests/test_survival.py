@@ -265,10 +265,10 @@ def test_memory_that_ends_halves_the_micro_batches(new: Callable[..., Config]) -
     config = new("train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1")
     outcomes = [harmed(lambda: train(config), HARMS["a device of 500 tokens"]) for _ in range(2)]
     assert [outcome.code for outcome in outcomes] == [75, 0], outcomes
-    assert "the same command continues from the last checkpoint, with at most" in outcomes[0].text
+    assert "the same command continues from the last checkpoint, with 2 micro" in outcomes[0].text
     facts = read_json(config.run_dir / "environment.json")
-    (cap,) = facts["token_caps"]
-    assert (cap["max_tokens"], facts["steps"]) == (cap["was"] // 2, STEPS)
+    assert facts["out_of_memory"] == [{"step": 0, "micro_batches": 2}]
+    assert facts["steps"] == STEPS
     assert read_json(config.run_dir / "training_arguments.json")["gradient_accumulation_steps"] > 1
 
 
@@ -283,7 +283,7 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
     assert "gradient checkpointing is on: the largest micro-batch did not fit" in outcome.text
     arguments = read_json(config.run_dir / "training_arguments.json")
     assert arguments["gradient_checkpointing"] is True
-    assert not read_json(config.run_dir / "record.json").get("token_caps")
+    assert not read_json(config.run_dir / "record.json").get("out_of_memory")
 
 
 def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,9 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.nan))
     owner, made = object.__new__(trainer.LoraTrainer), 0
     owner._step_loss, scale = torch.tensor(1.0), [2.0**16]
-    owner.accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
+    owner.accelerator = SimpleNamespace(
+        scaler=SimpleNamespace(get_scale=lambda: scale[0]), reduce=lambda loss, how: loss
+    )
     owner.args = SimpleNamespace(world_size=1)
     owner.state = SimpleNamespace(global_step=6)
     owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]

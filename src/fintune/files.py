@@ -176,10 +176,9 @@ def copy_file(source: Path, target: Path) -> None:
 def reaching(folder: Path) -> Iterator[None]:
     """Raise OutputError where a folder's place cannot be written, NoSpace on a full volume."""
     try:
-        yield
+        with space_for(folder):
+            yield
     except OSError as error:
-        if error.errno in FULL:
-            raise NoSpace(f"no space left on the volume of {folder}", fix=_FREE) from None
         what = f"{folder} cannot be written: {error.strerror}"
         raise OutputError(what, fix="choose another folder: --set out=...") from None
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,9 +99,7 @@ def any_rank(flag: bool) -> bool:
     """All-reduce of a flag (max): the same answer on every rank. Collective."""
     if world_size() == 1:
         return flag
-    reduced = torch.tensor(int(flag), device=device())
-    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-    return bool(reduced)
+    return bool(reduce(torch.tensor(int(flag), device=device()), "max"))
 
 
 def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
@@ -108,9 +107,7 @@ def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    every: list[Any] = [files] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(every, files)
+    every: list[dict[str, bytes]] = gather_object([files])
     return {name: data for files in every for name, data in files.items()}
 
 

@@ -12,27 +12,20 @@ from fintune.files import JsonlLog, read_jsonl, write_jsonl
 from fintune.training.memory import in_use, trim_heap
 from fintune.training.rows import Order
 
-PANELS = {
-    "loss": "loss (nats/token)",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm, before clipping",
-    "useful_tokens_per_second": "non-padding tokens / s",
-}
+PANELS = ("loss", "learning_rate", "grad_norm", "useful_tokens_per_second")
 
 
-def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> JsonlLog:
+def open_metrics(path: Path, resume: dict[str, Any]) -> JsonlLog:
     """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
-        resumed_at: step of the checkpoint; later lines are dropped and will come again.
-        evaluated: whether the checkpoint holds the evaluation of its step.
+        resume: of `RunState.newest_checkpoint`; lines after it are dropped and will come again, and
+            so will an evaluation of its step that was cut short.
     """
     with JsonlLog(path) as log:
         rows = log.rows()
-    kept = (
-        row for row in rows if row["step"] + (not evaluated and "eval_loss" in row) <= resumed_at
-    )
-    write_jsonl(path, kept)
+    step, again = resume.get("step", 0), resume.get("pending_evaluation", False)
+    write_jsonl(path, (row for row in rows if row["step"] + (again and "eval_loss" in row) <= step))
     return JsonlLog(path)
 
 
@@ -89,12 +82,12 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     rows = list(read_jsonl(metrics))
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 2)
-    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, key in zip(axes.flat, PANELS, strict=True):
         for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             label = "validation" if name == "eval_loss" else "train"
             axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(key.replace("_", " "), loc="left", fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)

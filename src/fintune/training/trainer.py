@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -33,9 +32,9 @@ from fintune.model import device
 from fintune.training import distributed, run_state
 from fintune.training.rows import Order, RankBatches, Rows
 from fintune.training.run_state import KEEP, RESUME, RunState
+from fintune.untrusted.checks import ADAPTER
 
 BEST = "best.json"
-ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
 _SAME_NAME = {
@@ -151,11 +150,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         `self.state.global_step` counts the steps made before it.
         """
         norm = super()._clip_grad_norm(model)
-        if self.args.world_size > 1:
-            # Each rank's share was multiplied by their number, as DDP averages.
-            dist.all_reduce(self._step_loss)
-            self._step_loss /= self.args.world_size
-        loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
+        # Each rank's share was multiplied by their number, as DDP averages.
+        mean = self.accelerator.reduce(self._step_loss, "mean")
+        loss, value = torch.stack([mean.float(), norm.float()]).tolist()
         self._step_loss.zero_()
         step, scaler = self.state.global_step, self.accelerator.scaler
         if math.isfinite(loss) and math.isfinite(value):
@@ -200,8 +197,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 total, count = sum_loss(self.model, inputs)
             if number <= last:
                 sums += torch.tensor([float(total), count], dtype=sums.dtype, device=sums.device)
-        if self.args.world_size > 1:
-            dist.all_reduce(sums)
+        sums = self.accelerator.reduce(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
