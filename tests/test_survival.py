@@ -106,7 +106,7 @@ def test_killed_at_file_boundaries_three_deep(new: Callable[..., Config], whole:
         assert outcome.code == -signal.SIGKILL, outcome.text
         assert len(usable(config)) >= had, "never fewer usable checkpoints than one"
         had = min(len(usable(config)), 1)
-    assert "taking over from a run that died" in continues(config, whole)
+    continues(config, whole)
 
 
 def test_killed_at_boundaries_of_a_small_save(tmp_path: Path) -> None:
@@ -312,8 +312,8 @@ def test_a_volume_without_locks_is_told_of(
         raise OSError(errno.ENOTSUP, "no locks")
 
     monkeypatch.setattr(seal.fcntl, "flock", lacking)
-    with seal.lock(tmp_path / "run") as dead:
-        assert dead == ""
+    with seal.lock(tmp_path / "run"):
+        pass
     assert "has no locks" in capsys.readouterr().err
 
 
@@ -323,8 +323,8 @@ def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> No
             run_limited(lambda: time.sleep(5), "a folder")
 
     assert harmed(held, kill_after=1.0).code == -signal.SIGKILL
-    with seal.lock(tmp_path / "run") as dead:
-        assert "process" in dead
+    with seal.lock(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / ".run.lock").read_text()
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

@@ -105,14 +105,11 @@ def check_place(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[str]:
+def lock(folder: Path) -> Iterator[None]:
     """Be the only one that writes a folder, while the block runs.
 
     The lock is the kernel's and ends with its owner, however that one died, so none is ever stale.
     Its file stands beside the folder, which may be moved aside meanwhile.
-
-    Yields:
-        The process that held it last and died, or an empty string.
 
     Raises:
         OutputError: another process holds it, nothing can be written there, or no stage may own
@@ -136,17 +133,14 @@ def lock(folder: Path) -> Iterator[str]:
             raise OutputError(what, fix=fix) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
-        dead = file.read(200)
-        if dead and not dead.startswith(HOLDER):
+        last = file.read(200)
+        if last and not last.startswith(HOLDER):
             raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
         file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         file.flush()
-        try:
-            yield dead
-        finally:
-            file.truncate(0)
+        yield
 
 
 def recorded_inputs(folder: Path) -> dict[str, Any]:

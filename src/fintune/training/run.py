@@ -50,9 +50,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         STOP.guard()  # also where another process holds the lock for this one
         distributed.start(config.train.strategy, config.model.quantization)
         # Rank 0 writes, and holds the lock for all.
-        with seal.lock(run) if distributed.is_rank0() else nullcontext("") as dead:
-            if dead:
-                say(f"taking over from a run that died ({dead})")
+        with seal.lock(run) if distributed.is_rank0() else nullcontext():
             base = find_base(config.model)
             tokenizer = load_tokenizer(base)
             chat = ChatFormat(tokenizer, config.chat.date_string)
