@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ import fintune.hub
 from fintune.errors import DataError
 
 ROWS = [line for line in tiny.rows().read_text().splitlines() if line.startswith("{")][:120]
-SET = "acme/rows"
+SET, TASK = "acme/rows", "acme/tones"
 
 
 def text(rows: list[Any]) -> bytes:
@@ -305,6 +306,10 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
     ("folders as subsets", ["one/train.jsonl", "two/train.jsonl"], "", {"subset": "two"},
      "two/train.jsonl"),
     ("the hub's conversion", ["one/train/0000.jsonl"], "", {}, "one/train/0000.jsonl"),
+    ("no list", ["[z-a].jsonl"], "  x\n", {}, "[z-a].jsonl"),
+    ("brackets", ["[z-a].jsonl", "b.jsonl"], "- data_files: '[z-a]*'\n", {}, "[z-a].jsonl"),
+    ("True", ["a.jsonl", "b.jsonl"], "- config_name: a\n  data_files: [a*]\n  default: True\n"
+     "- config_name: b\n  data_files: [b*]\n", {}, "a.jsonl"),
     ("an alias", ["a.jsonl"], "- &a\n  config_name: x\n- *a\n", {},
      "error: README.md is not readable YAML"),
     ("no data", ["a.txt"], "", {}, "error: holds no data file"),
@@ -345,10 +350,25 @@ def test_a_folder_and_the_hub_have_one_layout(
     if not expected.startswith("error:"):
         assert rows_of() == rows_of("local")
         fetched = {
-            request.path.rpartition("/resolve/")[2] for request in hub.requests("GET", "/resolve/")
+            unquote(request.path).rpartition("/resolve/")[2]
+            for request in hub.requests("GET", "/resolve/")
         }
         small = {"README.md", "config.json"}
         assert {name.partition("/")[2] for name in fetched} <= {*wanted, *small}
+
+
+def test_a_benchmark_is_its_test_rows_or_all_of_its_configuration(hub: Hub) -> None:
+    names = ["one/a.jsonl", "one/b.jsonl", "two/train.jsonl", "two/test.jsonl"]
+    made: dict[str, Any] = {name: text(ROWS[at * 9 :][:9]) for at, name in enumerate(names)}
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("one", "two"))
+    publish(hub, {"README.md": card(configs), **made}, TASK)
+    publish(hub, {"rows.jsonl": A})
+    for subset, read in (
+        ("one", "every split: one/a.jsonl, one/b.jsonl;"),
+        ("two", "test split: two/test.jsonl;"),
+    ):
+        said = prepared(benchmarks=[{"path": TASK, "subset": subset}], out=subset)
+        assert f"{TASK} ({subset}), {read}" in said.err, said.err
 
 
 def test_configurations_of_the_hubs_conversion_are_its_folders(hub: Hub, tmp_path: Path) -> None:
@@ -439,8 +459,6 @@ def test_files_that_hold_no_rows_are_named(hub: Hub, data: bytes) -> None:
 
 
 # ---- questions -----------------------------------------------------------------------------------
-
-TASK = "acme/tones"
 
 
 def asked(line: str, count: int = 6, **others: bytes) -> dict[str, bytes]:

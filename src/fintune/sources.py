@@ -204,7 +204,7 @@ def choose(names: list[str], folder: Path, item: SourceConfig, setting: str) -> 
     if "train" not in splits and "" in splits:
         splits["train"] = splits.pop("")
     if split is None:
-        chosen = data
+        chosen = sorted({name for each in splits.values() for name in each})
     elif not (chosen := splits.get(split) or splits.get(KEYWORDS.get(split, split), [])):
         raise _absent(f"no split {split}", "split", [*splits], item, setting)
     left = [name for name in names if name not in chosen and name not in (CARD, "LICENSE")]
@@ -234,14 +234,16 @@ def _configuration(
     text = card.read_text("utf-8-sig", "replace") if card.is_file() else ""
     # That key alone: the card of a large data set has thousands of other values.
     front = re.match(r"---\s*\n(.*?\n)---(\s|\Z)", text, re.DOTALL)
-    block = re.search(r"(?ms)^configs:.*?(?=^\w|\Z)", front[1]) if front else None
+    block = re.search(r"(?ms)^configs:\s.*?(?=^\w|\Z)", front[1]) if front else None
     listed = read_yaml(block[0], f"{item.path}/{CARD}")["configs"] if block else None
     entries = [each for each in listed or [] if isinstance(each, dict)]
     found = {str(each.get("config_name", "default")): each for each in entries}
     if not found and (item.subset or all(map(_CONVERTED.fullmatch, data))):
         found = {top: {"data_dir": top} for name in data if (top := name.partition("/")[0]) != name}
     found = found or {"default": {}}
-    main = [n for n, e in found.items() if n == "default" or e.get("default") == "true"]
+    main = [
+        n for n, e in found.items() if n == "default" or str(e.get("default")).lower() == "true"
+    ]
     main = [item.subset] if item.subset else main or [*found]
     if len(main) > 1 or main[0] not in found:
         lacks = f"no configuration {item.subset}" if item.subset else "several configurations"
@@ -277,6 +279,6 @@ def _split_of(name: str) -> str:
 
 def _pattern(text: str) -> re.Pattern[str]:
     """A card's pattern: `*` stays inside a folder, `**` does not."""
-    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", text.removeprefix("./"))
-    return re.compile("".join(rules.get(p, p if p[:1] == "[" else re.escape(p)) for p in parts))
+    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "[0-9]": "[0-9]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[0-9\])", text.removeprefix("./"))
+    return re.compile("".join(rules.get(part, re.escape(part)) for part in parts))
