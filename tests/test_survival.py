@@ -5,6 +5,7 @@ The short form of bench/soak.py: the same harms, fewer of them.
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
