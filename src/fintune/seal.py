@@ -29,15 +29,10 @@ HOLDER = "process "
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
-def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, Any]] = ()) -> None:
-    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
-
-    Args:
-        accepted: changes of the inputs while the stage ran.
-    """
+def seal(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last."""
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
-    changes = [*accepted]
-    write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
+    write_json(folder / DONE, done)
 
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:

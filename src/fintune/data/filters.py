@@ -18,6 +18,7 @@ import fasttext
 
 from fintune.config import DataConfig
 from fintune.data import WORDS
+from fintune.data.schema import Rejected
 from fintune.example import Message
 
 MOST_CHARACTERS = 1_000_000
@@ -64,14 +65,13 @@ def row_filter(reason: str, meaning: str) -> Callable[[Check], Check]:
     return register
 
 
-def first_rejection(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str] | None:
-    """Reason and detail of the first filter that objects, or None."""
+def check_filters(messages: tuple[Message, ...], config: DataConfig) -> None:
+    """Raise Rejected with reason and detail of the first filter that objects."""
     users = [message.content for message in messages if message.role == "user"]
     answers = [message.content for message in messages if message.role == "assistant"]
     for reason, check in FILTERS.items():
         if (detail := check(users, answers, config)) is not None:
-            return reason, detail
-    return None
+            raise Rejected(reason, detail)
 
 
 @row_filter("too_long", "longer than max_length, or than a million characters")
