@@ -299,6 +299,8 @@ class Config(Section):
     def _coherent(self) -> "Config":
         if self.train.max_steps == 0:
             raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
+        if self.train.strategy == "fsdp" and self.model.quantization != "none":
+            raise ValueError("train.strategy=fsdp cannot shard a quantized base; use ddp")
         data, places = self.data, self.folders()
         rows = [data.source, *(item.path for item in (*data.sources, *data.benchmarks))]
         read = {path: Path(os.path.expanduser(path)) for path in rows if path}

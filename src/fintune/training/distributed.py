@@ -45,7 +45,7 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start(strategy: str, quantization: str) -> None:
+def start(strategy: str) -> None:
     """Join the process group and take this process's device. Collective; call it first.
 
     Raises:
@@ -55,11 +55,6 @@ def start(strategy: str, quantization: str) -> None:
         raise ConfigError(
             f"train.strategy={strategy}, and this is the only process",
             fix="launch several: torchrun --nproc-per-node 2 --no-python fintune train ...",
-        )
-    if strategy == "fsdp" and quantization != "none":
-        raise ConfigError(
-            f"train.strategy=fsdp cannot shard a base of model.quantization={quantization}",
-            fix="it is small: use train.strategy=ddp",
         )
     if world_size() > 1:
         # The others wait while rank 0 writes and hashes; NCCL's default limit is 10 minutes.

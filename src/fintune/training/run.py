@@ -48,7 +48,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
     run = config.run_dir
     with STOP.listening():
         STOP.guard()  # also where another process holds the lock for this one
-        distributed.start(config.train.strategy, config.model.quantization)
+        distributed.start(config.train.strategy)
         # Rank 0 writes, and holds the lock for all.
         with seal.lock(run) if distributed.is_rank0() else nullcontext():
             base = find_base(config.model)
