@@ -26,8 +26,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune import errors
 from fintune.chat import ChatFormat
@@ -66,7 +64,6 @@ def probe_base(folder: Path, *, weights: bool) -> None:
         GateRefused: the base needs custom code, or exceeded a limit of the child.
         ModelError: the tokenizer does not load.
     """
-    _import_architecture(folder)
     run_limited(lambda: _try_base(folder, weights), folder.name)
 
 
@@ -76,7 +73,6 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
     Raises:
         GateRefused: a limit of the child was exceeded.
     """
-    _import_architecture(base)
     report = checks.Report(folder)
 
     def run_checks() -> list[tuple[str, ...]]:
@@ -192,13 +188,6 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
         answer = {"what": f"{type(error).__name__}: {str(error)[:300]}"}
     pipe.send_bytes(json.dumps(answer).encode())
     os._exit(0)
-
-
-def _import_architecture(folder: Path) -> None:
-    """Import transformers' module of an architecture before the fork, so that it is done once."""
-    with suppress(Unreadable, KeyError, ImportError):
-        name = checks.read_object(folder, "config.json")["model_type"]
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None)
 
 
 def _try_base(folder: Path, weights: bool) -> None:
