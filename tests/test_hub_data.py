@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from fintune.errors import DataError
 
 ROWS = [line for line in tiny.rows().read_text().splitlines() if line.startswith("{")][:120]
 SET, TASK = "acme/rows", "acme/tones"
+NUMBER = count()
 
 
 def text(rows: list[Any]) -> bytes:
@@ -61,9 +63,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def publish(hub: Hub, files: dict[str, Any], name: str = SET) -> str:
-    """Make `main` hold these files and no others; its commit."""
+    """Make `main` hold these files and no others; its commit, the only one of that id."""
     there = hub.repos[key].at("main").files if (key := ("dataset", name)) in hub.repos else {}
-    return hub.commit("dataset", name, {**dict.fromkeys(there), **files})
+    return hub.commit("dataset", name, {**dict.fromkeys(there), **files}, f"commit {next(NUMBER)}")
 
 
 def prepare(source: Any = SET, *words: str, out: str = "out", **settings: Any) -> tiny.Said:
@@ -218,7 +220,7 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     with client_of(hub, tmp_path / "cache", HF_HUB_OFFLINE=True):
         prepared(out="c")
         assert identity("c") == identity("b") == first
-        refused(prepare({"path": SET, "split": "test"}), SET, "not whole in the cache", "--offline")
+        refused(prepare({"path": SET, "split": "test"}), SET, "not whole", "--offline")
         refused(prepare("acme/other"), "acme/other", "offline")
     refused(prepare({"path": SET, "split": "test"}), "cannot be reached", "check the network")
 
@@ -428,7 +430,7 @@ def test_a_hub_that_stays_busy_is_said(hub: Hub) -> None:
 
 def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
     hub.stop()
-    refused(prepare(), f"{SET} is not on this machine and the hub cannot be reached", hub.url)
+    refused(prepare(), f"{SET} is not on this machine", "the hub cannot be reached", hub.url)
     refused(prepare(benchmarks=[SET], source=str(tiny.rows())), "data.", "cannot be reached")
 
 

@@ -49,6 +49,7 @@ BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundle
 
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
 """Commands that write a folder, which a signal must not leave half-written."""
+OFFLINE = "--offline"
 CONFIG = "fintune.yaml"
 """The config where no --config is given; `fintune init` writes it."""
 DEMO_RELEASE = Path("runs/demo/release")
@@ -57,6 +58,7 @@ DEMO_RELEASE = Path("runs/demo/release")
 def main() -> None:
     """Entry point: a FintuneError becomes one message and its exit code."""
     words = sys.argv[1:]
+    sys.argv[1:] = sorted(words, key=lambda word: word != OFFLINE)  # it may stand anywhere
     again = shlex.join(["fintune", *words])
     last_words = f"stopped before anything was written; continue with: {again}\n"
     try:
@@ -76,7 +78,13 @@ def main() -> None:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    offline: Annotated[
+        bool,
+        typer.Option(OFFLINE, help="Open no connection, but to a judge on this machine."),
+    ] = False,
 ) -> None:
+    if offline:  # read by huggingface_hub at its import, by wandb, and by the judge
+        os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "FINTUNE_OFFLINE": "1"}
     if version:
         console.result(__version__)
         raise typer.Exit

@@ -61,7 +61,8 @@ class ModelConfig(Section):
     id: str = "fintune/nano"
     """public id, written into adapter and card"""
     revision: str | None = None
-    """commit of the base; a local base without one gets its weights' sha256"""
+    """commit, tag or branch of the base, resolved once a run; a local base without one gets its
+    weights' sha256"""
     path: Folder | None = None
     """folder to load from; absent: the hub id (or the bundled nano base)"""
     quantization: Literal["none", "8bit", "4bit"] = "none"

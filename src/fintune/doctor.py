@@ -1,7 +1,7 @@
 """What this machine can do, and what is missing: `fintune doctor`.
 
 Reads versions from installed metadata and imports torch alone, so that the answer takes about two
-seconds. A secret is reported as set or not set, never by its value.
+seconds. The hub is asked whether its token is good (at most 5 s); no secret is shown.
 """
 
 import importlib.metadata
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub import get_token
 from packaging.requirements import Requirement
 
 from fintune.files import free_bytes
+from fintune.hub import token_state
 
 DEMO_GB, BASE_GB = 3, 20
 """Memory that the demo needs; disk that an 8B base needs, whose weights are 16 GB."""
@@ -66,8 +66,7 @@ def _hardware() -> Iterator[dict[str, str]]:
     yield _row("memory", _gb(memory), f"the demo needs {DEMO_GB} GB" if short else "")
     short = free < BASE_GB * 1e9
     yield _row("disk, here", f"{_gb(free)} free", "little for an 8B base" if short else "")
-    token = get_token()
-    yield _row("hub token", "set" if token else "not set", "" if token else "for gated bases")
+    yield _row("hub token", *token_state())
 
 
 def _version(name: str) -> str | None:

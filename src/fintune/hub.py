@@ -6,6 +6,7 @@ hub's cache and compares every one with the hash that the hub names. Mirrors are
 `HF_ENDPOINT`; `HF_HUB_OFFLINE=1` opens no connection.
 """
 
+import glob
 import hashlib
 import re
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +24,10 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     WeakFileLock,
+    build_hf_headers,
     disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
 )
 
 from fintune import console
@@ -32,9 +37,12 @@ from fintune.files import FULL, cached_sha256, free_bytes, write_text
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]*")
 WAITS_S = (1, 2, 4, 8, 16, 32)
 """Between the tries of a request that the hub is too busy for; its Retry-After goes before."""
 LONGEST_WAIT_S = 300
+SILENCE_S = 100.0
+"""After which a hub that sends nothing is gone, where the client has no limit of its own."""
 BUSY = (429, 500, 502, 503, 504)
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
@@ -96,10 +104,16 @@ class Repository:
             FintuneError: the hub refuses, cannot be reached, or sends damaged files.
             NoSpace: too little disk.
         """
-        lock = self._cache.parent / ".locks" / self._cache.name / "fintune.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
+        locks = self._cache.parent / ".locks" / self._cache.name
+        locks.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(locks / "fintune.lock"):
             files = self.files()
+            # What a killed download left; the client never goes on with it. It holds the lock of
+            # a file while that comes.
+            for part in (self._cache / "blobs").glob("*.incomplete"):
+                lock = locks / f"{part.name.partition('.')[0]}.lock"
+                with suppress(TimeoutError), WeakFileLock(lock, timeout=0.1):
+                    part.unlink(missing_ok=True)
             wanted = [name for name in files if any(fnmatch(name, each) for each in patterns)]
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
@@ -107,8 +121,10 @@ class Repository:
                 damaged = [name for name in wanted if _damaged(self.folder / name)]
                 if not damaged:
                     break
-                for name in damaged:
-                    (self.folder / name).resolve().unlink()
+                for path in (self.folder / name for name in damaged):
+                    blob = path.resolve()
+                    path.unlink()
+                    blob.unlink(missing_ok=True)
             else:
                 what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
                 raise _class_of(self.setting)(
@@ -127,20 +143,17 @@ class Repository:
                 f"{what} GB free", fix="free some space, or set HF_HOME to another volume"
             )
         with _progress(self.id, self._cache / "blobs", size):
-            self._download([re.sub(r"([\[*?])", r"[\1]", name) for name in names])
+            self._download(names)
 
-    def _download(self, patterns: list[str]) -> None:
-        request: Any = huggingface_hub.snapshot_download
+    def _download(self, names: list[str]) -> None:
+        request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
         disable_progress_bars()  # `_progress` shows what comes
-        with hub_errors(self.id, self.setting, self.revision or self.commit):
-            retried(
-                lambda: request(
-                    self.id,
-                    repo_type=self.kind,
-                    revision=self.commit,
-                    allow_patterns=patterns,
-                )
-            )
+        get_session().timeout = httpx2.Timeout(SILENCE_S)
+        asked |= {"repo_type": self.kind, "revision": self.commit}
+        asked["allow_patterns"] = [glob.escape(name) for name in names]
+        missing = ", ".join(names[:3]) + " ..." * (len(names) > 3)
+        with hub_errors(self.id, self.setting, self.revision or self.commit, missing):
+            retried(lambda: request(self.id, **asked))
 
 
 def resolve(
@@ -163,27 +176,33 @@ def resolve(
         FintuneError: see `hub_errors`.
     """
     branch = revision or constants.DEFAULT_REVISION
+    if not REVISION.fullmatch(branch):  # a name of others becomes a path in the cache
+        raise _class_of(setting)(f"{branch!r} is no revision of {name}")
     fixed = recorded or (revision if revision and COMMIT.fullmatch(revision) else None)
-    api = huggingface_hub.HfApi()
+
+    def ask() -> str:
+        limit = constants.HF_HUB_ETAG_TIMEOUT
+        api = huggingface_hub.HfApi()
+        return str(api.repo_info(name, repo_type=kind, revision=branch, timeout=limit).sha)
+
     if fixed:
         if recorded and branch != recorded and not constants.HF_HUB_OFFLINE:
             with suppress(Exception):  # only for the notice
-                now = api.repo_info(name, repo_type=kind, revision=branch, timeout=10).sha
-                if now and now != recorded:
+                if (now := ask()) != recorded:
                     moved = f"{name}: {branch} has moved to {now[:12]}"
-                    console.warn(f"{moved}; this run keeps {recorded[:12]}")
+                    _warn_once(f"{moved}; this run keeps {recorded[:12]}")
         return Repository(kind, name, fixed, setting)
     with hub_errors(name, setting, branch):
         try:
-            info = retried(lambda: api.repo_info(name, repo_type=kind, revision=branch))
-            commit = str(info.sha)
-        except NO_CONNECTION as error:
+            commit = retried(ask)
+        except (*NO_CONNECTION, errors.HfHubHTTPError) as error:
             cached = Repository(kind, name, "", setting)._cache / "refs" / branch
-            if not cached.is_file():
+            answered = isinstance(error, errors.HfHubHTTPError) and _status(error) not in BUSY
+            commit = cached.read_text() if cached.is_file() else ""
+            if answered or not COMMIT.fullmatch(commit):
                 raise
-            commit = cached.read_text()
             if not isinstance(error, errors.OfflineModeIsEnabled):
-                console.warn(f"the hub does not answer: {name} is the cached commit {commit[:12]}")
+                _warn_once(f"the hub does not answer: {name} is the cached commit {commit[:12]}")
     return Repository(kind, name, commit, setting, branch)
 
 
@@ -209,7 +228,9 @@ def retried(request: Callable[[], T]) -> T:
 
 
 @contextmanager
-def hub_errors(name: str, setting: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(
+    name: str, setting: str, revision: str | None = None, missing: str = ""
+) -> Iterator[None]:
     """Raise what the hub's clients raise as one message each (see `hub_error`)."""
     try:
         yield
@@ -219,17 +240,18 @@ def hub_errors(name: str, setting: str, revision: str | None = None) -> Iterator
         known = (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError)
         if not isinstance(error, known):
             raise
-        raise hub_error(error, name, setting=setting, revision=revision) from None
+        raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 
 def hub_error(
-    error: Exception, name: str, *, setting: str, revision: str | None = None
+    error: Exception, name: str, *, setting: str, revision: str | None = None, missing: str = ""
 ) -> FintuneError:
     """The message for an exception of the hub's clients, without token or URL.
 
     Args:
         name: hub id of a model or a data set.
         setting: `model.path`, another config key of a data set, or `repository` of a push.
+        missing: what was asked for.
     """
     causes = _causes(error)
     status = _status(error)
@@ -260,11 +282,12 @@ def hub_error(
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")
+    absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
     if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        what = f"{name} ({revision}) is not whole in the cache, and the hub is off (offline)"
+        what = f"{absent}, and the hub is off (offline)"
         return raised(what, fix=f"run once without --offline, or set {setting} to a local copy")
     if status is None and is_a(*NO_CONNECTION):
-        what = f"{name} is not on this machine and the hub cannot be reached"
+        what = f"{absent}, and the hub cannot be reached"
         why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
         return raised(what, why=why, fix=f"check the network, or set {setting} to a local copy")
     said = console.printable(str(error)).strip().partition("\n")[0][:200]
@@ -276,6 +299,28 @@ def _class_of(setting: str) -> type[FintuneError]:
     if setting == "repository":
         return OutputError
     return ModelError if setting == "model.path" else DataError
+
+
+def token_state() -> tuple[str, str]:
+    """What the hub says of this machine's token, and what to do; the token is never shown."""
+    if not (token := huggingface_hub.get_token()):
+        return "not set", "for gated bases"
+    if constants.HF_HUB_OFFLINE:
+        return "set", "offline: the hub was not asked whether it is good"
+    page, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
+    try:
+        answer = get_session().get(page, headers=headers, timeout=5)
+        hf_raise_for_status(answer)
+        return f"good, of {answer.json()['name']}", ""
+    except Exception as error:  # whatever a proxy sends in the place of an answer
+        if _status(error) in (401, 403):
+            return "refused by the hub", f"make one at {constants.ENDPOINT}/settings/tokens"
+        return "set", f"the hub was not reached ({type(_causes(error)[-1]).__name__})"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    console.warn(text)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

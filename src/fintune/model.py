@@ -2,27 +2,28 @@
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fintune import console, nano
+from fintune import console, nano, seal
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
-from fintune.errors import ModelError, NoSpace, OutputError
-from fintune.files import cached_sha256, require_free_space, sha256_bytes
-from fintune.hub import hub_error
+from fintune.errors import ModelError, OutputError
+from fintune.files import cached_sha256, sha256_bytes
+from fintune.hub import COMMIT, resolve
 from fintune.untrusted import checks
-from fintune.untrusted.checks import CONFIG, PROVENANCE, Check, Report
+from fintune.untrusted.checks import CONFIG, LIMITS, PROVENANCE, WEIGHTS_INDEX, Check, Report
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 from fintune.untrusted.static import open_folder
 
@@ -34,19 +35,31 @@ DTYPES: dict[str, torch.dtype] = {
 }
 disable_progress_bar()  # loading a base has a line of ours
 
-COMMIT, WEIGHTS = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-"""What `Base.revision` is: a commit of the hub, or the sha256 of a local base's weights."""
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
-"""All of a hub base but its weights; no *.py: code of a hub is never run."""
+WEIGHTS = re.compile(r"[0-9a-f]{64}")
+"""A `Base.revision` that is no commit of the hub."""
+SMALL_FILES = (*LIMITS["loaded_json"], *LIMITS["loaded_files"])
+"""What is read of a base but its weights."""
+LICENCES = ("LICENSE*", "USE_POLICY*")
+WEIGHT_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model on this machine: its public name and the folder that holds it."""
+    """A base model on this machine: its public name and the folder that holds it.
+
+    `revision` is a commit of the hub, or the sha256 of a local base's weights; `named` is the
+    branch, tag or commit of the config that it was resolved from first.
+    """
 
     id: str
     revision: str
     folder: Path
+    named: str | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a stage records, so that the next one takes the same commit."""
+        return {"id": self.id, "revision": self.revision, "named": self.named}
 
 
 def device() -> torch.device:
@@ -69,28 +82,32 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
 
 
-def find_base(config: ModelConfig, *, weights: bool = True) -> Base:
+def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Path] = ()) -> Base:
     """Find a base on disk or fetch it from the hub.
 
     Args:
         weights: also the weights; without them only configuration and tokenizer are fetched.
+        kept_in: folders of stages. The commit that the first of them recorded for this base is
+            the one, unless the config has named another revision since.
 
     Raises:
         ModelError: missing, gated, without weights, or with code hooks in its configuration.
         NoSpace: too little disk for the weights.
     """
     bundled = nano.base_dir() if config.id == nano.NANO_ID else None
-    folder = config.path or bundled or _fetch(config, weights)
+    kept = seal.recorded_base(kept_in, config.id)
+    folder = config.path or bundled or _fetch(config, weights, kept)
     if not (folder / "config.json").exists():
         state = "config.json is missing" if folder.is_dir() else "no folder"
         raise ModelError(f"{state} at {folder}", fix="check model.path")
-    if weights and not any(folder.glob("*.safetensors")):
-        why = "pickled weights (.bin, .pt) are never read"
-        raise ModelError(f"{folder} holds no weights (*.safetensors)", why=why)
     _check_once(folder, weights)
+    if weights and (lacks := [n for n in _weight_files(folder) if not (folder / n).is_file()]):
+        why = "pickled weights (.bin, .pt) are never read"
+        raise ModelError(f"{folder} lacks weights: {', '.join(lacks[:3])}", why=why)
     commit = folder.name if folder.parent.name == "snapshots" else None
     revision = commit or config.revision or _weights_sha256(folder)
-    return Base(config.id, revision, folder)
+    same = kept.get("revision") == revision
+    return Base(config.id, revision, folder, kept["named"] if same else config.revision)
 
 
 @cache
@@ -102,20 +119,30 @@ def _check_once(folder: Path, weights: bool) -> None:
     probe_base(folder, weights=weights)
 
 
-def _fetch(config: ModelConfig, weights: bool) -> Path:
-    """Download what is not in the hub's cache yet."""
-    download, revision = huggingface_hub.snapshot_download, config.revision
-    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-    fetch: Any = partial(download, config.id, revision=revision, allow_patterns=patterns)
-    try:
-        with suppress(OSError, huggingface_hub.errors.HfHubHTTPError):  # offline: the cache's own
-            missing = sum(file.file_size for file in fetch(dry_run=True) if file.will_download)
-            require_free_space(Path(huggingface_hub.constants.HF_HUB_CACHE), missing)
-        return Path(fetch())
-    except NoSpace:
-        raise
-    except Exception as error:
-        raise hub_error(error, config.id, setting="model.path", revision=revision) from None
+def _fetch(config: ModelConfig, weights: bool, kept: dict[str, Any]) -> Path:
+    """Bring into the hub's cache what is loaded and not there yet: no other format, no folders."""
+    same = config.revision in (None, kept.get("named"))
+    commit = kept["revision"] if same and COMMIT.fullmatch(kept.get("revision", "")) else None
+    name = kept["named"] if commit else config.revision
+    hub = resolve("model", config.id, name, setting="model.path", recorded=commit)
+    top = [name for name in hub.files() if "/" not in name]
+    folder = hub.fetch([name for name in top if name in SMALL_FILES])
+    with suppress(ModelError):  # a release of a Llama base asks for it; nothing else does
+        hub.fetch([name for name in top if any(fnmatch(name, each) for each in LICENCES)])
+    return hub.fetch([*_weight_files(folder, top)]) if weights else folder
+
+
+def _weight_files(folder: Path, top: Iterable[str] | None = None) -> set[str]:
+    """The files that transformers takes the weights of a base from.
+
+    Args:
+        top: names of a repository, of which the folder need not hold all yet.
+    """
+    there = {path.name for path in folder.iterdir()} if top is None else {*top}
+    shards = checks.read_object(folder, WEIGHTS_INDEX, absent=True).get("weight_map")
+    if WEIGHT_FILE in there or not isinstance(shards, dict):
+        return {WEIGHT_FILE}
+    return {*map(str, shards.values())}
 
 
 def _weights_sha256(folder: Path) -> str:

@@ -162,7 +162,8 @@ def count(config: Config) -> dict[str, ModelSize]:
     name = config.model.id.rsplit("/", 1)[-1].lower()
     shape = DATA["base"].get(name.removeprefix("meta-").removesuffix("-instruct"))
     bundled = shape is not None and config.model.path is None
-    folder = None if bundled else find_base(config.model, weights=False).folder
+    places = (config.run_dir, config.data_dir)
+    folder = None if bundled else find_base(config.model, weights=False, kept_in=places).folder
     if folder is not None:
         probe_base(folder, weights=True)
     try:

@@ -148,6 +148,15 @@ def recorded_inputs(folder: Path) -> dict[str, Any]:
     return dict(read_checked(marks[0])["inputs"]) if marks else {}
 
 
+def recorded_base(folders: Iterable[Path], base_id: str) -> dict[str, Any]:
+    """What stages recorded of a base (`model.Base.record`), of the first folder that has it."""
+    for folder in folders:
+        base = recorded_inputs(folder).get("base")
+        if isinstance(base, dict) and base.get("id") == base_id and "named" in base:
+            return base
+    return {}
+
+
 def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = "") -> bool:
     """Whether a stage may be skipped; else it has to begin or go on.
 

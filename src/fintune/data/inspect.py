@@ -80,7 +80,7 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
 
 def _texts(config: Config, tables: dict[str, Any]) -> list[Text]:
     """Rows of parts for a terminal: what is trained in green, what is only read dimmed."""
-    tokenizer = load_tokenizer(find_base(config.model, weights=False))
+    tokenizer = load_tokenizer(find_base(config.model, weights=False, kept_in=[config.data_dir]))
     texts = []
     for part, row in ((part, row) for part, rows in tables.items() for row in rows.to_pylist()):
         trained = [label != IGNORE_INDEX for label in row["labels"]]

@@ -60,7 +60,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         ModelError: no base folder, tokenizer or usable chat template.
     """
     heading("prepare")
-    base = find_base(config.model, weights=False)
+    kept_in = () if fresh else (config.data_dir,)
+    base = find_base(config.model, weights=False, kept_in=kept_in)
     chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
     folder = config.data_dir
     old = {} if fresh else seal.recorded_inputs(folder)
@@ -69,6 +70,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     wanted = [SourceConfig(**item.model_dump()) for item in config.data.benchmarks]
     benchmarks = named(wanted, "data.benchmarks", known)
     inputs = _inputs(config, base, chat, sources, benchmarks)
+    # Rows depend on the tokenizer alone: prepared once, they are kept for other weights.
+    inputs["base"] = seal.recorded_base(kept_in, base.id) or base.record
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -104,7 +107,6 @@ def _inputs(
         "sources": {source.name: described(source) for source in sources},
         "benchmarks": {source.name: described(source) for source in benchmarks},
         "settings": settings,
-        "base": base.id,
         "tokenizer_sha256": sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
         "fintune": __version__,  # other filters, other rows

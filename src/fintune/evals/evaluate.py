@@ -54,9 +54,10 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
         DataError: no test row. GateRefused: the judge's budget is spent.
     """
+    base = model.find_base(config.model, kept_in=[config.run_dir])
     folder = config.eval_dir
     tasks = _find_tasks(config, fresh)
-    inputs = _inputs(config, tasks)
+    inputs = _inputs(config, base, tasks)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -66,7 +67,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
             most = config.eval.max_items
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             seal.start(folder, inputs)
-            _answer(config, folder, inputs, asked)
+            _answer(config, base, folder, inputs, asked)
             _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
@@ -149,18 +150,22 @@ def _find_tasks(config: Config, fresh: bool) -> Tasks:
     return find_questions(config.eval.tasks, recorded_commits(prepared, begun))
 
 
-def _inputs(config: Config, tasks: Tasks) -> dict[str, Any]:
+def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
     data = seal.read_data(config.data_dir)
     adapter = "best/adapter_model.safetensors"
     run = seal.read_seal(
         config.run_dir, stage="training run", make="fintune train", needed=[adapter]
     )
+    trained = run["inputs"].get("base", base.record)["revision"]
+    if trained != base.revision:
+        what = f"the run was trained on {base.id} at {trained}, this base is {base.revision}"
+        raise OutputError(what, fix="set model.revision and model.path as they were")
     excluded = {"out", "judge", "tasks"}  # paths are others on another machine
     return {
         **{part: data["files"][f"{part}.parquet"]["sha256"] for part in ("train", "test")},
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
-        "base_revision": model.find_base(config.model).revision,
+        "base_revision": base.revision,
         "quantization": config.model.quantization,
         "date_string": config.chat.date_string,
         "precision": config.train.precision,
@@ -170,9 +175,11 @@ def _inputs(config: Config, tasks: Tasks) -> dict[str, Any]:
     }
 
 
-def _answer(config: Config, folder: Path, inputs: dict[str, Any], asked: list[Item]) -> None:
+def _answer(
+    config: Config, base: model.Base, folder: Path, inputs: dict[str, Any], asked: list[Item]
+) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
-    base, precision, device = model.find_base(config.model), config.train.precision, model.device()
+    precision, device = config.train.precision, model.device()
     tokenizer = model.load_tokenizer(base)
     chat = ChatFormat(tokenizer, config.chat.date_string)
     rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()

@@ -323,6 +323,8 @@ def _client(config: JudgeConfig, judge_host: str) -> Any:
         raise ConfigError(what, fix="pip install 'fintune[judge]'") from None
     # No redirect, which could send key and rows to another host; no proxy for this machine.
     proxies = not _is_loopback(config)
+    if proxies and "FINTUNE_OFFLINE" in os.environ:
+        raise ConfigError(f"--offline, and the judge is at {config.base_url}")
     return openai.OpenAI(
         api_key=api_key(config, judge_host),
         base_url=config.base_url,

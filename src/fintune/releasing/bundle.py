@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
+from fintune.hub import COMMIT
 from fintune.releasing.verify import make_golden_prompts
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
@@ -113,7 +114,8 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
     trained = seal.read_seal(run, stage="training run", make="fintune train", needed=made)
     tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged)
     recipe, environment, arguments = (run / name for name in RUN_FILES)
-    base, results = model.find_base(config.model), files.read_json(evaluation / RESULTS)
+    base = model.find_base(config.model, kept_in=[run])
+    results = files.read_json(evaluation / RESULTS)
     provenance = {
         "adapter_sha256": trained["files"][adapter]["sha256"],
         "manifest_sha256": data["files"]["manifest.json"]["sha256"],
@@ -185,7 +187,7 @@ def _build(staging: Path, inputs: Inputs) -> None:
     best = config.run_dir / "best"
     files.copy_file(best / checks.ADAPTER, staging / checks.ADAPTER)
     # peft asks the hub for `revision`, so only a commit may stand there.
-    revision = base.revision if model.COMMIT.fullmatch(base.revision) else None
+    revision = base.revision if COMMIT.fullmatch(base.revision) else None
     named = {"base_model_name_or_path": base.id, "revision": revision, "inference_mode": True}
     tree = files.read_json(best / checks.ADAPTER_CONFIG) | named
     _write_json(staging / checks.ADAPTER_CONFIG, tree)

@@ -19,7 +19,8 @@ from fintune import console, files, page, seal
 from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
-from fintune.model import COMMIT, DTYPES, LoadedRelease, load_release, open_release
+from fintune.hub import COMMIT
+from fintune.model import DTYPES, LoadedRelease, load_release, open_release
 from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
 from fintune.releasing.verify import CONVERSATIONS, verify
 from fintune.untrusted import checks

@@ -3,6 +3,7 @@
 import os
 import platform
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,12 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         distributed.start(config.train.strategy)
         # Rank 0 writes, and holds the lock for all.
         with seal.lock(run) if distributed.is_rank0() else nullcontext():
-            base = find_base(config.model)
+            # The data's commit, unless the run has begun with one.
+            kept_in = [config.run_dir] * (not fresh) + [config.data_dir]
+            base = distributed.from_rank0(lambda: find_base(config.model, kept_in=kept_in))
+            if not distributed.is_rank0():  # on another host it may not be there yet
+                there = config.model.model_copy(update={"revision": base.revision})
+                base = replace(base, folder=find_base(there).folder)
             tokenizer = load_tokenizer(base)
             chat = ChatFormat(tokenizer, config.chat.date_string)
             fingerprint = run_fingerprint(config, base, chat)

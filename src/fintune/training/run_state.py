@@ -36,8 +36,9 @@ RESUME = "resume.json"
 """In a checkpoint: the state that transformers does not save."""
 KEEP = 2
 """Newest checkpoints kept; the best adapter is kept besides."""
-SHAPE_KEYS = tuple(f"config.train.{key}:" for key in ("optim", "lora.r", "lora.target_modules"))
-"""What gives saved weights and optimizer states their shape: no change of it can be accepted."""
+_SHAPE = ("optim", "lora.r", "lora.target_modules")
+FIXED_KEYS = ("base.revision:", *(f"config.train.{key}:" for key in _SHAPE))
+"""What saved weights and optimizer states were made for: no change of it can be accepted."""
 
 
 def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     """
     data = seal.read_data(config.data_dir)
     sections = config.sections("model", "chat", "train", "seed")
-    sections["model"].pop("path")
+    del sections["model"]["path"], sections["model"]["revision"]  # `base` is what they mean
     tokenizer = {
         "tokenizer_sha256": files.sha256_file(base.folder / "tokenizer.json"),
         "template_sha256": chat.template_sha256,
@@ -62,7 +63,7 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     return {
         "config": sections,
         "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
-        "base": {"id": base.id, "revision": base.revision},
+        "base": base.record,
         **tokenizer,
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -202,10 +203,11 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     begun = seal.read_checked(path)
     before, changes = begun["inputs"], begun.get("accepted", [])
     differs = seal.differences(before, fingerprint)
-    if fixed := [line for line in differs if line.startswith(SHAPE_KEYS)]:
+    if fixed := [line for line in differs if line.startswith(FIXED_KEYS)]:
         raise OutputError(
-            f"what was saved so far has another shape: {'; '.join(fixed)}",
-            fix="start again: fintune train --fresh",
+            f"what was saved so far has another shape, or another base: {'; '.join(fixed)}",
+            why="a half-trained adapter fits the weights that it was trained on, and no others",
+            fix="set it back (a base's commit: model.revision), or: fintune train --fresh",
         )
     if differs:
         change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}

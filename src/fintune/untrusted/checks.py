@@ -22,6 +22,7 @@ from fintune.errors import FintuneError, GateRefused
 from fintune.files import read_toml
 
 ADAPTER = "adapter_model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 CONFIG = "training_config.json"

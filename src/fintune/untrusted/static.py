@@ -24,7 +24,7 @@ from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, as
 Role = Literal["release", "adapter", "base"]
 """A release of fintune (only allowed names), any folder of peft, or a base model."""
 _ENTRIES = 10_000
-_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\]+\.safetensors")
 _PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MADE_FROM = {
@@ -275,10 +275,11 @@ def _check_weights(of: _Folder) -> str:
     if of.role != "base":
         return _adapter_weights(of.path)
     names = [name for name in of.names if name.endswith(".safetensors")]
-    shards = of.trees.get(_INDEX, {}).get("weight_map") or {}
+    shards = of.trees.get(checks.WEIGHTS_INDEX, {}).get("weight_map") or {}
     if not isinstance(shards, dict):
-        raise Unreadable(f"{_INDEX} has no weight_map")
-    refuse(f"{_INDEX} names other files:", {*map(str, shards.values())} - {*names})
+        raise Unreadable(f"{checks.WEIGHTS_INDEX} has no weight_map")
+    others = [name for name in map(str, shards.values()) if not _SHARD.fullmatch(name)]
+    refuse(f"{checks.WEIGHTS_INDEX} names other files:", others)
     counts = [len(checks.read_header(of.path, name)) for name in names]
     return f"{sum(counts)} tensors in {len(names)} files"
 
