@@ -37,7 +37,7 @@ def test_commands_exist(page: Path) -> None:
         if not words or not words[0].endswith("fintune"):
             continue
         given = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
-        assert given <= options(words[1:]) | {"--help"}, f"{page.name}: {line}"
+        assert given <= options(words[1:]) | {"--help", "--offline"}, f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -23,6 +23,7 @@ import tiny
 from hub.server import Hub
 from huggingface_hub import constants
 
+import fintune.console
 import fintune.hub
 from fintune.errors import DataError
 
@@ -54,6 +55,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(fintune.hub, "WAITS_S", (0, 0))
+    monkeypatch.setattr(fintune.hub, "_warn_once", fintune.console.warn)  # many commands here
     at_once = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
     for name in ("utils._http", "file_download"):  # the client's own waits: 25 s
         monkeypatch.setattr(f"huggingface_hub.{name}.time", at_once)
@@ -220,7 +222,12 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
     with client_of(hub, tmp_path / "cache", HF_HUB_OFFLINE=True):
         prepared(out="c")
         assert identity("c") == identity("b") == first
-        refused(prepare({"path": SET, "split": "test"}), SET, "not whole", "--offline")
+        refused(
+            prepare({"path": SET, "split": "test"}),
+            SET,
+            "or not whole (main: test.jsonl)",
+            "--offline",
+        )
         refused(prepare("acme/other"), "acme/other", "offline")
     refused(prepare({"path": SET, "split": "test"}), "cannot be reached", "check the network")
 
@@ -430,7 +437,7 @@ def test_a_hub_that_stays_busy_is_said(hub: Hub) -> None:
 
 def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
     hub.stop()
-    refused(prepare(), f"{SET} is not on this machine", "the hub cannot be reached", hub.url)
+    refused(prepare(), f"{SET} is not on this machine", "and the hub cannot be reached", hub.url)
     refused(prepare(benchmarks=[SET], source=str(tiny.rows())), "data.", "cannot be reached")
 
 

@@ -44,7 +44,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 SourceName = Annotated[str | None, typer.Option(help="Only rows of this source.")]
 LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
 Count = Annotated[int, typer.Option(min=1, help="Rows to show.")]
-Release = Annotated[Path, typer.Argument(help="A release folder.")]
+Release = Annotated[Path, typer.Argument(help="A release folder, or hub id (also ID@REVISION).")]
 BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")

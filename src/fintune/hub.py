@@ -7,7 +7,7 @@ hub's cache and compares every one with the hash that the hub names. Mirrors are
 """
 
 import glob
-import hashlib
+import json
 import re
 import threading
 import time
@@ -29,6 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from fintune import console
 from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
@@ -44,6 +45,9 @@ LONGEST_WAIT_S = 300
 SILENCE_S = 100.0
 """After which a hub that sends nothing is gone, where the client has no limit of its own."""
 BUSY = (429, 500, 502, 503, 504)
+PUSH = "--repository"
+"""The `setting` of a push, where nothing local could be named instead."""
+_CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
 
@@ -118,16 +122,17 @@ class Repository:
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
                     self._download_with_progress(missing, sum(files[name] for name in missing))
-                damaged = [name for name in wanted if _damaged(self.folder / name)]
+                # The cache names a file by the hub's ETag, unless its file system has no links.
+                blobs = {name: (self.folder / name).resolve() for name in wanted}
+                damaged = [n for n in wanted if has_hash(blobs[n], blobs[n].name) is False]
                 if not damaged:
                     break
-                for path in (self.folder / name for name in damaged):
-                    blob = path.resolve()
-                    path.unlink()
-                    blob.unlink(missing_ok=True)
+                for name in damaged:
+                    (self.folder / name).unlink()
+                    blobs[name].unlink(missing_ok=True)
             else:
                 what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
-                raise _class_of(self.setting)(
+                raise _CLASSES.get(self.setting, DataError)(
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
             if self.revision:  # so that the name can be resolved offline, now that all is there
@@ -177,7 +182,7 @@ def resolve(
     """
     branch = revision or constants.DEFAULT_REVISION
     if not REVISION.fullmatch(branch):  # a name of others becomes a path in the cache
-        raise _class_of(setting)(f"{branch!r} is no revision of {name}")
+        raise _CLASSES.get(setting, DataError)(f"{branch!r} is no revision of {name}")
     fixed = recorded or (revision if revision and COMMIT.fullmatch(revision) else None)
 
     def ask() -> str:
@@ -219,8 +224,8 @@ def retried(request: Callable[[], T]) -> T:
             status = _status(error)
             if status not in BUSY:
                 raise
-            response: Any = next(e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError))
-            after = str(response.response.headers.get("Retry-After", ""))
+            headers = found.response.headers if (found := _error_of_hub(error)) else {}
+            after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
             time.sleep(wait)
@@ -250,19 +255,24 @@ def hub_error(
 
     Args:
         name: hub id of a model or a data set.
-        setting: `model.path`, another config key of a data set, or `repository` of a push.
+        setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
         missing: what was asked for.
     """
     causes = _causes(error)
-    status = _status(error)
-    raised = _class_of(setting)
-    kind = "model" if setting in ("model.path", "repository") else "data set"
+    # hf_xet has tried again itself where its text names a status.
+    xet = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
+    status = int(xet[1]) if xet else _status(error)
+    raised = _CLASSES.get(setting, DataError)
+    kind = "model" if setting in _CLASSES else "data set"
+    said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
+    said = console.printable((said or "").strip().partition("\n")[0])[:200]
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
+    local = "" if setting == PUSH else f", or set {setting} to a local copy"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    token = "HF_TOKEN" if huggingface_hub.get_token() else "no token: set HF_TOKEN"
+    token = "HF_TOKEN" if (held := huggingface_hub.get_token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
         what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
         return NoSpace(what, fix="free some space, or set HF_HOME to another volume")
@@ -271,34 +281,31 @@ def hub_error(
         return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
     if is_a(errors.RevisionNotFoundError):
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
-    if is_a(errors.RepositoryNotFoundError, errors.HFValidationError):
+    if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
         return raised(
             what, fix=f"check the id and {setting}; a private one needs its token ({token})"
         )
     if status in (401, 403):
-        what = f"the hub refuses the token for {name} (HTTP {status})"
-        return raised(what, fix="set HF_TOKEN to a valid token with the right to do this")
+        what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
+        return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
+    if status == 412:
+        what = f"{name}: main has moved since this push began, and nothing was committed"
+        return raised(what, fix="look at what is there now; the same command replaces it")
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")
     absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
+    absent = f"{name} cannot be pushed" if setting == PUSH else absent
     if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         what = f"{absent}, and the hub is off (offline)"
-        return raised(what, fix=f"run once without --offline, or set {setting} to a local copy")
+        return raised(what, fix=f"run once without --offline{local}")
     if status is None and is_a(*NO_CONNECTION):
         what = f"{absent}, and the hub cannot be reached"
         why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
-        return raised(what, why=why, fix=f"check the network, or set {setting} to a local copy")
-    said = console.printable(str(error)).strip().partition("\n")[0][:200]
-    answer = f"HTTP {status}" if status else f"{type(error).__name__}: {said}"
-    return raised(f"the hub and {name}: {answer}", fix=f"see {page}")
-
-
-def _class_of(setting: str) -> type[FintuneError]:
-    if setting == "repository":
-        return OutputError
-    return ModelError if setting == "model.path" else DataError
+        return raised(what, why=why, fix=f"check the network{local}")
+    answer = f"HTTP {status}" if status else type(error).__name__
+    return raised(f"the hub and {name}: {answer}", why=said, fix=f"see {page}")
 
 
 def token_state() -> tuple[str, str]:
@@ -330,25 +337,28 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
+def _error_of_hub(error: BaseException) -> errors.HfHubHTTPError | None:
+    return next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
+
+
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an exception of the client stands for."""
-    answers = [cause for cause in _causes(error) if isinstance(cause, errors.HfHubHTTPError)]
-    return int(answers[0].response.status_code) if answers else None
+    """The HTTP status that an exception of the client stands for.
 
-
-def _damaged(path: Path) -> bool:
-    """Whether a cached file is not what its name says: sha256 of large ones, git's sha1 of others.
-
-    The cache names a file by the hub's ETag. Where the file system has no links, or a mirror has
-    ETags of another kind, there is nothing to compare with.
+    502 for a page that is no JSON: the client reads some answers before their status.
     """
-    blob = path.resolve()
-    if len(blob.name) == 64 and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return cached_sha256(blob) != blob.name
-    if COMMIT.fullmatch(blob.name):
-        data = blob.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != blob.name
-    return False
+    if isinstance(error, json.JSONDecodeError):
+        return 502
+    return int(found.response.status_code) if (found := _error_of_hub(error)) else None
+
+
+def has_hash(path: Path, digest: str) -> bool | None:
+    """Whether a file is what the hub says: sha256 of large ones, git's sha1 of others.
+
+    None for a digest of another kind: there is nothing to compare with.
+    """
+    if re.fullmatch("[0-9a-f]{64}", digest):
+        return cached_sha256(path) == digest
+    return git_hash(path.read_bytes()) == digest if COMMIT.fullmatch(digest) else None
 
 
 @contextmanager

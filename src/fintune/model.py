@@ -39,6 +39,7 @@ WEIGHTS = re.compile(r"[0-9a-f]{64}")
 """A `Base.revision` that is no commit of the hub."""
 SMALL_FILES = (*LIMITS["loaded_json"], *LIMITS["loaded_files"])
 """What is read of a base but its weights."""
+_RELEASE_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 LICENCES = ("LICENSE*", "USE_POLICY*")
 WEIGHT_FILE = "model.safetensors"
 
@@ -149,6 +150,25 @@ def _weights_sha256(folder: Path) -> str:
     """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
     hashes = [cached_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
+
+
+def find_release(name: Path) -> Path:
+    """The folder of a release: `name` itself, or the cached snapshot of a hub id.
+
+    An id may end with `@` and a branch, tag or commit. Nothing is fetched from a repository that
+    holds other files than a release.
+
+    Raises:
+        GateRefused: it holds other files. OutputError: no such repository (see `hub.hub_error`).
+    """
+    given = _RELEASE_ID.fullmatch(str(name))
+    if given is None or name.exists():
+        return name
+    found = resolve("model", given[1], given[2], setting="release")
+    names = found.files().keys() - checks.HUB_FILES
+    checks.refuse(f"{found.id} holds what no release does:", names - {*LIMITS["release_names"]})
+    console.say(f"{found.id} at commit {found.commit}")
+    return found.fetch(sorted(names))
 
 
 def open_release(folder: Path, base: Path | None) -> Base:

@@ -35,6 +35,7 @@ _CONVERTED = re.compile(r"[^/]+/[^/]+/\d{4}\.parquet")
 """CONFIGURATION/SPLIT/0000.parquet: the hub's own conversion, revision refs/convert/parquet."""
 _NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json")
 """What `save_to_disk` and the hub keep beside rows."""
+_LICENCE = re.compile(r"""(?m)^license:\s*(?:-\s+)?["']?([\w.+-]+)""")
 _NAMES_SHOWN = 5
 
 Known = dict[tuple[str, str | None], Repository | str]
@@ -74,6 +75,13 @@ class Source:
         for name in chosen:
             check_head(folder / name)
         return replace(self, paths=tuple(folder / name for name in chosen))
+
+    def licence(self) -> str | None:
+        """The configured one, else what the card of a fetched data set of the hub names."""
+        card = self.repository.folder / CARD if self.repository else None
+        text = card.read_text("utf-8", "replace") if card and card.is_file() else ""
+        found = _LICENCE.search(text.partition("\n---")[0])
+        return self.config.licence or (found and found[1])
 
     def rows(self) -> Iterator[Row]:
         """All rows in order, those of JSON Lines not parsed yet; lines count on from file to file.

@@ -139,7 +139,7 @@ def write_account(
         "sources": {
             source.name: {
                 "identity": source.identity,
-                "licence": source.config.licence,
+                "licence": source.licence(),
                 "read": ledger.read[source.name],
                 **_sorted(by_source[source.name]),
             }

@@ -11,11 +11,12 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, model, page, seal
@@ -29,6 +30,8 @@ from fintune.untrusted.probe import probe_release
 
 Json = dict[str, Any]
 RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
+HELD_OUT = "held-out rows"
+"""What results are of where the rows are no single data set of the hub."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
 LLAMA_NOTICE = """\
@@ -40,7 +43,6 @@ _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
 _LLAMA = re.compile(r"llama-?(\d(?:\.\d)?)", re.IGNORECASE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Inputs(NamedTuple):
@@ -288,17 +290,28 @@ def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: st
         config_sha256: of training_config.json, which names the hashes of the other files.
         llama: version of a Llama base, whose licence has duties; None for any other base.
     """
-    config, base = inputs.recipe, inputs.base
-    source, name = config.data.source, inputs.config.name
+    config, base, name = inputs.recipe, inputs.base, inputs.config.name
     if llama and not name.lower().startswith("llama"):
         name = f"Llama {name}"  # as the base's licence asks
+    tags = ["lora", "finance", "instruction-tuning", "transformers", "adapter"]
+    english = config.data.filter_english_only
+    sources = {name: facts["identity"] for name, facts in inputs.manifest["sources"].items()}
+    of_hub = {name: commit for name, commit in sources.items() if COMMIT.fullmatch(commit)}
+    data, commit = [*of_hub.items()][0] if len(of_hub) == len(sources) == 1 else (HELD_OUT, None)
+    measured: Any = partial(EvalResult, "text-generation", data, data)
+    of_test = partial(measured, dataset_split="test", dataset_revision=commit)
+    parts = {name: inputs.results.get(name) or {} for name in ("loss", "accuracy")}
     metadata = ModelCardData(
         base_model=base.id,
+        base_model_relation="adapter",
+        language="en" if english else None,
         library_name="peft",
         pipeline_tag="text-generation",
         license=inputs.config.release.license or (f"llama{llama}" if llama else None),
-        datasets=[source] if _HUB_ID.fullmatch(source) and source != base.id else None,
-        tags=["lora", "finance", "instruction-tuning", "transformers", "adapter"],
+        datasets=sorted({name.partition("#")[0] for name in of_hub}) or None,
+        tags=[*tags, "english"] if english else tags,
+        model_name=name,
+        eval_results=[of_test(k, v["adapter"]) for k, v in parts.items() if "adapter" in v],
     )
     counts = Counter(
         f"verdicts of {row.get('served_model') or row.get('model')}"
@@ -313,6 +326,7 @@ def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: st
         name=name,
         adapter=name.replace(" ", "-"),
         llama=llama,
+        commit=base.revision if COMMIT.fullmatch(base.revision) else None,
         vllm_rank=vllm_rank(config.train.lora.r),
         judges="; ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "empty",
         config_sha256=config_sha256,

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import huggingface_hub
 import torch
 import typer
 
@@ -20,8 +19,9 @@ from fintune.chat import ChatFormat
 from fintune.errors import GateRefused, ModelError, OutputError
 from fintune.example import Message
 from fintune.hub import COMMIT
-from fintune.model import DTYPES, LoadedRelease, load_release, open_release
+from fintune.model import DTYPES, LoadedRelease, find_release, load_release, open_release
 from fintune.releasing.bundle import VLLM_RANKS, vllm_rank
+from fintune.releasing.push import push_release
 from fintune.releasing.verify import CONVERSATIONS, verify
 from fintune.untrusted import checks
 from fintune.untrusted.static import open_folder
@@ -30,7 +30,8 @@ MERGE_LIMIT = 1e-4
 """Largest difference of a logit between adapter and merged weights, both in fp32."""
 
 exports = typer.Typer()
-Folder = Annotated[Path, typer.Argument(help="A release folder.")]
+_RELEASE = "A release folder, or hub id (also ID@REVISION)."
+Folder = Annotated[Path, typer.Argument(help=_RELEASE, callback=find_release)]
 Out = Annotated[Path, typer.Option(help="What to write; nothing may be there yet.")]
 BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
 DType = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the weights.")]
@@ -121,22 +122,19 @@ def push(
     repository: Annotated[str, typer.Option(help="Where to on the hub: you/name.")],
     base: BaseFolder = None,
     really: Annotated[bool, typer.Option("--really", help="Upload, not only say what.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Everyone may read it.")] = False,
 ) -> str:
-    """Verify a release and upload it to the hub, private.
+    """Verify a release and make it the content of a hub repository, in one commit; private.
 
     The token is read from HF_TOKEN (or the login of huggingface_hub) and never from an argument.
     """
+    if "/" not in repository:
+        raise OutputError(f"--repository {repository} names no owner", fix="--repository you/name")
     verify(folder, base=base).settle()
-    names = sorted(path.name for path in folder.iterdir())
     if not really:
-        return f"would upload to {repository} (private): {', '.join(names)}"
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names))
-    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        what = f"the hub did not take {repository} ({type(error).__name__})"
-        raise OutputError(what, fix="set HF_TOKEN to a token that may write there") from None
+        names = ", ".join(path.name for path in checks.entries(folder))
+        return f"would upload to {repository} ({'public' if public else 'private'}): {names}"
+    return push_release(folder, repository, public=public)
 
 
 def ollama_modelfile(chat: ChatFormat) -> str:

@@ -82,7 +82,7 @@ def verify(
     """Check a release folder, up to the first stage that fails.
 
     Args:
-        folder: the release.
+        folder: the release, or the hub id of one (`model.find_release`).
         base: folder of its base; absent: the bundled one, or the hub's by id and revision.
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed by name and
             checksum and never opened.
@@ -97,9 +97,9 @@ def verify(
         ModelError: the base is not on this machine and cannot be fetched, or the server does not
             answer.
     """
+    report, folder = Report(folder), model.find_release(folder)
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
-    report = Report(folder)
     report.run(lambda: static.static_checks(folder, "release", no_pickle=no_pickle))
     report.run(lambda: [static.check_paths(folder, [])])
     if report.failed:

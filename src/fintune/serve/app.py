@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
-from fintune.model import LoadedRelease, load_release, open_release
+from fintune.model import LoadedRelease, find_release, load_release, open_release
 from fintune.serve import protocol
 from fintune.serve.engine import Engine, StreamedRequest
 from fintune.serve.protocol import ApiError
@@ -283,6 +283,7 @@ def serve(
             why="anyone who reaches the address could use the model",
             fix=f"set {KEY_VARIABLE}, for example to the output of: openssl rand -base64 24",
         )
+    folder = find_release(folder)
     loaded = load_release(folder, open_release(folder, base))
     with running(loaded, folder, host=host, port=port, key=key) as server:
         console.say(f"{folder.name} on {loaded.base.id}: open http://{host}:{port}/")

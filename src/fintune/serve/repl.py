@@ -8,7 +8,7 @@ from pathlib import Path
 from fintune import console
 from fintune.errors import ModelError
 from fintune.example import Message
-from fintune.model import LoadedRelease, load_release, open_release
+from fintune.model import LoadedRelease, find_release, load_release, open_release
 from fintune.serve.engine import Engine, StreamedRequest
 
 HELP = "/adapter, /base, /both: the model that answers · /reset: forget · /quit"
@@ -17,6 +17,7 @@ COMMANDS = {"/adapter": ["adapter"], "/base": ["base"], "/both": ["base", "adapt
 
 def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -> None:
     """Talk to a release until the input ends. Answers are greedy, so they can be repeated."""
+    folder = find_release(folder)
     loaded = load_release(folder, open_release(folder, base))
     console.say(f"{folder.name} on {loaded.base.id}. {HELP}")
     models, history = COMMANDS["/adapter"], list[Message]()

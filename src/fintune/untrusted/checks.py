@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,10 @@ RESULTS = "test_results.json"
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
 TRAINING_ARGS = "training_args.bin"
+HUB_FILES = {".gitattributes", ".cache"}
+"""What the hub makes in every repository, and its client beside a download."""
 LIMITS: dict[str, Any] = read_toml(__file__, "limits.toml")
+_ENTRIES = 10_000
 _SMALL = 2**20
 """Largest text file in bytes, where limits.toml does not name it."""
 
@@ -110,6 +114,11 @@ def refuse(what: str, names: Collection[str]) -> None:
     """Raise Unreadable where `names` is not empty; the message has the first three."""
     if names:
         raise Unreadable(f"{what} {some(names)}")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, at most 10,000 by name, without `HUB_FILES`, which are never opened."""
+    return sorted(p for p in islice(folder.iterdir(), _ENTRIES) if p.name not in HUB_FILES)
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:

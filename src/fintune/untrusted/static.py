@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, as
 
 Role = Literal["release", "adapter", "base"]
 """A release of fintune (only allowed names), any folder of peft, or a base model."""
-_ENTRIES = 10_000
 _SHARD = re.compile(r"[^/\\]+\.safetensors")
 _PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -57,8 +55,8 @@ class _Folder:
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of its entries, at most `_ENTRIES`."""
-        return sorted(path.name for path in islice(self.path.iterdir(), _ENTRIES))
+        """Names of its entries, at most 10,000."""
+        return [path.name for path in checks.entries(self.path)]
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -116,7 +114,7 @@ def check_weights(folder: Path) -> Check:
 
 def _no_paths(folder: Path, private: list[str]) -> str:
     hits = []
-    for path in sorted(folder.iterdir()):
+    for path in checks.entries(folder):
         with checks.open_file(folder, path.name) as file:
             data = file.read()
         named = [name for name in private if name.encode() in data]
