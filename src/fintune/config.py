@@ -358,7 +358,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in preset_dir().glob("*.yaml"))
 
 
-def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(name: str | Path, overrides: Iterable[str] | None = None) -> Config:
     """Read a preset by name or a YAML file by path, apply `key.sub=value` overrides, validate.
 
     Raises:
@@ -374,7 +374,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = read_yaml(path.read_bytes(), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
-    for override in overrides:
+    for override in overrides or ():
         _apply(tree, override)
     try:
         return Config.model_validate(tree)
