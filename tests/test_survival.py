@@ -375,7 +375,7 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
-        with pytest.raises(NoSpace), space_for(volume, 0):
+        with pytest.raises(NoSpace), space_for(volume):
             run_state.save_checkpoint(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
         assert run_state.corrupt(volume / "checkpoint-5") is None

@@ -234,13 +234,8 @@ def require_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def space_for(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Write below a folder where `needed` bytes are free.
-
-    Raises:
-        NoSpace: fewer are free, or the volume became full inside the block.
-    """
-    require_free_space(folder, needed)
+def space_for(folder: Path) -> Iterator[None]:
+    """Raise NoSpace where the volume of a folder becomes full inside the block."""
     try:
         yield
     except Exception as error:
