@@ -26,7 +26,6 @@ from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
 from fintune.training.trainer import BEST, LoraTrainer, training_arguments
-from fintune.untrusted.checks import ADAPTER
 from fintune.untrusted.static import check_weights
 
 
@@ -200,10 +199,8 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
         "seconds": round(trainer.seconds(), 1),
         "steps": trainer.state.global_step,
-        "epochs": round(epochs, 3),
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "adapter_sha256": files.sha256_file(trainer.best / ADAPTER),
         "out_of_memory": state.resolved["out_of_memory"],
         "accepted_changes": state.accepted,
     }
