@@ -247,28 +247,28 @@ def test_drift_is_accepted_by_name_and_recorded(
     assert 5e-3 < rates[7] <= 1e-2, "as the run began"
     assert 0 < max(rate for step, rate in rates.items() if step > 7) < 1e-3, "as was accepted"
     assert [row["step"] for row in rows if "eval_loss" in row][-2:] == [18, STEPS]
-    facts, record, arguments = (
+    done, facts, record, arguments = (
         read_json(half.run_dir / f"{name}.json")
-        for name in ("environment", "record", "training_arguments")
+        for name in ("done", "environment", "record", "training_arguments")
     )
     assert (record["precision"], facts["precision"]) == ("bf16", "bf16")
     assert (arguments["bf16"], arguments["gradient_checkpointing"]) == (True, True)
     saved = read_json(half.run_dir / "checkpoints" / f"checkpoint-{STEPS}" / "adapter_config.json")
     assert saved["lora_alpha"] == 99
-    accepted = facts["accepted_changes"]
-    assert [fact["reason"] for fact in accepted] == ["too fast", "sorted"]
-    assert "learning_rate: 0.01 -> 0.001" in accepted[0]["differs"][0]
-    assert any("data.train.parquet" in line for line in accepted[1]["differs"])
+    for accepted in (done["accepted"], facts["accepted_changes"]):
+        assert [fact["reason"] for fact in accepted] == ["too fast", "sorted"]
+        assert "learning_rate: 0.01 -> 0.001" in accepted[0]["differs"][0]
+        assert any("data.train.parquet" in line for line in accepted[1]["differs"])
 
 
 def test_memory_that_ends_halves_the_micro_batches(new: Callable[..., Config]) -> None:
-    """A device that holds 500 tokens: a start ends at once, one more goes through."""
+    """A device that holds 500 tokens: two starts end at once, one more goes through."""
     config = new("train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1")
-    outcomes = [harmed(lambda: train(config), HARMS["a device of 500 tokens"]) for _ in range(2)]
-    assert [outcome.code for outcome in outcomes] == [75, 0], outcomes
+    outcomes = [harmed(lambda: train(config), HARMS["a device of 500 tokens"]) for _ in range(3)]
+    assert [outcome.code for outcome in outcomes] == [75, 75, 0], outcomes
     assert "the same command continues from the last checkpoint, with 2 micro" in outcomes[0].text
     facts = read_json(config.run_dir / "environment.json")
-    assert facts["out_of_memory"] == [{"step": 0, "micro_batches": 2}]
+    assert facts["out_of_memory"] == [{"step": 0, "micro_batches": more} for more in (2, 4)]
     assert facts["steps"] == STEPS
     assert read_json(config.run_dir / "training_arguments.json")["gradient_accumulation_steps"] > 1
 

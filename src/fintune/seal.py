@@ -29,10 +29,14 @@ HOLDER = "process "
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
-def seal(folder: Path, inputs: dict[str, Any]) -> None:
-    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last."""
+def seal(folder: Path, inputs: dict[str, Any], **more: Any) -> None:
+    """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
+
+    Args:
+        more: further keys, such as the changes of the inputs that were accepted meanwhile.
+    """
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
-    write_json(folder / DONE, done)
+    write_json(folder / DONE, {**done, **more})
 
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:

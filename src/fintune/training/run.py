@@ -183,7 +183,7 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
         )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
-    seal.seal(state.folder, state.fingerprint)
+    seal.seal(state.folder, state.fingerprint, accepted=state.accepted)
 
 
 def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str, Any]:
