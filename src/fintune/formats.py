@@ -93,7 +93,8 @@ def file_rows(path: Path) -> Iterator[Row]:
     """
     line = 0
     packing: dict[str, Any] = {".gz": gzip.open, ".zst": _zstd}
-    with packing.get(path.suffix.lower(), open)(path, "rb") as file:
+    with path.open("rb") as opened:
+        file = packing.get(path.suffix.lower(), lambda plain: plain)(opened)
         try:
             for line, row in FORMATS[format_of(path.name) or ""](file):
                 yield line, row
@@ -101,12 +102,13 @@ def file_rows(path: Path) -> Iterator[Row]:
             if line == 0:
                 fix = "check that it is what its name says"
                 raise DataError(f"{path}: {error}", fix=fix) from None
-            yield line + 1, Unreadable("truncated_file", f"breaks off: {error}"[:200])
+            what = f"breaks off before byte {opened.tell()}: {error}"
+            yield line + 1, Unreadable("truncated_file", what[:200])
 
 
-def _zstd(path: Path, mode: str) -> io.BufferedReader:
+def _zstd(file: Any) -> io.BufferedReader:
     """Read in small pieces: pyarrow's reader loses the one at which a file breaks off."""
-    return io.BufferedReader(pa.input_stream(str(path), "zstd"), PIECE_BYTES)
+    return io.BufferedReader(pa.input_stream(file, "zstd"), PIECE_BYTES)
 
 
 def parse(row: Any) -> Any:
