@@ -10,7 +10,7 @@ from fintune import grade
 from fintune.config import DatasetConfig
 from fintune.errors import DataError
 from fintune.evals.grading import HeldOutItems, Item, listed_choices
-from fintune.evals.tasks import TASKS, Task, find_questions, task_items
+from fintune.evals.tasks import TASKS, Task, find_questions, task, task_items
 
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
 SENTIMENT = ("negative", "neutral", "positive")
@@ -143,6 +143,23 @@ def test_a_task_is_one_entry(tmp_path, monkeypatch):
     )  # fmt: skip
     with pytest.raises(DataError, match=r"tone, line 2: no prompt or no answer"):
         items_of("tone", str(path), 2)
+
+
+def test_a_function_is_a_task_too(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "It rose.", "up": true}\n{"text": "It fell."}\n')
+
+    @task("direction", "label", choices=("up", "down"))
+    def direction(row):
+        return {"prompt": f"Up or down? {row['text']}", "answer": "up" if row["up"] else "down"}
+
+    try:
+        (item,) = items_of("direction", str(path), 1)
+        assert (item.messages[0].content, item.reference) == ("Up or down? It rose.", "up")
+        with pytest.raises(DataError, match=r"direction: t.jsonl, line 2: columns are missing"):
+            items_of("direction", str(path), 2)
+    finally:
+        del TASKS["direction"]
 
 
 def test_the_printed_answer_counts_where_the_program_gives_none(tmp_path):

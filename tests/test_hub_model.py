@@ -330,7 +330,7 @@ def test_pickled_weights_are_no_weights(weights: Weights) -> None:
     hub, machine, words = weights
     commit = hub.commit("model", BASE, {**files(), WEIGHTS: None}, "no", "pickles")
     said = machine.run(*words, "-s", f"model.revision={commit}")
-    assert said.code == 1 and "lacks weights: model.safetensors" in said.text
+    assert said.code == 1 and "holds no weights model.safetensors" in said.text
     assert "pickled weights" in said.text and not hub.requests("GET", "/cdn/")
 
 
@@ -499,7 +499,7 @@ ANSWERS = {
     ),
     "an answer that is no JSON": Answer(
         lambda hub: hub.fault("GET", "/api/models", times=-1, status=200, body=b"<html>login"),
-        (f"the hub and {BASE}",),
+        (f"the hub and {BASE}", "no JSON"),
     ),
     "a proxy that wants a password": Answer(
         lambda hub: hub.fault(times=-1, status=407), (f"the hub and {BASE}: HTTP 407",)
@@ -514,7 +514,10 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_every_answer_is_one_message(name: str, hub: Hub, tmp_path: Path) -> None:
+def test_every_answer_is_one_message(
+    name: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fintune.hub.WAITS_S", (0,) * 6)
     answer = ANSWERS[name]
     answer.change(hub)
     machine = Machine(hub, tmp_path / "home", answer.token)

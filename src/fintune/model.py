@@ -104,7 +104,7 @@ def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Pa
     _check_once(folder, weights)
     if weights and (lacks := [n for n in _weight_files(folder) if not (folder / n).is_file()]):
         why = "pickled weights (.bin, .pt) are never read"
-        raise ModelError(f"{folder} lacks weights: {', '.join(lacks[:3])}", why=why)
+        raise ModelError(f"{folder} holds no weights {', '.join(lacks[:3])}", why=why)
     commit = folder.name if folder.parent.name == "snapshots" else None
     revision = commit or config.revision or _weights_sha256(folder)
     same = kept.get("revision") == revision

@@ -1,10 +1,11 @@
 """Finance tasks: how the rows of a benchmark become questions.
 
-Each task is an entry of `[tasks]` in phrases.toml. Its questions are a file, a folder, a data set
-of the hub, or `questions`, a file beside this one.
+A task is an entry of `[tasks]` in phrases.toml, or a function registered by `@task` where rows need
+more than other names of columns. Its questions are a file, a folder, a data set of the hub, or
+`questions`, a file beside this one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from fintune.evals.grading import PHRASES, UNREFERENCED, Item, listed_choices
 from fintune.evals.numbers import is_number_answer
 from fintune.example import Message
 from fintune.formats import Unreadable, parse
-from fintune.sources import Known, Source, named
+from fintune.sources import Known, Source
+from fintune.sources import named as named_sources
 
 Row = dict[str, Any]
+Reader = Callable[[Row], Row]
 
 
 class Task(NamedTuple):
@@ -30,16 +33,36 @@ class Task(NamedTuple):
             prompt lists.
         questions: a JSON Lines file of this folder, for a task whose questions are bundled.
         columns: columns of the data set, by the name that is read here.
+        read: makes such a row of the data set's.
     """
 
     kind: str
     choices: tuple[str, ...] = ()
     questions: str = ""
     columns: dict[str, str] = {}
+    read: Reader = dict
 
 
 TASKS = {name: Task(**entry) for name, entry in PHRASES["tasks"].items()}
 """Every task by name, the key in `eval.tasks`."""
+
+
+def task(name: str, kind: str, **options: Any) -> Callable[[Reader], Reader]:
+    """Register a function as a task: from a row of its data set it makes one as `Task` says.
+
+    @task("intents", "label", choices=("fee", "card"))
+    def intents(row: Row) -> Row:
+        return {"prompt": f"What does the customer want? {row['text']}", "answer": row["intent"]}
+
+    Args:
+        options: of `Task`.
+    """
+
+    def register(function: Reader) -> Reader:
+        TASKS[name] = Task(kind, **options, read=function)
+        return function
+
+    return register
 
 
 def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, list[Source]]:
@@ -59,7 +82,7 @@ def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, l
             raise ConfigError(f"{setting}: no file of questions", fix=fix)
         path = item.path or str(Path(__file__).with_name(task.questions))
         wanted = SourceConfig.model_validate({**item.model_dump(), "path": path})
-        found[name] = named([wanted], setting, known)
+        found[name] = named_sources([wanted], setting, known)
     return found
 
 
@@ -86,8 +109,13 @@ def _read(name: str, source: Source) -> Iterator[Row]:
         if not isinstance(row, dict):
             wrong = f"{row.reason}, {row.detail}" if isinstance(row, Unreadable) else "no object"
             raise DataError(f"eval.tasks.{name}: {source.name}, line {line}: {wrong}")
-        found = {ours: row.get(theirs) for ours, theirs in columns.items()}
-        yield row | {ours: value for ours, value in found.items() if value not in (None, "")}
+        named = {ours: row.get(theirs) for ours, theirs in columns.items()}
+        row |= {ours: value for ours, value in named.items() if value not in (None, "")}
+        try:
+            yield TASKS[name].read(row)
+        except (LookupError, TypeError):
+            what = f"eval.tasks.{name}: {source.name}, line {line}: columns are missing"
+            raise DataError(what, fix="a line needs what the task reads") from None
 
 
 def _item(name: str, row: Row, number: int) -> Item:
