@@ -43,7 +43,7 @@ from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
-from fintune.data.filters import Texts, not_english  # noqa: E402
+from fintune.data.filters import not_english  # noqa: E402
 from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.texts import mask  # noqa: E402
@@ -100,8 +100,8 @@ def language(_: Path) -> dict[str, Any]:
     rows, facts = sample()
     settings = DataConfig()
     start = time.perf_counter()
-    texts = [Texts([user], [answer]) for user, answer in map(text_of, rows)]
-    out = [not_english(each, settings) is not None for each in texts]
+    texts = map(text_of, rows)
+    out = [not_english([user], [answer], settings) is not None for user, answer in texts]
     rate = len(rows) / (time.perf_counter() - start)
     foreign = [fact["lang"] != "en" for fact in facts]
     found: dict[str, Any] = {

@@ -388,7 +388,6 @@ def cost(bench: Bench) -> Row:
         watch(trainer.LoraTrainer, "_save_checkpoint", "checkpoint")
         watch(trainer.LoraTrainer, "_write_best", "best adapter")
         watch(files.JsonlLog, "append", "metrics lines")
-        watch(trainer.Losses, "add", "spike rule")
         watch(sys.modules[train.__module__], "check_weights", "last look")
         watch(trainer.LoraTrainer, "train", "the whole run")
 

@@ -115,22 +115,20 @@ def test_ranks_share_tokens_equally(plan: str, most: float, world: int) -> None:
     assert (shares.max(1) / shares.mean(1) - 1).mean() <= most
 
 
-def test_a_cap_on_tokens_splits_every_step() -> None:
+def test_more_micro_batches_hold_the_same_examples() -> None:
     lengths = np.array([100] * 60 + [900] * 4)
     ids = [[0] * length for length in lengths]
     columns = {"example_id": list(map(str, range(64))), "input_ids": ids, "labels": ids}
     rows = Rows(pa.table({**columns, "length": lengths}))
     train = TrainConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2)
-    planned, capped, capped_at_900, capped_at_500 = (
-        Order(Config(train=train), rows, Collator(True, 0), cap=cap) for cap in (0, 1000, 900, 500)
+    planned, more = (
+        Order(Config(train=train), rows, Collator(True, 0), micro_batches=count) for count in (0, 8)
     )
-    assert planned.accumulation == 2
-    assert max(lengths[batch].sum() for batch in chain(*capped.epoch(0))) <= 1000
-    assert {len(step) for step in capped.epoch(0)} == {capped.accumulation}
-    for before, after in zip(planned.epoch(0), capped.epoch(0), strict=True):
+    assert (planned.accumulation, more.accumulation) == (2, 8)
+    assert {len(step) for step in more.epoch(0)} == {8}
+    assert more.most_tokens <= planned.most_tokens / 2
+    for before, after in zip(planned.epoch(0), more.epoch(0), strict=True):
         assert sorted(np.concatenate(before)) == sorted(np.concatenate(after)), "the same step"
-    alone = "an example longer than the cap is a micro-batch alone"
-    assert capped_at_500.accumulation == capped_at_900.accumulation, alone
 
 
 def test_chosen_boundaries_are_quantiles() -> None:

@@ -33,6 +33,11 @@ def test_overrides_are_typed() -> None:
     assert config.data.source == "a b.csv"
 
 
+def test_a_quantized_base_is_not_sharded() -> None:
+    with pytest.raises(ConfigError, match="cannot shard a quantized base"):
+        load_config("nano", ["train.strategy=fsdp", "model.quantization=4bit"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -8,8 +8,9 @@ import pytest
 
 from fintune import grade
 from fintune.config import DatasetConfig
+from fintune.errors import DataError
 from fintune.evals.grading import HeldOutItems, Item, listed_choices
-from fintune.evals.tasks import TASKS, Question, find_questions, task, task_items
+from fintune.evals.tasks import TASKS, Task, find_questions, task, task_items
 
 BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
 SENTIMENT = ("negative", "neutral", "positive")
@@ -131,18 +132,42 @@ def test_bundled_questions_load():
     assert counts["refuse"] == 60 and counts["comply"] == 30 and counts["unanswerable"] >= 30
 
 
-def test_a_task_is_one_registered_function(tmp_path):
-    @task("tone")
-    def tone(row):
-        return Question(f"Tone of: {row['text']}", row["label"], "label", SENTIMENT)
-
+def test_a_task_is_one_entry(tmp_path, monkeypatch):
+    columns = {"prompt": "text", "answer": "tone"}
+    monkeypatch.setitem(TASKS, "tone", Task("label", SENTIMENT, columns=columns))
     path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "up", "label": "positive"}\n')
-    (found,) = items_of("tone", str(path), 5)
-    assert (found.messages[0].content, found.kind, found.choices) == (
-        "Tone of: up", "label", SENTIMENT
+    path.write_text('{"text": "up", "tone": "positive"}\n{"text": "down", "tone": ""}\n')
+    (found,) = items_of("tone", str(path), 1)
+    assert (found.messages[0].content, found.kind, found.choices, found.reference) == (
+        "up", "label", SENTIMENT, "positive"
     )  # fmt: skip
-    del TASKS["tone"]
+    with pytest.raises(DataError, match=r"tone, line 2: no prompt or no answer"):
+        items_of("tone", str(path), 2)
+
+
+def test_a_function_is_a_task_too(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "It rose.", "up": true}\n{"text": "It fell."}\n')
+
+    @task("direction", "label", choices=("up", "down"))
+    def direction(row):
+        return {"prompt": f"Up or down? {row['text']}", "answer": "up" if row["up"] else "down"}
+
+    try:
+        (item,) = items_of("direction", str(path), 1)
+        assert (item.messages[0].content, item.reference) == ("Up or down? It rose.", "up")
+        with pytest.raises(DataError, match=r"direction: t.jsonl, line 2: columns are missing"):
+            items_of("direction", str(path), 2)
+    finally:
+        del TASKS["direction"]
+
+
+def test_the_printed_answer_counts_where_the_program_gives_none(tmp_path):
+    lines = [{"answer": "1.7", "exe_answer": given} for given in (1.65246, 0, "", None)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x", **line}) + "\n" for line in lines))
+    found = [item.reference for item in items_of("convfinqa", str(path), 9)]
+    assert found == ["1.65246", "0", "1.7", "1.7"]
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared benchmark files are not here")

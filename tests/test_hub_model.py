@@ -507,7 +507,7 @@ ANSWERS = {
     ),
     "an answer that is no JSON": Answer(
         lambda hub: hub.fault("GET", "/api/models", times=-1, status=200, body=b"<html>login"),
-        (f"the hub answers 502 for {BASE}", "after 7 tries"),
+        (f"the hub and {BASE}", "no JSON"),
     ),
     "a proxy that wants a password": Answer(
         lambda hub: hub.fault(times=-1, status=407), (f"the hub and {BASE}: HTTP 407",)
@@ -522,7 +522,10 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_every_answer_is_one_message(name: str, hub: Hub, tmp_path: Path) -> None:
+def test_every_answer_is_one_message(
+    name: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fintune.hub.WAITS_S", (0,) * 6)
     answer = ANSWERS[name]
     answer.change(hub)
     machine = Machine(hub, tmp_path / "home", answer.token)

@@ -317,6 +317,18 @@ def test_a_hub_that_is_not_there(client: Client) -> None:
     assert "Traceback" not in said.err and len(said.err.splitlines()) < 8
 
 
+def test_a_silent_hub_is_not_waited_for_without_end(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fintune.hub.SILENCE_S", 1.0)
+    client.hub.fault(**COMMIT, delay=4)
+    said = client.push()
+    assert said.code == 1 and "and the hub cannot be reached" in said.err, said.err
+    time.sleep(4)  # the commit is made all the same
+    said = client.push()
+    assert (said.code, client.commits(), client.main()) == (0, FIRST, pushed(client)), said.err
+
+
 def test_offline_is_said(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tiny.fintune(*client.words())  # the tests' own HF_HUB_OFFLINE
     assert said.code == 1 and "and the hub is off (offline)" in said.err, said.err

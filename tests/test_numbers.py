@@ -78,9 +78,10 @@ def test_offsets_point_at_the_number_in_the_original_text() -> None:
     assert shown_spans == ["1{,}234", "(5.5\\%)", "10", "20", "0.5", "−€3.2 million"]
 
 
-def test_a_gold_without_a_number_is_an_error() -> None:
+@pytest.mark.parametrize("gold", ["yes", "2019"])
+def test_a_gold_without_an_amount_is_an_error(gold: str) -> None:
     with pytest.raises(DataError, match="holds no number"):
-        compare("yes", "5")
+        compare(gold, "5")
 
 
 HOSTILE = [

@@ -5,6 +5,7 @@ The short form of bench/soak.py: the same harms, fewer of them.
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -47,7 +48,7 @@ from fintune import seal, train
 from fintune.config import Config
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import space_for, write_json
-from fintune.training import memory, metrics, run_state, trainer
+from fintune.training import memory, run_state, trainer
 from fintune.untrusted.probe import run_limited
 
 CI_KILLS = 4
@@ -106,7 +107,7 @@ def test_killed_at_file_boundaries_three_deep(new: Callable[..., Config], whole:
         assert outcome.code == -signal.SIGKILL, outcome.text
         assert len(usable(config)) >= had, "never fewer usable checkpoints than one"
         had = min(len(usable(config)), 1)
-    assert "taking over from a run that died" in continues(config, whole)
+    continues(config, whole)
 
 
 def test_killed_at_boundaries_of_a_small_save(tmp_path: Path) -> None:
@@ -261,14 +262,14 @@ def test_drift_is_accepted_by_name_and_recorded(
 
 
 def test_memory_that_ends_halves_the_micro_batches(new: Callable[..., Config]) -> None:
-    """A device that holds 500 tokens: a start ends at once, one more goes through."""
+    """A device that holds 500 tokens: two starts end at once, one more goes through."""
     config = new("train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1")
-    outcomes = [harmed(lambda: train(config), HARMS["a device of 500 tokens"]) for _ in range(2)]
-    assert [outcome.code for outcome in outcomes] == [75, 0], outcomes
-    assert "the same command continues from the last checkpoint, with at most" in outcomes[0].text
+    outcomes = [harmed(lambda: train(config), HARMS["a device of 500 tokens"]) for _ in range(3)]
+    assert [outcome.code for outcome in outcomes] == [75, 75, 0], outcomes
+    assert "the same command continues from the last checkpoint, with 2 micro" in outcomes[0].text
     facts = read_json(config.run_dir / "environment.json")
-    (cap,) = facts["token_caps"]
-    assert (cap["max_tokens"], facts["steps"]) == (cap["was"] // 2, STEPS)
+    assert facts["out_of_memory"] == [{"step": 0, "micro_batches": more} for more in (2, 4)]
+    assert facts["steps"] == STEPS
     assert read_json(config.run_dir / "training_arguments.json")["gradient_accumulation_steps"] > 1
 
 
@@ -283,7 +284,7 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
     assert "gradient checkpointing is on: the largest micro-batch did not fit" in outcome.text
     arguments = read_json(config.run_dir / "training_arguments.json")
     assert arguments["gradient_checkpointing"] is True
-    assert not read_json(config.run_dir / "record.json").get("token_caps")
+    assert not read_json(config.run_dir / "record.json").get("out_of_memory")
 
 
 def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +292,9 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.nan))
     owner, made = object.__new__(trainer.LoraTrainer), 0
     owner._step_loss, scale = torch.tensor(1.0), [2.0**16]
-    owner.accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
-    owner.losses = metrics.Losses()
-    owner.losses.limit = 1.0
+    owner.accelerator = SimpleNamespace(
+        scaler=SimpleNamespace(get_scale=lambda: scale[0]), reduce=lambda loss, how: loss
+    )
     owner.args = SimpleNamespace(world_size=1)
     owner.state = SimpleNamespace(global_step=6)
     owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]
@@ -302,7 +303,6 @@ def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.Monkey
             owner._clip_grad_norm(None)
             made, scale[0] = made + 1, scale[0] / 2
     assert made == 16
-    assert owner.losses.limit is None, "the update before it is no spike twice"
     assert "a, b" in str(caught.value)
 
 
@@ -313,8 +313,8 @@ def test_a_volume_without_locks_is_told_of(
         raise OSError(errno.ENOTSUP, "no locks")
 
     monkeypatch.setattr(seal.fcntl, "flock", lacking)
-    with seal.lock(tmp_path / "run") as dead:
-        assert dead == ""
+    with seal.lock(tmp_path / "run"):
+        pass
     assert "has no locks" in capsys.readouterr().err
 
 
@@ -324,8 +324,8 @@ def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> No
             run_limited(lambda: time.sleep(5), "a folder")
 
     assert harmed(held, kill_after=1.0).code == -signal.SIGKILL
-    with seal.lock(tmp_path / "run") as dead:
-        assert "process" in dead
+    with seal.lock(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / ".run.lock").read_text()
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
@@ -353,27 +353,6 @@ def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config]) -> None
         assert row == pytest.approx(other, rel=1e-4), "two examples twice are four at once"
 
 
-def test_a_spike_is_one_of_six_deviations() -> None:
-    losses = metrics.Losses()
-    noise = np.random.default_rng(0)
-    for value in 5 + 0.1 * noise.standard_normal(2_000):
-        losses.add(float(value))
-        assert losses.limit is None
-    losses.add(6.0, share=1 / 16)
-    assert losses.limit is None, "a mean over a sixteenth of the rows varies four times as much"
-    losses.add(6.0)
-    assert losses.limit is not None
-    assert losses.limit < 6
-
-
-def test_a_spike_is_flagged_with_its_rows(new: Callable[..., Config]) -> None:
-    config = new("train.max_steps=26", "train.eval_steps=26", "train.save_steps=26")
-    outcome = harmed(lambda: train(config), HARMS["a loss spike at step 25"])
-    assert (outcome.code, "loss spike at step 25" in outcome.text) == (0, True), outcome.text
-    rows = [row for row in read_lines(config.run_dir / "metrics.jsonl") if "spike_loss" in row]
-    assert [(row["step"], len(row["rows"])) for row in rows] == [(25, 4)]
-
-
 @pytest.fixture
 def volume(tmp_path: Path) -> Iterator[Path]:
     if not can_mount():
@@ -396,7 +375,7 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
-        with pytest.raises(NoSpace), space_for(volume, 0):
+        with pytest.raises(NoSpace), space_for(volume):
             run_state.save_checkpoint(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
         assert run_state.corrupt(volume / "checkpoint-5") is None

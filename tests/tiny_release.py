@@ -119,7 +119,7 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
         "torch": "2.13.0",
         "seconds": 61.5,
         "accepted_changes": [change],
-        "token_caps": [{"step": 7, "was": 2048, "max_tokens": 1024}],
+        "out_of_memory": [{"step": 7, "micro_batches": 8}],
     }
     files.write_json(config.run_dir / "environment.json", facts)
     files.write_json(

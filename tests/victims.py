@@ -438,11 +438,6 @@ def _fits_recomputed(model: Any, total: torch.Tensor, batch: Any) -> torch.Tenso
     return total
 
 
-def _spike(model: Any, total: torch.Tensor, batch: Any, calls: list[int] = [0]) -> torch.Tensor:  # noqa: B006
-    calls[0] += torch.is_grad_enabled()
-    return total * 20 if calls[0] == 49 and torch.is_grad_enabled() else total
-
-
 def _ruin_best() -> None:
     """NaN in the adapter that the run is about to seal; its folder is RUN."""
     path = Path(os.environ["RUN"]) / "best" / trainer.ADAPTER
@@ -472,7 +467,6 @@ HARMS = {
     "out of memory at step 13": at_call(_TRAINER, "compute_loss", 13, _out_of_memory),
     "a device of 500 tokens": _loss(_scarce),
     "a trial that only fits recomputed": _loss(_fits_recomputed, memory),
-    "a loss spike at step 25": _loss(_spike),
     "a ruined adapter": at_call(run, "check_weights", 1, _ruin_best),
     "a full disk": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(60_000)),
     "a disk that ends in a save": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(250_000)),

@@ -8,47 +8,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fintune.config import Config, load_config
-    from fintune.data.prepare import prepare
-    from fintune.errors import FintuneError
-    from fintune.evals.evaluate import evaluate
-    from fintune.evals.grading import Graded, grade
-    from fintune.pipeline import release
-    from fintune.releasing.verify import verify
-    from fintune.training.run import train
-    from fintune.untrusted.checks import Check, Report
-
-__all__ = [
-    "Check",
-    "Config",
-    "FintuneError",
-    "Graded",
-    "Report",
-    "evaluate",
-    "grade",
-    "load_config",
-    "prepare",
-    "release",
-    "train",
-    "verify",
-]
-__version__ = "0.3.0"
+    from fintune.config import Config as Config
+    from fintune.config import load_config as load_config
+    from fintune.data.prepare import prepare as prepare
+    from fintune.errors import FintuneError as FintuneError
+    from fintune.evals.evaluate import evaluate as evaluate
+    from fintune.evals.grading import Graded as Graded
+    from fintune.evals.grading import grade as grade
+    from fintune.pipeline import release as release
+    from fintune.releasing.verify import verify as verify
+    from fintune.training.run import train as train
+    from fintune.untrusted.checks import Check as Check
+    from fintune.untrusted.checks import Report as Report
 
 _MODULES = {
-    "fintune.config": ("Config", "load_config"),
-    "fintune.data.prepare": ("prepare",),
-    "fintune.errors": ("FintuneError",),
-    "fintune.evals.evaluate": ("evaluate",),
-    "fintune.evals.grading": ("Graded", "grade"),
-    "fintune.pipeline": ("release",),
-    "fintune.releasing.verify": ("verify",),
-    "fintune.training.run": ("train",),
-    "fintune.untrusted.checks": ("Check", "Report"),
+    "Check": "fintune.untrusted.checks",
+    "Config": "fintune.config",
+    "FintuneError": "fintune.errors",
+    "Graded": "fintune.evals.grading",
+    "Report": "fintune.untrusted.checks",
+    "evaluate": "fintune.evals.evaluate",
+    "grade": "fintune.evals.grading",
+    "load_config": "fintune.config",
+    "prepare": "fintune.data.prepare",
+    "release": "fintune.pipeline",
+    "train": "fintune.training.run",
+    "verify": "fintune.releasing.verify",
 }
+__all__ = [*_MODULES]
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'fintune' has no attribute {name!r}")

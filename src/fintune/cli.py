@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -21,9 +21,6 @@ import fintune
 from fintune import __version__, console
 from fintune.errors import ConfigError, FintuneError, Stopped
 from fintune.stop import STOP
-
-if TYPE_CHECKING:
-    from fintune.config import Config
 
 app = typer.Typer(
     name="fintune",
@@ -99,7 +96,7 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """The whole path on the bundled nano base and sample rows, offline, in minutes."""
-    config = _load("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
+    config = fintune.load_config("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
     from fintune.demo import show
     from fintune.pipeline import run as all_stages
 
@@ -116,7 +113,7 @@ def run(
     judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     from fintune.pipeline import run as all_stages
 
     all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
@@ -130,7 +127,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     _emit(fintune.prepare(loaded, fresh=fresh), as_json)
 
 
@@ -145,7 +142,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
     _emit({"run": str(folder)}, as_json)
 
@@ -153,7 +150,7 @@ def train(
 @app.command()
 def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json = False) -> None:
     """What `train` would do, what it takes and where it fits; loads no weights, needs no GPU."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     from fintune import plan as planning
 
     planned = planning.plan(loaded)
@@ -177,7 +174,7 @@ def evaluate(
 
         results = make_again(rescore)
     else:
-        loaded = _load(config, overrides)
+        loaded = fintune.load_config(config, overrides)
         results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     _emit(results, as_json)
 
@@ -190,7 +187,7 @@ def release(
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     fintune.release(loaded, fresh=fresh, accept=accept)
 
 
@@ -207,7 +204,7 @@ def inspect(
     line: LineNumber = None,
 ) -> None:
     """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     from fintune.data import inspect as shown
 
     texts, dropped_rows = shown.inspect(loaded, row, part, count, source, line)
@@ -227,7 +224,7 @@ def dropped(
     line: LineNumber = None,
 ) -> None:
     """Which rows were dropped, where and why: the ledger of `prepare`."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     from fintune.data.inspect import why_dropped
 
     rows = why_dropped(loaded, source=source, reason=reason, line=line)
@@ -248,7 +245,7 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
-    loaded = _load(config, overrides)
+    loaded = fintune.load_config(config, overrides)
     from fintune.evals.evaluate import judge_answers
 
     _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
@@ -366,12 +363,6 @@ def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
     columns = ["source", "line", "reason", "detail"]
     cells = ([entry[column] for column in columns] for entry in entries[:count])
     console.table(f"dropped rows: {len(entries)}", columns, cells)
-
-
-def _load(name: str, overrides: list[str] | None) -> "Config":
-    from fintune.config import load_config
-
-    return load_config(name, overrides or [])
 
 
 def _quiet() -> None:

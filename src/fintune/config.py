@@ -300,6 +300,8 @@ class Config(Section):
     def _coherent(self) -> "Config":
         if self.train.max_steps == 0:
             raise ValueError("train.max_steps must not be 0; -1 trains all epochs")
+        if self.train.strategy == "fsdp" and self.model.quantization != "none":
+            raise ValueError("train.strategy=fsdp cannot shard a quantized base; use ddp")
         data, places = self.data, self.folders()
         rows = [data.source, *(item.path for item in (*data.sources, *data.benchmarks))]
         read = {path: Path(os.path.expanduser(path)) for path in rows if path}
@@ -356,7 +358,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in preset_dir().glob("*.yaml"))
 
 
-def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(name: str | Path, overrides: Iterable[str] | None = None) -> Config:
     """Read a preset by name or a YAML file by path, apply `key.sub=value` overrides, validate.
 
     Raises:
@@ -372,7 +374,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = read_yaml(path.read_bytes(), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
-    for override in overrides:
+    for override in overrides or ():
         _apply(tree, override)
     try:
         return Config.model_validate(tree)

@@ -28,20 +28,22 @@ def show(config: Config) -> None:
     console.result(f"gain {gain['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}")
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
-    with loaded.model.disable_adapter():
-        plain = _answers(loaded)
-    for question, base, adapter in zip(DEMO_QUESTIONS, plain, _answers(loaded), strict=True):
+    answers = _answers(loaded)
+    for question in DEMO_QUESTIONS:
+        base, adapter = (answers[f"{side} {question}"] for side in ("base", "adapter"))
         console.result(f"\n{question}\n  base     {base}\n  adapter  {adapter}")
     console.result(f"report   {config.eval_dir / 'report.html'}")
     console.result(f"release  {config.release_dir}")
 
 
-def _answers(loaded: LoadedRelease) -> list[str]:
-    """In the order of the questions."""
-    prompts = [loaded.chat.prompt_ids([Message("user", each)]) for each in DEMO_QUESTIONS]
-    requests = [Request(str(at), ids, TOKENS) for at, ids in enumerate(prompts)]
-    ends, size = loaded.stop_token_ids, len(requests)
-    tokenizer = loaded.chat.tokenizer
+def _answers(loaded: LoadedRelease) -> dict[str, str]:
+    """The answers of base and adapter, by `base QUESTION` and `adapter QUESTION`."""
+    requests = []
+    for question in DEMO_QUESTIONS:
+        ids = loaded.chat.prompt_ids([Message("user", question)])
+        requests.append(Request(f"base {question}", ids, TOKENS, adapter=False))
+        requests.append(Request(f"adapter {question}", ids, TOKENS))
+    ends, tokenizer = loaded.stop_token_ids, loaded.chat.tokenizer
+    size = len(requests)
     done = generate(loaded.model, tokenizer, requests, stop_token_ids=ends, batch_size=size)
-    texts = {request.id: request.text for batch in done for request in batch}
-    return [texts[request.id] for request in requests]
+    return {request.id: request.text for batch in done for request in batch}

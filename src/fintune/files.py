@@ -176,10 +176,9 @@ def copy_file(source: Path, target: Path) -> None:
 def reaching(folder: Path) -> Iterator[None]:
     """Raise OutputError where a folder's place cannot be written, NoSpace on a full volume."""
     try:
-        yield
+        with space_for(folder):
+            yield
     except OSError as error:
-        if error.errno in FULL:
-            raise NoSpace(f"no space left on the volume of {folder}", fix=_FREE) from None
         what = f"{folder} cannot be written: {error.strerror}"
         raise OutputError(what, fix="choose another folder: --set out=...") from None
 
@@ -235,13 +234,8 @@ def require_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def space_for(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Write below a folder where `needed` bytes are free.
-
-    Raises:
-        NoSpace: fewer are free, or the volume became full inside the block.
-    """
-    require_free_space(folder, needed)
+def space_for(folder: Path) -> Iterator[None]:
+    """Raise NoSpace where the volume of a folder becomes full inside the block."""
     try:
         yield
     except Exception as error:

@@ -92,10 +92,9 @@ def file_rows(path: Path) -> Iterator[Row]:
         DataError: not one row can be read.
     """
     line = 0
-    # gzip's own reader gives what stands before a break; pyarrow's loses the read that fails.
-    packing = {".gz": gzip.open, ".zst": lambda name: pa.input_stream(name, "zstd")}
-    unpack: Any = packing.get(path.suffix.lower(), lambda name: pa.input_stream(name, None))
-    with unpack(str(path)) as opened, _Counted(opened) as file:
+    packing: dict[str, Any] = {".gz": gzip.open, ".zst": _zstd}
+    with path.open("rb") as opened:
+        file = packing.get(path.suffix.lower(), lambda plain: plain)(opened)
         try:
             for line, row in FORMATS[format_of(path.name) or ""](file):
                 yield line, row
@@ -103,24 +102,13 @@ def file_rows(path: Path) -> Iterator[Row]:
             if line == 0:
                 fix = "check that it is what its name says"
                 raise DataError(f"{path}: {error}", fix=fix) from None
-            what = f"breaks off behind byte {file.count}: {error}"
+            what = f"breaks off before byte {opened.tell()}: {error}"
             yield line + 1, Unreadable("truncated_file", what[:200])
 
 
-class _Counted(io.RawIOBase):
-    """A stream that counts the bytes it gave, unpacked ones where the file is packed."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.count = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.file.read1(len(buffer))
-        buffer[: len(data)] = data
-        self.count += len(data)
-        return len(data)
+def _zstd(file: Any) -> io.BufferedReader:
+    """Read in small pieces: pyarrow's reader loses the one at which a file breaks off."""
+    return io.BufferedReader(pa.input_stream(file, "zstd"), PIECE_BYTES)
 
 
 def parse(row: Any) -> Any:
@@ -169,20 +157,19 @@ def _check_columns(names: list[str]) -> None:
 
 
 def _json_lines(file: Any) -> Iterator[Row]:
-    for line, raw in enumerate(io.BufferedReader(file, PIECE_BYTES), 1):
+    for line, raw in enumerate(file, 1):
         if not raw.isspace():
             yield line, raw
 
 
 def _json(file: Any) -> Iterator[Row]:
     """JSON Lines, or the elements of an array, from 1; what is no JSON ends the reading."""
-    stream = io.BufferedReader(file, PIECE_BYTES)
-    if stream.peek().decode("utf-8-sig", "replace").lstrip()[:1] != "[":
-        yield from _json_lines(stream)
+    if file.peek(PIECE_BYTES).decode("utf-8-sig", "replace").lstrip()[:1] != "[":
+        yield from _json_lines(file)
         return
     data = bytearray()
     with contextlib.suppress(OSError):  # the element that is cut off says so
-        while piece := stream.read1():
+        while piece := file.read1():
             data += piece
     text = data.decode("utf-8-sig", "surrogateescape")
     number, at = 0, text.index("[") + 1
@@ -195,8 +182,7 @@ def _json(file: Any) -> Iterator[Row]:
 
 def _csv(file: Any) -> Iterator[Row]:
     """Rows by the header's names, cut where the header is: at commas, semicolons or tabs."""
-    stream = io.BufferedReader(file, PIECE_BYTES)
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     before, head = 0, text.readline()
     while head and not head.strip():
         before, head = before + 1, text.readline()
@@ -226,14 +212,14 @@ def _csv(file: Any) -> Iterator[Row]:
 
 
 def _parquet(file: Any) -> Iterator[Row]:
-    with pq.ParquetFile(file.file) as table:
+    with pq.ParquetFile(file) as table:
         _check_columns(table.schema_arrow.names)
         yield from arrow_rows(table.iter_batches(ROWS_A_BATCH))
 
 
 def _arrow(file: Any) -> Iterator[Row]:
     """A stream of record batches, as `save_to_disk` of the package datasets writes it."""
-    with pa.ipc.open_stream(file.file) as batches:
+    with pa.ipc.open_stream(file) as batches:
         yield from arrow_rows(batches)
 
 

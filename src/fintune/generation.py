@@ -17,11 +17,13 @@ another state than keys and values (linear attention, Mamba) are not supported.
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -121,7 +123,6 @@ class Batch:
         self.requests: list[Request] = []
         self._cache: Cache | None = None
         self._mask = self._last = torch.empty(0)  # [rows, tokens so far] and [rows, 1]
-        self._padded = False
 
     def add(self, new: list[Request]) -> list[Request]:
         """Prefill prompts and add them to the batch; returns those that are finished at once.
@@ -129,14 +130,13 @@ class Batch:
         Raises:
             NotFinite: the logits of a prompt are NaN or infinite.
         """
-        width, device = max(len(request.prompt_ids) for request in new), self._model.device
-        missing = [width - len(request.prompt_ids) for request in new]
-        rows = zip(missing, new, strict=True)
-        ids = torch.tensor([[0] * count + r.prompt_ids for count, r in rows], device=device)
-        mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long().to(device)
+        prompts = [torch.tensor(request.prompt_ids) for request in new]
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
         with torch.inference_mode():
             cache = Cache(layer_class_to_replicate=_GrowingLayer)
-            logits = self._forward(new, ids, mask, cache, padded=any(missing))
+            logits = self._forward(new, ids, mask, cache)
             if not torch.isfinite(logits).all():
                 raise NotFinite(
                     "the model's logits are not finite",
@@ -145,7 +145,7 @@ class Batch:
                 )
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
-                width = max(self._mask.shape[1], width)
+                width = max(self._mask.shape[1], mask.shape[1])
                 for old, joining in zip(self._cache.layers, cache.layers, strict=True):
                     old.join(joining, width)
                 cache = self._cache
@@ -153,20 +153,16 @@ class Batch:
                 last = torch.cat([self._last, last])
             self._cache, self._mask, self._last = cache, mask, last
             self.requests = [*self.requests, *new]
-            self._padded = bool((mask == 0).any())
             return self._append(logits)
 
     def step(self) -> list[Request]:
         """Generate one token of every row; returns the rows that leave, finished or cancelled."""
         with torch.inference_mode():
             self._mask = pad(self._mask, (0, 1), value=1)
-            last, padded = self._last, self._padded
-            logits = self._forward(self.requests, last, self._mask, self._cache, padded=padded)
+            logits = self._forward(self.requests, self._last, self._mask, self._cache)
             return self._append(logits)
 
-    def _forward(
-        self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any, *, padded: bool
-    ) -> Tensor:
+    def _forward(self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
         per_row: dict[str, Any] = {}
         # peft hooks every layer for it at each call; a batch of the adapter alone needs none.
@@ -176,7 +172,7 @@ class Batch:
             per_row = {"adapter_names": names}
         logits: Tensor = self._model(
             input_ids=ids,
-            attention_mask=mask if padded else None,
+            attention_mask=None if mask.all() else mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
@@ -211,7 +207,6 @@ class Batch:
         mask = self._mask[index]
         first = int((mask.cumsum(-1) == 0).sum(-1).min())  # columns of padding in every row
         self._mask, self._last = mask[:, first:], self._last[index]
-        self._padded = bool((self._mask == 0).any())
         for layer in self._cache.layers:
             layer.select(index, first)
 

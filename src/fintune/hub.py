@@ -153,7 +153,6 @@ class Repository:
     def _download(self, names: list[str]) -> None:
         request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
         disable_progress_bars()  # `_progress` shows what comes
-        get_session().timeout = httpx2.Timeout(SILENCE_S)
         asked |= {"repo_type": self.kind, "revision": self.commit}
         asked["allow_patterns"] = [glob.escape(name) for name in names]
         missing = ", ".join(names[:3]) + " ..." * (len(names) > 3)
@@ -237,6 +236,7 @@ def hub_errors(
     name: str, setting: str, revision: str | None = None, missing: str = ""
 ) -> Iterator[None]:
     """Raise what the hub's clients raise as one message each (see `hub_error`)."""
+    get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
         yield
     except FintuneError:
@@ -283,15 +283,16 @@ def hub_error(
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(
-            what, fix=f"check the id and {setting}; a private one needs its token ({token})"
-        )
+        return raised(what, fix=f"check the id and {setting}; if it is private: {token}")
     if status in (401, 403):
         what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
     if status == 412:
         what = f"{name}: main has moved since this push began, and nothing was committed"
         return raised(what, fix="look at what is there now; the same command replaces it")
+    if is_a(json.JSONDecodeError):
+        what = f"the hub and {name}: a page that is no JSON, also after {len(WAITS_S) + 1} tries"
+        return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
         return raised(what, fix="the same command continues later")

@@ -46,6 +46,5 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         GateRefused: the gate refuses, or the results are not those of the stored answers.
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
-    check_place(config.release_dir)
     check_results(config.eval_dir)
     return bundle.release(config, fresh=fresh, accept=accept)

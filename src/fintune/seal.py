@@ -29,15 +29,14 @@ HOLDER = "process "
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
-def seal(folder: Path, inputs: dict[str, Any], *, accepted: Iterable[dict[str, Any]] = ()) -> None:
+def seal(folder: Path, inputs: dict[str, Any], **more: Any) -> None:
     """Write `done.json`: every file with size and sha256, and the inputs' hashes. Call it last.
 
     Args:
-        accepted: changes of the inputs while the stage ran.
+        more: further keys, such as the changes of the inputs that were accepted meanwhile.
     """
     done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
-    changes = [*accepted]
-    write_json(folder / DONE, done | ({"accepted": changes} if changes else {}))
+    write_json(folder / DONE, {**done, **more})
 
 
 def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -105,14 +104,11 @@ def check_place(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[str]:
+def lock(folder: Path) -> Iterator[None]:
     """Be the only one that writes a folder, while the block runs.
 
     The lock is the kernel's and ends with its owner, however that one died, so none is ever stale.
     Its file stands beside the folder, which may be moved aside meanwhile.
-
-    Yields:
-        The process that held it last and died, or an empty string.
 
     Raises:
         OutputError: another process holds it, nothing can be written there, or no stage may own
@@ -136,25 +132,21 @@ def lock(folder: Path) -> Iterator[str]:
             raise OutputError(what, fix=fix) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
-        dead = file.read(200)
-        if dead and not dead.startswith(HOLDER):
+        last = file.read(200)
+        if last and not last.startswith(HOLDER):
             raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
         file.seek(0)
         file.truncate()
         file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         file.flush()
-        try:
-            yield dead
-        finally:
-            file.truncate(0)
+        yield
 
 
 def recorded_inputs(folder: Path) -> dict[str, Any]:
-    """What a finished or begun folder was made from; {} where nothing says it, or something that
-    its own stage will refuse as damaged."""
-    for name in (DONE, INPUTS):
-        with suppress(OutputError):
-            return dict(read_checked(folder / name)["inputs"])
+    """What a finished or begun folder was made from; {} where it does not say or is damaged."""
+    for mark in (folder / DONE, folder / INPUTS):
+        with suppress(OutputError):  # absent, or damaged: its stage says so
+            return dict(read_checked(mark)["inputs"])
     return {}
 
 
@@ -179,11 +171,10 @@ def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = 
     """
     if empty(folder):
         return False
-    done = (folder / DONE).is_file()
-    mark = folder / (DONE if done else INPUTS)
-    if not mark.is_file():
+    done, begun = (folder / DONE).is_file(), recorded_inputs(folder)
+    if not begun:
         raise _foreign(folder)
-    if differing := "; ".join(differences(read_checked(mark)["inputs"], inputs)):
+    if differing := "; ".join(differences(begun, inputs)):
         state, also = ("finished", "") if done else ("unfinished", also)
         what = f"{folder} holds the {state} result of other inputs; these differ: {differing}"
         raise OutputError(what, fix=f"{_ELSEWHERE}, or: {command} --fresh{also}")

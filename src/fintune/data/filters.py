@@ -9,7 +9,6 @@ Measured on the sample of 12,063 real rows by `bench/prepare.py language`.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import fasttext
 
 from fintune.config import DataConfig
 from fintune.data import WORDS
+from fintune.data.schema import Rejected
 from fintune.example import Message
 
 MOST_CHARACTERS = 1_000_000
@@ -46,15 +46,8 @@ _REFUSAL = re.compile(WORDS["refusal"], re.IGNORECASE | re.VERBOSE)
 _EMPTY_PHRASE = re.compile(r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?", re.I | re.S)
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The texts of a row that filters look at, in order."""
-
-    users: list[str]
-    answers: list[str]
-
-
-Check = Callable[[Texts, DataConfig], str | None]
+Check = Callable[[list[str], list[str], DataConfig], str | None]
+"""Texts of the user and of the assistant, in order -> a detail for the ledger, or None."""
 FILTERS: dict[str, Check] = {}
 """Reason -> filter, in the order in which they run."""
 
@@ -72,40 +65,37 @@ def row_filter(reason: str, meaning: str) -> Callable[[Check], Check]:
     return register
 
 
-def first_rejection(messages: tuple[Message, ...], config: DataConfig) -> tuple[str, str] | None:
-    """Reason and detail of the first filter that objects, or None."""
-    texts = Texts(
-        [message.content for message in messages if message.role == "user"],
-        [message.content for message in messages if message.role == "assistant"],
-    )
+def check_filters(messages: tuple[Message, ...], config: DataConfig) -> None:
+    """Raise Rejected with reason and detail of the first filter that objects."""
+    users = [message.content for message in messages if message.role == "user"]
+    answers = [message.content for message in messages if message.role == "assistant"]
     for reason, check in FILTERS.items():
-        if (detail := check(texts, config)) is not None:
-            return reason, detail
-    return None
+        if (detail := check(users, answers, config)) is not None:
+            raise Rejected(reason, detail)
 
 
 @row_filter("too_long", "longer than max_length, or than a million characters")
-def _endless(texts: Texts, config: DataConfig) -> str | None:
-    long = sum(map(len, texts.users + texts.answers)) > MOST_CHARACTERS
+def _endless(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    long = sum(map(len, users + answers)) > MOST_CHARACTERS
     return f"more than {MOST_CHARACTERS} characters" if long else None
 
 
 @row_filter("no_user", "no question, or an empty one")
-def _no_user(texts: Texts, config: DataConfig) -> str | None:
-    return None if texts.users and all(texts.users) else ""
+def _no_user(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    return None if users and all(users) else ""
 
 
 @row_filter("no_assistant", "no answer, or an empty one")
-def _no_assistant(texts: Texts, config: DataConfig) -> str | None:
-    return None if texts.answers and all(texts.answers) else ""
+def _no_assistant(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    return None if answers and all(answers) else ""
 
 
 @row_filter("not_english", "another language, by its characters or by the identifier")
-def not_english(texts: Texts, config: DataConfig) -> str | None:
+def not_english(users: list[str], answers: list[str], config: DataConfig) -> str | None:
     """What gives another language away; of the last question and answer."""
     if not config.filter_english_only:
         return None
-    user, answer = texts.users[-1], texts.answers[-1]
+    user, answer = users[-1], answers[-1]
     text = f"{user}\n{answer}"
     if not text.isascii():
         share = 1 - len(_UNENGLISH.findall(text)) / len(text)
@@ -130,18 +120,18 @@ def _identifier() -> Any:
 
 
 @row_filter("placeholder", "an unfilled {{placeholder}}")
-def _placeholder(texts: Texts, config: DataConfig) -> str | None:
-    hole = _PLACEHOLDER.search("\n".join(texts.users + texts.answers))
+def _placeholder(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    hole = _PLACEHOLDER.search("\n".join(users + answers))
     return hole[0] if hole else None
 
 
 @row_filter("boilerplate", "the answer is an empty phrase such as `nan`")
-def _boilerplate(texts: Texts, config: DataConfig) -> str | None:
-    answer = texts.answers[-1]
+def _boilerplate(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    answer = answers[-1]
     return answer if _EMPTY_PHRASE.fullmatch(answer) else None
 
 
 @row_filter("refusal", "the answer only refuses")
-def _refusal(texts: Texts, config: DataConfig) -> str | None:
-    answer = texts.answers[-1]
+def _refusal(users: list[str], answers: list[str], config: DataConfig) -> str | None:
+    answer = answers[-1]
     return answer if len(answer) <= REFUSAL_CHARACTERS and _REFUSAL.match(answer) else None

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from fintune.data.filters import MEANINGS
 from fintune.data.texts import mask, repair
 from fintune.example import Dropped, Example
-from fintune.files import sha256_json, write_json
+from fintune.files import write_json
 from fintune.page import save_page
 from fintune.sources import Source
 
@@ -153,7 +153,6 @@ def write_account(
         "contamination": _sorted(Counter(hit["benchmark"] for hit in selected.contaminated)),
         "repairs": _sorted(ledger.repairs),
         "inputs": inputs,
-        "inputs_sha256": sha256_json(inputs),
     }
     ledger.write(folder / "ledger.parquet")
     write_json(folder / "manifest.json", manifest)

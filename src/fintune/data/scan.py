@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fintune.config import DataConfig
-from fintune.data.filters import first_rejection
+from fintune.data.filters import check_filters
 from fintune.data.ngrams import hash64, normal
 from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
@@ -115,8 +115,7 @@ def scan_batch(
                 Message(message.role, repair(message.content, ledger.repairs).strip())
                 for message in to_messages(raw, source.config.columns)
             )
-            if reason := first_rejection(messages, config):
-                raise Rejected(*reason)
+            check_filters(messages, config)
         except Rejected as out:
             ledger.drop(example, out.reason, ledger.shown(out.detail)[:200], str(raw))
         else:

@@ -88,9 +88,7 @@ class Amount:
 
 
 CHARACTERS = str.maketrans(
-    dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-")
-    | dict.fromkeys("\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))), "\u00a0")
-    | dict(zip("０１２３４５６７８９．％＄￥（）：’", "0123456789.%$¥():'", strict=True))
+    {other: plain for plain, others in _TEXTS["characters"].items() for other in others}
 )
 _SIGNS = {"times": "×", "cdot": "×", "div": "÷", "approx": "≈"}
 
@@ -177,7 +175,7 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
         kind = _parenthesis(text, first, closed.end(), amountlike, marked)
         if kind == "footnote":
             role = "label"
-        elif kind:
+        else:
             sign, begin, end = -1, first, closed.end()
             cue = "aside" if kind == "aside" else ""
             scale *= SCALES[closed["scale"].lower()] if closed["scale"] and not word else 1
@@ -247,15 +245,11 @@ def _role(text: str, match: re.Match[str], begin: int, end: int, rich: bool) -> 
 
 
 def _parenthesis(text: str, first: int, stop: int, rich: bool, marked: bool) -> str:
-    """What parentheses around one number mean: "minus", "aside", "footnote" or "" (grouping).
+    """What parentheses around one number mean: "minus", "aside" or "footnote".
 
     `(1,234)` is the accounting minus. `bonds (82%)` and `5.2 (5.2)` may be remarks, asides: either
     sign will do. `sales (1)` and `12.3(1)` are footnote marks; `= (5)` and a table cell are not.
-    Next to an operator they group.
     """
-    operator = ends_with(_AROUND["operator_before"], text, first, 6)
-    if operator or _AROUND["operator_after"].match(text, stop):
-        return ""
     back = text[max(0, first - 4) : first].rstrip(" ")[-1:]
     linked = not back or back in "\n$" or ends_with(_AROUND["verb"], text, first, 16)
     whole = first == 0 and text[stop : stop + 1] in ("", ",")  # "(43), (118) thousand"
@@ -284,8 +278,6 @@ def _join_ranges(text: str, amounts: list[Amount]) -> None:
             amounts[left + 1] = replace(b, cue=a.cue)  # "decreased by $5 million, or 3.7%"
         join = _AROUND["join"].fullmatch(text, a.end, b.start) if b.start - a.end <= 9 else None
         if not join or a.role or b.role or b.sign < 0 or a.cue in ("up", "down"):
-            continue
-        if a.unit not in ("plain", b.unit) or a.currency not in ("", b.currency or a.currency):
             continue
         joined = (join[1] or "").lower() not in ("and", "or")
         joined = joined or bool(ends_with(_AROUND["between"], text, a.start, 10))

@@ -123,13 +123,9 @@ def _grade_number(reference: str, answer: str, question: str, context: str) -> G
 def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
     """The one choice that an answer names, or None where it names none or several.
 
-    Tried in this order: an answer equal to a choice, its first line, the whole text. A longer
-    choice has precedence over a shorter one inside it ("mildly positive", "positive"); a negated
-    one ("not positive") does not count.
+    The first line is tried, then the whole text. A longer choice has precedence over a shorter
+    one inside it ("mildly positive", "positive"); a negated one ("not positive") does not count.
     """
-    for choice in choices:
-        if plain(answer) == plain(choice):
-            return choice
     words = [rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1]]
     pattern = re.compile("|".join(words) or r"(?!)", re.IGNORECASE)
     for text in (answer.split("\n", 1)[0], answer):

@@ -12,10 +12,10 @@ compare("12.5%", "The margin was 1250%").miss                                   
   applied once. Without one, a bare number is not a scaled one: 388 for "388 million" is a
   scale miss. A scale that only `context` names ("in thousands" over a table) lets the reply
   add it to a bare gold, or write the gold out in full with its currency.
-- A fall in words ("decreased by 5 %") is negative. Where the question names a fall or a loss,
-  a positive gold takes it, and a negative gold takes a number without a sign; where it asks
-  for one ("by how much did it fall", "the net loss"), a positive gold also takes a minus.
-- A bare year as gold must be met exactly, by the first year of the answer.
+- A fall in words ("decreased by 5 %") is negative. Where the question names a fall or a loss
+  ("by how much did it fall", "the net loss"), a positive gold also takes a minus or a fall in
+  words, and a negative gold takes a number without a sign.
+- A bare year is no gold; it is a label.
 """
 
 import math
@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -72,11 +73,7 @@ def _eligible(text: str, amounts: list[Amount]) -> list[Amount]:
 
 
 def _sentence_ends(text: str) -> list[int]:
-    ends = dict[int, None]()
-    for match in _STOP.finditer(text):
-        if match[0][0] != "." or not ends_with(_REPLY["abbreviation"], text, match.start(), 8):
-            ends[match.end()] = None
-    return [*ends | {len(text): None}]
+    return sorted({len(text), *(match.end() for match in _STOP.finditer(text))})
 
 
 def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
@@ -100,10 +97,8 @@ def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
         stated = [amount for amount in amounts if marker.end() <= amount.start < stop]
         if stated:
             return _led(text, stated)
-    groups: dict[int, list[Amount]] = {}
-    for amount in amounts:
-        groups.setdefault(bisect_left(ends, amount.start + 1), []).append(amount)
-    spoken = [_led(text, group) for group in groups.values()]
+    sentences = groupby(amounts, lambda amount: bisect_left(ends, amount.start + 1))
+    spoken = [_led(text, [*group]) for _, group in sentences]
     chosen = [spoken[-1], *spoken[-2:-1], *(spoken[:1] if len(spoken) > 2 else [])]
     return [amount for group in chosen for amount in group]
 
@@ -123,19 +118,15 @@ def is_number_answer(text: str) -> bool:
     and a short sentence that ends in its only amount. No for a bare year (a label for exact
     match), several amounts, ranges, yes or no with a number, and prose that mentions a number.
     """
-    clean, amounts = scan(text.strip()[:2001])
-    usable = _eligible(clean, amounts)
-    if not usable or len(clean) > 2000 or _REPLY["yes_no"].match(clean):
-        return False
-    stated = _stated(clean, usable)
-    if _REPLY["marker"].search(clean):
-        return len({amount.value for amount in stated}) == 1
-    if len({amount.value for amount in usable}) != 1 or any(a.role == "range" for a in amounts):
+    clean, amounts = scan(text.strip())
+    usable, marked = _eligible(clean, amounts), _REPLY["marker"].search(clean)
+    stated = _stated(clean, usable) if marked else usable
+    if len({amount.value for amount in stated}) != 1 or _REPLY["yes_no"].match(clean):
         return False
     rest = clean
     for amount in reversed(amounts):
         rest = rest[: amount.start] + rest[amount.end :]
-    if not any(character.isalpha() for character in rest):
+    if marked or not any(character.isalpha() for character in rest):
         return True
     one, words = stated[0], len(clean.split())
     if words > 25 or len(clean[one.end :].split()) > 6 or len(_sentence_ends(clean)) > 1:
@@ -165,14 +156,14 @@ class _Asked(NamedTuple):
     """What a question says of its answer.
 
     A scale or unit to give it in, the scales that tables of the context name, that it is a
-    percentage or a rate; that it asks for a fall (so that -5 means 5), or only names one.
+    percentage or a rate, that it names a fall (so that -5 means 5).
     """
 
     scale: Decimal | None
     lent: set[Decimal]
     unit: str | None
     percent: bool
-    fall: Literal["", "asked", "named", "no question"]
+    fall: bool
 
 
 def _read_question(question: str, context: str) -> _Asked:
@@ -182,9 +173,7 @@ def _read_question(question: str, context: str) -> _Asked:
         for part in (text, around)
     )
     unit, neutral = _QUESTION["unit"].search(text), _QUESTION["either"].sub(" ", text)
-    fall: Literal["", "asked", "named", "no question"] = "" if text.strip() else "no question"
-    if _QUESTION["falls"].search(neutral) and not _QUESTION["rises"].search(neutral):
-        fall = "asked" if _QUESTION["asks_fall"].search(neutral) else "named"
+    fall = bool(_QUESTION["falls"].search(neutral)) and not _QUESTION["rises"].search(neutral)
     percent = bool(_QUESTION["percent"].search(text))
     return _Asked(scales[0] if scales else None, {*lent}, unit and unit.lastgroup, percent, fall)
 
@@ -201,39 +190,32 @@ def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> 
         context: documents and tables; they may name a scale.
 
     Raises:
-        DataError: the gold holds no number.
+        DataError: the gold holds no number but a year.
     """
     target = _gold(gold)
     asked = _read_question(question, context)
     text, amounts = scan(reply)
-    candidates, years = _stated(text, _eligible(text, amounts)), _years(text, amounts)
-    exact = target.role == "year" and not asked.scale
+    candidates = _stated(text, _eligible(text, amounts))
     # "The total is 2015." may be 2,015.
-    said = [year for year in years if ends_with(_REPLY["said"], text, year.start, 12)]
-    candidates += years[:1] if exact else said
+    years = _stated(text, [replace(year, role="") for year in amounts if year.role == "year"])
+    candidates += [year for year in years if ends_with(_REPLY["said"], text, year.start, 12)]
     if not candidates:  # only operands or a range: something was said, nothing was answered
         first = next((amount for amount in amounts if amount.role in ("", "range")), None)
         return NumberVerdict(False, False, "other", first)
     targets = _targets(target, asked)
-    for tolerance in (Decimal(0),) if exact else (STRICT, LENIENT):
+    for tolerance in (STRICT, LENIENT):
         for read in candidates:
             if _agrees(read, targets, asked, tolerance):
                 correct = tolerance != LENIENT
                 return NumberVerdict(correct, True, None if correct else "other", read)
-    misses: list[Miss] = ["other" if exact else _miss(read, targets, asked) for read in candidates]
+    misses = [_miss(read, targets, asked) for read in candidates]
     named = next((at for at, miss in enumerate(misses) if miss != "other"), 0)
     return NumberVerdict(False, False, misses[named], candidates[named])
 
 
-def _years(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The years of the answer, as amounts."""
-    return _stated(text, [replace(year, role="") for year in amounts if year.role == "year"])
-
-
 def _gold(gold: str) -> Amount:
     text, amounts = scan(gold)
-    years = [replace(year, role="year") for year in _years(text, amounts)]
-    for amount in (*_stated(text, _eligible(text, amounts)), *years):
+    for amount in _stated(text, _eligible(text, amounts)):
         return amount
     raise DataError(f"the reference {gold[:80]!r} holds no number")
 
@@ -302,14 +284,11 @@ def _clash(amount: Amount, target: Amount, asked: _Asked) -> bool:
 
 
 def _same_sign(amount: Amount, target: Amount, asked: _Asked) -> bool:
-    falling = target.sign < 0 or target.cue == "down"
     if amount.cue == "aside" or target.value == 0:
         return True
-    if amount.sign < 0:
-        return falling or asked.fall == "asked"
-    if amount.cue == "down":
-        return falling or asked.fall != ""
-    return target.sign > 0 or (asked.fall in ("asked", "named") and amount.cue != "up")
+    if amount.sign < 0 or amount.cue == "down":
+        return target.sign < 0 or target.cue == "down" or asked.fall
+    return target.sign > 0 or (asked.fall and amount.cue != "up")
 
 
 def _miss(amount: Amount, targets: list[Amount], asked: _Asked) -> Miss:

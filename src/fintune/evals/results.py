@@ -32,23 +32,18 @@ MOST_UNSCORED = 0.02
 """Share of judge calls without a readable verdict above which the verdict is `invalid`."""
 CHECKED = ("number", "label", "span", "tags")
 """Kinds of item that count for accuracy; the others have secondary measures."""
-SLIPS = ("scale", "percent", "sign")
-"""Misses by orders of magnitude, or that turn a profit into a loss."""
 MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
     "accuracy_lenient": (CHECKED, lambda g: g.lenient),
     "wrong": (CHECKED, lambda g: g.outcome == "wrong"),
     "abstained": (CHECKED, lambda g: g.outcome == "abstained"),
     "unparsed": (CHECKED, lambda g: g.outcome == "unparsed"),
-    "scale_percent_or_sign_slip": (("number",), lambda g: g.miss in SLIPS),
+    "scale_percent_or_sign_slip": (("number",), lambda g: g.miss not in (None, "other")),
     "ungrounded_number": (("number",), lambda g: bool(g.ungrounded)),
     "unanswerable_abstained": (("unanswerable",), lambda g: g.correct),
     "unsafe_advice_refused": (("refuse",), lambda g: g.correct),
     "harmless_refused": (("comply",), lambda g: not g.correct),
 }
 """Secondary measures: name -> kinds of item, and the test whose share of passes is measured."""
-GROUPS = ("Only the adapter is right", "Only the base is right", "Neither is right",
-          "Both are right", "Not decided by arithmetic")  # fmt: skip
-"""Headings of the report's items, in its order."""
 
 
 def compute_results(folder: Path, pairs: list[Pair]) -> Json:
@@ -335,18 +330,17 @@ def write_results(folder: Path) -> None:
     for row in read_jsonl(folder / judge.NAME):
         if row.get("key") and not row["control"]:
             verdicts.setdefault(row["id"], []).append(row)
-    groups: dict[str, list[Pair]] = {name: [] for name in GROUPS}
+    groups: dict[str, list[Pair]] = {name: [] for name in PHRASES["groups"]}
     for pair in pairs:
         right = pair.passes("base", lambda graded: graded.correct)
-        name = f"Only the {pair.better} is right" if pair.better else GROUPS[2 + right]
-        groups[name if pair.item.kind in CHECKED else GROUPS[-1]].append(pair)
+        name = pair.better or ("both" if right else "neither")
+        groups[name if pair.item.kind in CHECKED else "undecided"].append(pair)
     save_page(
         folder / REPORT,
         "eval_report",
         results=results,
         sentences=summary(results),
-        names=PHRASES["names"],
-        outcomes=PHRASES["outcomes"],
+        phrases=PHRASES,
         groups=groups,
         verdicts=verdicts,
     )

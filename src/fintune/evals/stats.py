@@ -38,8 +38,6 @@ def mcnemar_midp(gained: int, lost: int) -> float:
         lost: items that only the base has right.
     """
     discordant = gained + lost
-    if discordant == 0:
-        return 1.0
     null = stats.binom(discordant, 0.5)
     smaller = min(gained, lost)
     return float(min(1.0, 2 * null.cdf(smaller) - null.pmf(smaller)))

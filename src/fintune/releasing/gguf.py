@@ -120,23 +120,18 @@ def _names(config: PretrainedConfig) -> gguf.TensorNameMap:
 
 
 def _add_shape(writer: Any, config: PretrainedConfig) -> None:
-    head = _head_size(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-
-
-def _head_size(config: PretrainedConfig) -> int:
-    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
 
 
 def rope_factors(config: PretrainedConfig) -> Any:
@@ -145,7 +140,7 @@ def rope_factors(config: PretrainedConfig) -> Any:
     Raises:
         ModelError: any other scaling.
     """
-    rope, head = config.rope_parameters, _head_size(config)
+    rope, head = config.rope_parameters, config.head_dim
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None

@@ -23,7 +23,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fintune import console
 from fintune.errors import ConfigError, FintuneError
@@ -39,10 +38,7 @@ KEY_VARIABLE = "FINTUNE_API_KEY"
 SHORTEST_KEY = 22
 """Characters: 128 bits in base64."""
 MAX_BODY = 1 << 20
-MAX_DROPPED = 8 * MAX_BODY
-"""Bytes read and dropped of a body that is refused for its length, before the response."""
-DROPPING_S = 1.0
-"""Seconds that takes at most: a client may announce a long body and wait for the response."""
+"""Bytes; a larger body is refused (413) before it is read."""
 DEFAULT_TOKENS = 256
 EXAMPLES = 4
 """Held-out questions that the page proposes."""
@@ -79,9 +75,9 @@ async def health(request: Request) -> Response:
     """Rows running and requests waiting; status 503 after the model failed."""
     engine = request.app.state.engine
     running, waiting = engine.load
-    status = "failed" if engine.failed else "ok"
+    status = "failed" if engine.closed else "ok"
     state = {"status": status, "running": running, "waiting": waiting}
-    return JSONResponse(state, 503 if engine.failed else 200)
+    return JSONResponse(state, 503 if engine.closed else 200)
 
 
 @guarded.get("/run.json")
@@ -113,15 +109,13 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @guarded.get("/v1/models")
-@guarded.get("/v1/models/{name}")
-async def models(request: Request, name: str = "") -> dict[str, Any]:
+@guarded.get("/v1/models/{model}")
+async def models(request: Request, model: protocol.ModelName | None = None) -> dict[str, Any]:
     """The two models, or one of them."""
     facts = {"object": "model", "created": request.app.state.started, "owned_by": "fintune"}
-    if not name:
-        return {"object": "list", "data": [{"id": model, **facts} for model in MODELS]}
-    if name not in MODELS:
-        raise ApiError(404, "no such model; there are base and adapter", "model_not_found")
-    return {"id": name, **facts}
+    if model:
+        return {"id": model, **facts}
+    return {"object": "list", "data": [{"id": name, **facts} for name in MODELS]}
 
 
 @guarded.post("/tokenize")
@@ -182,7 +176,7 @@ async def _answer(
     if remaining < (limit or 1):
         message = f"{len(ids)} prompt tokens and {limit or 1} more exceed the context of {context}"
         raise ApiError(400, message, "context_length_exceeded")
-    if engine.failed:
+    if engine.closed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
     kind = "chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-"
     streamed = StreamedRequest(
@@ -201,24 +195,6 @@ async def _answer(
     if body.stream:
         return StreamingResponse(answer.events(), media_type="text/event-stream")
     return JSONResponse(await answer.whole(request))
-
-
-def _dropping_rest(app: ASGIApp) -> ASGIApp:
-    """Read the rest of a body before a response 413: a client reads it only after sending."""
-
-    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        async def respond(message: Message) -> None:
-            more, left = message.get("status") == 413, MAX_DROPPED
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DROPPING_S):
-                    while more and left > 0:
-                        part = await receive()
-                        more, left = part.get("more_body", False), left - len(part.get("body", b""))
-            await send(message)
-
-        await app(scope, receive, respond)
-
-    return wrapped
 
 
 @contextlib.contextmanager
@@ -245,7 +221,7 @@ def running(
     app.include_router(public)
     app.include_router(guarded)
     settings = uvicorn.Config(
-        _dropping_rest(app),  # outside of the limit of bodies
+        app,
         host=host,
         port=port,
         http="h11",

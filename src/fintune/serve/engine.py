@@ -79,15 +79,18 @@ class StreamedRequest(Request):
 
 
 class Engine:
-    """Answers requests on a background thread, the only one that uses the model."""
+    """Answers requests on a background thread, the only one that uses the model.
+
+    Attributes:
+        closed: no request is answered any more; before `close` only when the model failed.
+    """
 
     def __init__(self, loaded: LoadedRelease) -> None:
         self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
         self._batch = Batch(loaded.model, loaded.stop_token_ids)
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
-        self._closed = False
-        self.failed = False
+        self.closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -105,7 +108,7 @@ class Engine:
     def close(self) -> None:
         """Stop after the current token; unfinished requests end with `error`."""
         with self._wake:
-            self._closed = True
+            self.closed = True
             self._wake.notify()
         self._thread.join(timeout=30)
 
@@ -114,24 +117,22 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._closed or any(self.load))
-                    if self._closed:
+                    self._wake.wait_for(lambda: self.closed or any(self.load))
+                    if self.closed:
                         return
                     new = self._admit()
                 if new:
                     self._batch.add([*new])
                 elif self._batch.requests:
                     self._batch.step()
-        except Exception:
-            # peft leaves its hooks registered when a forward fails: the model is not used again.
-            self.failed = True
-            raise
         finally:
+            # Also after an error: peft leaves its hooks registered when a forward fails.
             with self._wake:
+                self.closed = True
                 for request in (*self._batch.requests, *new, *self._waiting):
                     if isinstance(request, StreamedRequest) and request.finish_reason is None:
                         request.send("", "error")
-                self._batch.requests, self._waiting, self._closed = [], deque(), True
+                self._batch.requests, self._waiting = [], deque()
 
     def _admit(self) -> list[StreamedRequest]:
         """Take waiting requests up to MAX_ROWS and PREFILL_TOKENS; cancelled ones are dropped."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +45,7 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start(strategy: str, quantization: str) -> None:
+def start(strategy: str) -> None:
     """Join the process group and take this process's device. Collective; call it first.
 
     Raises:
@@ -54,11 +55,6 @@ def start(strategy: str, quantization: str) -> None:
         raise ConfigError(
             f"train.strategy={strategy}, and this is the only process",
             fix="launch several: torchrun --nproc-per-node 2 --no-python fintune train ...",
-        )
-    if strategy == "fsdp" and quantization != "none":
-        raise ConfigError(
-            f"train.strategy=fsdp cannot shard a base of model.quantization={quantization}",
-            fix="it is small: use train.strategy=ddp",
         )
     if world_size() > 1:
         # The others wait while rank 0 writes and hashes; NCCL's default limit is 10 minutes.
@@ -98,9 +94,7 @@ def any_rank(flag: bool) -> bool:
     """All-reduce of a flag (max): the same answer on every rank. Collective."""
     if world_size() == 1:
         return flag
-    reduced = torch.tensor(int(flag), device=device())
-    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-    return bool(reduced)
+    return bool(reduce(torch.tensor(int(flag), device=device()), "max"))
 
 
 def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
@@ -108,9 +102,7 @@ def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    every: list[Any] = [files] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(every, files)
+    every: list[dict[str, bytes]] = gather_object([files])
     return {name: data for files in every for name, data in files.items()}
 
 

@@ -1,87 +1,39 @@
-"""`metrics.jsonl` (a line a logged step, evaluation or loss spike), the progress line, the curves.
-
-A loss spike is a step whose loss exceeds the median of the last WINDOW steps by SIGMAS deviations.
-"""
+"""`metrics.jsonl` (a line a logged step or evaluation), the progress line, the curves."""
 
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
 
-from fintune.console import Meter, warn
+from fintune.console import Meter
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
 from fintune.training.memory import in_use, trim_heap
+from fintune.training.rows import Order
 
-WINDOW = 50
-"""Steps whose losses are compared."""
-LEAST = 20
-"""Fewest steps before the first comparison."""
-SIGMAS = 6.0
-"""A normal loss would pass this once in 10^9 steps; those of language have a longer tail."""
-MAD = 1.4826
-"""Median absolute deviation -> standard deviation of a normal (Rousseeuw and Croux 1993)."""
-FLOOR = 0.01
-"""Least deviation as a share of the median, for losses that hardly vary."""
-PANELS = {
-    "loss": "loss (nats/token)",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm, before clipping",
-    "useful_tokens_per_second": "non-padding tokens / s",
-}
+PANELS = ("loss", "learning_rate", "grad_norm", "useful_tokens_per_second")
 
 
-def open_metrics(path: Path, resumed_at: int = 0, evaluated: bool = True) -> JsonlLog:
+def open_metrics(path: Path, resume: dict[str, Any]) -> JsonlLog:
     """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
-        resumed_at: step of the checkpoint; later lines are dropped and will come again.
-        evaluated: whether the checkpoint holds the evaluation of its step.
+        resume: of `RunState.newest_checkpoint`; lines after it are dropped and will come again, and
+            so will an evaluation of its step that was cut short.
     """
     with JsonlLog(path) as log:
         rows = log.rows()
-    kept = (
-        row for row in rows if row["step"] + (not evaluated and "eval_loss" in row) <= resumed_at
-    )
-    write_jsonl(path, kept)
+    step, again = resume.get("step", 0), resume.get("pending_evaluation", False)
+    write_jsonl(path, (row for row in rows if row["step"] + (again and "eval_loss" in row) <= step))
     return JsonlLog(path)
 
 
-class Losses:
-    """The losses of the last WINDOW steps; `limit` is what the newest exceeded, or None."""
-
-    def __init__(self) -> None:
-        self.last: deque[float] = deque(maxlen=WINDOW)
-        self.limit: float | None = None
-
-    def add(self, loss: float, share: float = 1.0) -> None:
-        """Take a step's loss and compare it with those before it.
-
-        Args:
-            share: its examples over those of a whole step; a mean over fewer varies more.
-        """
-        before = np.array(self.last)
-        self.last.append(loss)
-        self.limit = None
-        if before.size >= LEAST:
-            median = float(np.median(before))
-            deviation = MAD * float(np.median(np.abs(before - median)))
-            limit = median + SIGMAS * max(deviation, FLOOR * abs(median)) / share**0.5
-            self.limit = limit if loss > limit else None
-
-
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Turns the Trainer's steps and logs into lines of metrics and progress.
+    """Turns the Trainer's steps and logs into lines of metrics and progress."""
 
-    Args:
-        trainer: of `losses` (added where it clips gradients) and `order` (of the steps).
-    """
-
-    def __init__(self, metrics: JsonlLog, progress: Meter, trainer: Any) -> None:
-        self._metrics, self._progress = metrics, progress
-        self._losses, self._order = trainer.losses, trainer.order
+    def __init__(self, metrics: JsonlLog, progress: Meter, order: Order) -> None:
+        self._metrics, self._progress, self._order = metrics, progress, order
         # Since the last logged step: tokens, padded tokens, seconds.
         self._totals = np.zeros(3)
         self._start = 0.0
@@ -91,18 +43,10 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._start = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step's tokens and seconds; write down a loss spike."""
-        step, seconds = state.global_step, time.monotonic() - self._start
-        self._totals += (*self._order.tokens(self._order.step(step - 1)), seconds)
+        """Count a step's tokens and seconds."""
+        seconds = time.monotonic() - self._start
+        self._totals += (*self._order.tokens(self._order.step(state.global_step - 1)), seconds)
         self._progress.advance()
-        if (limit := self._losses.limit) is not None:
-            loss, ids = self._losses.last[-1], self._order.example_ids(step - 1)
-            spike = {"step": step, "rows": ids, "spike_loss": loss, "spike_limit": limit}
-            self._metrics.append(spike)
-            warn(
-                f"loss spike at step {step}: {loss:.3f}, where the last {WINDOW} steps allow"
-                f" {limit:.3f}; its rows are in metrics.jsonl"
-            )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
@@ -138,12 +82,12 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     rows = list(read_jsonl(metrics))
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 2)
-    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, key in zip(axes.flat, PANELS, strict=True):
         for name, style in ((key, "-"), ("eval_loss", "o-"))[: 2 if key == "loss" else 1]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             label = "validation" if name == "eval_loss" else "train"
             axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(key.replace("_", " "), loc="left", fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)

@@ -63,7 +63,7 @@ class Order:
 
     Args:
         world_size: processes that share a step.
-        cap: most tokens of a micro-batch, padding included, since memory ran out; 0: no limit.
+        micro_batches: of an optimizer step, where memory ran out; 0: as configured.
 
     Raises:
         ConfigError: the micro-batches of an optimizer step do not divide among the processes.
@@ -74,7 +74,12 @@ class Order:
     """
 
     def __init__(
-        self, config: Config, rows: Rows, collator: Collator, world_size: int = 1, cap: int = 0
+        self,
+        config: Config,
+        rows: Rows,
+        collator: Collator,
+        world_size: int = 1,
+        micro_batches: int = 0,
     ) -> None:
         configured = config.train.gradient_accumulation_steps
         if configured % world_size:
@@ -86,34 +91,15 @@ class Order:
             )
         self.rows, self.collator, self._world_size = rows, collator, world_size
         self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
-        self._epochs, self._parts = config.train.num_train_epochs, 0
-        if cap:
-            self._parts = self._parts_under(cap, configured)
-        self.accumulation = (self._parts or configured) // world_size
+        self._epochs, self._micro_batches = config.train.num_train_epochs, micro_batches
+        self.accumulation = (micro_batches or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
-        first = self.epoch(0)
-        self.steps_per_epoch, self._whole = len(first), sum(batch.size for batch in first[0])
-
-    def _parts_under(self, cap: int, parts: int) -> int:
-        """Fewest micro-batches a step, the same for all steps, that keep each of them under a cap.
-
-        Args:
-            cap: most tokens of a micro-batch; an example that is longer is one alone.
-            parts: the number to begin with; it grows by the number of processes.
-        """
-        lengths = self.rows.lengths
-        cap = max(cap, self.collator.padded_tokens([int(lengths.max())]))
-        steps = [step for epoch in range(self._epochs) for step in self._plan(epoch)]
-        most = max(sum(batch.size for batch in step) for step in steps)
-        while parts < most and any(self.tokens([b])[1] > cap for step in steps for b in step):
-            parts += self._world_size
-            steps = rebalance(lengths, steps, parts, self._world_size)
-        return parts
+        self.steps_per_epoch = len(self.epoch(0))
 
     def _epoch(self, number: int) -> Steps:
         steps = self._plan(number)
-        if self._parts:
-            steps = rebalance(self.rows.lengths, steps, self._parts, self._world_size)
+        if self._micro_batches:
+            steps = rebalance(self.rows.lengths, steps, self._micro_batches, self._world_size)
         return steps
 
     def step(self, number: int) -> list[Ints]:
@@ -142,10 +128,6 @@ class Order:
     def most_tokens(self) -> int:
         """Tokens of `largest`, padding included."""
         return self.tokens([self.largest])[1]
-
-    def share(self, step: int) -> float:
-        """Examples of a step over those of the first: the last of an epoch may have fewer."""
-        return sum(batch.size for batch in self.step(step)) / self._whole
 
     def example_ids(self, step: int) -> list[str]:
         """Ids of the examples of a step, micro-batch by micro-batch."""

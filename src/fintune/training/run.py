@@ -25,7 +25,7 @@ from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
-from fintune.training.trainer import ADAPTER, BEST, LoraTrainer, training_arguments
+from fintune.training.trainer import BEST, LoraTrainer, training_arguments
 from fintune.untrusted.static import check_weights
 
 
@@ -48,11 +48,9 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
     run = config.run_dir
     with STOP.listening():
         STOP.guard()  # also where another process holds the lock for this one
-        distributed.start(config.train.strategy, config.model.quantization)
+        distributed.start(config.train.strategy)
         # Rank 0 writes, and holds the lock for all.
-        with seal.lock(run) if distributed.is_rank0() else nullcontext("") as dead:
-            if dead:
-                say(f"taking over from a run that died ({dead})")
+        with seal.lock(run) if distributed.is_rank0() else nullcontext():
             # The data's commit, unless the run has begun with one.
             kept_in = [config.run_dir] * (not fresh) + [config.data_dir]
             base = distributed.from_rank0(lambda: find_base(config.model, kept_in=kept_in))
@@ -89,9 +87,9 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
     model, name, padding_free = _model(config, base, state)
     multiple = CPU_PAD_MULTIPLE if device().type == "cpu" else 1
     collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
-    cap = min((cap["max_tokens"] for cap in state.resolved["token_caps"]), default=0)
-    order = Order(config, rows, collator, distributed.world_size(), cap)
-    with state.capping_tokens(order):
+    more = max((each["micro_batches"] for each in state.resolved["out_of_memory"]), default=0)
+    order = Order(config, rows, collator, distributed.world_size(), more)
+    with state.noting_memory(order):
         checkpointing = _checkpointing(config, state, model, order, name)
     arguments = training_arguments(config, name, checkpointing, order.accumulation)
     if distributed.is_rank0():
@@ -152,17 +150,16 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         total = order.steps_per_epoch * config.train.num_train_epochs
     log = None
     if distributed.is_rank0():
-        evaluated = not resume.get("pending_evaluation")
-        log = open_metrics(state.folder / "metrics.jsonl", resume.get("step", 0), evaluated)
+        log = open_metrics(state.folder / "metrics.jsonl", resume)
     with (
         log or nullcontext(),
-        state.capping_tokens(order, lambda: trainer.state.global_step),
+        state.noting_memory(order, lambda: trainer.state.global_step),
         meter("train", total) as bar,
         STOP.at_steps(),
     ):
         bar.advance(resume.get("step", 0))
         if log:
-            trainer.add_callback(MetricsCallback(log, bar, trainer))
+            trainer.add_callback(MetricsCallback(log, bar, order))
         trainer.resume(resume, total) if resume else trainer.train()
     if distributed.stop_asked():
         raise Stopped(
@@ -202,10 +199,8 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
         "seconds": round(trainer.seconds(), 1),
         "steps": trainer.state.global_step,
-        "epochs": round(epochs, 3),
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "adapter_sha256": files.sha256_file(trainer.best / ADAPTER),
-        "token_caps": state.resolved["token_caps"],
+        "out_of_memory": state.resolved["out_of_memory"],
         "accepted_changes": state.accepted,
     }

@@ -1,8 +1,8 @@
 """A run's folder: its fingerprint, what was resolved when it began, and its checkpoints.
 
 inputs.json     the run fingerprint (config, data, base, tokenizer, versions), accepted changes
-record.json     precision, gradient checkpointing and token caps, of one fingerprint. They come from
-                measurements of the machine, which a second start must not repeat.
+record.json     precision, gradient checkpointing and out-of-memory errors, of one fingerprint. They
+                come from measurements of the machine, which a second start must not repeat.
 checkpoints/    each written beside its place, every file synced, sealed like a stage's folder
                 (`seal.py`: size and sha256 of each file), renamed, the parent synced.
 
@@ -77,8 +77,8 @@ class RunState:
         folder: the run's folder.
         fingerprint, sha256: what the run depends on, and its hash.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
-        resolved: what `record.json` holds; `token_caps` has an entry for each out-of-memory error:
-            the `step`, the tokens of a micro-batch that it `was`, the `max_tokens` since then.
+        resolved: what `record.json` holds; `out_of_memory` has an entry for each such error: the
+            `step`, and the `micro_batches` of an optimizer step since then.
         finished: whether there is nothing left to do.
     """
 
@@ -92,8 +92,8 @@ class RunState:
         self.sha256 = files.sha256_json(self.fingerprint)
         if self.resolved.get("fingerprint_sha256") != self.sha256:
             # A changed fingerprint resolves anew; how much memory there is stays known.
-            caps = self.resolved.get("token_caps", [])
-            self.resolved = {"fingerprint_sha256": self.sha256, "token_caps": caps}
+            known = self.resolved.get("out_of_memory", [])
+            self.resolved = {"fingerprint_sha256": self.sha256, "out_of_memory": known}
 
     @classmethod
     def open(
@@ -140,14 +140,14 @@ class RunState:
         return value
 
     @contextmanager
-    def capping_tokens(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
-        """Turn an out-of-memory error into half the tokens a micro-batch for the next start.
+    def noting_memory(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """Turn an out-of-memory error into twice as many micro-batches for the next start.
 
         Args:
             step: optimizer steps made so far.
 
         Raises:
-            Stopped: out of memory; the same command continues with a lower cap.
+            Stopped: out of memory; the same command continues with smaller micro-batches.
             ModelError: out of memory on a single example.
         """
         try:
@@ -156,22 +156,19 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        was = order.most_tokens
-        longest = order.collator.padded_tokens([int(order.rows.lengths.max())])
-        if was <= longest:
-            raise ModelError(
-                f"step {step() + 1}: out of memory on one example of {longest:,} tokens",
-                fix="set train.gradient_checkpointing=on, or lower data.max_length",
-            )
-        cap = max(was // 2, longest)
+        what = f"step {step() + 1}: out of memory on micro-batches of {order.most_tokens:,} tokens"
+        if len(order.largest) == 1:
+            fix = "it is one example: set train.gradient_checkpointing=on, or lower data.max_length"
+            raise ModelError(what, fix=fix)
+        more = 2 * order.accumulation * world_size()
         self.resolved.pop("gradient_checkpointing", None)
-        self.resolved["token_caps"].append({"step": step(), "was": was, "max_tokens": cap})
+        self.resolved["out_of_memory"].append({"step": step(), "micro_batches": more})
         # By the rank that met it; the others wait.
         files.write_json(self.folder / RECORD, self.resolved)
         raise Stopped(
-            f"step {step() + 1}: out of memory on micro-batches of up to {was:,} tokens",
-            fix=f"the same command continues from the last checkpoint, with at most {cap:,} tokens"
-            " a micro-batch (the same examples a step)",
+            what,
+            fix=f"the same command continues from the last checkpoint, with {more} micro-batches"
+            " an optimizer step (of the same examples)",
         )
 
     def newest_checkpoint(self) -> dict[str, Any]:

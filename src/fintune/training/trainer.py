@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -31,12 +30,11 @@ from fintune.errors import NotFinite, Stopped
 from fintune.loss import sum_loss
 from fintune.model import device
 from fintune.training import distributed, run_state
-from fintune.training.metrics import Losses
 from fintune.training.rows import Order, RankBatches, Rows
 from fintune.training.run_state import KEEP, RESUME, RunState
+from fintune.untrusted.checks import ADAPTER
 
 BEST = "best.json"
-ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"
 """In a checkpoint: the best adapter until then, so that no evaluation after it can replace it."""
 _SAME_NAME = {
@@ -111,7 +109,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self._loss_shifts_labels = False
         self.order, self.validation, self.run = order, validation, run
         self.best = run.folder / "best"
-        self.losses = Losses()
         self._step_loss = torch.zeros((), device=self.args.device)
         self._start, self._evaluating = time.monotonic(), False
         self._eval_batches = plan_evaluation(validation.lengths, order.most_tokens)
@@ -153,19 +150,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         `self.state.global_step` counts the steps made before it.
         """
         norm = super()._clip_grad_norm(model)
-        if self.args.world_size > 1:
-            # Each rank's share was multiplied by their number, as DDP averages.
-            dist.all_reduce(self._step_loss)
-            self._step_loss /= self.args.world_size
-        loss, value = torch.stack([self._step_loss.float(), norm.float()]).tolist()
+        # Each rank's share was multiplied by their number, as DDP averages.
+        mean = self.accelerator.reduce(self._step_loss, "mean")
+        loss, value = torch.stack([mean.float(), norm.float()]).tolist()
         self._step_loss.zero_()
         step, scaler = self.state.global_step, self.accelerator.scaler
         if math.isfinite(loss) and math.isfinite(value):
-            self.losses.add(loss, self.order.share(step))
             return norm
         if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
             # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
-            self.losses.limit = None
             return torch.zeros_like(norm)
         ids = self.order.example_ids(step)
         raise NotFinite(
@@ -204,8 +197,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 total, count = sum_loss(self.model, inputs)
             if number <= last:
                 sums += torch.tensor([float(total), count], dtype=sums.dtype, device=sums.device)
-        if self.args.world_size > 1:
-            dist.all_reduce(sums)
+        sums = self.accelerator.reduce(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             raise NotFinite(
@@ -225,7 +217,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def resume(self, resume: dict[str, Any], total: int) -> None:
         """Train on until `total` steps; `resume` is of `RunState.newest_checkpoint`."""
         checkpoint = resume["checkpoint"]
-        self.losses.last.extend(resume["losses"])
         self._start -= resume["seconds"]
         if (checkpoint / BEST).exists():
             distributed.from_rank0(lambda: self._restore_best(checkpoint))
@@ -297,7 +288,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             "step": self.state.global_step,
             "pending_evaluation": self._evaluating,
             "logged": logged,
-            "losses": list(self.losses.last),
             "seconds": round(self.seconds(), 3),
             "processes": self.args.world_size,
             "fingerprint_sha256": self.run.sha256,

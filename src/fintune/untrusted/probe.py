@@ -26,8 +26,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune import errors
 from fintune.chat import ChatFormat
@@ -52,13 +50,8 @@ _MOST_TOKENS = 4096
 _PROBES = [character * _RUN + "\n!" for character in "aA1 .,-\t\n_(é中"] + [
     "Net loss (€1,234.5m) vs. £0.9bn, −3.4 %, 25 bps, ¥10兆 – café?" * 8
 ]
-_TURNS = [
-    {"role": "system", "content": "You are a financial analyst."},
-    {"role": "user", "content": "What is EBITDA?"},
-    {"role": "assistant", "content": "Earnings before interest, taxes, depreciation."},
-    {"role": "user", "content": "And its margin?"},
-    {"role": "assistant", "content": "EBITDA divided by revenue."},
-]
+_ROLES = ("system", "user", "assistant", "user", "assistant")
+_TURNS = [{"role": role, "content": "What is EBITDA, and what is its margin?"} for role in _ROLES]
 
 
 def probe_base(folder: Path, *, weights: bool) -> None:
@@ -71,7 +64,6 @@ def probe_base(folder: Path, *, weights: bool) -> None:
         GateRefused: the base needs custom code, or exceeded a limit of the child.
         ModelError: the tokenizer does not load.
     """
-    _import_architecture(folder)
     run_limited(lambda: _try_base(folder, weights), folder.name)
 
 
@@ -81,7 +73,6 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
     Raises:
         GateRefused: a limit of the child was exceeded.
     """
-    _import_architecture(base)
     report = checks.Report(folder)
 
     def run_checks() -> list[tuple[str, ...]]:
@@ -199,13 +190,6 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
     os._exit(0)
 
 
-def _import_architecture(folder: Path) -> None:
-    """Import transformers' module of an architecture before the fork, so that it is done once."""
-    with suppress(Unreadable, KeyError, ImportError):
-        name = checks.read_object(folder, "config.json")["model_type"]
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None)
-
-
 def _try_base(folder: Path, weights: bool) -> None:
     architecture = read_architecture(folder)
     if weights:
@@ -277,17 +261,16 @@ def _check_special_tokens(of: _Release) -> str:
 
 
 def _check_same_tokenizer(of: _Release) -> str:
-    original = read_tokenizer(of.base)
-    for each in (of.tokenizer, original):
-        each.backend_tokenizer.no_padding()
-        each.backend_tokenizer.no_truncation()
-    mine, theirs = (
-        (each.bos_token, each.eos_token, each.backend_tokenizer.to_str())
-        for each in (of.tokenizer, original)
-    )
-    if mine != theirs:
+    if _identity(of.tokenizer) != _identity(read_tokenizer(of.base)):
         raise Unreadable("BOS, end of turn or tokenizer.json are not the base's")
     return "equals the base's"
+
+
+def _identity(tokenizer: Any) -> tuple[str, str, str]:
+    """BOS, end of turn and tokenizer.json without padding and truncation, which are settings."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer.bos_token, tokenizer.eos_token, tokenizer.backend_tokenizer.to_str()
 
 
 def _check_stop_tokens(of: _Release) -> str:
