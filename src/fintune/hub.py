@@ -199,11 +199,11 @@ def resolve(
     with hub_errors(name, setting, branch):
         try:
             commit = retried(ask)
-        except (*NO_CONNECTION, errors.HfHubHTTPError) as error:
+        except Exception as error:
             cached = Repository(kind, name, "", setting)._cache / "refs" / branch
-            answered = isinstance(error, errors.HfHubHTTPError) and _status(error) not in BUSY
+            away = isinstance(error, NO_CONNECTION) or _status(error) in BUSY
             commit = cached.read_text() if cached.is_file() else ""
-            if answered or not COMMIT.fullmatch(commit):
+            if not away or not COMMIT.fullmatch(commit):
                 raise
             if not isinstance(error, errors.OfflineModeIsEnabled):
                 _warn_once(f"the hub does not answer: {name} is the cached commit {commit[:12]}")
