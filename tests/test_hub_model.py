@@ -597,6 +597,29 @@ def test_damage_is_fetched_again_and_said_where_it_stays(path: str, weights: Wei
     other.done(*words)
 
 
+def test_over_xet(hub: Hub, tmp_path: Path) -> None:
+    """The client's store of all repositories, whose files have names of another hash."""
+    (tmp_path / "new").write_bytes(files(7)[WEIGHTS] or b"")
+    code = f"""
+from huggingface_hub import upload_file
+upload_file(path_or_fileobj="{tmp_path}/new", path_in_repo="{WEIGHTS}", repo_id="{BASE}")
+"""
+    hub.tokens["hf_acme"] = ["alice", "acme"]
+    environment = hub.env(tmp_path / "pusher", "hf_acme", xet=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    machine, given = Machine(hub, tmp_path / "home", xet=True), chain(tmp_path / "out", max_steps=2)
+    hub.fault("GET", "/v1/xorbs/", flip=5_000)
+    machine.done("prepare", *given)
+    machine.done("train", *given)
+    assert len(hub.requests("GET", "/v1/xorbs/")) == 2 and not hub.requests("GET", "/cdn/")
+    weights = machine.snapshot(BASE, head(hub)) / WEIGHTS
+    assert weights.resolve().is_relative_to(machine.cache / "blobs"), "the client's own store"
+    assert weights.read_bytes() == files(7)[WEIGHTS]
+    machine.hub.stop()
+    machine.done("eval", *given)
+    hub.__enter__()
+
+
 def test_a_cut_body_is_gone_on_with(weights: Weights) -> None:
     hub, machine, words = weights
     hub.fault("GET", "/cdn/", cut=100_000, times=2)
