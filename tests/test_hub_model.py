@@ -347,8 +347,8 @@ def test_the_cache_serves_every_command_without_a_hub(whole: Whole, tmp_path: Pa
     machine.done("export", "merged", out / "release", "--out", out / "merged")
     serving = machine.start("serve", out / "release", "--port", tiny.free_port())
     tiny.until(lambda: "http://127.0.0.1" in serving.text(), serving)
-    serving.send(signal.SIGKILL)
-    serving.wait()
+    serving.send(signal.SIGTERM)
+    assert serving.wait(30) == 0
     revision = head(whole.hub)  # what the cache knows as main
     assert inputs(out / "run")["base"]["revision"] == whole.first != revision
 
