@@ -353,8 +353,8 @@ def test_the_cache_serves_every_command_without_a_hub(whole: Whole, tmp_path: Pa
     machine.done("export", "merged", out / "release", "--out", out / "merged")
     serving = machine.start("serve", out / "release", "--port", tiny.free_port())
     tiny.until(lambda: "http://127.0.0.1" in serving.text(), serving)
-    serving.send(signal.SIGKILL)
-    serving.wait()
+    serving.send(signal.SIGTERM)
+    assert serving.wait(30) == 0
     revision = head(whole.hub)  # what the cache knows as main
     assert inputs(out / "run")["base"]["revision"] == whole.first != revision
 
@@ -601,6 +601,29 @@ def test_damage_is_fetched_again_and_said_where_it_stays(path: str, weights: Wei
     assert said.code == 1 and "is damaged: its hash is not the one the hub names" in said.text
     hub.faults.clear()
     other.done(*words)
+
+
+def test_over_xet(hub: Hub, tmp_path: Path) -> None:
+    """The client's store of all repositories, whose files have names of another hash."""
+    (tmp_path / "new").write_bytes(files(7)[WEIGHTS] or b"")
+    code = f"""
+from huggingface_hub import upload_file
+upload_file(path_or_fileobj="{tmp_path}/new", path_in_repo="{WEIGHTS}", repo_id="{BASE}")
+"""
+    hub.tokens["hf_acme"] = ["alice", "acme"]
+    environment = hub.env(tmp_path / "pusher", "hf_acme", xet=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    machine, given = Machine(hub, tmp_path / "home", xet=True), chain(tmp_path / "out", max_steps=2)
+    hub.fault("GET", "/v1/xorbs/", flip=5_000)
+    machine.done("prepare", *given)
+    machine.done("train", *given)
+    assert len(hub.requests("GET", "/v1/xorbs/")) == 2 and not hub.requests("GET", "/cdn/")
+    weights = machine.snapshot(BASE, head(hub)) / WEIGHTS
+    assert weights.resolve().is_relative_to(machine.cache / "blobs"), "the client's own store"
+    assert weights.read_bytes() == files(7)[WEIGHTS]
+    machine.hub.stop()
+    machine.done("eval", *given)
+    hub.__enter__()
 
 
 def test_a_cut_body_is_gone_on_with(weights: Weights) -> None:
