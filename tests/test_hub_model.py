@@ -489,7 +489,7 @@ ANSWERS = {
         repo(gated="manual"), ("is gated", "accept it at http", "(HF_TOKEN)"), "hf_bob"
     ),
     "private": Answer(
-        repo(private=True), ("the hub knows no model", "private one needs"), "hf_bob"
+        repo(private=True), ("the hub knows no model", "a private one needs its token"), "hf_bob"
     ),
     "missing": Answer(
         bool, ("the hub knows no model acme/none", "model.path"), "", ("model.id=acme/none",)
