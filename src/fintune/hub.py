@@ -120,16 +120,18 @@ class Repository:
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
                     self._download(missing, sum(files[name] for name in missing))
-                # The cache names a file by the hub's ETag, unless its file system has no links.
-                blobs = {name: (self.folder / name).resolve() for name in wanted}
-                damaged = [n for n in wanted if has_hash(blobs[n], blobs[n].name) is False]
+                # The cache links to a blob named by the hub's ETag; of Xet that is a link again,
+                # into a store of all repositories, where names are hashes of another kind.
+                links = [link for name in wanted if (link := self.folder / name).is_symlink()]
+                damaged = [link for link in links if has_hash(link, link.readlink().name) is False]
                 if not damaged:
                     break
-                for name in damaged:
-                    (self.folder / name).unlink()
-                    blobs[name].unlink(missing_ok=True)
+                for link in damaged:
+                    for path in (link, link.parent / link.readlink(), link.resolve()):
+                        path.unlink(missing_ok=True)
             else:
-                what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
+                name = damaged[0].relative_to(self.folder)
+                what = f"{self.id}: {name} is damaged: its hash is not the one the hub names"
                 raise _CLASSES.get(self.setting, DataError)(
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
@@ -189,11 +191,11 @@ def resolve(
     with hub_errors(name, setting, branch):
         try:
             commit = retried(ask)
-        except (*NO_CONNECTION, errors.HfHubHTTPError) as error:
+        except Exception as error:
             cached = Repository(kind, name, "", setting)._cache / "refs" / branch
-            answered = isinstance(error, errors.HfHubHTTPError) and _status(error) not in BUSY
+            away = isinstance(error, NO_CONNECTION) or _status(error) in BUSY
             commit = cached.read_text() if cached.is_file() else ""
-            if answered or not COMMIT.fullmatch(commit):
+            if not away or not COMMIT.fullmatch(commit):
                 raise
             if not isinstance(error, errors.OfflineModeIsEnabled):
                 _warn_once(f"the hub does not answer: {name} is the cached commit {commit[:12]}")

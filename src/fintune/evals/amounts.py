@@ -93,7 +93,7 @@ CHARACTERS = str.maketrans(
 _SIGNS = {"times": "×", "cdot": "×", "div": "÷", "approx": "≈"}
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """The text without mark-up and with plain dashes and digits, each character in its place."""
     markup = _GRAMMAR["markup"]
 
@@ -135,7 +135,7 @@ def scan(text: str) -> tuple[str, list[Amount]]:
     the scale and unit of the second, and each end has the role `range` ("from ... to" is a change,
     not a range). About 0.5 ms for 500 characters, linear in the length.
     """
-    text, amounts = _clean(text), list[Amount]()
+    text, amounts = clean(text), list[Amount]()
     cue: re.Match[str] | None = None
     end = 0
     for match in _GRAMMAR["token"].finditer(text):

@@ -389,7 +389,6 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         "reply": text[:KEPT_CHARACTERS],
         "usage": {"in": tokens[0], "out": tokens[1], "usd": round(usd, 8)},
         "served_model": str(value.get("model") or "")[:200],
-        "system_fingerprint": str(value.get("system_fingerprint") or "")[:200],
     }
 
 

@@ -30,16 +30,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fintune.errors import DataError
-from fintune.evals.amounts import (
-    CHARACTERS,
-    FACTORS,
-    SCALES,
-    UNITS,
-    Amount,
-    ends_with,
-    patterns,
-    scan,
-)
+from fintune.evals.amounts import FACTORS, SCALES, UNITS, Amount, clean, ends_with, patterns, scan
 
 Miss = Literal["scale", "percent", "sign", "other"]
 
@@ -111,29 +102,29 @@ def _led(text: str, amounts: list[Amount]) -> list[Amount]:
     return [lead, *(amount for amount in rest if amount is not lead)]
 
 
-def is_number_answer(text: str) -> bool:
+def is_number_answer(reference: str) -> bool:
     """Whether a reference answer is, as a whole, one number that `compare` can check.
 
     Yes for "$1.2 billion", "(1,234)", "2.9 years", "(3 + 5) / 2 = 4", "The answer is 7.5%, ..."
     and a short sentence that ends in its only amount. No for a bare year (a label for exact
     match), several amounts, ranges, yes or no with a number, and prose that mentions a number.
     """
-    clean, amounts = scan(text.strip())
-    usable, marked = _eligible(clean, amounts), _REPLY["marker"].search(clean)
-    stated = _stated(clean, usable) if marked else usable
-    if len({amount.value for amount in stated}) != 1 or _REPLY["yes_no"].match(clean):
+    text, amounts = scan(reference.strip())
+    usable, marked = _eligible(text, amounts), _REPLY["marker"].search(text)
+    stated = _stated(text, usable) if marked else usable
+    if len({amount.value for amount in stated}) != 1 or _REPLY["yes_no"].match(text):
         return False
-    rest = clean
+    rest = text
     for amount in reversed(amounts):
         rest = rest[: amount.start] + rest[amount.end :]
     if marked or not any(character.isalpha() for character in rest):
         return True
-    one, words = stated[0], len(clean.split())
-    if words > 25 or len(clean[one.end :].split()) > 6 or len(_sentence_ends(clean)) > 1:
+    one, words = stated[0], len(text.split())
+    if words > 25 or len(text[one.end :].split()) > 6 or len(_sentence_ends(text)) > 1:
         return False
-    stands = ends_with(_REPLY["states"], clean, one.start, 30)
-    phrase = ends_with(_REPLY["phrase"], clean, one.start, 30) if words <= 8 else None
-    return bool(stands or phrase) and not _REPLY["open"].search(clean, one.end)
+    stands = ends_with(_REPLY["states"], text, one.start, 30)
+    phrase = ends_with(_REPLY["phrase"], text, one.start, 30) if words <= 8 else None
+    return bool(stands or phrase) and not _REPLY["open"].search(text, one.end)
 
 
 # --- whether it is the reference's ----------------------------------------------------------------
@@ -167,7 +158,7 @@ class _Asked(NamedTuple):
 
 
 def _read_question(question: str, context: str) -> _Asked:
-    text, around = (part.translate(CHARACTERS) for part in (question, context))
+    text, around = clean(question), clean(context)
     scales, lent = (
         [SCALES.get(word.lower(), _THOUSAND) for word in _QUESTION["scale"].findall(part)]
         for part in (text, around)

@@ -120,14 +120,13 @@ def judge_summary(rows: list[Json], known: Known, seed: int) -> Json | None:
         return None
     pairs = [row for row in calls if row["control"] is None]
     controls = [row for row in calls if row["control"] is not None]
-    failed = sorted({row["control"] for row in controls if row["outcome"] != row["expect"]})
-    ok = sum(row["outcome"] == row["expect"] for row in controls)
+    failed = [row["control"] for row in controls if row["outcome"] != row["expect"]]
     labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     return {
         "model": calls[0]["model"],
         "calls": len(calls),
         "unscored": stats.rate(sum(row["outcome"] is None for row in calls), len(calls)),
-        "control_items": {"ok": ok, "of": len(controls), "failed": failed},
+        "control_items": {"ok": len(controls) - len(failed), "of": len(controls), "failed": failed},
         "usd": round(sum(row["usage"]["usd"] for row in calls), 6),
         "human": stats.agreement(labelled),
         **_pairwise(pairs, known, seed),
@@ -320,10 +319,8 @@ def write_results(folder: Path) -> None:
     pairs = load_pairs(folder)
     results = compute_results(folder, pairs)
     write_json(folder / RESULTS, results)
-    verdicts: dict[str, list[Json]] = {}
-    for row in read_jsonl(folder / judge.NAME):
-        if row.get("key") and not row["control"]:
-            verdicts.setdefault(row["id"], []).append(row)
+    rows = read_jsonl(folder / judge.NAME)
+    verdicts = [row for row in rows if row.get("key") and not row["control"]]
     groups: dict[str, list[Pair]] = {name: [] for name in PHRASES["groups"]}
     for pair in pairs:
         right = pair.passes("base", lambda graded: graded.correct)

@@ -73,7 +73,6 @@ def paired(
             (sums, sizes),
             lambda total, size, axis: total.sum(axis=axis) / size.sum(axis=axis),
             paired=True,
-            vectorized=True,
             n_resamples=RESAMPLES,
             method="percentile",
             batch=500,

@@ -124,7 +124,8 @@ def entries(folder: Path) -> list[Path]:
 def open_file(folder: Path, name: str) -> BufferedReader:
     """Open a regular file of a folder; symbolic links are not followed.
 
-    Exception: a link from a snapshot of the hub's cache to the `blobs` folder of its repository.
+    Exception: a link from a snapshot of the hub's cache to the `blobs` folder of its repository, or
+    on to the one of the cache, where the hub's client keeps what repositories share.
 
     Raises:
         Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
@@ -132,9 +133,10 @@ def open_file(folder: Path, name: str) -> BufferedReader:
     path, snapshots = folder / name, folder.absolute().parent
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        blobs = (snapshots.parent / "blobs").resolve()
-        if path.is_symlink() and snapshots.name == "snapshots" and path.resolve().parent == blobs:
-            path = path.resolve()
+        real, places = path.resolve(), (snapshots.parent, snapshots.parent.parent)
+        ours = any(real.is_relative_to((place / "blobs").resolve()) for place in places)
+        if path.is_symlink() and snapshots.name == "snapshots" and ours:
+            path = real
         handle = os.open(path, flags)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = getattr(error, "strerror", None) or "no file name"
