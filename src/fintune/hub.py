@@ -146,8 +146,8 @@ class Repository:
         request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
         asked |= {"repo_type": self.kind, "revision": self.commit}
         asked["allow_patterns"] = [glob.escape(name) for name in names]
-        missing = ", ".join(names[:3]) + " ..." * (len(names) > 3)
-        failing = hub_errors(self.id, self.setting, self.revision or self.commit, missing)
+        revision, missing = self.revision or self.commit, console.some(names)
+        failing = hub_errors(self.id, self.setting, revision, missing)
         with failing, _progress(self.id, size) as bar:
             retried(lambda: request(self.id, **asked, tqdm_class=bar))
 
@@ -231,12 +231,7 @@ def hub_errors(
     get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
         yield
-    except FintuneError:
-        raise
-    except Exception as error:
-        known = (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError)
-        if not isinstance(error, known):
-            raise
+    except (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 

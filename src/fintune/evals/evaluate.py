@@ -9,17 +9,15 @@ import contextlib
 import math
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate.utils import send_to_device
 
-import fintune
 from fintune import attention, model, seal
 from fintune.batches import plan_evaluation
 from fintune.chat import ChatFormat
@@ -38,6 +36,7 @@ from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
+PACKAGES = ("fintune", "torch", "transformers", "peft")
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -199,9 +198,7 @@ def _answer(
         **inputs,
         "precision": dtype,
         "decoding": "greedy",
-        "packages": {
-            each.__name__: each.__version__ for each in (fintune, torch, transformers, peft)
-        },
+        "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     write_json(folder / "run.json", run_info)
