@@ -241,7 +241,6 @@ def hub_error(
     """The message for an exception of the hub's clients, without token or URL.
 
     Args:
-        name: hub id of a model or a data set.
         setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
         missing: what was asked for.
     """
