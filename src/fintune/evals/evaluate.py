@@ -13,13 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import send_to_device
 
 from fintune import attention, model, seal
-from fintune.batches import plan_evaluation
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
@@ -256,6 +254,7 @@ def _choose(
 
 def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
     """Append each source's sums of the loss over label tokens, of base and adapter."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
         done = {cell["source"] for cell in file.rows()}
         for source in sorted({row["source"] for row in rows} - done):
@@ -272,16 +271,18 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     """Sum of the cross-entropy (nats) over the label tokens of rows, and their number.
 
     Args:
+        rows: the longest first.
         pad: id of the padding token.
 
     Raises:
         NotFinite: the loss is NaN or infinite.
     """
     padding_free = attention.why_padded(causal_model(peft_model)) is None
-    total, tokens = 0.0, 0
-    lengths = np.array([len(row["input_ids"]) for row in rows])
-    for chosen in plan_evaluation(lengths, BATCH_TOKENS):
-        batch = [rows[at] for at in chosen]
+    total, tokens, start = 0.0, 0, 0
+    while start < len(rows):
+        # Padded, no batch has more: `plan_evaluation` counts the tokens of its rows alone.
+        end = start + max(1, BATCH_TOKENS // len(rows[start]["input_ids"]))
+        batch, start = rows[start:end], end
         tensors = padding_free_batch(batch) if padding_free else padded_batch(batch, pad)
         with torch.inference_mode():
             loss, count = sum_loss(peft_model, send_to_device(tensors, peft_model.device))
