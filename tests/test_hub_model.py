@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny
+from accelerate.state import AcceleratorState
 from fake_judge import FakeJudge, serve
 from hub.machine import Machine
 from hub.server import Hub
@@ -267,7 +268,12 @@ def test_several_processes_resolve_once(whole: Whole, tmp_path: Path) -> None:
     def rank(number: int) -> Callable[[], None]:
         here = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return lambda: os.environ.update({name: str(value) for name, value in here.items()})
+
+        def change() -> None:
+            AcceleratorState._reset_state(True)  # of earlier tests in the process that forks
+            os.environ.update({name: str(value) for name, value in here.items()})
+
+        return change
 
     words = ["train", *chain(tmp_path, max_steps=2, batch_size=2)]
     ranks = [machine.start(*words, change=rank(number)) for number in (0, 1)]

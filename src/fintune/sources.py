@@ -15,7 +15,7 @@ from typing import Any
 
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
-from fintune.console import say
+from fintune.console import say, some
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 from fintune.formats import ENDINGS, ROWS_A_BATCH, Row, check_head, file_rows, format_of, parse
@@ -216,19 +216,14 @@ def choose(names: list[str], folder: Path, item: SourceConfig, setting: str) -> 
     elif not (chosen := splits.get(split) or splits.get(KEYWORDS.get(split, split), [])):
         raise _absent(f"no split {split}", "split", [*splits], item, setting)
     left = [name for name in names if name not in chosen and name not in (CARD, "LICENSE")]
-    apart = f"; left out: {_shown(left)}" if left else ""
-    say(f"{item.path}{subset}, {split or 'every'} split: {_shown(chosen)}{apart}")
+    apart = f"; left out: {some(left, _NAMES_SHOWN)}" if left else ""
+    say(f"{item.path}{subset}, {split or 'every'} split: {some(chosen, _NAMES_SHOWN)}{apart}")
     return chosen
 
 
 def _absent(what: str, key: str, there: list[str], item: SourceConfig, setting: str) -> DataError:
     fix = f"choose by {setting}.{key}: {{path: {item.path}, {key}: {there[0]}}}"
-    return DataError(f"{item.path} has {what}; there are: {_shown(there)}", fix=fix)
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return DataError(f"{item.path} has {what}; there are: {some(there, _NAMES_SHOWN)}", fix=fix)
 
 
 def _configuration(

@@ -9,17 +9,17 @@ import contextlib
 import math
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
+import numpy as np
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate.utils import send_to_device
 
-import fintune
 from fintune import attention, model, seal
+from fintune.batches import plan_evaluation
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
@@ -36,6 +36,7 @@ from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
+PACKAGES = ("fintune", "torch", "transformers", "peft")
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -197,9 +198,7 @@ def _answer(
         **inputs,
         "precision": dtype,
         "decoding": "greedy",
-        "packages": {
-            each.__name__: each.__version__ for each in (fintune, torch, transformers, peft)
-        },
+        "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     write_json(folder / "run.json", run_info)
@@ -257,7 +256,6 @@ def _choose(
 
 def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
     """Append each source's sums of the loss over label tokens, of base and adapter."""
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
         done = {cell["source"] for cell in file.rows()}
         for source in sorted({row["source"] for row in rows} - done):
@@ -274,17 +272,16 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     """Sum of the cross-entropy (nats) over the label tokens of rows, and their number.
 
     Args:
-        rows: the longest first.
         pad: id of the padding token.
 
     Raises:
         NotFinite: the loss is NaN or infinite.
     """
     padding_free = attention.why_padded(causal_model(peft_model)) is None
-    total, tokens, start = 0.0, 0, 0
-    while start < len(rows):
-        end = start + max(1, BATCH_TOKENS // len(rows[start]["input_ids"]))
-        batch, start = rows[start:end], end
+    total, tokens = 0.0, 0
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    for chosen in plan_evaluation(lengths, BATCH_TOKENS):
+        batch = [rows[at] for at in chosen]
         tensors = padding_free_batch(batch) if padding_free else padded_batch(batch, pad)
         with torch.inference_mode():
             loss, count = sum_loss(peft_model, send_to_device(tensors, peft_model.device))

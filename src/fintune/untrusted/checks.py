@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic_core import from_json
 from safetensors import safe_open
 
-from fintune.console import printable
+from fintune.console import printable, some
 from fintune.errors import FintuneError, GateRefused
 from fintune.files import read_toml
 
@@ -194,12 +194,6 @@ def read_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]
     with safe_open(folder / name, "np") as file:
         slices = {key: file.get_slice(key) for key in file.offset_keys()}
         return {key: (each.get_dtype(), (*each.get_shape(),)) for key, each in slices.items()}
-
-
-def some(names: Collection[str]) -> str:
-    """The first three names, and the number of the others."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + rest
 
 
 def sha256_of(folder: Path, name: str) -> str:
