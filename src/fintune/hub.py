@@ -269,9 +269,7 @@ def hub_error(
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(
-            what, fix=f"check the id and {setting}; a private one needs its token ({token})"
-        )
+        return raised(what, fix=f"check id and {setting}; a private one needs its token ({token})")
     if status in (401, 403):
         what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
