@@ -215,7 +215,7 @@ def retried(request: Callable[[], T]) -> T:
             status = _status(error)
             if status not in BUSY:
                 raise
-            headers = found.response.headers if (found := _error_of_hub(error)) else {}
+            headers = answer.response.headers if (answer := _error_of_hub(error)) else {}
             after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
@@ -333,7 +333,7 @@ def _status(error: BaseException) -> int | None:
     """
     if isinstance(error, json.JSONDecodeError):
         return 502
-    return int(found.response.status_code) if (found := _error_of_hub(error)) else None
+    return int(answer.response.status_code) if (answer := _error_of_hub(error)) else None
 
 
 def has_hash(path: Path, digest: str) -> bool | None:

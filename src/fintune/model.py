@@ -164,11 +164,13 @@ def find_release(name: Path) -> Path:
     given = _RELEASE_ID.fullmatch(str(name))
     if given is None or name.exists():
         return name
-    found = resolve("model", given[1], given[2], setting="release")
-    names = found.files().keys() - checks.HUB_FILES
-    checks.refuse(f"{found.id} holds what no release does:", names - {*LIMITS["release_names"]})
-    console.say(f"{found.id} at commit {found.commit}")
-    return found.fetch(sorted(names))
+    repository = resolve("model", given[1], given[2], setting="release")
+    names = repository.files().keys() - checks.HUB_FILES
+    checks.refuse(
+        f"{repository.id} holds what no release does:", names - {*LIMITS["release_names"]}
+    )
+    console.say(f"{repository.id} at commit {repository.commit}")
+    return repository.fetch(sorted(names))
 
 
 def open_release(folder: Path, base: Path | None) -> Base:

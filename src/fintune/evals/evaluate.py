@@ -170,7 +170,9 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=excluded),
-        "tasks": {name: identity(config.eval.tasks[name], found) for name, found in tasks.items()},
+        "tasks": {
+            name: identity(config.eval.tasks[name], sources) for name, sources in tasks.items()
+        },
     }
 
 
