@@ -57,8 +57,8 @@ def test_inspect_finds_a_line_wherever_it_went(whole: Prepared) -> None:
         assert went in said
     for wrong, says in (
         (("--line", 1, "--source", "nosuch"), "no source nosuch"),
-        (("--line", 625), "no row at any source:625"),
-        (("--row", "nosuch"), "no such row in train.parquet"),
+        (("--line", 625), "no such row in train, validation, test of "),
+        (("--row", "nosuch"), "no such row in train of "),
     ):
         said = tiny.fintune("inspect", *wrong, *words)
         assert (said.code, says in said.err) == (1, True), said.err

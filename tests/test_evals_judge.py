@@ -283,7 +283,7 @@ def rows(outcomes, control=None):
     ],
 )
 def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact, winner):
-    found = results.judge_summary(rows(outcomes), {"i0": exact}, {"i0": "g"}, 1)
+    found = results.judge_summary(rows(outcomes), {"i0": (exact, "g")}, 1)
     assert found["items"].get("i0") == winner
     against = exact is not None and outcomes == ("base", "base")
     assert found["against_arithmetic"] == int(against)
@@ -294,5 +294,5 @@ def test_orders_that_disagree_are_a_tie_and_arithmetic_outranks(outcomes, exact,
 
 def test_a_failed_control_item_is_named():
     calls_made = rows(("adapter", "adapter")) + rows(("tie", "base"), control="same")
-    found = results.judge_summary(calls_made, {"i0": None}, {"i0": "g"}, 1)
+    found = results.judge_summary(calls_made, {"i0": (None, "g")}, 1)
     assert found["control_items"] == {"ok": 1, "of": 2, "failed": ["same"]}

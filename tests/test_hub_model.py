@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny
+from accelerate.state import AcceleratorState
 from fake_judge import FakeJudge, serve
 from hub.machine import Machine
 from hub.server import Hub
@@ -267,7 +268,12 @@ def test_several_processes_resolve_once(whole: Whole, tmp_path: Path) -> None:
     def rank(number: int) -> Callable[[], None]:
         here = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return lambda: os.environ.update({name: str(value) for name, value in here.items()})
+
+        def change() -> None:
+            AcceleratorState._reset_state(True)  # of earlier tests in the process that forks
+            os.environ.update({name: str(value) for name, value in here.items()})
+
+        return change
 
     words = ["train", *chain(tmp_path, max_steps=2, batch_size=2)]
     ranks = [machine.start(*words, change=rank(number)) for number in (0, 1)]
@@ -347,8 +353,8 @@ def test_the_cache_serves_every_command_without_a_hub(whole: Whole, tmp_path: Pa
     machine.done("export", "merged", out / "release", "--out", out / "merged")
     serving = machine.start("serve", out / "release", "--port", tiny.free_port())
     tiny.until(lambda: "http://127.0.0.1" in serving.text(), serving)
-    serving.send(signal.SIGKILL)
-    serving.wait()
+    serving.send(signal.SIGTERM)
+    assert serving.wait(30) == 0
     revision = head(whole.hub)  # what the cache knows as main
     assert inputs(out / "run")["base"]["revision"] == whole.first != revision
 
@@ -483,7 +489,7 @@ ANSWERS = {
         repo(gated="manual"), ("is gated", "accept it at http", "(HF_TOKEN)"), "hf_bob"
     ),
     "private": Answer(
-        repo(private=True), ("the hub knows no model", "private one needs"), "hf_bob"
+        repo(private=True), ("the hub knows no model", "a private one needs its token"), "hf_bob"
     ),
     "missing": Answer(
         bool, ("the hub knows no model acme/none", "model.path"), "", ("model.id=acme/none",)
@@ -595,6 +601,29 @@ def test_damage_is_fetched_again_and_said_where_it_stays(path: str, weights: Wei
     assert said.code == 1 and "is damaged: its hash is not the one the hub names" in said.text
     hub.faults.clear()
     other.done(*words)
+
+
+def test_over_xet(hub: Hub, tmp_path: Path) -> None:
+    """The client's store of all repositories, whose files have names of another hash."""
+    (tmp_path / "new").write_bytes(files(7)[WEIGHTS] or b"")
+    code = f"""
+from huggingface_hub import upload_file
+upload_file(path_or_fileobj="{tmp_path}/new", path_in_repo="{WEIGHTS}", repo_id="{BASE}")
+"""
+    hub.tokens["hf_acme"] = ["alice", "acme"]
+    environment = hub.env(tmp_path / "pusher", "hf_acme", xet=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    machine, given = Machine(hub, tmp_path / "home", xet=True), chain(tmp_path / "out", max_steps=2)
+    hub.fault("GET", "/v1/xorbs/", flip=5_000)
+    machine.done("prepare", *given)
+    machine.done("train", *given)
+    assert len(hub.requests("GET", "/v1/xorbs/")) == 2 and not hub.requests("GET", "/cdn/")
+    weights = machine.snapshot(BASE, head(hub)) / WEIGHTS
+    assert weights.resolve().is_relative_to(machine.cache / "blobs"), "the client's own store"
+    assert weights.read_bytes() == files(7)[WEIGHTS]
+    machine.hub.stop()
+    machine.done("eval", *given)
+    hub.__enter__()
 
 
 def test_a_cut_body_is_gone_on_with(weights: Weights) -> None:

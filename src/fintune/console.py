@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,12 @@ def printable(text: str) -> str:
 def safe_markup(text: str) -> str:
     """Text of others inside rich markup: shown as it is, no control character, no tag."""
     return escape(printable(text))
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first names by the alphabet, and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + rest
 
 
 def say(text: str) -> None:

@@ -2,10 +2,11 @@
 
 from fintune import console
 from fintune.config import Config
+from fintune.evals.grading import VARIANTS
 from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
-from fintune.model import LoadedRelease, find_base, load_release
+from fintune.model import find_base, load_release
 from fintune.nano import DEMO_QUESTIONS
 
 TOKENS = 48
@@ -28,22 +29,12 @@ def show(config: Config) -> None:
     console.result(f"gain {gain['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}")
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
-    answers = _answers(loaded)
-    for question in DEMO_QUESTIONS:
-        base, adapter = (answers[f"{side} {question}"] for side in ("base", "adapter"))
-        console.result(f"\n{question}\n  base     {base}\n  adapter  {adapter}")
-    console.result(f"report   {config.eval_dir / 'report.html'}")
-    console.result(f"release  {config.release_dir}")
-
-
-def _answers(loaded: LoadedRelease) -> dict[str, str]:
-    """The answers of base and adapter, by `base QUESTION` and `adapter QUESTION`."""
-    requests = []
+    tokenizer, ends = loaded.chat.tokenizer, loaded.stop_token_ids
     for question in DEMO_QUESTIONS:
         ids = loaded.chat.prompt_ids([Message("user", question)])
-        requests.append(Request(f"base {question}", ids, TOKENS, adapter=False))
-        requests.append(Request(f"adapter {question}", ids, TOKENS))
-    ends, tokenizer = loaded.stop_token_ids, loaded.chat.tokenizer
-    size = len(requests)
-    done = generate(loaded.model, tokenizer, requests, stop_token_ids=ends, batch_size=size)
-    return {request.id: request.text for batch in done for request in batch}
+        asked = [Request(name, ids, TOKENS, adapter=name == "adapter") for name in VARIANTS]
+        list(generate(loaded.model, tokenizer, asked, stop_token_ids=ends, batch_size=2))
+        answers = "".join(f"\n  {request.id:7}  {request.text}" for request in asked)
+        console.result(f"\n{question}{answers}")
+    console.result(f"report   {config.eval_dir / 'report.html'}")
+    console.result(f"release  {config.release_dir}")

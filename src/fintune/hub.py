@@ -9,7 +9,6 @@ hub's cache and compares every one with the hash that the hub names. Mirrors are
 import glob
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +23,8 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     WeakFileLock,
-    build_hf_headers,
-    disable_progress_bars,
     get_session,
-    hf_raise_for_status,
+    tqdm,
 )
 from huggingface_hub.utils.sha import git_hash
 
@@ -45,6 +42,7 @@ LONGEST_WAIT_S = 300
 SILENCE_S = 100.0
 """After which a hub that sends nothing is gone, where the client has no limit of its own."""
 BUSY = (429, 500, 502, 503, 504)
+_MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
 """The `setting` of a push, where nothing local could be named instead."""
 _CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
@@ -86,7 +84,7 @@ class Repository:
             listed: Any = huggingface_hub.get_cached_repo_tree(self.id, **known)
         except errors.CachedRepoTreeNotFoundError:
             # The client writes the listing to its cache when it downloads; two small files.
-            self._download(["config.json", "README.md"])
+            self._download(["config.json", "README.md"], 0)
             with suppress(errors.CachedRepoTreeNotFoundError):
                 listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
                 return {file.path: file.size for file in listed}
@@ -121,17 +119,19 @@ class Repository:
             wanted = [name for name in files if any(fnmatch(name, each) for each in patterns)]
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
-                    self._download_with_progress(missing, sum(files[name] for name in missing))
-                # The cache names a file by the hub's ETag, unless its file system has no links.
-                blobs = {name: (self.folder / name).resolve() for name in wanted}
-                damaged = [n for n in wanted if has_hash(blobs[n], blobs[n].name) is False]
+                    self._download(missing, sum(files[name] for name in missing))
+                # The cache links to a blob named by the hub's ETag; of Xet that is a link again,
+                # into a store of all repositories, where names are hashes of another kind.
+                links = [link for name in wanted if (link := self.folder / name).is_symlink()]
+                damaged = [link for link in links if has_hash(link, link.readlink().name) is False]
                 if not damaged:
                     break
-                for name in damaged:
-                    (self.folder / name).unlink()
-                    blobs[name].unlink(missing_ok=True)
+                for link in damaged:
+                    for path in (link, link.parent / link.readlink(), link.resolve()):
+                        path.unlink(missing_ok=True)
             else:
-                what = f"{self.id}: {damaged[0]} is damaged: its hash is not the one the hub names"
+                name = damaged[0].relative_to(self.folder)
+                what = f"{self.id}: {name} is damaged: its hash is not the one the hub names"
                 raise _CLASSES.get(self.setting, DataError)(
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
@@ -139,25 +139,17 @@ class Repository:
                 write_text(self._cache / "refs" / self.revision, self.commit)
         return self.folder
 
-    def _download_with_progress(self, names: list[str], size: int) -> None:
+    def _download(self, names: list[str], size: int) -> None:
         if (free := free_bytes(self._cache)) < size:
-            what = (
-                f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has {free / 1e9:.1f}"
-            )
-            raise NoSpace(
-                f"{what} GB free", fix="free some space, or set HF_HOME to another volume"
-            )
-        with _progress(self.id, self._cache / "blobs", size):
-            self._download(names)
-
-    def _download(self, names: list[str]) -> None:
+            need = f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has"
+            raise NoSpace(f"{need} {free / 1e9:.1f} GB free", fix=_MORE_SPACE)
         request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
-        disable_progress_bars()  # `_progress` shows what comes
         asked |= {"repo_type": self.kind, "revision": self.commit}
         asked["allow_patterns"] = [glob.escape(name) for name in names]
-        missing = ", ".join(names[:3]) + " ..." * (len(names) > 3)
-        with hub_errors(self.id, self.setting, self.revision or self.commit, missing):
-            retried(lambda: request(self.id, **asked))
+        revision, missing = self.revision or self.commit, console.some(names)
+        failing = hub_errors(self.id, self.setting, revision, missing)
+        with failing, _progress(self.id, size) as bar:
+            retried(lambda: request(self.id, **asked, tqdm_class=bar))
 
 
 def resolve(
@@ -223,7 +215,7 @@ def retried(request: Callable[[], T]) -> T:
             status = _status(error)
             if status not in BUSY:
                 raise
-            headers = found.response.headers if (found := _error_of_hub(error)) else {}
+            headers = answer.response.headers if (answer := _error_of_hub(error)) else {}
             after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
@@ -239,12 +231,7 @@ def hub_errors(
     get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
         yield
-    except FintuneError:
-        raise
-    except Exception as error:
-        known = (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError)
-        if not isinstance(error, known):
-            raise
+    except (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 
@@ -254,7 +241,6 @@ def hub_error(
     """The message for an exception of the hub's clients, without token or URL.
 
     Args:
-        name: hub id of a model or a data set.
         setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
         missing: what was asked for.
     """
@@ -275,7 +261,7 @@ def hub_error(
     token = "HF_TOKEN" if (held := huggingface_hub.get_token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
         what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
-        return NoSpace(what, fix="free some space, or set HF_HOME to another volume")
+        return NoSpace(what, fix=_MORE_SPACE)
     if is_a(errors.GatedRepoError):
         what = f"{name} is gated: its licence must be accepted first"
         return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
@@ -283,7 +269,7 @@ def hub_error(
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(what, fix=f"check the id and {setting}; if it is private: {token}")
+        return raised(what, fix=f"check id and {setting}; a private one needs its token ({token})")
     if status in (401, 403):
         what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
@@ -315,11 +301,9 @@ def token_state() -> tuple[str, str]:
         return "not set", "for gated bases"
     if constants.HF_HUB_OFFLINE:
         return "set", "offline: the hub was not asked whether it is good"
-    page, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
+    get_session().timeout = httpx2.Timeout(5)
     try:
-        answer = get_session().get(page, headers=headers, timeout=5)
-        hf_raise_for_status(answer)
-        return f"good, of {answer.json()['name']}", ""
+        return f"good, of {huggingface_hub.HfApi().whoami(token)['name']}", ""
     except Exception as error:  # whatever a proxy sends in the place of an answer
         if _status(error) in (401, 403):
             return "refused by the hub", f"make one at {constants.ENDPOINT}/settings/tokens"
@@ -349,7 +333,7 @@ def _status(error: BaseException) -> int | None:
     """
     if isinstance(error, json.JSONDecodeError):
         return 502
-    return int(found.response.status_code) if (found := _error_of_hub(error)) else None
+    return int(answer.response.status_code) if (answer := _error_of_hub(error)) else None
 
 
 def has_hash(path: Path, digest: str) -> bool | None:
@@ -363,28 +347,24 @@ def has_hash(path: Path, digest: str) -> bool | None:
 
 
 @contextmanager
-def _progress(name: str, blobs: Path, size: int) -> Iterator[None]:
-    """Show how much of a download has come: a bar on a terminal, else a line a minute."""
-    ended = threading.Event()
+def _progress(name: str, size: int) -> Iterator[type[tqdm]]:
+    """Show how much of a download has come: a bar on a terminal, else a line a minute.
 
-    def held() -> int:
-        total = 0
-        with suppress(OSError):  # a file is renamed while it is looked at
-            total = sum(path.stat().st_size for path in blobs.glob("*"))
-        return total
+    Yields:
+        What the client reports to, in the place of its own bars.
+    """
+    with console.meter(f"fetching {name}", size, download=True) as meter:
 
-    def watch() -> None:
-        before = held()
-        with console.meter(f"fetching {name}", size, download=True) as meter:
-            while not ended.wait(0.5):
-                meter.advance((now := held()) - before)
-                before = now
+        class Bar(tqdm):
+            def __init__(self, *args: Any, name: str = "", **options: Any) -> None:
+                super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
+                # The client has three: files, bytes of the network, bytes on the disk.
+                self.counted = name == "huggingface_hub.snapshot_download"
 
-    console.say(f"fetching {name}: {size / 1e6:,.1f} MB")
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+            def update(self, n: float | None = 1) -> None:
+                if self.counted:
+                    meter.advance(int(n or 0))
+
+        if size:
+            console.say(f"fetching {name}: {size / 1e6:,.1f} MB")
+        yield Bar

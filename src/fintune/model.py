@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -164,11 +164,13 @@ def find_release(name: Path) -> Path:
     given = _RELEASE_ID.fullmatch(str(name))
     if given is None or name.exists():
         return name
-    found = resolve("model", given[1], given[2], setting="release")
-    names = found.files().keys() - checks.HUB_FILES
-    checks.refuse(f"{found.id} holds what no release does:", names - {*LIMITS["release_names"]})
-    console.say(f"{found.id} at commit {found.commit}")
-    return found.fetch(sorted(names))
+    repository = resolve("model", given[1], given[2], setting="release")
+    names = repository.files().keys() - checks.HUB_FILES
+    checks.refuse(
+        f"{repository.id} holds what no release does:", names - {*LIMITS["release_names"]}
+    )
+    console.say(f"{repository.id} at commit {repository.commit}")
+    return repository.fetch(sorted(names))
 
 
 def open_release(folder: Path, base: Path | None) -> Base:
@@ -188,8 +190,7 @@ def open_release(folder: Path, base: Path | None) -> Base:
     ours = (folder / checks.SUMS).exists()
     report.checks += open_folder(folder, "release" if ours else "adapter")
     named = release_base(folder, base)
-    report.run(lambda: check_revision(folder, named))
-    report.run(lambda: probe_release(folder, named.folder))
+    report.run(lambda: check_on_base(folder, named))
     report.settle()
     return named
 
@@ -208,9 +209,10 @@ def release_base(folder: Path, base: Path | None) -> Base:
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 
-def check_revision(folder: Path, base: Base) -> list[Check]:
-    """The adapter was trained on these weights, as far as the folder says it."""
-    return [checks.ask("base", _same_revision, folder, base)]
+def check_on_base(folder: Path, base: Base) -> Iterator[Check]:
+    """The adapter was trained on these weights, as far as the folder says it, and fits them."""
+    yield checks.ask("base", _same_revision, folder, base)
+    yield from probe_release(folder, base.folder)
 
 
 def _same_revision(folder: Path, base: Base) -> str:

@@ -5,7 +5,6 @@ forbids them whatever text of others stands in it. It follows the reader's light
 and reads well on a phone: charts (inline SVG) shrink to its width, wide tables scroll.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ def _show(value: object) -> object:
     return printable(str(value))
 
 
-def _numeric(rows: Sequence[Sequence[object]], columns: int) -> list[bool]:
-    """For each column whether all its cells are numbers or percentages."""
-    return [
-        bool(rows)
-        and all(isinstance(row[at], int | float | None) or str(row[at])[-1:] == "%" for row in rows)
-        for at in range(columns)
-    ]
-
-
 def percent(value: float | None, sign: str = "") -> str:
     """A share in percent with one decimal."""
     return "–" if value is None else f"{100 * value:{sign}.1f} %"
@@ -62,4 +52,4 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"numeric": _numeric, "percent": percent}
+_ENVIRONMENT.filters |= {"percent": percent}

@@ -15,7 +15,7 @@ from typing import Any
 
 from fintune import nano
 from fintune.config import DataConfig, SourceConfig
-from fintune.console import say
+from fintune.console import say, some
 from fintune.errors import ConfigError, DataError
 from fintune.files import sha256_file
 from fintune.formats import ENDINGS, ROWS_A_BATCH, Row, check_head, file_rows, format_of, parse
@@ -80,8 +80,8 @@ class Source:
         """The configured one, else what the card of a fetched data set of the hub names."""
         card = self.repository.folder / CARD if self.repository else None
         text = card.read_text("utf-8", "replace") if card and card.is_file() else ""
-        found = _LICENCE.search(text.partition("\n---")[0])
-        return self.config.licence or (found and found[1])
+        match = _LICENCE.search(text.partition("\n---")[0])
+        return self.config.licence or (match and match[1])
 
     def rows(self) -> Iterator[Row]:
         """All rows in order, those of JSON Lines not parsed yet; lines count on from file to file.
@@ -105,8 +105,8 @@ class Source:
         rows, there = self.rows(), set[str]()
         while batch := list(islice(rows, ROWS_A_BATCH)):
             if self.config.columns and not there:
-                found = [row for _, raw in batch if isinstance(row := parse(raw), dict)]
-                there = {str(name) for row in found for name in row}
+                parsed = [row for _, raw in batch if isinstance(row := parse(raw), dict)]
+                there = {str(name) for row in parsed for name in row}
                 if there and (unknown := {*self.config.columns.values()} - there):
                     raise DataError(
                         f"{self.name} has no column {', '.join(sorted(unknown))}",
@@ -130,14 +130,14 @@ def find_sources(config: DataConfig, known: Known) -> list[Source]:
 
 def named(wanted: list[SourceConfig], setting: str, known: Known) -> list[Source]:
     """Every file and hub id of these, ordered by name; of equal names later ones get a number."""
-    found = [source for item in wanted for source in locate(item, setting, known)]
-    found.sort(key=lambda source: (source.name, source.identity))
+    sources = [source for item in wanted for source in locate(item, setting, known)]
+    sources.sort(key=lambda source: (source.name, source.identity))
     seen: Counter[str] = Counter()
-    for at, source in enumerate(found):
+    for at, source in enumerate(sources):
         seen[source.name] += 1
         if (count := seen[source.name]) > 1:
-            found[at] = replace(source, name=f"{source.name}#{count}")
-    return found
+            sources[at] = replace(source, name=f"{source.name}#{count}")
+    return sources
 
 
 def locate(item: SourceConfig, setting: str, known: Known) -> list[Source]:
@@ -152,8 +152,8 @@ def locate(item: SourceConfig, setting: str, known: Known) -> list[Source]:
     if path.is_file():
         return [_local(path, path.name, item)]
     if path.is_dir():
-        found = glob.glob("**/*", root_dir=path, recursive=True)  # hidden ones are left out
-        names = [PurePath(name).as_posix() for name in found if (path / name).is_file()]
+        entries = glob.glob("**/*", root_dir=path, recursive=True)  # hidden ones are left out
+        names = [PurePath(name).as_posix() for name in entries if (path / name).is_file()]
         return [_local(path / name, name, item) for name in choose(names, path, item, setting)]
     if glob.has_magic(item.path):
         root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
@@ -216,19 +216,14 @@ def choose(names: list[str], folder: Path, item: SourceConfig, setting: str) -> 
     elif not (chosen := splits.get(split) or splits.get(KEYWORDS.get(split, split), [])):
         raise _absent(f"no split {split}", "split", [*splits], item, setting)
     left = [name for name in names if name not in chosen and name not in (CARD, "LICENSE")]
-    apart = f"; left out: {_shown(left)}" if left else ""
-    say(f"{item.path}{subset}, {split or 'every'} split: {_shown(chosen)}{apart}")
+    apart = f"; left out: {some(left, _NAMES_SHOWN)}" if left else ""
+    say(f"{item.path}{subset}, {split or 'every'} split: {some(chosen, _NAMES_SHOWN)}{apart}")
     return chosen
 
 
 def _absent(what: str, key: str, there: list[str], item: SourceConfig, setting: str) -> DataError:
     fix = f"choose by {setting}.{key}: {{path: {item.path}, {key}: {there[0]}}}"
-    return DataError(f"{item.path} has {what}; there are: {_shown(there)}", fix=fix)
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return DataError(f"{item.path} has {what}; there are: {some(there, _NAMES_SHOWN)}", fix=fix)
 
 
 def _configuration(
@@ -245,18 +240,20 @@ def _configuration(
     block = re.search(r"(?ms)^configs:\s.*?(?=^\w|\Z)", front[1]) if front else None
     listed = read_yaml(block[0], f"{item.path}/{CARD}")["configs"] if block else None
     entries = [each for each in listed or [] if isinstance(each, dict)]
-    found = {str(each.get("config_name", "default")): each for each in entries}
-    if not found and (item.subset or all(map(_CONVERTED.fullmatch, data))):
-        found = {top: {"data_dir": top} for name in data if (top := name.partition("/")[0]) != name}
-    found = found or {"default": {}}
+    configs = {str(each.get("config_name", "default")): each for each in entries}
+    if not configs and (item.subset or all(map(_CONVERTED.fullmatch, data))):
+        configs = {
+            top: {"data_dir": top} for name in data if (top := name.partition("/")[0]) != name
+        }
+    configs = configs or {"default": {}}
     main = [
-        n for n, e in found.items() if n == "default" or str(e.get("default")).lower() == "true"
+        n for n, e in configs.items() if n == "default" or str(e.get("default")).lower() == "true"
     ]
-    main = [item.subset] if item.subset else main or [*found]
-    if len(main) > 1 or main[0] not in found:
+    main = [item.subset] if item.subset else main or [*configs]
+    if len(main) > 1 or main[0] not in configs:
         lacks = f"no configuration {item.subset}" if item.subset else "several configurations"
-        raise _absent(lacks, "subset", [*found], item, setting)
-    return f" ({main[0]})" if len(found) > 1 else "", found[main[0]]
+        raise _absent(lacks, "subset", [*configs], item, setting)
+    return f" ({main[0]})" if len(configs) > 1 else "", configs[main[0]]
 
 
 def _splits(data: list[str], entry: dict[str, Any]) -> dict[str, list[str]]:
@@ -264,17 +261,17 @@ def _splits(data: list[str], entry: dict[str, Any]) -> dict[str, list[str]]:
     top = re.sub(r"^[./]+|/+$", "", str(entry.get("data_dir") or "."))
     top = top and f"{top}/"
     names = [name.removeprefix(top) for name in data if name.startswith(top)]
-    found, files = defaultdict[str, list[str]](list), entry.get("data_files")
+    splits, files = defaultdict[str, list[str]](list), entry.get("data_files")
     if not files:
         for name in [name for name in names if _SHARD.fullmatch(name)] or names:
-            found[_split_of(name)].append(top + name)
+            splits[_split_of(name)].append(top + name)
     for part in files if isinstance(files, list) else [files] if files else []:
         said = part if isinstance(part, dict) else {"split": "", "path": part}
         path = said.get("path")
         rules = [_pattern(str(each)) for each in (path if isinstance(path, list) else [path])]
         matching = [top + name for name in names if any(rule.fullmatch(name) for rule in rules)]
-        found[str(said.get("split"))] += matching
-    return found
+        splits[str(said.get("split"))] += matching
+    return splits
 
 
 def _split_of(name: str) -> str:

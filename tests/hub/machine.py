@@ -25,8 +25,10 @@ class Said(NamedTuple):
 class Machine:
     """Runs commands of `fintune` with HF_HOME at `home` and HF_ENDPOINT at the hub."""
 
-    def __init__(self, hub: Hub, home: Path, token: str = "", *, offline: bool = False) -> None:
-        self.hub, self.home, self.token, self.offline = hub, home, token, offline
+    def __init__(
+        self, hub: Hub, home: Path, token: str = "", *, offline: bool = False, xet: bool = False
+    ) -> None:
+        self.hub, self.home, self.token, self.offline, self.xet = hub, home, token, offline, xet
         home.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -39,7 +41,7 @@ class Machine:
     def enter(self) -> None:
         """Make this process one of the machine."""
         os.environ |= {"HF_TOKEN": self.token, "XDG_CACHE_HOME": str(self.home / "xdg")}
-        known: dict[str, Any] = {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": self.offline}
+        known: dict[str, Any] = {"HF_HUB_DISABLE_XET": not self.xet, "HF_HUB_OFFLINE": self.offline}
         known["HF_HUB_DISABLE_TELEMETRY"] = True  # as the command line sets it before the import
         known |= {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache)}
         known["HUGGINGFACE_CO_URL_TEMPLATE"] = (

@@ -40,17 +40,15 @@ def inspect(
     Raises:
         DataError: no such row.
     """
+    parts = (part,) if line is None else PARTS
+    tables = {name: _matching(config, name, source=source, line=line) for name in parts}
+    dropped = why_dropped(config, source=source, line=line) if line else []
     if line is None:
-        table = _matching(config, part, source=source)
-        table = table.filter(pc.starts_with(table["example_id"], row)).slice(0, count)
-        tables, dropped, missing = {part: table}, [], f"such row in {part}.parquet"
-    else:
-        tables = {name: _matching(config, name, source=source, line=line) for name in PARTS}
-        dropped = why_dropped(config, source=source, line=line)
-        missing = f"row at {source or 'any source'}:{line}"
+        table = tables[part]
+        tables[part] = table.filter(pc.starts_with(table["example_id"], row)).slice(0, count)
     if not dropped and not any(map(len, tables.values())):
         raise DataError(
-            f"no {missing} of {config.data_dir}",
+            f"no such row in {', '.join(tables)} of {config.data_dir}",
             fix="see fintune dropped, or another --part; lines count from 1, a row's is its first",
         )
     return _texts(config, tables), dropped

@@ -9,16 +9,14 @@ import contextlib
 import math
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate.utils import send_to_device
 
-import fintune
 from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
@@ -36,6 +34,7 @@ from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
+PACKAGES = ("fintune", "torch", "transformers", "peft")
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -171,7 +170,9 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=excluded),
-        "tasks": {name: identity(config.eval.tasks[name], found) for name, found in tasks.items()},
+        "tasks": {
+            name: identity(config.eval.tasks[name], sources) for name, sources in tasks.items()
+        },
     }
 
 
@@ -197,9 +198,7 @@ def _answer(
         **inputs,
         "precision": dtype,
         "decoding": "greedy",
-        "packages": {
-            each.__name__: each.__version__ for each in (fintune, torch, transformers, peft)
-        },
+        "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     write_json(folder / "run.json", run_info)
@@ -283,6 +282,7 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     padding_free = attention.why_padded(causal_model(peft_model)) is None
     total, tokens, start = 0.0, 0, 0
     while start < len(rows):
+        # Padded, no batch has more: `plan_evaluation` counts the tokens of its rows alone.
         end = start + max(1, BATCH_TOKENS // len(rows[start]["input_ids"]))
         batch, start = rows[start:end], end
         tensors = padding_free_batch(batch) if padding_free else padded_batch(batch, pad)

@@ -10,7 +10,7 @@ answers. Nothing imported here loads torch, so that rescoring takes as long as t
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from fintune.files import json_text, read_json, read_jsonl, write_json
 from fintune.page import save_page
 
 Json = dict[str, Any]
+Known = dict[str, tuple[str | None, str]]
+"""By item the variant that is correct where only one is (`Pair.better`), and its document or group
+of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
 RESULTS, REPORT = "test_results.json", "report.html"
 FEWEST_CHECKABLE = 100
@@ -56,12 +59,8 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
-    judged = judge_summary(
-        list(read_jsonl(folder / judge.NAME)),
-        {pair.item.id: pair.better for pair in pairs},
-        {pair.item.id: pair.item.group for pair in pairs},
-        run["seed"],
-    )
+    known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
+    judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known, run["seed"])
     accuracy, measures = _accuracy(checked, run["seed"]), _measures(pairs, run["seed"])
     if judged:
         measures["judge_win_rate"] = judged["win_rate"]
@@ -109,15 +108,12 @@ def loss_summary(cells: list[Json]) -> Json:
     return {**mean(cells), "by_source": by_source}
 
 
-def judge_summary(
-    rows: Sequence[Json], graded: dict[str, str | None], groups: dict[str, str], seed: int
-) -> Json | None:
+def judge_summary(rows: list[Json], known: Known, seed: int) -> Json | None:
     """Win rate, reliability and cost of the judge; None where no judge was asked.
 
     Args:
         rows: of the raw file, one per call.
-        graded: by item the variant that is correct where only one is (`Pair.better`), else None.
-        groups: by item its document, the unit of resampling.
+        known: by item what arithmetic says of it, and its group.
     """
     calls = [row for row in rows if row.get("key")]
     if not calls:
@@ -133,16 +129,14 @@ def judge_summary(
         "control_items": {"ok": len(controls) - len(failed), "of": len(controls), "failed": failed},
         "usd": round(sum(row["usage"]["usd"] for row in calls), 6),
         "human": stats.agreement(labelled),
-        **_pairwise(pairs, graded, groups, seed),
+        **_pairwise(pairs, known, seed),
     }
 
 
-def _pairwise(
-    rows: list[Json], graded: dict[str, str | None], groups: dict[str, str], seed: int
-) -> Json:
+def _pairwise(rows: list[Json], known: Known, seed: int) -> Json:
     """Win rate and position bias, from two calls an item, one in each order of the candidates.
 
-    Two orders with different outcomes are a tie; where `graded` names a variant, it wins.
+    Two orders with different outcomes are a tie; where `known` names a variant, it wins.
     """
     orders: dict[str, list[str | None]] = {}
     for row in rows:
@@ -152,12 +146,12 @@ def _pairwise(
     for key, (first, second) in orders.items():
         opinion = None if not (first and second) else first if first == second else "tie"
         consistent += opinion is not None and first == second
-        exact = graded.get(key)
+        exact, _ = known[key]
         against += exact is not None and opinion not in (None, "tie", exact)
         if exact or opinion:
             wins[key] = exact or opinion or ""
     scores = [judge.SCORE[winner] for winner in wins.values()]
-    difference = stats.paired([s - 0.5 for s in scores], [groups[key] for key in wins], seed=seed)
+    difference = stats.paired([s - 0.5 for s in scores], [known[key][1] for key in wins], seed=seed)
     chosen = [row for row in rows if row["outcome"] in VARIANTS]
     chose_first = sum(row["outcome"] == row["positions"][0] for row in chosen)
     won, tied, lost = (scores.count(score) for score in (1.0, 0.5, 0.0))

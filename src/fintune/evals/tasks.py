@@ -71,7 +71,7 @@ def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, l
     Raises:
         ConfigError: no such task, or no source. DataError: no such file, or the hub refuses.
     """
-    found = {}
+    sources = {}
     for name, item in tasks.items():
         task, setting = TASKS.get(name), f"eval.tasks.{name}"
         if task is None:
@@ -82,8 +82,8 @@ def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, l
             raise ConfigError(f"{setting}: no file of questions", fix=fix)
         path = item.path or str(Path(__file__).with_name(task.questions))
         wanted = SourceConfig.model_validate({**item.model_dump(), "path": path})
-        found[name] = named_sources([wanted], setting, known)
-    return found
+        sources[name] = named_sources([wanted], setting, known)
+    return sources
 
 
 def identity(item: DatasetConfig, sources: list[Source]) -> Any:

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import tempfile
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from fintune.hub import COMMIT
 from fintune.releasing.verify import make_golden_prompts
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
-from fintune.untrusted.probe import probe_release
 
 Json = dict[str, Any]
 RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
@@ -97,8 +95,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             report = checks.Report(final)
             report.run(lambda: static.static_checks(staging, "release"))
             report.run(lambda: [static.check_paths(staging, _private(inputs))])
-            report.run(lambda: model.check_revision(staging, inputs.base))
-            report.run(lambda: probe_release(staging, inputs.base.folder))
+            report.run(lambda: model.check_on_base(staging, inputs.base))
             report.settle()
     console.say(f"released: {final}")
     return final
@@ -210,8 +207,7 @@ def _build(staging: Path, inputs: Inputs) -> None:
         "files": {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())},
     }
     files.write_json(staging / CONFIG, facts)
-    judged = list(files.read_jsonl(staging / JUDGED))
-    card = write_card(inputs, judged, files.sha256_file(staging / CONFIG), llama)
+    card = write_card(inputs, files.sha256_file(staging / CONFIG), llama)
     files.write_text(staging / CARD, card)
     sums = [f"{files.sha256_file(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
     files.write_text(staging / checks.SUMS, "".join(sums))
@@ -279,14 +275,13 @@ def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     return match[1]
 
 
-def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: str | None) -> str:
+def write_card(inputs: Inputs, config_sha256: str, llama: str | None) -> str:
     """README.md of a release: `templates/card.md.jinja`, filled with what the run's files say.
 
     A fact that is not in the files is left out. The metadata block goes through huggingface_hub's
     ModelCardData, so that the hub reads it.
 
     Args:
-        judged: rows of the judged set.
         config_sha256: of training_config.json, which names the hashes of the other files.
         llama: version of a Llama base, whose licence has duties; None for any other base.
     """
@@ -313,12 +308,6 @@ def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: st
         model_name=name,
         eval_results=[of_test(k, v["adapter"]) for k, v in parts.items() if "adapter" in v],
     )
-    counts = Counter(
-        f"verdicts of {row.get('served_model') or row.get('model')}"
-        if row.get("status") == "scored"
-        else f"unscored ({row.get('unscored_reason')})"
-        for row in judged
-    )
     text = page.render(
         "card.md.jinja",
         **inputs._asdict() | {"config": config},
@@ -328,7 +317,6 @@ def write_card(inputs: Inputs, judged: list[Json], config_sha256: str, llama: st
         llama=llama,
         commit=base.revision if COMMIT.fullmatch(base.revision) else None,
         vllm_rank=vllm_rank(config.train.lora.r),
-        judges="; ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "empty",
         config_sha256=config_sha256,
     )
     return text + "\n"

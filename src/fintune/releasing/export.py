@@ -1,6 +1,6 @@
 """A release in the formats of other programs; each is a function with `@exports.command()`."""
 
-import importlib.util
+import importlib
 import os
 import shlex
 import tempfile
@@ -86,12 +86,8 @@ def vllm(folder: Folder) -> str:
     """
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    keys = ("use_dora", "modules_to_save", "lora_bias", "bias")
-    refused = [key for key in keys if (config.get(key) or "none") != "none"]
-    refused += [f"rank {rank} (at most {VLLM_RANKS[-1]})"] if rank > VLLM_RANKS[-1] else []
-    if refused:
-        raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
+    if (rank := config["r"]) > VLLM_RANKS[-1]:
+        raise ModelError(f"vLLM loads no adapter of rank {rank} (at most {VLLM_RANKS[-1]})")
     path, revision = folder.resolve(), config.get("revision") or ""
     words = ["vllm", "serve", config["base_model_name_or_path"]]
     words += ["--revision", revision] if COMMIT.fullmatch(revision) else []
@@ -166,11 +162,11 @@ def ollama_modelfile(chat: ChatFormat) -> str:
 
 
 def _gguf_writer() -> ModuleType:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the gguf package is not installed", fix="pip install 'fintune[export]'")
-    from fintune.releasing import gguf
-
-    return gguf
+    try:
+        return importlib.import_module("fintune.releasing.gguf")
+    except ModuleNotFoundError:
+        fix = "pip install 'fintune[export]'"
+        raise ModelError("the gguf package is not installed", fix=fix) from None
 
 
 def _load_merged(folder: Path, base: Path | None) -> LoadedRelease:

@@ -27,7 +27,7 @@ from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.untrusted import static
 from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
-from fintune.untrusted.probe import probe_release, read_tokenizer
+from fintune.untrusted.probe import read_tokenizer
 
 KEY_VARIABLE = "FINTUNE_API_KEY"
 TIMEOUT_S = 120.0
@@ -105,8 +105,7 @@ def verify(
     if report.failed:
         return report
     base_model = model.release_base(folder, base)
-    report.run(lambda: model.check_revision(folder, base_model))
-    report.run(lambda: probe_release(folder, base_model.folder))
+    report.run(lambda: model.check_on_base(folder, base_model))
     report.run(lambda: _check_loaded(folder, base_model))
     if server is not None:
         report.run(lambda: _check_server(folder, server))

@@ -262,8 +262,9 @@ def serve(
     folder = find_release(folder)
     loaded = load_release(folder, open_release(folder, base))
     with running(loaded, folder, host=host, port=port, key=key) as server:
-        console.say(f"{folder.name} on {loaded.base.id}: open http://{host}:{port}/")
-        # uvicorn drains, then raises the signal again; a stop on request exits with 0.
+        # uvicorn drains, then raises the signal again; a stop on request exits with 0. One that
+        # comes before uvicorn listens for it counts too.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        console.say(f"{folder.name} on {loaded.base.id}: open http://{host}:{port}/")
         server.run()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic_core import from_json
 from safetensors import safe_open
 
-from fintune.console import printable
+from fintune.console import printable, some
 from fintune.errors import FintuneError, GateRefused
 from fintune.files import read_toml
 
@@ -124,7 +124,8 @@ def entries(folder: Path) -> list[Path]:
 def open_file(folder: Path, name: str) -> BufferedReader:
     """Open a regular file of a folder; symbolic links are not followed.
 
-    Exception: a link from a snapshot of the hub's cache to the `blobs` folder of its repository.
+    Exception: a link from a snapshot of the hub's cache to the `blobs` folder of its repository, or
+    on to the one of the cache, where the hub's client keeps what repositories share.
 
     Raises:
         Unreadable: absent, a link, a device, a FIFO, a folder, or not permitted.
@@ -132,9 +133,10 @@ def open_file(folder: Path, name: str) -> BufferedReader:
     path, snapshots = folder / name, folder.absolute().parent
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        blobs = (snapshots.parent / "blobs").resolve()
-        if path.is_symlink() and snapshots.name == "snapshots" and path.resolve().parent == blobs:
-            path = path.resolve()
+        real, places = path.resolve(), (snapshots.parent, snapshots.parent.parent)
+        ours = any(real.is_relative_to((place / "blobs").resolve()) for place in places)
+        if path.is_symlink() and snapshots.name == "snapshots" and ours:
+            path = real
         handle = os.open(path, flags)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = getattr(error, "strerror", None) or "no file name"
@@ -192,12 +194,6 @@ def read_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]
     with safe_open(folder / name, "np") as file:
         slices = {key: file.get_slice(key) for key in file.offset_keys()}
         return {key: (each.get_dtype(), (*each.get_shape(),)) for key, each in slices.items()}
-
-
-def some(names: Collection[str]) -> str:
-    """The first three names, and the number of the others."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + rest
 
 
 def sha256_of(folder: Path, name: str) -> str:

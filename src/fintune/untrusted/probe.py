@@ -73,13 +73,9 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
     Raises:
         GateRefused: a limit of the child was exceeded.
     """
-    report = checks.Report(folder)
-
-    def run_checks() -> list[tuple[str, ...]]:
-        report.run(lambda: _release_checks(_Release(folder, base)))
-        return [astuple(check) for check in report.checks]
-
-    return [Check(*row) for row in run_limited(run_checks, folder.name)]
+    of = _Release(folder, base)
+    rows = run_limited(lambda: [astuple(check) for check in _release_checks(of)], folder.name)
+    return [Check(*row) for row in rows]
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
+from fintune.console import some
 from fintune.untrusted import checks
-from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask, refuse, some
+from fintune.untrusted.checks import LIMITS, Check, Note, Report, Unreadable, ask, refuse
 
 Role = Literal["release", "adapter", "base"]
 """A release of fintune (only allowed names), any folder of peft, or a base model."""
