@@ -308,7 +308,7 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
      "x/a-1.jsonl x/b11.jsonl"),
     ("its split", ["x/a-1.jsonl", "x/v.jsonl", "y/z.jsonl"], PARTS, {"split": "dev"}, "x/v.jsonl"),
     ("no such split of it", ["x/a-1.jsonl", "x/v.jsonl"], PARTS, {"split": "test"},
-     "error: (2024) has no split test; there are: train, dev"),
+     "error: (2024) has no split test; there are: dev, train"),
     ("data_dir", ["x/a-1.jsonl", "y/train.jsonl", "y/test.jsonl", "train.jsonl"], PARTS,
      {"subset": "other"}, "y/train.jsonl"),
     ("files that are not there", ["a.jsonl"], TWO, {"subset": "one"}, "error: holds no data file"),
@@ -557,7 +557,7 @@ def test_a_task_names_its_revision_configuration_and_split(hub: Hub, run: tiny.C
     refused(evaluate(run, task=task), "there are: a, b", "eval.tasks.fpb.subset")
     wrong = {**task, "subset": "b", "split": "train"}
     refused(
-        evaluate(run, "--fresh", task=wrong), "there are: validation, test", "eval.tasks.fpb.split"
+        evaluate(run, "--fresh", task=wrong), "there are: test, validation", "eval.tasks.fpb.split"
     )
     for split, line in (("test", "B"), ("validation", "D")):
         task = {"path": TASK, "revision": first, "subset": "b", "split": split}
