@@ -34,7 +34,7 @@ MOST_CELL = 4 << 20
 PIECE_BYTES = 1 << 12
 """Bytes of one read."""
 
-ROWS_A_BATCH = 4096
+ROWS_A_BATCH = 1024
 HEADS = {
     b"version https://git-lfs": "a Git LFS pointer; run: git lfs pull",
     b"\x1f\x8b": "packed with gzip; add .gz to its name",
