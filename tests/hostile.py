@@ -282,7 +282,7 @@ CODE_CASES: dict[str, Change] = {
 }
 FILE_CASES: dict[str, Change] = {
     "a folder inside": lambda folder: (folder / "sub").mkdir(),
-    "a hidden folder": lambda folder: (folder / ".cache").mkdir(),
+    "a hidden folder": lambda folder: (folder / ".git").mkdir(),
     "a dangling link": replace("NOTICE", lambda path: path.symlink_to("nowhere")),
     "a link to a secret": replace("LICENSE", lambda path: path.symlink_to("/etc/passwd")),
     "a link to a device": replace(TOKENIZER, lambda path: path.symlink_to("/dev/zero")),

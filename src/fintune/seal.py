@@ -171,10 +171,11 @@ def finished(folder: Path, inputs: dict[str, Any], *, command: str, also: str = 
     """
     if empty(folder):
         return False
-    done, begun = (folder / DONE).is_file(), recorded_inputs(folder)
-    if not begun:
+    done = (folder / DONE).is_file()
+    mark = folder / (DONE if done else INPUTS)
+    if not mark.is_file():
         raise _foreign(folder)
-    if differing := "; ".join(differences(begun, inputs)):
+    if differing := "; ".join(differences(read_checked(mark)["inputs"], inputs)):
         state, also = ("finished", "") if done else ("unfinished", also)
         what = f"{folder} holds the {state} result of other inputs; these differ: {differing}"
         raise OutputError(what, fix=f"{_ELSEWHERE}, or: {command} --fresh{also}")
