@@ -86,8 +86,14 @@ def vllm(folder: Folder) -> str:
     """
     open_folder(folder, "release")
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
-    if (rank := config["r"]) > VLLM_RANKS[-1]:
-        raise ModelError(f"vLLM loads no adapter of rank {rank} (at most {VLLM_RANKS[-1]})")
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    refused = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
+    if rank > VLLM_RANKS[-1]:
+        refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
+    if config.get("bias", "none") != "none":
+        refused.append(f"bias {config['bias']!r}")
+    if refused:
+        raise ModelError(f"vLLM does not load an adapter with {', '.join(refused)}")
     path, revision = folder.resolve(), config.get("revision") or ""
     words = ["vllm", "serve", config["base_model_name_or_path"]]
     words += ["--revision", revision] if COMMIT.fullmatch(revision) else []
