@@ -40,7 +40,7 @@ WAITS_S = (1, 2, 4, 8, 16, 32)
 """Between the tries of a request that the hub is too busy for; its Retry-After goes before."""
 LONGEST_WAIT_S = 300
 SILENCE_S = 100.0
-"""After which a hub that sends nothing is gone, where the client has no limit of its own."""
+"""Timeout of a request for which the client sets none."""
 BUSY = (429, 500, 502, 503, 504)
 _MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
@@ -79,22 +79,24 @@ class Repository:
         Raises:
             FintuneError: the hub refuses or cannot be reached, and the listing is not cached.
         """
-        known = {"repo_type": self.kind, "revision": self.commit}
-        try:
-            listed: Any = huggingface_hub.get_cached_repo_tree(self.id, **known)
-        except errors.CachedRepoTreeNotFoundError:
-            # The client writes the listing to its cache when it downloads; two small files.
-            self._download(["config.json", "README.md"], 0)
-            with suppress(errors.CachedRepoTreeNotFoundError):
-                listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
-                return {file.path: file.size for file in listed}
-            if self.kind == "dataset":  # a shard that is missing would not be missed
-                what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
-                fix = f"run once with the hub, or set {self.setting} to a local copy"
-                raise DataError(what, why="some may be missing", fix=fix) from None
-            paths = [path for path in self.folder.rglob("*") if path.is_file()]
-            return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in paths}
-        return {file.path: file.size for file in listed}
+
+        def cached() -> dict[str, int]:
+            known: Any = {"repo_type": self.kind, "revision": self.commit}
+            listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
+            return {file.path: file.size for file in listed}
+
+        with suppress(errors.CachedRepoTreeNotFoundError):
+            return cached()
+        # The client caches the listing when it downloads, be it nothing: no size is known yet.
+        self._download([], 0)
+        with suppress(errors.CachedRepoTreeNotFoundError):
+            return cached()
+        if self.kind == "dataset":  # a shard that is missing would not be missed
+            what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
+            fix = f"run once with the hub, or set {self.setting} to a local copy"
+            raise DataError(what, why="some may be missing", fix=fix)
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in paths}
 
     def fetch(self, patterns: list[str]) -> Path:
         """The snapshot's folder with every file that matches; what is there is not fetched again.
@@ -110,8 +112,8 @@ class Repository:
         locks.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(locks / "fintune.lock"):
             files = self.files()
-            # What a killed download left; the client never goes on with it. It holds the lock of
-            # a file while that comes.
+            # The client never resumes what a killed download left, and locks a file while it
+            # downloads that.
             for part in (self._cache / "blobs").glob("*.incomplete"):
                 lock = locks / f"{part.name.partition('.')[0]}.lock"
                 with suppress(TimeoutError), WeakFileLock(lock, timeout=0.1):
@@ -143,13 +145,12 @@ class Repository:
         if (free := free_bytes(self._cache)) < size:
             need = f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has"
             raise NoSpace(f"{need} {free / 1e9:.1f} GB free", fix=_MORE_SPACE)
-        request, asked = huggingface_hub.snapshot_download, dict[str, Any]()
-        asked |= {"repo_type": self.kind, "revision": self.commit}
-        asked["allow_patterns"] = [glob.escape(name) for name in names]
-        revision, missing = self.revision or self.commit, console.some(names)
-        failing = hub_errors(self.id, self.setting, revision, missing)
+        exact = [glob.escape(name) for name in names]
+        asked: Any = {"repo_type": self.kind, "revision": self.commit, "allow_patterns": exact}
+        at = self.revision or self.commit
+        failing = hub_errors(self.id, self.setting, at, console.some(names))
         with failing, _progress(self.id, size) as bar:
-            retried(lambda: request(self.id, **asked, tqdm_class=bar))
+            retried(lambda: huggingface_hub.snapshot_download(self.id, **asked, tqdm_class=bar))
 
 
 def resolve(

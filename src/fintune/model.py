@@ -1,5 +1,6 @@
 """Base and adapter: where the files are, loading, precision, quantisation, device."""
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -130,7 +131,9 @@ def _fetch(config: ModelConfig, weights: bool, kept: dict[str, Any]) -> Path:
     folder = hub.fetch([name for name in top if name in SMALL_FILES])
     with suppress(ModelError):  # a release of a Llama base asks for it; nothing else does
         hub.fetch([name for name in top if any(fnmatch(name, each) for each in LICENCES)])
-    return hub.fetch([*_weight_files(folder, top)]) if weights else folder
+    # The index is a text of others: its names are no patterns, and only those listed are fetched.
+    shards = _weight_files(folder, top).intersection(top) if weights else set[str]()
+    return hub.fetch([glob.escape(name) for name in shards])
 
 
 def _weight_files(folder: Path, top: Iterable[str] | None = None) -> set[str]:

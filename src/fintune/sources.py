@@ -9,6 +9,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -268,9 +270,11 @@ def _splits(data: list[str], entry: dict[str, Any]) -> dict[str, list[str]]:
     for part in files if isinstance(files, list) else [files] if files else []:
         said = part if isinstance(part, dict) else {"split": "", "path": part}
         path = said.get("path")
-        rules = [_pattern(str(each)) for each in (path if isinstance(path, list) else [path])]
-        matching = [top + name for name in names if any(rule.fullmatch(name) for rule in rules)]
-        splits[str(said.get("split"))] += matching
+        listed = path if isinstance(path, list) else [path]
+        # Of brackets a card's [0-9] alone is a range; a file's name may hold others.
+        texts = [re.sub(r"\[(?!0-9\])", "[[]", str(each)) for each in listed]
+        fits = [n for n in names for t in texts if _fits(PurePath(n).parts, PurePath(t).parts)]
+        splits[str(said.get("split"))] += [top + name for name in dict.fromkeys(fits)]
     return splits
 
 
@@ -282,8 +286,15 @@ def _split_of(name: str) -> str:
     return next((KEYWORDS[word] for word in words if word in KEYWORDS), "")
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    """A card's pattern: `*` stays inside a folder, `**` does not."""
-    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "[0-9]": "[0-9]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[0-9\])", text.removeprefix("./"))
-    return re.compile("".join(rules.get(part, re.escape(part)) for part in parts))
+@cache
+def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path fit a card's pattern: `**` stands for any number of folders.
+
+    The rest is fnmatch's, part by part: one regular expression over the whole path would need
+    hours for a hostile pattern such as `*x*x*x*x*x*x*`.
+    """
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_fits(path[at:], pattern[1:]) for at in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
