@@ -100,9 +100,7 @@ def of_release(release: Path) -> dict[str, Any]:
     return {
         "files": sorted(path.name for path in release.iterdir()),
         "adapter_config": {key: config[key] for key in said},
-        "prompts_sha256": sha256(
-            [fixture["template_sha256"], fixture["chat"]["variables"]["date_string"]]
-        )
+        "prompts_sha256": sha256([fixture["template_sha256"], variables["date_string"]])
         + sha256(conversations),
         "answers": [row["answer"]["ids"] for row in fixture["conversations"]],
         "end_token_ids": fixture["end_token_ids"],

@@ -96,7 +96,7 @@ def test_every_end_token_of_the_list_stops(tiny: Tiny) -> None:
     for end in (free[2], free[5]):
         ((found,),) = generate(
             loaded,
-            ChatFormat(tokenizer, ChatConfig()),
+            chat,
             requests([ids], 12),
             stop_token_ids=[4000, end],
             batch_size=4,

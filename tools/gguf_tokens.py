@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp
 
 from fintune import console, files
+from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_base, load_release, release_base

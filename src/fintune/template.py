@@ -20,8 +20,8 @@ from fintune.errors import ModelError
 from fintune.example import Message
 from fintune.files import sha256_bytes
 
-_SYSTEM, _USER, _ANSWER, _USER2, _ANSWER2 = (f"\ue000{number}\ue001" for number in range(5))
-"""Stand for texts where a template is looked at."""
+_SYSTEM, _USER, _ANSWER, _USER2, _ANSWER2 = (f"\ue000Aa{number}\ue001" for number in range(5))
+"""Stand for texts where a template is looked at; with letters, which a template may change."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"]+)\1\s*\)")
 _ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a template raises: itself (`raise_exception`), or on a shape that it was not written for."""
@@ -107,7 +107,9 @@ class ChatTemplate:
             self.notes.append("it takes no system text, which goes before the first question")
         whole, prompt = self._must(turns), self._must(turns[:1], prompt=True)
         if _USER not in prompt or _ANSWER not in whole:
-            raise _unusable("leaves out a turn", "what is left out would not be trained")
+            raise _unusable(
+                "leaves out a turn or changes its text", "another text would be trained"
+            )
         begun = prompt[len(os.path.commonprefix([whole, prompt])) :]
         if tag := re.fullmatch(r"<(\w+)>(\n?)", begun):
             self.opened = begun.strip()

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fintune import errors
+from fintune import errors, files
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig
 from fintune.errors import FintuneError, GateRefused, ModelError
@@ -224,6 +224,9 @@ class _Release:
     @cached_property
     def chat(self) -> ChatFormat:
         """The chat format with the recorded settings."""
+        source = str(self.tokenizer.get_chat_template())
+        if files.sha256_bytes(source.encode()) != self.golden["template_sha256"]:
+            raise Unreadable("the chat template is not the one it was trained with")
         settings = ChatConfig(**self.golden["chat"]["settings"])
         return ChatFormat(self.tokenizer, settings, stop_token_ids(self.base, self.tokenizer))
 
@@ -287,8 +290,6 @@ def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the recorded text, ids and labels."""
     golden, rows = of.golden, of.golden["conversations"]
     chat, words = of.chat, range(len(of.tokenizer))
-    if chat.template_sha256 != golden["template_sha256"]:
-        raise Unreadable("the chat template is not the one it was trained with")
     if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
         raise Unreadable("no recorded answers of a known precision")
     for row in rows:
