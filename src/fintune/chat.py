@@ -16,9 +16,11 @@ tokenised apart, with transformers' own functions (`apply_chat_template(sanitize
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -28,8 +30,11 @@ from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Encoded, Message, Role
 from fintune.template import ChatTemplate, Refused
 
-_MARKS = str.maketrans("", "", mark_control_tokens("x", re.compile("x")).replace("x", ""))
-"""Takes out the marks of spelled control tokens."""
+PROOFS = 16
+"""First examples of every shape that are tokenised whole, and compared."""
+
+_MARKS = re.compile(f"[{mark_control_tokens('x', re.compile('x')).replace('x', '')}]")
+"""What transformers puts around a spelled control token."""
 
 
 class _Rendered(NamedTuple):
@@ -40,9 +45,13 @@ class _Rendered(NamedTuple):
     ends: list[int]
 
     @property
-    def trained(self) -> list[str]:
-        pairs = zip(self.prompts, self.ends, strict=True)
-        return [self.text[len(prompt) : end].translate(_MARKS) for prompt, end in pairs]
+    def pieces(self) -> list[str]:
+        """The text cut where an answer begins or ends: every second piece is trained."""
+        made, at = [], 0
+        for prompt, end in zip(self.prompts, self.ends, strict=True):
+            made += [self.text[at : len(prompt)], self.text[len(prompt) : end]]
+            at = end
+        return [*made, self.text[at:]]
 
 
 class _Tokens(NamedTuple):
@@ -79,8 +88,9 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.values()
         names = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        (end,) = self._tokenise([self.template.end])
-        self.stop_token_ids = sorted({*stops, *end.ids[-1:]})
+        self._cuts, self._proofs = True, Counter[tuple[Role, ...]]()
+        (end,) = self._ids([self.template.end])
+        self.stop_token_ids = sorted({*stops, *end[-1:]})
 
     def for_rows(self, conversations: Iterable[Sequence[Message]]) -> "ChatFormat":
         """With `chat.thinking` of `auto` decided: thoughts are kept if any conversation has one."""
@@ -116,6 +126,8 @@ class ChatFormat:
         """
         marked = [[self._marked(message) for message in rows] for rows in conversations]
         rendered = [self._rendered(rows, split=self.template.splits) for rows in marked]
+        if self._cuts and (made := self._in_pieces(marked, rendered)):
+            return self._checked(made, rendered)
         known = self._known(rendered)
         for at, one in enumerate(rendered):
             if isinstance(one, list) and len(one[0].prompts) > 1 and not _begins(one[0], known):
@@ -130,17 +142,51 @@ class ChatFormat:
     def _marked(self, message: Message) -> Message:
         """A turn whose texts are stripped, as templates do, and hold no whole control token."""
 
+        def mark(text: str) -> str:
+            spelled = self.template.control.search(text) or _MARKS.search(text)
+            return mark_control_tokens(text, self.template.control) if spelled else text
+
         return replace(
             message,
-            content=self._mark(message.content.strip()),
-            thought=self._mark(message.thought.strip()),
-            tool_calls=self._mark(message.tool_calls),
-            tools=self._mark(message.tools),
+            content=mark(message.content.strip()),
+            thought=mark(message.thought.strip()),
+            tool_calls=mark(message.tool_calls),
+            tools=mark(message.tools),
         )
 
-    def _mark(self, text: str) -> str:
-        marked: str = mark_control_tokens(text, self.template.control)
-        return marked
+    def _in_pieces(
+        self, rows: list[list[Message]], rendered: list[list[_Rendered] | Refused]
+    ) -> list[list[Encoded] | Refused] | None:
+        """The examples from pieces that are tokenised apart: a text met twice only once.
+
+        None, now and for ever, where the first examples of a shape have other ids as a whole.
+        """
+        cuts = [one.pieces for each in rendered if isinstance(each, list) for one in each]
+        unique = list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
+        ids = dict(zip(unique, self._ids(unique), strict=True))
+        made: list[list[Encoded] | Refused] = []
+        for messages, each in zip(rows, rendered, strict=True):
+            if isinstance(each, Refused):
+                made.append(each)
+                continue
+            examples = []
+            for one in each:
+                examples.append(row := Encoded([], []))
+                for at, piece in enumerate(one.pieces):
+                    row.input_ids.extend(of := ids[piece])
+                    row.labels.extend(of if at % 2 else [IGNORE_INDEX] * len(of))
+            made.append(examples)
+            shape = tuple(message.role for message in messages)
+            self._proofs[shape] += 1
+            if self._proofs[shape] <= PROOFS:
+                texts = [one.text for one in each] + each[-1].prompts
+                whole = self._ids(texts)
+                self._cuts = all(row.input_ids == of for row, of in zip(examples, whole, strict=False))
+                last = examples[-1].input_ids
+                self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
+                if not self._cuts:
+                    return None
+        return made
 
     def _rendered(self, rows: Sequence[Message], *, split: bool) -> list[_Rendered] | Refused:
         """The examples of a conversation as text: one, or one an answer.
@@ -194,33 +240,28 @@ class ChatFormat:
         return _Rendered(whole, prompts, ends)
 
     def _labelled(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
-        if not _begins(one, known):
-            return self._cut(one, known)
+        if not _begins(one, known):  # of one answer, which a token joins with its prompt
+            parts = [known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])]
+            ids = [*chain.from_iterable(parts)]
+            kept = [part if at % 2 else [IGNORE_INDEX] * len(part) for at, part in enumerate(parts)]
+            return Encoded(ids, [*chain.from_iterable(kept)])
         ids, starts = known[one.text]
         labels = [IGNORE_INDEX] * len(ids)
         for prompt, end in zip(one.prompts, one.ends, strict=True):
             if starts is None:
-                stop = len(self._tokenise([one.text[:end]])[0].ids)
+                stop = len(self._ids([one.text[:end]])[0])
             else:
                 stop = bisect_left(starts, end)
             trained = slice(len(known[prompt].ids), stop)
             labels[trained] = ids[trained]
         return Encoded(ids, labels)
 
-    def _cut(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
-        """Of an example of one answer that a token joins with its prompt: each tokenised apart."""
-        prompt, end = one.prompts[0], one.ends[0]
-        answer, tail = one.text[len(prompt) : end], one.text[end:]
-        ids, trained, more = known[prompt].ids, self._continued(answer), self._continued(tail)
-        ignored = [IGNORE_INDEX]
-        return Encoded(ids + trained + more, ignored * len(ids) + trained + ignored * len(more))
-
     def _checked(
         self, made: list[list[Encoded] | Refused], rendered: list[list[_Rendered] | Refused]
     ) -> list[list[Encoded] | Refused]:
         """Refuse a conversation whose trained ids do not decode to what is to be trained."""
         pairs = [
-            (at, one, "".join(text.trained))
+            (at, one, _MARKS.sub("", "".join(text.pieces[1::2])))
             for at, (rows, texts) in enumerate(zip(made, rendered, strict=True))
             if isinstance(rows, list) and isinstance(texts, list)
             for one, text in zip(rows, texts, strict=True)
@@ -246,7 +287,7 @@ class ChatFormat:
         said = self.template.attempt(rows, prompt=True)
         if isinstance(said, Refused):
             raise ModelError(f"the chat template refuses these messages: {said.detail}")
-        return self._tokenise([said])[0].ids
+        return self._ids([said])[0]
 
     def recorded(self, messages: Sequence[Message]) -> dict[str, Any]:
         """A conversation as a release records it: text, prompt, ids and labels as trained."""
@@ -266,29 +307,35 @@ class ChatFormat:
 
     def _count_template(self, shape: tuple[Role, ...]) -> int:
         said = self.template.attempt([Message(role, "x") for role in shape])
-        return 0 if isinstance(said, Refused) else len(self._tokenise([said])[0].ids) - len(shape)
+        return 0 if isinstance(said, Refused) else len(self._ids([said])[0]) - len(shape)
 
     def _known(self, rendered: Iterable[list[_Rendered] | Refused]) -> dict[str, _Tokens]:
+        """Tokens of every text and prompt, each tokenised whole."""
         examples = [one for rows in rendered if isinstance(rows, list) for one in rows]
         texts = list(dict.fromkeys(text for one in examples for text in (one.text, *one.prompts)))
-        return dict(zip(texts, self._tokenise(texts), strict=True))
+        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        return {
+            text: _Tokens(self._ids([text])[0], None)
+            if _MARKS.search(text)
+            else _Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+            for text, encoding in zip(texts, encodings, strict=True)
+        }
 
-    def _tokenise(self, texts: Sequence[str]) -> list[_Tokens]:
-        """Tokens of rendered texts.
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of rendered texts, of marked ones as `apply_chat_template` makes them."""
+        encodings = self._backend().encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            encode_marked_chat(self.tokenizer, text) if _MARKS.search(text) else encoding.ids
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
-        The backend is called past transformers, which would build masks that nobody reads;
-        whatever padding or truncation an earlier caller left on it is taken off first.
-        """
+    def _backend(self) -> Any:
+        """The tokenizer past transformers, which would build masks that nobody reads; whatever
+        padding or truncation an earlier caller left on it is taken off."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        return [
-            _Tokens(encoding.ids, [start for start, _ in encoding.offsets])
-            if text.translate(_MARKS) == text
-            else _Tokens(encode_marked_chat(self.tokenizer, text), None)
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return backend
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text inside of another one.
@@ -296,7 +343,7 @@ class ChatFormat:
         SentencePiece writes a space before a text's first word, so it is tokenised behind a line
         end, unless that joins it.
         """
-        line, whole, alone = (each.ids for each in self._tokenise(["\n", f"\n{text}", text]))
+        line, whole, alone = self._ids(["\n", f"\n{text}", text])
         return whole[len(line) :] if whole[: len(line)] == line else alone
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
