@@ -181,7 +181,8 @@ class ChatFormat:
             if self._proofs[shape] <= PROOFS:
                 texts = [one.text for one in each] + each[-1].prompts
                 whole = self._ids(texts)
-                self._cuts = all(row.input_ids == of for row, of in zip(examples, whole, strict=False))
+                pairs = zip(examples, whole, strict=False)
+                self._cuts = all(row.input_ids == of for row, of in pairs)
                 last = examples[-1].input_ids
                 self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
                 if not self._cuts:
