@@ -71,7 +71,7 @@ class ChatTemplate:
         self.control = re.compile(pattern)
         self._end_run = re.compile(rf"(?:\s*(?:{pattern}))+")
         self.notes: list[str] = []
-        self._merges = self._embeds = False
+        self._merges = self._embeds = self._parts = False
         self._bridge, self.opened = ("", ""), ""
         self._look_at_answers()
         self._look_at_history()
@@ -101,6 +101,7 @@ class ChatTemplate:
 
     def _look_at_answers(self) -> None:
         turns = [Message("user", _USER), Message("assistant", _ANSWER)]
+        self._parts = _ANSWER not in str(self.attempt(turns))
         said = self.attempt([Message("system", _SYSTEM), turns[0]], prompt=True)
         if isinstance(said, Refused) or _SYSTEM not in said:
             self._merges = True
@@ -258,6 +259,8 @@ class ChatTemplate:
                 turn["content"] = f"<think>\n{message.thought}\n</think>\n\n{message.content}"
             else:
                 turn["reasoning_content"] = message.thought
+        if self._parts:  # as templates of vision models take it
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
         if message.tool_calls:
             turn["tool_calls"] = json.loads(message.tool_calls)
         return turn
