@@ -32,7 +32,7 @@ from fintune.template import Refused
 
 TOKEN = re.compile(
     r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|</?s>|\[/?[A-Z_]{3,20}\]|<(?:start|end)_of_turn>|</?[a-z_]{2,20}>"
-    r"|<\|?[a-z_]+\|?>|\[[a-z]?[gs]?MASK\]|<[a-z_]+▁[a-z▁_]+>|<\|[^|<>]{1,30}\|>|]~[!b]\[|\[e~\[|]~b]"
+    r"|<\|?[a-z_]+\|?>|<[a-z]+:[a-z_]+>|<SPECIAL_\d+>|\[[a-z]?[gs]?MASK\]|<[a-z_]+▁[a-z▁_]+>|<\|[^|<>]{1,30}\|>|]~[!b]\[|\[e~\[|]~b]"
 )
 ENDS = ("<|im_end|>", "<|eot_id|>", "</s>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<turn|>")
 USER, ANSWER = "What is EBIT?", "Earnings before interest and taxes: 12.5 %."
