@@ -31,7 +31,7 @@ NUMPY_TYPES = {"f32": np.float32, "f16": np.float16}
 UNSUPPORTED_LORA = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 PRE_TOKENIZERS = {
     "llama-bpe": r"\[true, .*\\\\p\{N\}\{1,3\}.*",
-    "smollm": r'\[false, \{"type": "Sequence".*"individual_digits": true\}, \{"type": "ByteLevel".*',
+    "smollm": r'\[false, .*"individual_digits": true\}, \{"type": "ByteLevel".*',
     "gpt-2": r'\[false, \{"type": "ByteLevel".*"use_regex": true\}\]',
 }
 """llama.cpp's name of a pre-tokenizer -> what `ignore_merges` and its JSON match."""
