@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -39,12 +39,16 @@ REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]*")
 WAITS_S = (1, 2, 4, 8, 16, 32)
 """Between the tries of a request that the hub is too busy for; its Retry-After goes before."""
 LONGEST_WAIT_S = 300
+NOTICE_S = 3
+"""Waiting for another process is said after this time."""
+_LOCK = "fintune.lock"
 SILENCE_S = 100.0
 """Timeout of a request for which the client sets none."""
-BUSY = (429, 500, 502, 503, 504)
+BUSY = (408, 429, *range(500, 600))
 _MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
 """The `setting` of a push, where nothing local could be named instead."""
+_SHOWN = {"model.path": "model.path (or --base)"}
 _CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
@@ -108,16 +112,14 @@ class Repository:
             FintuneError: the hub refuses, cannot be reached, or sends damaged files.
             NoSpace: too little disk.
         """
-        locks = self._cache.parent / ".locks" / self._cache.name
-        locks.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(locks / "fintune.lock"):
+        with hub_errors(self.id, self.setting), self._alone() as locks:
             files = self.files()
             # The client never resumes what a killed download left, and locks a file while it
             # downloads that.
             for part in (self._cache / "blobs").glob("*.incomplete"):
                 lock = locks / f"{part.name.partition('.')[0]}.lock"
-                with suppress(TimeoutError), WeakFileLock(lock, timeout=0.1):
-                    part.unlink(missing_ok=True)
+                with suppress(OSError), WeakFileLock(lock, timeout=0.1):
+                    part.unlink()
             wanted = [name for name in files if any(fnmatch(name, each) for each in patterns)]
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
@@ -138,8 +140,30 @@ class Repository:
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
             if self.revision:  # so that the name can be resolved offline, now that all is there
-                write_text(self._cache / "refs" / self.revision, self.commit)
+                with suppress(OSError):  # a cache that cannot be written serves what it has
+                    write_text(self._cache / "refs" / self.revision, self.commit)
         return self.folder
+
+    @contextmanager
+    def _alone(self) -> Iterator[Path]:
+        """Wait for other processes that fetch this repository, and keep them waiting.
+
+        Where no lock can be made nothing can be fetched either, but all may be there already.
+
+        Yields:
+            The folder of the hub's locks.
+        """
+        locks = self._cache.parent / ".locks" / self._cache.name
+        with ExitStack() as held:
+            try:
+                locks.mkdir(parents=True, exist_ok=True)
+                held.enter_context(WeakFileLock(locks / _LOCK, timeout=NOTICE_S))
+            except TimeoutError:
+                console.say(f"another process fetches {self.id}: waiting for it")
+                held.enter_context(WeakFileLock(locks / _LOCK))
+            except OSError:
+                pass
+            yield locks
 
     def _download(self, names: list[str], size: int) -> None:
         if (free := free_bytes(self._cache)) < size:
@@ -150,6 +174,7 @@ class Repository:
         at = self.revision or self.commit
         failing = hub_errors(self.id, self.setting, at, console.some(names))
         with failing, _progress(self.id, size) as bar:
+            self._cache.mkdir(parents=True, exist_ok=True)  # the client passes over what it cannot
             retried(lambda: huggingface_hub.snapshot_download(self.id, **asked, tqdm_class=bar))
 
 
@@ -180,7 +205,8 @@ def resolve(
     def ask() -> str:
         limit = constants.HF_HUB_ETAG_TIMEOUT
         api = huggingface_hub.HfApi()
-        return str(api.repo_info(name, repo_type=kind, revision=branch, timeout=limit).sha)
+        told = api.repo_info(name, repo_type=kind, revision=branch, timeout=limit)
+        return COMMIT.findall(str(told.sha))[0]  # type: ignore[no-any-return]
 
     if fixed:
         if recorded and branch != recorded and not constants.HF_HUB_OFFLINE:
@@ -207,21 +233,25 @@ def retried(request: Callable[[], T]) -> T:
     """A request's answer; a busy hub (429, 5xx) is waited for and asked again.
 
     Raises:
-        Exception: what the client raised, of the last try.
+        Exception: what the client raised, of the last try. JSONDecodeError also for JSON that is
+            not a hub's, over which the client stumbles in many ways.
     """
-    for seconds in WAITS_S:
+    for seconds in (*WAITS_S, None):
         try:
-            return request()
+            try:
+                return request()
+            except (LookupError, TypeError, AttributeError, AssertionError) as error:
+                raise json.JSONDecodeError(str(error), "", 0) from error
         except Exception as error:
             status = _status(error)
-            if status not in BUSY:
+            if status not in BUSY or seconds is None:
                 raise
             headers = answer.response.headers if (answer := _error_of_hub(error)) else {}
             after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
             time.sleep(wait)
-    return request()
+    raise AssertionError("the last try answers or raises")
 
 
 @contextmanager
@@ -229,10 +259,17 @@ def hub_errors(
     name: str, setting: str, revision: str | None = None, missing: str = ""
 ) -> Iterator[None]:
     """Raise what the hub's clients raise as one message each (see `hub_error`)."""
-    get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
+        get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
-    except (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (
+        *NO_CONNECTION,
+        httpx2.HTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 
@@ -257,20 +294,23 @@ def hub_error(
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    local = "" if setting == PUSH else f", or set {setting} to a local copy"
+    place = _SHOWN.get(setting, setting)
+    local = "" if setting == PUSH else f", or set {place} to a local copy"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    token = "HF_TOKEN" if (held := huggingface_hub.get_token()) else "no token: set HF_TOKEN"
+    token = "HF_TOKEN" if (held := _token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
         what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
         return NoSpace(what, fix=_MORE_SPACE)
     if is_a(errors.GatedRepoError):
         what = f"{name} is gated: its licence must be accepted first"
         return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
+    if is_a(errors.DisabledRepoError):
+        return raised(f"the hub has disabled access to {name}", fix=f"see {page}")
     if is_a(errors.RevisionNotFoundError):
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(what, fix=f"check id and {setting}; a private one needs its token ({token})")
+        return raised(what, fix=f"check id and {place}; a private one needs its token ({token})")
     if status in (401, 403):
         what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
@@ -278,7 +318,9 @@ def hub_error(
         what = f"{name}: main has moved since this push began, and nothing was committed"
         return raised(what, fix="look at what is there now; the same command replaces it")
     if is_a(json.JSONDecodeError):
-        what = f"the hub and {name}: a page that is no JSON, also after {len(WAITS_S) + 1} tries"
+        what = (
+            f"the hub and {name}: a page that is no JSON of a hub, after {len(WAITS_S) + 1} tries"
+        )
         return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
     if status in BUSY:
         what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
@@ -291,19 +333,27 @@ def hub_error(
     if status is None and is_a(*NO_CONNECTION):
         what = f"{absent}, and the hub cannot be reached"
         why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
-        return raised(what, why=why, fix=f"check the network{local}")
+        return raised(what, why=why, fix=f"check the network and the proxy settings{local}")
     answer = f"HTTP {status}" if status else type(error).__name__
-    return raised(f"the hub and {name}: {answer}", why=said, fix=f"see {page}")
+    fix = f"see {page}" if status else "check HF_HOME, HF_ENDPOINT, HF_TOKEN and the proxy settings"
+    return raised(f"the hub and {name}: {answer}", why=said, fix=fix)
+
+
+def _token() -> str:
+    """The token of this machine; none where its file cannot be read."""
+    with suppress(OSError, ValueError):
+        return huggingface_hub.get_token() or ""
+    return ""
 
 
 def token_state() -> tuple[str, str]:
     """What the hub says of this machine's token, and what to do; the token is never shown."""
-    if not (token := huggingface_hub.get_token()):
+    if not (token := _token()):
         return "not set", "for gated bases"
     if constants.HF_HUB_OFFLINE:
         return "set", "offline: the hub was not asked whether it is good"
-    get_session().timeout = httpx2.Timeout(5)
     try:
+        get_session().timeout = httpx2.Timeout(5)
         return f"good, of {huggingface_hub.HfApi().whoami(token)['name']}", ""
     except Exception as error:  # whatever a proxy sends in the place of an answer
         if _status(error) in (401, 403):
