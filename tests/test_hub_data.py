@@ -446,7 +446,7 @@ def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
 def test_too_little_disk_is_said_before_the_download(hub: Hub) -> None:
     publish(hub, {"rows.jsonl": A})
     hub.repos["dataset", SET].at("main").files["rows.jsonl"].size = 10**15
-    refused(prepare(), "1000000.0 GB", "HF_HOME", code=74)
+    refused(prepare(), "1,000,000,000.0 MB needed", SET.replace("/", "--"), "HF_HOME", code=74)
     assert not hub.requests("GET", "/resolve/.*rows")
 
 

@@ -30,7 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from fintune import console
 from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
-from fintune.files import FULL, cached_sha256, free_bytes, write_text
+from fintune.files import FULL, cached_sha256, require_free_space, write_text
 
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
@@ -84,17 +84,13 @@ class Repository:
             FintuneError: the hub refuses or cannot be reached, and the listing is not cached.
         """
 
-        def cached() -> dict[str, int]:
-            known: Any = {"repo_type": self.kind, "revision": self.commit}
-            listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
-            return {file.path: file.size for file in listed}
-
-        with suppress(errors.CachedRepoTreeNotFoundError):
-            return cached()
-        # The client caches the listing when it downloads, be it nothing: no size is known yet.
-        self._download([], 0)
-        with suppress(errors.CachedRepoTreeNotFoundError):
-            return cached()
+        known: Any = {"repo_type": self.kind, "revision": self.commit}
+        for downloaded in (False, True):
+            if downloaded:  # be it nothing, as no size is known yet: the client keeps the listing
+                self._download([], 0)
+            with suppress(errors.CachedRepoTreeNotFoundError):
+                listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
+                return {file.path: file.size for file in listed}
         if self.kind == "dataset":  # a shard that is missing would not be missed
             what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
             fix = f"run once with the hub, or set {self.setting} to a local copy"
@@ -166,9 +162,7 @@ class Repository:
             yield locks
 
     def _download(self, names: list[str], size: int) -> None:
-        if (free := free_bytes(self._cache)) < size:
-            need = f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has"
-            raise NoSpace(f"{need} {free / 1e9:.1f} GB free", fix=_MORE_SPACE)
+        require_free_space(self._cache, size, fix=_MORE_SPACE)
         exact = [glob.escape(name) for name in names]
         asked: Any = {"repo_type": self.kind, "revision": self.commit, "allow_patterns": exact}
         at = self.revision or self.commit

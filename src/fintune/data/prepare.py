@@ -42,7 +42,8 @@ MOST_TOO_LONG = 0.1
 """Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
 
 ROWS_A_CALL = 512
-ROW_GROUP = 8192
+ROW_GROUP = 2048
+"""Rows that are made a table and written at once."""
 
 
 def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -255,17 +256,21 @@ def _check_left(ledger: Ledger, parts: Parts) -> None:
 
 
 def _write_rows(folder: Path, parts: Parts) -> None:
+    """Write each part by row groups: one table of a part would be its rows in memory again."""
     for part, rows in parts.items():
-        records = [
-            {
-                **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
-                "group": group,
-                "messages": [asdict(message) for message in row.example.messages],
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "length": row.length,
-            }
-            for group, row in rows
-        ]
-        table, path = pa.Table.from_pylist(records), folder / f"{part}.parquet"
-        pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+        schema = pa.Table.from_pylist([_record(*rows[0])]).schema
+        with pq.ParquetWriter(folder / f"{part}.parquet", schema, compression="zstd") as file:
+            for at in range(0, len(rows), ROW_GROUP):
+                records = [_record(*each) for each in rows[at : at + ROW_GROUP]]
+                file.write_table(pa.Table.from_pylist(records, schema))
+
+
+def _record(group: str, row: Tokenized) -> dict[str, Any]:
+    return {
+        **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
+        "group": group,
+        "messages": [asdict(message) for message in row.example.messages],
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "length": row.length,
+    }

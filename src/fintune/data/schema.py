@@ -8,26 +8,11 @@ import re
 from itertools import product
 from typing import Any
 
+from fintune.data import WORDS
 from fintune.example import Message, Role
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
-FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("user",), "assistant"),
-    (("instruction", "input"), "output"),
-    (("prompt",), "completion"),
-    (("context", "question"), "answer"),
-    (("context", "instruction", "input"), "response"),
-    (("prompt",), "response"),
-    (("context", "question"), "response"),
-    (("prompt",), "answer"),
-)
+ROLES: dict[str, Role] = WORDS["roles"]
+FORMATS: list[tuple[list[str], str]] = WORDS["formats"]
 """Flat formats: columns that make up the question, answer column."""
 
 TURNS = ("messages", "conversations")

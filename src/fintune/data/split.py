@@ -85,10 +85,10 @@ def _components(examples: list[Example], passage_of: Integers, count: int) -> In
     ]
     pairs = np.unique(np.concatenate(keyed))
     del keyed
-    where = (pairs >> np.uint64(32)).astype(np.int32)
-    _, what = np.unique(pairs.astype(np.uint32), return_inverse=True)
+    where, hashes = (pairs >> np.uint64(32)).astype(np.int32), pairs.astype(np.uint32)
     del pairs
-    what = what.astype(np.int32)
+    what = np.unique(hashes, return_inverse=True)[1].astype(np.int32)
+    del hashes
     spread = np.bincount(what)[what]
     size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
     shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
