@@ -319,6 +319,8 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
     ("brackets", ["[z-a].jsonl", "b.jsonl"], "- data_files: '[z-a]*'\n", {}, "[z-a].jsonl"),
     ("wildcards", ["x" * 200 + ".jsonl", "b.jsonl"], f"- data_files: ['{'*x' * 12}*y', b*]\n", {},
      "b.jsonl"),
+    ("folders without end", ["a.jsonl"], f"- data_files: '{'**/' * 2000}*'\n", {},
+     "error: holds no data file"),
     ("True", ["a.jsonl", "b.jsonl"], "- config_name: a\n  data_files: [a*]\n  default: True\n"
      "- config_name: b\n  data_files: [b*]\n", {}, "a.jsonl"),
     ("an alias", ["a.jsonl"], "- &a\n  config_name: x\n- *a\n", {},
