@@ -5,7 +5,6 @@ computed, so that a killed evaluation continues; `test_results.json` and `report
 from these files alone (`results.rescore`).
 """
 
-import contextlib
 import math
 from dataclasses import asdict
 from functools import partial
@@ -205,11 +204,6 @@ def _answer(
     _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens)
 
 
-def _enabled(peft_model: Any, variant: str) -> Any:
-    """A context in which the adapter is off (variant `base`) or on (`adapter`)."""
-    return peft_model.disable_adapter() if variant == "base" else contextlib.nullcontext()
-
-
 def _choose(
     config: Config, rows: list[dict[str, Any]], asked: list[Item], chat: ChatFormat, context: int
 ) -> tuple[Prompts, dict[str, Any]]:
@@ -260,7 +254,7 @@ def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad
             chosen = [row for row in rows if row["source"] == source]
             cell = {"source": source, "rows": len(chosen)}
             for variant in VARIANTS:
-                with _enabled(peft_model, variant):
+                with model.adapter_set(peft_model, variant == "adapter"):
                     cell[variant], cell["tokens"] = _loss_sum(peft_model, chosen, pad)
             file.append(cell)
             progress.advance(len(chosen))
@@ -305,7 +299,7 @@ def _generate(folder: Path, peft_model: Any, answer: Any, prompts: Prompts, limi
         progress.advance(len(done))
         for variant in VARIANTS:
             todo = [(key, ids) for key, (_, ids) in by_id.items() if (variant, key) not in done]
-            with _enabled(peft_model, variant):
+            with model.adapter_set(peft_model, variant == "adapter"):
                 for batch in answer([Request(key, ids, limit) for key, ids in todo]):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
                     progress.advance(len(batch), note=variant)
