@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,7 +48,6 @@ BUSY = (408, 429, *range(500, 600))
 _MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
 """The `setting` of a push, where nothing local could be named instead."""
-_SHOWN = {"model.path": "model.path (or --base)"}
 _CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
@@ -256,14 +255,7 @@ def hub_errors(
     try:
         get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
-    except (
-        *NO_CONNECTION,
-        httpx2.HTTPError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-    ) as error:
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
         raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 
@@ -284,12 +276,10 @@ def hub_error(
     kind = "model" if setting in _CLASSES else "data set"
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
-
-    def is_a(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    place = _SHOWN.get(setting, setting)
+    is_a = partial(_any_is_a, causes)
+    place = "model.path (or --base)" if setting == "model.path" else setting
     local = "" if setting == PUSH else f", or set {place} to a local copy"
+    tries = f"also after {len(WAITS_S) + 1} tries"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
     token = "HF_TOKEN" if (held := _token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
@@ -312,12 +302,10 @@ def hub_error(
         what = f"{name}: main has moved since this push began, and nothing was committed"
         return raised(what, fix="look at what is there now; the same command replaces it")
     if is_a(json.JSONDecodeError):
-        what = (
-            f"the hub and {name}: a page that is no JSON of a hub, after {len(WAITS_S) + 1} tries"
-        )
+        what = f"the hub and {name}: a page that is no JSON of a hub, {tries}"
         return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
     if status in BUSY:
-        what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
+        what = f"the hub answers {status} for {name}, {tries}"
         return raised(what, fix="the same command continues later")
     absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
     absent = f"{name} cannot be pushed" if setting == PUSH else absent
@@ -365,6 +353,10 @@ def _causes(error: BaseException) -> list[BaseException]:
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     return causes
+
+
+def _any_is_a(causes: list[BaseException], *kinds: type[BaseException]) -> bool:
+    return any(isinstance(cause, kinds) for cause in causes)
 
 
 def _error_of_hub(error: BaseException) -> errors.HfHubHTTPError | None:
