@@ -20,7 +20,7 @@ from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
-from fintune.console import meter, say
+from fintune.console import meter, say, warn
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import judge, results
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
@@ -125,6 +125,10 @@ def _summarize(folder: Path) -> dict[str, Any]:
     accuracy, loss = test_results["accuracy"], test_results["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    for name, cut in test_results["n"]["thoughts_cut"].items():
+        if cut:
+            fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
+            warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
     for sentence in results.summary(test_results):
         say(sentence)
     return test_results
@@ -313,6 +317,7 @@ def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str
         "text": answer.text,
         "tokens": len(answer.token_ids),
         "finish": answer.finish_reason,
+        "in_thought": answer.in_thought,
         "prompt_sha256": sha256_json(ids),
         "item": asdict(item),
     }
