@@ -322,32 +322,28 @@ class Config(Section):
 
     def folders(self) -> dict[str, Path]:
         """The folders that the stages write, by the key that sets each."""
-        return {
-            "data.out": self.data_dir,
-            "train.out": self.run_dir,
-            "eval.out": self.eval_dir,
-            "release.out": self.release_dir,
-        }
+        names = {"data": "data", "train": "run", "eval": "eval", "release": "release"}
+        return {f"{s}.out": getattr(self, s).out or self.out / name for s, name in names.items()}
 
     @property
     def data_dir(self) -> Path:
         """Folder of the prepared data."""
-        return self.data.out or self.out / "data"
+        return self.folders()["data.out"]
 
     @property
     def run_dir(self) -> Path:
         """Folder of the training run."""
-        return self.train.out or self.out / "run"
+        return self.folders()["train.out"]
 
     @property
     def eval_dir(self) -> Path:
         """Folder of the evaluation."""
-        return self.eval.out or self.out / "eval"
+        return self.folders()["eval.out"]
 
     @property
     def release_dir(self) -> Path:
         """Folder of the release."""
-        return self.release.out or self.out / "release"
+        return self.folders()["release.out"]
 
     def sections(self, *names: str) -> dict[str, Any]:
         """The named sections as plain values without `out` folders, so that a run can be moved."""
