@@ -5,8 +5,15 @@
 CUDA with `torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere
 with scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
 batches) it is transformers' sdpa.
+
+Whether a model may be given it is not read from names in its configuration: `traits` tries two
+tokens and sees what each layer asks of its attention (a sliding window, a soft cap, sinks), which
+layers ask for none (Mamba, convolutions), and whether the logits are what the output layer returns.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fintune_varlen"
+_HARMLESS = {"position_ids", "use_cache"}
+"""What a layer may hand to its attention besides: positions are in query and key already."""
+_IN_SDPA = {"sliding_window", "dropout"}
+"""What transformers' sdpa computes on padded batches, by its mask or itself."""
+_TRAITS = "_fintune_traits"
+_tried: list[dict[str, Any]] | None = None
+"""While a model is tried: what each of its layers asked for."""
 
 
 def attend(
@@ -42,13 +56,16 @@ def attend(
     Returns:
         The attended values, shape (batch, tokens, heads, head_dim), and None for the weights.
     """
+    if _tried is not None:
+        _tried.append(kwargs)
+        return query.new_zeros(query[..., 0].transpose(1, 2).shape + value.shape[-1:]), None
     if cu_seq_lens_q is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output, None
     grouped = query.shape[1] != key.shape[1]
-    if _has_varlen(query):
+    if _has_varlen(query, value):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         ends, most = cu_seq_lens_q, max_length_q or 0
         attended = varlen_attn(
@@ -73,8 +90,11 @@ def attend(
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
-    """Flash attention wants a CUDA device of capability 8.0 and half precision."""
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Flash attention wants a CUDA device of capability 8.0, half precision and heads of one width
+    of at most 256."""
+    if not query.shape[-1] == value.shape[-1] <= 256:
+        return False
     if query.device.type == "meta":  # shapes alone: of a plan for such a device
         return True
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
@@ -94,23 +114,99 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """How a model computes.
+
+    Attributes:
+        why_padded: why it cannot be trained on padding-free batches, or None if it can.
+        rescales_logits: whether its logits are others than its output layer returns.
+    """
+
+    why_padded: str | None
+    rescales_logits: bool
+
+
+def traits(model: Any) -> Traits:
+    """Try a model once, and give it the attention that it can have: `NAME`, else transformers'
+    sdpa, else the model's own (eager).
+
+    Args:
+        model: a causal language model of transformers; its adapter may be on it.
+    """
+    known: Traits | None = vars(model).get(_TRAITS)
+    if known is None:
+        known = _try(model)
+        setattr(model, _TRAITS, known)
+    return known
+
+
 def why_padded(model: Any) -> str | None:
     """Why a model cannot be trained on padding-free batches, or None if it can.
 
-    A model qualifies when it routes its attention through transformers' interface, knows no other
-    state that runs across positions, and has full attention in every layer.
+    A model qualifies when every layer routes its attention through transformers' interface and
+    asks for nothing but causality there, and no other state runs across positions.
     """
-    config = model.config
-    if not model._supports_attention_backend or model._is_stateful:
-        return (
-            f"{type(model).__name__} does not use transformers' attention interface, or is stateful"
-        )
-    names = ["attn_logit_softcapping", "attention_chunk_size", "attention_dropout"]
-    names += ["sliding_window"] if getattr(config, "use_sliding_window", True) else []
-    for name in names:
-        if getattr(config, name, None):
-            return f"its configuration has {name}"
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other:
+    return traits(model).why_padded
+
+
+@torch.no_grad()
+def _try(model: Any) -> Traits:
+    """Pass two tokens through a model, computing no attention."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    # Without a mask transformers would read the positions' values, which the meta device lacks.
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
+    before, training, logits, failed = model.config._attn_implementation, model.training, None, ""
+    model.set_attn_implementation(NAME)
+    with _noting(model.get_output_embeddings()) as (asked, returned):
+        try:
+            logits = model.train()(**inputs, use_cache=False).logits
+        except Exception as error:  # a model that wants other inputs
+            failed = f"a trial of two tokens ended in {type(error).__name__}"
+    model.train(training)
+    special = {name for each in asked for name, value in each.items() if _is_set(value)} - _HARMLESS
+    why = failed or _why_padded(model, len(asked), special)
+    name = NAME
+    if why:
+        able = model._supports_sdpa and not special - _IN_SDPA
+        name = ("sdpa" if before == NAME else before) if able else "eager"
+    model.set_attn_implementation(name)
+    return Traits(why, not any(logits is each for each in returned))
+
+
+def _why_padded(model: Any, calls: int, special: set[str]) -> str | None:
+    """Of a trial with so many calls of attention, in which layers asked for something special."""
+    config = model.config.get_text_config()
+    if special:
+        return f"its attention has {', '.join(sorted(special))}"
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return f"it has layers of another kind ({', '.join(sorted(other))})"
-    return None
+    if calls != config.num_hidden_layers:
+        return f"{calls} of its {config.num_hidden_layers} layers use transformers' attention"
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
+        return "it has convolutions"
+    return "it is stateful" if model._is_stateful else None
+
+
+@contextmanager
+def _noting(head: Any) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
+    """What each attention is called with, and what the output layer returns (its input)."""
+    global _tried
+    returned: list[Any] = []
+    asked: list[dict[str, Any]] = []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        returned.append(hidden)
+        return hidden
+
+    head.forward, _tried = forward, asked
+    try:
+        yield asked, returned
+    finally:
+        _tried = None
+        del head.forward
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or bool(value)

@@ -10,23 +10,28 @@ Why not transformers' `generate`:
 
 Prompts are padded on the left; padding is masked out and positions count from each row's first
 token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
-summation may flip a near tie). Every layer keeps all its keys, so models whose layers carry
-another state than keys and values (linear attention, Mamba) are not supported.
+summation may flip a near tie). Every layer keeps all its keys. A model whose layers carry another
+state than keys and values (Mamba, convolutions, linear attention) answers its rows one by one, each
+with transformers' own cache.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from fintune.console import warn
 from fintune.errors import NotFinite
 
 CACHE_GROWTH = 64
@@ -100,7 +105,7 @@ def generate(
         NotFinite: the model's logits are NaN or infinite.
     """
     waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
-    batch, stops = Batch(model, stop_token_ids), frozenset(stop_token_ids)
+    batch, stops = open_batch(model, stop_token_ids), frozenset(stop_token_ids)
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
             free = min(batch_size - len(batch.requests), len(waiting))
@@ -136,13 +141,7 @@ class Batch:
         ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
         with torch.inference_mode():
             cache = Cache(layer_class_to_replicate=_GrowingLayer)
-            logits = self._forward(new, ids, mask, cache)
-            if not torch.isfinite(logits).all():
-                raise NotFinite(
-                    "the model's logits are not finite",
-                    why="every answer would be noise",
-                    fix="check the weights, or use --set train.precision=fp32",
-                )
+            logits = _finite(self._forward(new, ids, mask, cache))
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
                 width = max(self._mask.shape[1], mask.shape[1])
@@ -164,21 +163,15 @@ class Batch:
 
     def _forward(self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
-        per_row: dict[str, Any] = {}
-        # peft hooks every layer for it at each call; a batch of the adapter alone needs none.
-        if not all(request.adapter for request in requests):
-            name = self._model.active_adapter
-            names = [name if request.adapter else "__base__" for request in requests]
-            per_row = {"adapter_names": names}
-        logits: Tensor = self._model(
-            input_ids=ids,
-            attention_mask=None if mask.all() else mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **per_row,
-        ).logits[:, -1]
+        with _adapter_of_each_row(self._model, requests):
+            logits: Tensor = self._model(
+                input_ids=ids,
+                attention_mask=None if mask.all() else mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         return logits
 
     def _append(self, logits: Tensor) -> list[Request]:
@@ -209,6 +202,94 @@ class Batch:
         self._mask, self._last = mask[:, first:], self._last[index]
         for layer in self._cache.layers:
             layer.select(index, first)
+
+
+@contextmanager
+def _adapter_of_each_row(model: Any, requests: list[Request]) -> Iterator[None]:
+    """Rows without the adapter get none, as by peft's own `adapter_names`; a layer that sees the
+    tokens of all rows in one dimension (in a mixture of experts) has a name for each token."""
+    if all(request.adapter for request in requests):
+        yield
+        return
+    names = [model.active_adapter if request.adapter else "__base__" for request in requests]
+
+    def name(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        times = len(args[0]) // len(names)
+        return args, kwargs | {"adapter_names": [each for each in names for _ in range(times)]}
+
+    layers = (
+        each for each in model.modules() if isinstance(each, LoraLayer | AuxiliaryTrainingWrapper)
+    )
+    hooks = [layer.register_forward_pre_hook(name, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _RowByRow(Batch):
+    """Requests whose caches cannot be padded nor joined: a forward pass each."""
+
+    def __init__(self, model: Any, stop_token_ids: Collection[int]) -> None:
+        super().__init__(model, stop_token_ids)
+        self._caches: dict[int, Cache] = {}
+
+    def add(self, new: list[Request]) -> list[Request]:
+        """As `Batch.add`."""
+        config = self._model.config
+        self._caches |= {id(request): DynamicCache(config=config) for request in new}
+        self.requests = [*self.requests, *new]
+        return self._append(_finite(self._advance(new)))
+
+    def step(self) -> list[Request]:
+        """As `Batch.step`."""
+        return self._append(self._advance(self.requests))
+
+    def _advance(self, requests: list[Request]) -> Tensor:
+        """Logits of the last position, [rows, vocabulary]."""
+        logits = []
+        with torch.inference_mode():
+            for request in requests:
+                ids = torch.tensor([request.token_ids[-1:] or request.prompt_ids])
+                total = len(request.prompt_ids) + len(request.token_ids)
+                mask = torch.ones(1, total, dtype=torch.long)
+                ids, mask = (each.to(self._model.device) for each in (ids, mask))
+                logits.append(self._forward([request], ids, mask, self._caches[id(request)]))
+        self._last = torch.zeros(len(requests), 1)
+        return torch.cat(logits)
+
+    def _drop(self, gone: list[Request]) -> None:
+        self.requests = [request for request in self.requests if request not in gone]
+        for request in gone:
+            del self._caches[id(request)]
+
+
+def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
+    """An empty batch of the kind that a model needs.
+
+    Args:
+        stop_token_ids: ids that end an answer.
+    """
+    padded = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    other = {type(each).__name__ for each in DynamicCache(config=model.config).layers} - {
+        kind.__name__ for kind in padded
+    }
+    if not other:
+        return Batch(model, stop_token_ids)
+    warn(f"answers are made one by one: the base has a state of another kind ({min(other)})")
+    return _RowByRow(model, stop_token_ids)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """The logits. Raises NotFinite where one is NaN or infinite."""
+    if torch.isfinite(logits).all():
+        return logits
+    raise NotFinite(
+        "the model's logits are not finite",
+        why="every answer would be noise",
+        fix="check the weights, or use --set train.precision=fp32",
+    )
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

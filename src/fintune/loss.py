@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from fintune.attention import traits
 from fintune.collate import CPU_PAD_MULTIPLE, Batch
 from fintune.example import IGNORE_INDEX
 
@@ -112,10 +113,8 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
 def why_full_logits(causal: Any) -> str | None:
     """Why a model's loss needs full logits, or None where the chunked loss applies."""
-    config = causal.config.get_text_config()
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"it rescales its logits ({name})"
+    if traits(causal).rescales_logits:
+        return "it rescales or caps its logits"
     head = causal.get_output_embeddings()
     # By its forward, not its class: FSDP2 gives it a subclass, and a quantised one differs.
     linear = getattr(type(head), "forward", None) is torch.nn.Linear.forward

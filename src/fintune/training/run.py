@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fintune import attention, files, seal
+from fintune import files, seal
+from fintune.attention import why_padded
 from fintune.chat import ChatFormat
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
@@ -19,8 +20,18 @@ from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
-from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
+from fintune.model import (
+    Base,
+    attach,
+    device,
+    find_base,
+    load_base,
+    load_tokenizer,
+    precision,
+    resolve_targets,
+)
 from fintune.stop import STOP
+from fintune.targets import Targets
 from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
@@ -41,6 +52,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
 
     Raises:
         OutputError: no prepared data, a run of other inputs in the folder, or one under way.
+        ModelError: a target module that the base does not have.
         NotFinite: a loss or gradient; the last checkpoint is intact.
         NoSpace: the volume is full; nothing is half-written.
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
@@ -58,33 +70,41 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
                 there = config.model.model_copy(update={"revision": base.revision})
                 base = replace(base, folder=find_base(there).folder)
             tokenizer = load_tokenizer(base)
+            config, targets = resolve_targets(base, config)
             chat = ChatFormat(tokenizer, config.chat.date_string)
             fingerprint = run_fingerprint(config, base, chat)
             state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
             if state.finished:
                 say(f"train: unchanged, kept {run}")
             else:
-                _train(config, base, tokenizer, state)
+                _train(config, base, tokenizer, state, targets)
     return run
 
 
-def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
+def _train(config: Config, base: Base, tokenizer: Any, state: RunState, targets: Targets) -> None:
     """The stage, by the only run that writes its folder."""
     rows, epochs = read_train(config.data_dir), config.train.num_train_epochs
     heading(f"train: {len(rows):,} rows, {epochs} epochs, base {base.id}")
-    trainer = build(config, base, tokenizer, rows, state)
+    trainer = build(config, base, tokenizer, rows, state, targets)
     _fit(trainer, config, state)
-    distributed.from_rank0(lambda: _finish(trainer, rows, state))
+    distributed.from_rank0(lambda: _finish(trainer, rows, state, targets))
     memory.trim_heap()
     best = files.read_json(trainer.best / BEST)
     loss = f"best validation loss {best['eval_loss']:.4f} at step {best['step']}"
     say(f"train: {loss}, {trainer.best}")
 
 
-def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:
+def build(
+    config: Config,
+    base: Base,
+    tokenizer: Any,
+    rows: Rows,
+    state: RunState,
+    targets: Targets | None = None,
+) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer. Collective."""
     memory.retain_heap()
-    model, name, padding_free = _model(config, base, state)
+    model, name, padding_free = _model(config, base, state, targets)
     multiple = CPU_PAD_MULTIPLE if device().type == "cpu" else 1
     collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
     more = max((each["micro_batches"] for each in state.resolved["out_of_memory"]), default=0)
@@ -100,22 +120,28 @@ def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunStat
     return LoraTrainer(model=model, args=arguments, order=order, validation=validation, run=state)
 
 
-def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]:
+def _model(
+    config: Config, base: Base, state: RunState, targets: Targets | None
+) -> tuple[Any, str, bool]:
     """The base with a fresh adapter, fused and sharded; its precision; whether its batches are
     padding-free. Collective."""
     name, sharded = config.train.precision, config.train.strategy == "fsdp"
     name = state.resolve("precision", lambda: precision(name, device()))
     packed = config.model.quantization
-    model = load_base(base, packed, name, attention=attention.NAME, on_cpu=sharded)
-    padded, full = attention.why_padded(model), why_full_logits(model)
-    if padded:
-        warn(f"batches are padded: {padded}")
-    if full:
-        warn(f"the loss builds full logits: {full}")
-    peft = attach(model, config.train.lora, config.seed)
+    model = load_base(base, packed, name, on_cpu=sharded)
+    padded, full = why_padded(model), why_full_logits(model)
+    if targets:
+        say(str(targets))
+    peft = attach(model, config.train.lora, config.seed, targets)
     pointwise.fuse(peft)
-    if left := lora.fuse(peft):
-        warn(f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias")
+    left = lora.fuse(peft)
+    fallbacks = [
+        f"batches are padded: {padded}" if padded else "",
+        f"the loss builds full logits: {full}" if full else "",
+        f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias" if left else "",
+    ]
+    for fallback in state.record("fallbacks", [*filter(None, fallbacks)]):
+        warn(fallback)
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
@@ -168,7 +194,7 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         )
 
 
-def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
+def _finish(trainer: LoraTrainer, rows: Rows, state: RunState, targets: Targets) -> None:
     """Write the last files and `done.json`.
 
     Raises:
@@ -182,7 +208,8 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
             fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
         )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
-    files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
+    facts = _environment(trainer, rows, state) | {"without_adapter": targets.without}
+    files.write_json(state.folder / "environment.json", facts)
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)
 
 
@@ -202,5 +229,6 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
         "out_of_memory": state.resolved["out_of_memory"],
+        "fallbacks": state.resolved["fallbacks"],
         "accepted_changes": state.accepted,
     }
