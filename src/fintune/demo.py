@@ -29,11 +29,10 @@ def show(config: Config) -> None:
     console.result(f"gain {gain['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}")
     # fp32, so that what is shown does not depend on how this CPU rounds bf16.
     loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
-    tokenizer, ends = loaded.chat.tokenizer, loaded.stop_token_ids
     for question in DEMO_QUESTIONS:
         ids = loaded.chat.prompt_ids([Message("user", question)])
         asked = [Request(name, ids, TOKENS, adapter=name == "adapter") for name in VARIANTS]
-        list(generate(loaded.model, tokenizer, asked, stop_token_ids=ends, batch_size=2))
+        list(generate(loaded.model, loaded.chat, asked, batch_size=2))
         answers = "".join(f"\n  {request.id:7}  {request.text}" for request in asked)
         console.result(f"\n{question}{answers}")
     console.result(f"report   {config.eval_dir / 'report.html'}")

@@ -13,7 +13,6 @@ import torch
 
 from fintune import files, seal
 from fintune.attention import why_padded
-from fintune.chat import ChatFormat
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
@@ -26,7 +25,7 @@ from fintune.model import (
     device,
     find_base,
     load_base,
-    load_tokenizer,
+    load_chat,
     precision,
     resolve_targets,
 )
@@ -69,15 +68,14 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
             if not distributed.is_rank0():  # on another host it may not be there yet
                 there = config.model.model_copy(update={"revision": base.revision})
                 base = replace(base, folder=find_base(there).folder)
-            tokenizer = load_tokenizer(base)
+            chat = load_chat(base, config.chat, config.data_dir)
             config, targets = resolve_targets(base, config)
-            chat = ChatFormat(tokenizer, config.chat.date_string)
             fingerprint = run_fingerprint(config, base, chat)
             state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
             if state.finished:
                 say(f"train: unchanged, kept {run}")
             else:
-                _train(config, base, tokenizer, state, targets)
+                _train(config, base, chat.tokenizer, state, targets)
     return run
 
 
