@@ -20,9 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
@@ -278,28 +281,66 @@ def prepared(data: Path) -> list[Facts]:
 
 
 def check_prompts(base: Path, work: Path) -> Facts:
-    """Of every row: its prompt as the tokenizer renders it, and what is trained, decoded."""
+    """Of every answer: its prompt as a server renders it, and what is trained of it, decoded."""
     from transformers import AutoTokenizer
 
-    tokenizer, wrong = AutoTokenizer.from_pretrained(base), []
-    found = prepared(work / "out" / "data")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chat = json.loads((work / "out" / "data" / "manifest.json").read_text())["chat"]
+    found, wrong, examples = prepared(work / "out" / "data"), [], []
     for row in found:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-        spans = trained_spans(row["labels"])
-        ids = row["input_ids"][: spans[-1][0]]
-        text = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
-        )
-        if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-            wrong.append(f"another prompt: {tokenizer.decode(ids)[-80:]!r} for {text[-80:]!r}")
-        said = [tokenizer.decode(row["labels"][a:b]) for a, b in spans]
-        for text, answer in zip(said[::-1], answers[::-1], strict=False):
-            end = text.removeprefix(" ").removeprefix(answer)
-            if end == text or len(end) > 40 or not end.strip():
-                wrong.append(f"trained {text[-80:]!r} for {answer[-80:]!r}")
-    counts = {"rows": len(found), "longest": max(len(row["input_ids"]) for row in found)}
-    return {"prepared": counts} | ({"wrong": f"differs: {wrong[0]}"} if wrong else {})
+        examples.append(row)
+        if not row["messages"]:  # the last example of a conversation has them
+            continue
+        turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        at = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [(each, span) for each in examples for span in trained_spans(each["labels"])]
+        examples = []
+        if len(spans) != len(at):
+            wrong.append(f"{len(spans)} trained parts for {len(at)} answers")
+        for number, (each, (start, end)) in zip(at, spans, strict=False):
+            text = served_prompt(tokenizer, turns[:number], chat["variables"])
+            if each["input_ids"][:start] != tokenizer(text, add_special_tokens=False)["input_ids"]:
+                ours = tokenizer.decode(each["input_ids"][:start])
+                wrong.append(f"another prompt: {ours[-90:]!r} for {text[-90:]!r}")
+            said = tokenizer.decode(each["labels"][start:end], clean_up_tokenization_spaces=False)
+            lead, answer, tail = said.partition(turns[number]["content"].strip())
+            if not answer or len(lead) > 60 or not tail.strip() or len(tail) > 40:
+                wrong.append(f"trained {said[:60]!r}...{said[-60:]!r}")
+    facts: Facts = {
+        "rows": len(found),
+        "longest": max(len(row["input_ids"]) for row in found),
+        "end": chat["end"],
+        "examples": chat["examples"],
+        "template": chat["notes"],
+    }
+    return facts | ({"wrong": f"differs: {wrong[0]} ({len(wrong)} in all)"} if wrong else {})
+
+
+def served_prompt(tokenizer: Any, turns: list[Facts], variables: Facts) -> str:
+    """What a server renders on the day of the config, by the policies that the manifest states."""
+
+    def rendered(messages: list[Facts]) -> str:
+        with mock.patch("transformers.utils.chat_template_utils.datetime", _Day):
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        return text
+
+    if turns[0]["role"] != "system":
+        return rendered(turns)
+    with suppress(Exception):  # a template that raises, or writes no system text
+        if turns[0]["content"] in (text := rendered(turns)):
+            return text
+    first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+    return rendered([first, *turns[2:]])
+
+
+class _Day(datetime):
+    """The day that `chat.date_string` pins."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "_Day":
+        return cls(2024, 7, 26)
 
 
 def trained_spans(labels: list[int]) -> list[tuple[int, int]]:

@@ -11,10 +11,7 @@ tokens and sees what each layer asks of its attention (a sliding window, a soft 
 layers ask for none (Mamba, convolutions), and whether the logits are what the output layer returns.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fintune_varlen"
-_HARMLESS = {"position_ids", "use_cache"}
+_TRIAL = "fintune_trial"
+_BOUNDARIES = {"cu_seq_lens_q", "max_length_q"}
+_HARMLESS = {"position_ids", "use_cache", *_BOUNDARIES}
 """What a layer may hand to its attention besides: positions are in query and key already."""
 _IN_SDPA = {"sliding_window", "dropout"}
 """What transformers' sdpa computes on padded batches, by its mask or itself."""
 _TRAITS = "_fintune_traits"
-_tried: list[dict[str, Any]] | None = None
-"""While a model is tried: what each of its layers asked for."""
 
 
 def attend(
@@ -56,9 +53,6 @@ def attend(
     Returns:
         The attended values, shape (batch, tokens, heads, head_dim), and None for the weights.
     """
-    if _tried is not None:
-        _tried.append(kwargs)
-        return query.new_zeros(query[..., 0].transpose(1, 2).shape + value.shape[-1:]), None
     if cu_seq_lens_q is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -112,10 +106,10 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any)
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(_TRIAL, _mask)
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
+class Traits(NamedTuple):
     """How a model computes.
 
     Attributes:
@@ -134,10 +128,9 @@ def traits(model: Any) -> Traits:
     Args:
         model: a causal language model of transformers; its adapter may be on it.
     """
-    known: Traits | None = vars(model).get(_TRAITS)
-    if known is None:
-        known = _try(model)
-        setattr(model, _TRAITS, known)
+    if _TRAITS not in vars(model):
+        setattr(model, _TRAITS, _try(model))
+    known: Traits = getattr(model, _TRAITS)
     return known
 
 
@@ -153,60 +146,60 @@ def why_padded(model: Any) -> str | None:
 @torch.no_grad()
 def _try(model: Any) -> Traits:
     """Pass two tokens through a model, computing no attention."""
+    asked: list[dict[str, Any]] = []
+    outputs: list[Any] = []
+
+    def note(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **more: Any
+    ) -> Any:
+        asked.append(more)
+        return query.new_zeros(query[..., 0].transpose(1, 2).shape + value.shape[-1:]), None
+
+    AttentionInterface.register(_TRIAL, note)
+    before, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation(_TRIAL)
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda *call: outputs.append(call[2])
+    )
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     # Without a mask transformers would read the positions' values, which the meta device lacks.
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
+    ends = torch.arange(3, dtype=torch.int32, device=model.device)
     inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
-    before, training, logits, failed = model.config._attn_implementation, model.training, None, ""
-    model.set_attn_implementation(NAME)
-    with _noting(model.get_output_embeddings()) as (asked, returned):
-        try:
-            logits = model.train()(**inputs, use_cache=False).logits
-        except Exception as error:  # a model that wants other inputs
-            failed = f"a trial of two tokens ended in {type(error).__name__}"
-    model.train(training)
-    special = {name for each in asked for name, value in each.items() if _is_set(value)} - _HARMLESS
-    why = failed or _why_padded(model, len(asked), special)
+    inputs |= {"cu_seq_lens_q": ends, "max_length_q": 1}
+    logits, failed = None, ""
+    try:
+        logits = model.train()(**inputs, use_cache=False).logits
+    except Exception as error:  # a model that wants other inputs
+        failed = f"a trial of two tokens ended in {type(error).__name__}"
+    finally:
+        hook.remove()
+        model.train(training)
+    kept = ((name, value) for each in asked for name, value in each.items())
+    special = {name for name, value in kept if isinstance(value, torch.Tensor) or value}
+    special -= _HARMLESS
+    bounded = sum(each.keys() >= _BOUNDARIES for each in asked)
+    why = failed or _why_padded(model, bounded, special)
     name = NAME
     if why:
         able = model._supports_sdpa and not special - _IN_SDPA
         name = ("sdpa" if before == NAME else before) if able else "eager"
     model.set_attn_implementation(name)
-    return Traits(why, not any(logits is each for each in returned))
+    return Traits(why, not any(logits is each for each in outputs))
 
 
 def _why_padded(model: Any, calls: int, special: set[str]) -> str | None:
-    """Of a trial with so many calls of attention, in which layers asked for something special."""
-    config = model.config.get_text_config()
-    if special:
-        return f"its attention has {', '.join(sorted(special))}"
-    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        return f"it has layers of another kind ({', '.join(sorted(other))})"
-    if calls != config.num_hidden_layers:
-        return f"{calls} of its {config.num_hidden_layers} layers use transformers' attention"
-    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
-        return "it has convolutions"
-    return "it is stateful" if model._is_stateful else None
-
-
-@contextmanager
-def _noting(head: Any) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
-    """What each attention is called with, and what the output layer returns (its input)."""
-    global _tried
-    returned: list[Any] = []
-    asked: list[dict[str, Any]] = []
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        returned.append(hidden)
-        return hidden
-
-    head.forward, _tried = forward, asked
-    try:
-        yield asked, returned
-    finally:
-        _tried = None
-        del head.forward
-
-
-def _is_set(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or bool(value)
+    """Of a trial with so many calls of attention that were told the boundaries, in which layers
+    asked for something special."""
+    config, modules = model.config.get_text_config(), model.get_decoder().modules()
+    other = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"})
+    layers = config.num_hidden_layers
+    reasons = {
+        f"its attention has {', '.join(sorted(special))}": special,
+        f"it has layers of another kind ({', '.join(other)})": other,
+        f"{calls} of its {layers} layers give boundaries to transformers' attention": calls
+        != layers,
+        "it has convolutions": any(isinstance(each, torch.nn.Conv1d) for each in modules),
+        "it is stateful": model._is_stateful,
+    }
+    return next((said for said, holds in reasons.items() if holds), None)

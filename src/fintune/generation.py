@@ -39,6 +39,8 @@ CACHE_GROWTH = 64
 """Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
+_PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+"""Layers of transformers' cache that hold keys and values alone, or nothing."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,6 +72,7 @@ class Request:
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     _generator: torch.Generator | None = None
+    _cache: Cache | None = None
 
     def append(self, token: int, stop_token_ids: Collection[int]) -> None:
         """Take the next token; sets `finish_reason` when it is the last."""
@@ -144,7 +147,7 @@ class Batch:
         ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
         with torch.inference_mode():
             cache = Cache(layer_class_to_replicate=_GrowingLayer)
-            logits = _finite(self._forward(new, ids, mask, cache))
+            logits = self._forward(new, ids, mask, cache)
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
                 width = max(self._mask.shape[1], mask.shape[1])
@@ -175,6 +178,12 @@ class Batch:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+        if ids.shape[1] > 1 and not torch.isfinite(logits).all():
+            raise NotFinite(
+                "the model's logits are not finite",
+                why="every answer would be noise",
+                fix="check the weights, or use --set train.precision=fp32",
+            )
         return logits
 
     def _append(self, logits: Tensor) -> list[Request]:
@@ -234,38 +243,27 @@ def _adapter_of_each_row(model: Any, requests: list[Request]) -> Iterator[None]:
 class _RowByRow(Batch):
     """Requests whose caches cannot be padded nor joined: a forward pass each."""
 
-    def __init__(self, model: Any, stop_token_ids: Collection[int]) -> None:
-        super().__init__(model, stop_token_ids)
-        self._caches: dict[int, Cache] = {}
-
     def add(self, new: list[Request]) -> list[Request]:
         """As `Batch.add`."""
-        config = self._model.config
-        self._caches |= {id(request): DynamicCache(config=config) for request in new}
+        for request in new:
+            request._cache = DynamicCache(config=self._model.config)
         self.requests = [*self.requests, *new]
-        return self._append(_finite(self._advance(new)))
+        return self._advance(new)
 
     def step(self) -> list[Request]:
         """As `Batch.step`."""
-        return self._append(self._advance(self.requests))
+        return self._advance(self.requests)
 
-    def _advance(self, requests: list[Request]) -> Tensor:
-        """Logits of the last position, [rows, vocabulary]."""
-        logits = []
-        with torch.inference_mode():
-            for request in requests:
-                ids = torch.tensor([request.token_ids[-1:] or request.prompt_ids])
-                total = len(request.prompt_ids) + len(request.token_ids)
-                mask = torch.ones(1, total, dtype=torch.long)
-                ids, mask = (each.to(self._model.device) for each in (ids, mask))
-                logits.append(self._forward([request], ids, mask, self._caches[id(request)]))
+    def _advance(self, requests: list[Request]) -> list[Request]:
         self._last = torch.zeros(len(requests), 1)
-        return torch.cat(logits)
+        with torch.inference_mode():
+            return self._append(torch.cat([self._next(request) for request in requests]))
 
-    def _drop(self, gone: list[Request]) -> None:
-        self.requests = [request for request in self.requests if request not in gone]
-        for request in gone:
-            del self._caches[id(request)]
+    def _next(self, request: Request) -> Tensor:
+        """Logits of a row's next token, [1, vocabulary]."""
+        on, ids = self._model.device, [request.token_ids[-1:] or request.prompt_ids]
+        so_far = torch.ones(1, len(request.prompt_ids + request.token_ids), dtype=torch.long)
+        return self._forward([request], torch.tensor(ids, device=on), so_far.to(on), request._cache)
 
 
 def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
@@ -274,25 +272,12 @@ def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
     Args:
         stop_token_ids: ids that end an answer.
     """
-    padded = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    other = {type(each).__name__ for each in DynamicCache(config=model.config).layers} - {
-        kind.__name__ for kind in padded
-    }
-    if not other:
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - _PADDED
+    if not kinds:
         return Batch(model, stop_token_ids)
-    warn(f"answers are made one by one: the base has a state of another kind ({min(other)})")
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    warn(f"answers are made one by one: the base keeps a state of another kind ({names})")
     return _RowByRow(model, stop_token_ids)
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """The logits. Raises NotFinite where one is NaN or infinite."""
-    if torch.isfinite(logits).all():
-        return logits
-    raise NotFinite(
-        "the model's logits are not finite",
-        why="every answer would be noise",
-        fix="check the weights, or use --set train.precision=fp32",
-    )
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

@@ -19,22 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from fintune import attention, console, nano, seal
 from fintune.chat import ChatFormat
-from fintune.config import ChatConfig, Config, LoraConfig, ModelConfig
+from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ModelError, OutputError
 from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
 from fintune.targets import Targets, find_targets
-from fintune.untrusted import checks
+from fintune.untrusted import checks, probe
 from fintune.untrusted.checks import CONFIG, LIMITS, PROVENANCE, WEIGHTS_INDEX, Check, Report
-from fintune.untrusted.probe import (
-    empty_model,
-    model_class,
-    probe_base,
-    probe_release,
-    read_architecture,
-    read_tokenizer,
-    stop_token_ids,
-)
+from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 from fintune.untrusted.static import open_folder
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
@@ -294,7 +286,7 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
     try:
-        model, info = model_class(read_architecture(base.folder)).from_pretrained(
+        model, info = probe.model_class(probe.read_architecture(base.folder)).from_pretrained(
             base.folder,
             dtype=DTYPES[dtype],
             device_map={"": "cpu" if on_cpu else device()},
@@ -314,20 +306,6 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
     model.requires_grad_(False)
     attention.traits(model)
     return model
-
-
-def resolve_targets(base: Base, config: Config) -> tuple[Config, Targets]:
-    """The config with `train.lora.target_modules` by name, and what they are; loads no weights.
-
-    Raises:
-        ModelError: a name that fits no linear layer of the base's decoder.
-    """
-    found = find_targets(
-        empty_model(read_architecture(base.folder)), config.train.lora.target_modules
-    )
-    lora = config.train.lora.model_copy(update={"target_modules": found.modules})
-    train = config.train.model_copy(update={"lora": lora})
-    return config.model_copy(update={"train": train}), found
 
 
 def attach(model: Any, config: LoraConfig, seed: int, targets: Targets | None = None) -> PeftModel:

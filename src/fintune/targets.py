@@ -10,18 +10,21 @@ convolutions, whose kernels read weights past the adapter's forward. What lies o
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+from fintune.config import Config
 from fintune.errors import ModelError
+from fintune.untrusted.probe import empty_model, read_architecture
 
 ALL_LINEAR = "all-linear"
 _IN_LAYER = re.compile(r".*?\.?\d+\.(.+)")
 """A module of a decoder layer; its name inside the layer."""
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_ROUTERS = {"gate", "router", "shared_expert_gate", "altup"}
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
 
 
@@ -41,6 +44,22 @@ class Targets:
 
     def __str__(self) -> str:
         return f"LoRA on {', '.join(self.modules)}; {_said(self.without)}"
+
+
+def resolve_targets(base: Path, config: Config) -> tuple[Config, Targets]:
+    """The config with `train.lora.target_modules` by name, and what they are.
+
+    Args:
+        base: folder of the base, whose weights are not read.
+
+    Raises:
+        ModelError: a name that fits no linear layer of the base's decoder.
+    """
+    lora = config.train.lora
+    found = find_targets(empty_model(read_architecture(base)), lora.target_modules)
+    lora = lora.model_copy(update={"target_modules": found.modules})
+    train = config.train.model_copy(update={"lora": lora})
+    return config.model_copy(update={"train": train}), found
 
 
 def find_targets(model: Any, asked: Sequence[str]) -> Targets:

@@ -19,18 +19,9 @@ from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
-from fintune.model import (
-    Base,
-    attach,
-    device,
-    find_base,
-    load_base,
-    load_chat,
-    precision,
-    resolve_targets,
-)
+from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
 from fintune.stop import STOP
-from fintune.targets import Targets
+from fintune.targets import find_targets, resolve_targets
 from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
@@ -69,40 +60,34 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
                 there = config.model.model_copy(update={"revision": base.revision})
                 base = replace(base, folder=find_base(there).folder)
             chat = load_chat(base, config.chat, config.data_dir)
-            config, targets = resolve_targets(base, config)
+            config, targets = resolve_targets(base.folder, config)
             fingerprint = run_fingerprint(config, base, chat)
             state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
+            state.targets = targets
             if state.finished:
                 say(f"train: unchanged, kept {run}")
             else:
-                _train(config, base, chat.tokenizer, state, targets)
+                _train(config, base, chat.tokenizer, state)
     return run
 
 
-def _train(config: Config, base: Base, tokenizer: Any, state: RunState, targets: Targets) -> None:
+def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     """The stage, by the only run that writes its folder."""
     rows, epochs = read_train(config.data_dir), config.train.num_train_epochs
     heading(f"train: {len(rows):,} rows, {epochs} epochs, base {base.id}")
-    trainer = build(config, base, tokenizer, rows, state, targets)
+    trainer = build(config, base, tokenizer, rows, state)
     _fit(trainer, config, state)
-    distributed.from_rank0(lambda: _finish(trainer, rows, state, targets))
+    distributed.from_rank0(lambda: _finish(trainer, rows, state))
     memory.trim_heap()
     best = files.read_json(trainer.best / BEST)
     loss = f"best validation loss {best['eval_loss']:.4f} at step {best['step']}"
     say(f"train: {loss}, {trainer.best}")
 
 
-def build(
-    config: Config,
-    base: Base,
-    tokenizer: Any,
-    rows: Rows,
-    state: RunState,
-    targets: Targets | None = None,
-) -> LoraTrainer:
+def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer. Collective."""
     memory.retain_heap()
-    model, name, padding_free = _model(config, base, state, targets)
+    model, name, padding_free = _model(config, base, state)
     multiple = CPU_PAD_MULTIPLE if device().type == "cpu" else 1
     collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
     more = max((each["micro_batches"] for each in state.resolved["out_of_memory"]), default=0)
@@ -118,9 +103,7 @@ def build(
     return LoraTrainer(model=model, args=arguments, order=order, validation=validation, run=state)
 
 
-def _model(
-    config: Config, base: Base, state: RunState, targets: Targets | None
-) -> tuple[Any, str, bool]:
+def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]:
     """The base with a fresh adapter, fused and sharded; its precision; whether its batches are
     padding-free. Collective."""
     name, sharded = config.train.precision, config.train.strategy == "fsdp"
@@ -128,18 +111,19 @@ def _model(
     packed = config.model.quantization
     model = load_base(base, packed, name, on_cpu=sharded)
     padded, full = why_padded(model), why_full_logits(model)
-    if targets:
-        say(str(targets))
+    targets = state.targets or find_targets(model, config.train.lora.target_modules)
+    say(f"{targets}")
     peft = attach(model, config.train.lora, config.seed, targets)
     pointwise.fuse(peft)
     left = lora.fuse(peft)
-    fallbacks = [
-        f"batches are padded: {padded}" if padded else "",
-        f"the loss builds full logits: {full}" if full else "",
-        f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias" if left else "",
-    ]
-    for fallback in state.record("fallbacks", [*filter(None, fallbacks)]):
+    fallbacks = {
+        f"batches are padded: {padded}": padded,
+        f"the loss builds full logits: {full}": full,
+        f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias": left,
+    }
+    for fallback in state.record("fallbacks", [said for said in fallbacks if fallbacks[said]]):
         warn(fallback)
+    state.record("without_adapter", targets.without)
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
@@ -192,7 +176,7 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
         )
 
 
-def _finish(trainer: LoraTrainer, rows: Rows, state: RunState, targets: Targets) -> None:
+def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
     """Write the last files and `done.json`.
 
     Raises:
@@ -206,8 +190,7 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState, targets: Targets)
             fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
         )
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
-    facts = _environment(trainer, rows, state) | {"without_adapter": targets.without}
-    files.write_json(state.folder / "environment.json", facts)
+    files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)
 
 
@@ -226,7 +209,6 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "steps": trainer.state.global_step,
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "out_of_memory": state.resolved["out_of_memory"],
-        "fallbacks": state.resolved["fallbacks"],
+        **{k: state.resolved[k] for k in ("out_of_memory", "fallbacks", "without_adapter")},
         "accepted_changes": state.accepted,
     }

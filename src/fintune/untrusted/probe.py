@@ -25,13 +25,11 @@ import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForImageTextToText,
-    AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune import errors, files
 from fintune.chat import ChatFormat
