@@ -181,7 +181,8 @@ class ChatFormat:
             if self._proofs[shape] <= PROOFS:
                 texts = [one.text for one in each] + each[-1].prompts
                 whole = self._ids(texts)
-                self._cuts = all(row.input_ids == of for row, of in zip(examples, whole, strict=False))
+                pairs = zip(examples, whole, strict=False)
+                self._cuts = all(row.input_ids == of for row, of in pairs)
                 last = examples[-1].input_ids
                 self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
                 if not self._cuts:
@@ -221,7 +222,7 @@ class ChatFormat:
         last, ends = prompts[-1], []
         rest = self.template.rest(whole, last)
         final = rows[answers[-1]]
-        plain = not final.thought and not final.tool_calls
+        plain = not (final.thought and self.template.thinks) and not final.tool_calls
         if rest is None and plain and len(answers) == 1:  # a system text that moves with the prompt
             rest = self.template.answered(final)
         if rest is None:
@@ -400,7 +401,7 @@ class AnswerReader:
                 return self.finish()
         before, close, answer = self._held.partition(self._close)
         if self.inside and close:
-            self._decided, self.inside = True, False
+            self._held, self._decided, self.inside = "", True, False
             return self._special.sub("", answer).lstrip()
         return ""
 
