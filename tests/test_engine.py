@@ -45,6 +45,7 @@ def model(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> PeftModel
         attn_implementation=attention.NAME,
     )
     base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    attention.traits(base)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": list(SEVEN_PROJECTIONS)} | changes
     peft = get_peft_model(
         base, LoraConfig(lora_dropout=dropout, init_lora_weights=False, **settings)

@@ -165,11 +165,14 @@ def _try(model: Any) -> Traits:
     # Without a mask transformers would read the positions' values, which the meta device lacks.
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
     ends = torch.arange(3, dtype=torch.int32, device=model.device)
-    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
     inputs |= {"cu_seq_lens_q": ends, "max_length_q": 1}
     logits, failed = None, ""
+    drawn = [model.device] if model.device.type == "cuda" else []
     try:
-        logits = model.train()(**inputs, use_cache=False).logits
+        # In evaluation bitsandbytes packs its weights anew, and no dropout is asked for.
+        with torch.random.fork_rng(drawn):
+            logits = model.train()(**inputs, use_cache=False).logits
     except Exception as error:  # a model that wants other inputs
         failed = f"a trial of two tokens ended in {type(error).__name__}"
     finally:
