@@ -89,6 +89,9 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     rows = manifest["rows"]
     for note in manifest["chat"]["notes"]:
         say(f"chat template: {note}")
+    if again := manifest["chat"]["tokens_read_again"]:
+        total = sum(manifest["lengths"][part]["tokens"] for part in PARTS)
+        say(f"{again / total:.0%} of the tokens are read again: an example an answer")
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
     say(f"{folder}: {rows['read']} rows read = {kept} + {sum(rows['dropped'].values())} dropped")
     return manifest

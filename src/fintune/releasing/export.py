@@ -147,7 +147,7 @@ def ollama_modelfile(chat: ChatFormat) -> str:
     """A Modelfile whose template, in Go's language, writes what the chat template does.
 
     Conversations of marked texts are rendered, and the text between the marks is what opens and
-    closes each turn. BOS is left out, since llama.cpp adds it.
+    closes each turn. BOS is left out where llama.cpp adds it.
 
     Raises:
         ModelError: a template whose turns are not alike.
@@ -156,7 +156,8 @@ def ollama_modelfile(chat: ChatFormat) -> str:
     whole = chat.render([system, user, answer, user], prompt=True)
     head, after_system, after_user, after_answer, last = _between(whole)
     plain, opened = _between(chat.render([user], prompt=True))
-    close, bos = chat.template.end, chat.tokenizer.bos_token or ""
+    close = chat.template.end
+    bos = chat.tokenizer.bos_token if _gguf_writer().adds_bos(chat.tokenizer) else ""
     open_user, open_answer = after_system.removeprefix(close), after_user.removeprefix(close)
     alike = after_system == close + open_user == after_answer and after_user == last == opened
     if not alike or not plain.endswith(open_user) or last != close + open_answer:
