@@ -12,6 +12,7 @@ backward passes, row by row, in fp32 without dropout.
 `fintune bases` and docs/bases.md are made from the results.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,13 @@ import yaml  # noqa: E402
 
 Facts = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "bases.json"
+KNOWN = ROOT / "src" / "fintune" / "bases.json"
+"""What `fintune bases` shows."""
+HOW = (
+    "Each with random weights in the base's own architecture, its tokenizer and its chat template:"
+    " prepared, trained, evaluated, released, verified, served and merged; loss and gradients as"
+    " by transformers and peft alone."
+)
 STAGES = ("prepare", "train", "equal", "eval", "release", "verify", "serve", "export")
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 """Largest difference of the mean loss; norm of a gradient's difference over its own."""
@@ -92,6 +101,12 @@ def write(rows: list[Facts]) -> None:
         "bases": sorted(rows, key=lambda row: str(row["base"])),
     }
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    shown = ("id", "architecture", "result", "without_adapter", "fallbacks", "template")
+    known = [{key: row.get(key) for key in shown} for row in results["bases"]]
+    versions = {name: version(name) for name in ("transformers", "peft")}
+    KNOWN.write_text(
+        json.dumps({**versions, "how": HOW, "bases": known}, ensure_ascii=False) + "\n"
+    )
 
 
 def _said(row: Facts) -> str:
@@ -111,7 +126,8 @@ def try_base(base: Path, work: Path, stages: tuple[str, ...] = STAGES) -> Facts:
         differs, by stage; `result`: works, refused (at once, by a message) or fails.
     """
     config = json.loads((base / "config.json").read_text())
-    row: Facts = {"base": base.name, "architecture": config["architectures"][0], "stages": {}}
+    row: Facts = {"base": base.name, "id": public_id(base.name), "stages": {}}
+    row["architecture"] = config["architectures"][0]
     settings = write_config(base, work)
     for stage in stages:
         said = _STAGES[stage](base, work, settings, row)
@@ -124,6 +140,24 @@ def try_base(base: Path, work: Path, stages: tuple[str, ...] = STAGES) -> Facts:
     return row
 
 
+@cache
+def builder() -> Any:
+    """`build_bases.py` beside the sample data, as a module."""
+    path = tiny.SHARED / "bases" / "build_bases.py"
+    os.environ.setdefault("BASES_OUT", tempfile.gettempdir())
+    spec = importlib.util.spec_from_file_location("build_bases", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def public_id(name: str) -> str:
+    """The hub's id of a base that `build_bases.py` knows."""
+    known = builder().B.get(name.removesuffix("~arch"))
+    return known[0] if known and name in builder().B else name
+
+
 def write_config(base: Path, work: Path) -> Path:
     """Rows and a config for a base."""
     (work / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
@@ -134,6 +168,7 @@ def write_config(base: Path, work: Path) -> Path:
         "data": {
             "source": str(work / "rows.jsonl"),
             "min_tokens": 5,
+            "max_length": 512,
             "pii": "off",
             "validation_share": 0.2,
             "test_share": 0.2,

@@ -96,15 +96,20 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     counted = labels != IGNORE_INDEX
     targets = labels[counted]
     causal = causal_model(model)
-    if why_full_logits(causal):
-        logits = model(**inputs, use_cache=False).logits[counted].to(torch.float32)
-        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
-    head = causal.get_output_embeddings()
-    head.forward = lambda input: input  # the output layer returns the hidden states
+    head, full = causal.get_output_embeddings(), why_full_logits(causal)
+    whole = head.forward
+
+    def of_labels(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden[counted][None]
+        return whole(rows) if full else rows
+
+    head.forward = of_labels
     try:
-        hidden = model(**inputs, use_cache=False).logits[counted]
+        hidden = model(**inputs, use_cache=False).logits[0]
     finally:
         del head.forward
+    if full:
+        return F.cross_entropy(hidden.to(torch.float32), targets, reduction="sum"), len(targets)
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()

@@ -8,8 +8,9 @@ convolutions, whose kernels read weights past the adapter's forward. What lies o
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ ALL_LINEAR = "all-linear"
 _IN_LAYER = re.compile(r".*?\.?\d+\.(.+)")
 """A module of a decoder layer; its name inside the layer."""
 _ROUTERS = {"gate", "router", "shared_expert_gate", "altup"}
-_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,44 +72,39 @@ def find_targets(model: Any, asked: Sequence[str]) -> Targets:
     Raises:
         ModelError: a name that fits no linear layer of the decoder, or none can have an adapter.
     """
-    decoder = model.get_decoder()
+    decoder, every = model.get_decoder(), list(asked) == [ALL_LINEAR]
     place = next(name for name, module in model.named_modules() if module is decoder)
-    reasons = dict(_weights(decoder, model.get_output_embeddings()))
+    reasons = dict(_weights(model, decoder))
     free = [name for name, reason in reasons.items() if not reason]
-    taken = {leaf for leaf in {_leaf(name) for name in free} if _is_renamed(leaf, model)}
-    reasons |= {n: "peft takes the name for an expert's" for n in free if _leaf(n) in taken}
-    free = [name for name in free if _leaf(name) not in taken]
-    chosen, every = free, list(asked) == [ALL_LINEAR]
-    if not every:
-        fits = {name: [n for n in free if _fits(n, name)] for name in asked}
-        if missing := [name for name, hits in fits.items() if not hits]:
-            _refuse(missing, free, reasons)
-        chosen = [name for name in free if any(name in hits for hits in fits.values())]
-        reasons |= dict.fromkeys(set(free) - set(chosen), "not in train.lora.target_modules")
-    if not chosen:
-        _refuse([], free, reasons)
+    missing = [a for a in asked if not every and not any(_fits(name, a) for name in free)]
+    chosen = [name for name in free if every or any(_fits(name, a) for a in asked)]
+    if missing or not chosen:
+        _refuse(missing or [ALL_LINEAR], free, reasons)
+    reasons |= {n: "not in train.lora.target_modules" for n in free if n not in chosen}
     prefix = f"{place}." if place else ""
     modules = _shortened(chosen, [name for name, _ in decoder.named_modules()], prefix)
     others = [name for name, _ in model.named_modules() if not name.startswith(prefix)]
     shared = any(_fits(other, name) for other in others for name in modules)
     without = {_in_layer(name): reason for name, reason in reasons.items() if reason}
-    exclude = rf"(?!{re.escape(prefix)}).*" if shared else None
-    return Targets(modules, exclude, without)
+    return Targets(modules, rf"(?!{re.escape(prefix)}).*" if shared else None, without)
 
 
-def _weights(decoder: Any, head: Any) -> Iterator[tuple[str, str]]:
+def _weights(model: Any, decoder: Any) -> Iterator[tuple[str, str]]:
     """Linear layers, convolutions and experts of a decoder, each with why it gets no adapter."""
+    renamed = cache(partial(_is_renamed, model))
     for name, weight in decoder.named_parameters():
         path, _, key = name.rpartition(".")
         owner = decoder.get_submodule(path)
-        ends = owner is head or isinstance(owner, torch.nn.Embedding)
+        ends = owner is model.get_output_embeddings() or isinstance(owner, torch.nn.Embedding)
         if ends or weight.ndim < 2 or (key != "weight" and weight.ndim == 2):
             continue
-        plain = isinstance(owner, torch.nn.Linear)
-        yield path if key == "weight" else name, _why_left(decoder, path, owner, plain)
+        reason = _why_left(decoder, path, owner)
+        if not reason and renamed(path.rpartition(".")[2]):
+            reason = "peft takes the name for an expert's"
+        yield path if key == "weight" else name, reason
 
 
-def _why_left(decoder: Any, path: str, owner: Any, plain: bool) -> str:
+def _why_left(decoder: Any, path: str, owner: Any) -> str:
     """Why a weight gets no adapter; empty where it does."""
     parts = path.split(".")
     parent = decoder.get_submodule(".".join(parts[:-1]))
@@ -121,13 +116,14 @@ def _why_left(decoder: Any, path: str, owner: Any, plain: bool) -> str:
         return "router"
     if hasattr(parent, "A_log") and hasattr(parent, "D"):
         return "Mamba"
-    convolves = any(isinstance(child, _CONVOLUTIONS) for child in parent.children())
-    if isinstance(owner, _CONVOLUTIONS) or (convolves and not hasattr(parent, "A_log")):
+    convolves = any(isinstance(child, torch.nn.Conv1d) for child in parent.children())
+    if isinstance(owner, torch.nn.Conv1d) or (convolves and not hasattr(parent, "A_log")):
         return "convolution"
-    return "" if plain else f"of a kind that peft does not know ({type(owner).__name__})"
+    plain = isinstance(owner, torch.nn.Linear)
+    return "" if plain else f"of a kind that peft does not know: {type(owner).__name__}"
 
 
-def _is_renamed(leaf: str, model: Any) -> bool:
+def _is_renamed(model: Any, leaf: str) -> bool:
     """Whether peft would put the adapter elsewhere: in models with fused experts it reads
     gate_proj, up_proj and down_proj as theirs, also where a dense layer has them."""
     config = LoraConfig(target_modules=[leaf])
@@ -151,14 +147,12 @@ def _shortened(chosen: list[str], names: list[str], prefix: str) -> tuple[str, .
     return tuple(kept)
 
 
-def _refuse(missing: Iterable[str], free: list[str], reasons: dict[str, str]) -> None:
-    named = ", ".join(missing) or ALL_LINEAR
-    has = ", ".join(dict.fromkeys(_leaf(name) for name in free)) or "none"
-    without = {_in_layer(name): reason for name, reason in reasons.items() if reason}
+def _refuse(missing: Sequence[str], free: list[str], reasons: dict[str, str]) -> None:
+    has = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in free))
     raise ModelError(
-        f"train.lora.target_modules: {named} fits no linear layer of the decoder",
-        why="the run would train less than its config says",
-        fix=f"name some of: {has}; or {ALL_LINEAR} ({_said(without)})",
+        f"train.lora.target_modules: {', '.join(missing)} fits no linear layer of the decoder",
+        why=_said({_in_layer(name): reason for name, reason in reasons.items() if reason}),
+        fix=f"name some of {has}, or {ALL_LINEAR}" if free else "choose another base",
     )
 
 
@@ -171,10 +165,6 @@ def _said(without: dict[str, str]) -> str:
 
 def _fits(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _in_layer(name: str) -> str:
