@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, seal
-from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
+from fintune.config import Config, dump_yaml
 from fintune.releasing.bundle import release
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -86,7 +87,7 @@ def tiny_adapter(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=list(SEVEN_PROJECTIONS),
+        target_modules=list(tiny.SEVEN_PROJECTIONS),
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, lora)

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,8 +29,6 @@ from fintune.errors import ConfigError
 from fintune.files import read_toml
 from fintune.yaml_reader import read_yaml, redacted
 
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
@@ -37,6 +36,8 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+"""Several names, or one."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 
@@ -174,8 +175,9 @@ class LoraConfig(Section):
     """scale is lora_alpha / r"""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """dropout on the adapter's input"""
-    target_modules: tuple[str, ...] = Field(SEVEN_PROJECTIONS, min_length=1)
-    """projections that get an adapter"""
+    target_modules: Names = Field(("all-linear",), min_length=1)
+    """layers that get an adapter, by the ends of their names; `all-linear`: every linear layer of
+    the text decoder"""
 
 
 class TrainConfig(Section):

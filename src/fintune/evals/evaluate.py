@@ -191,9 +191,9 @@ def _answer(
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
     dtype = model.precision(precision, device)
-    base_model = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
+    base_model = model.load_base(base, config.model.quantization, dtype)
     peft_model = model.load_adapter(base_model, config.run_dir / "best")
-    context = base_model.config.max_position_embeddings
+    context = base_model.config.get_text_config().max_position_embeddings
     prompts, run_info = _choose(config, rows, asked, chat, context)
     run_info["provenance"] = {
         **inputs,

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from fintune.chat import AnswerReader
 from fintune.errors import ModelError
-from fintune.generation import Batch, FinishReason, Request
+from fintune.generation import FinishReason, Request, open_batch
 from fintune.model import LoadedRelease
 
 MAX_ROWS = 64
@@ -92,8 +92,9 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedRelease) -> None:
-        self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
-        self._batch = Batch(loaded.model, loaded.chat.stop_token_ids)
+        config = loaded.model.config.get_text_config()
+        self.max_context = min(config.max_position_embeddings, MAX_CONTEXT)
+        self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
         self.closed = False
