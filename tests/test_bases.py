@@ -21,7 +21,16 @@ if not (tiny.SHARED / "bases").is_dir():
     pytest.skip(f"no bases at {tiny.SHARED}", allow_module_level=True)
 
 EVERY = bool(os.environ.get("FINTUNE_TEST_ALL"))
-TRAINED = "deepseek-v3 gpt-oss granite33 lfm2 llama4 olmo3-instruct phi4 qwen3".split()
+TRAINED = [
+    "deepseek-v3",
+    "gpt-oss",
+    "granite33",
+    "lfm2",
+    "llama4",
+    "olmo3-instruct",
+    "phi4",
+    "qwen3",
+]
 """Latent attention, sinks, scaled logits, convolutions, chunks, windows, fused names, q/k norms."""
 SHARED_ONLY = 23
 

@@ -125,6 +125,8 @@ def _summarize(folder: Path) -> dict[str, Any]:
     accuracy, loss = test_results["accuracy"], test_results["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    if loss["adapter"] >= loss["base"]:
+        warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
     for name, cut in test_results["n"]["thoughts_cut"].items():
         if cut:
             fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
@@ -230,7 +232,9 @@ def _choose(
     train = pq.ParquetFile(config.data_dir / "train.parquet")
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
-    test_items = by_hash([reader.item(row) for row in rows if row["messages"]])
+    # Of a row with an example an answer one line holds the messages; a call is no answer to grade.
+    whole = [row for row in rows if row["messages"] and not row["messages"][-1].get("tool_calls")]
+    test_items = by_hash([reader.item(row) for row in whole])
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
