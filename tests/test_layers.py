@@ -32,6 +32,7 @@ SPINE = (
     "example",
     "chat",
     "untrusted",
+    "gguf_base",
     "model",
     "batches",
     "collate",

@@ -39,6 +39,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_dir() -> Path:
+    """Our folder in the user's cache directory, whether or not it is there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune"
+
+
 def cached_sha256(path: Path) -> str:
     """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
 
@@ -48,7 +53,7 @@ def cached_sha256(path: Path) -> str:
     facts = path.stat()
     times = (facts.st_mtime_ns, facts.st_ctime_ns)
     key = sha256_bytes(f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune" / key
+    cache = cache_dir() / key
     with contextlib.suppress(OSError):
         return cache.read_text()
     digest = sha256_file(path)

@@ -165,6 +165,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": base.revision,
+        "base_about": base.about,
         "quantization": config.model.quantization,
         "date_string": config.chat.date_string,
         "precision": config.train.precision,

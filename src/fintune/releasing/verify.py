@@ -119,7 +119,7 @@ def _check_loaded(folder: Path, base: model.Base) -> Iterator[Check]:
     except FintuneError as error:
         yield Check("load", "failed", error.what)
         return
-    yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
+    yield Check("load", "ok", f"peft loads it on {base.about} ({dtype})")
     if golden := read_object(folder, FIXTURE, absent=True):
         yield check_answers(golden, peft_model, dtype)
 

@@ -91,7 +91,7 @@ async def run(request: Request) -> Response:
     shortest = sorted(examples.items(), key=lambda pair: len(pair[1]))[:EXAMPLES]
     tree = {
         "name": f"{folder.parent.name}/{folder.name}",
-        "base": {"id": base.id, "revision": base.revision},
+        "base": {"id": base.id, "revision": base.revision, "about": base.about},
         "results": read_object(folder, RESULTS, absent=True) or None,
         "examples": [{"question": question, "reference": text} for text, question in shortest],
         "metrics": list(_objects(folder.parent / "run" / "metrics.jsonl")),
