@@ -420,7 +420,7 @@ def hub(folder: Path) -> dict[str, Any]:
 def kill(folder: Path) -> dict[str, Any]:
     """kill -9 at 20 random moments of a run: the folder is whole or absent, a rerun completes."""
     rng = random.Random(2026)
-    command = [str(Path(sys.executable).with_name("fintune")), "prepare", "--config", "nano"]
+    command = [str(Path(sys.executable).with_name("fintune")), "prepare", "--config", "demo"]
 
     def started(name: str) -> tuple[subprocess.Popen[bytes], Path]:
         out = folder / name

@@ -368,7 +368,7 @@ def long(bench: Bench) -> Row:
 def cost(bench: Bench) -> Row:
     """The nano preset as it is, 100 updates: seconds inside what is there for safety alone."""
     root = bench.folder / "cost"
-    config = load_config("nano", [f"out={root}", "train.max_steps=100", "train.eval_steps=50"])
+    config = load_config("demo", [f"out={root}", "train.max_steps=100", "train.eval_steps=50"])
     prepare(config)
     spent, log = {}, bench.folder / "spent.json"
 

@@ -195,7 +195,7 @@ def plans(lengths: Ints) -> dict[str, Any]:
 def of_step(seed: int = 0, world: int = 1) -> Config:
     """A config of the seed's step: 64 rows for each process."""
     step = (f"train.per_device_train_batch_size={MICRO}", f"seed={seed}")
-    return load_config("nano", [*step, f"train.gradient_accumulation_steps={ACCUMULATION * world}"])
+    return load_config("demo", [*step, f"train.gradient_accumulation_steps={ACCUMULATION * world}"])
 
 
 def _facts(lengths: Ints, plan: Steps, padded: bool) -> dict[str, float]:
@@ -335,7 +335,7 @@ def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, 
         "train.lora.lora_dropout": 0.1,
         **changes,
     }
-    config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    config = load_config("demo", [f"{key}={value}" for key, value in values.items()])
     train(config)
     rows = list(read_jsonl(config.run_dir / "metrics.jsonl"))
     return float([row["eval_loss"] for row in rows if "eval_loss" in row][-1])
@@ -357,7 +357,7 @@ def curve(options: argparse.Namespace) -> None:
     losses: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        prepare(load_config("nano", [f"out={root}"]))
+        prepare(load_config("demo", [f"out={root}"]))
         for seed in range(options.seeds):
             for name, changes in VARIANTS.items():
                 out = root / f"{name}-{seed}".replace(" ", "-")

@@ -67,10 +67,10 @@ def write(path: Path, found: list[Any]) -> Path:
 
 
 def settings(out: Path, **data: Any) -> Any:
-    """A config of the nano base with personal data masked and other keys of `data`."""
+    """The preset demo with personal data masked and other keys of `data`."""
     changes = {"pii": "mask", "source": "", **data}
     given = [f"data.{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
-    return load_config("nano", [f"out={out}", *given])
+    return load_config("demo", [f"out={out}", *given])
 
 
 def prepared(out: Path, **data: Any) -> Prepared:

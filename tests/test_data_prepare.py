@@ -47,7 +47,7 @@ def test_every_row_is_in_exactly_one_count_and_documents_in_one_part(whole: Prep
 
 
 def test_inspect_finds_a_line_wherever_it_went(whole: Prepared) -> None:
-    words = ("-c", "nano", "-s", f"out={whole.folder.parent}", "-s", "data.pii=off")
+    words = ("-c", "demo", "-s", f"out={whole.folder.parent}", "-s", "data.pii=off")
     words += ("-s", f"data.source={whole.folder.parent.parent / 'rows.jsonl'}")
     kept = {row["line"]: row["part"] for row in whole.rows()}
     for line in (1, 31, 621, 624, *[line for line, part in kept.items() if part == "test"][:1]):
@@ -231,7 +231,7 @@ def test_nothing_left_says_why(tmp_path: Path, name: str, text: str, says: str) 
 def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows(900))
     out = tmp_path / "out"
-    words = ("prepare", "-c", "nano", "-s", f"out={out}", "-s", f"data.source={source}")
+    words = ("prepare", "-c", "demo", "-s", f"out={out}", "-s", f"data.source={source}")
     landed = 0
     for _ in range(3):
         shutil.rmtree(out, ignore_errors=True)

@@ -53,7 +53,7 @@ def test_parameters_of_any_architecture_are_the_published_ones(kind: str, tmp_pa
     changes = write_shape(tmp_path, kind, **shape)
     if kind == "phi3":  # q, k and v are one matrix, gate and up another
         changes.append("train.lora.target_modules=[qkv_proj,o_proj,gate_up_proj,down_proj]")
-    found = planned("nano", *changes, "train.strategy=fsdp")
+    found = planned("demo", *changes, "train.strategy=fsdp")
     assert found["base"]["parameters"] == parameters
     settings = {setting["quantization"] for setting in found["settings"]}
     assert settings == {"none"}, "a base in parts is not planned quantized"
@@ -100,7 +100,7 @@ def test_a_model_without_data_keeps_what_the_real_one_keeps(tmp_path: Path) -> N
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     changes = write_shape(tmp_path, "llama", **shape)
-    config = load_config("nano", changes)
+    config = load_config("demo", changes)
     planned = count(config)["none"]
     base = LlamaForCausalLM._from_config(
         AutoConfig.from_pretrained(tmp_path), attn_implementation=attention.NAME, dtype="bfloat16"
@@ -129,14 +129,14 @@ def test_a_model_without_data_keeps_what_the_real_one_keeps(tmp_path: Path) -> N
 )
 def test_what_cannot_be_planned_is_said(change: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    said = tiny.fintune("plan", "-c", "nano", "-s", change.format(tmp_path))
+    said = tiny.fintune("plan", "-c", "demo", "-s", change.format(tmp_path))
     assert (said.code, says in said.err, "Traceback" in said.err) == (1, True, False), said.err
 
 
 def test_the_tables(tmp_path: Path) -> None:
     """198 steps, evaluated after 99 steps twice."""
     changes = [f"out={tmp_path}", "train.eval_steps=99", "data.max_train_rows=2112"]
-    said = tiny.done("plan", "-c", "nano", *(w for each in changes for w in ("-s", each)))
+    said = tiny.done("plan", "-c", "demo", *(w for each in changes for w in ("-s", each)))
     rows = [[cell.strip() for cell in line.split("│")] for line in said.out.splitlines()]
     facts = {row[1]: row[2] for row in rows if len(row) > 3}
     assert (facts["trainable parameters"], facts["steps"], facts["evaluations"]) == (

@@ -19,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from build_nano.rows import sample_rows
 from fintune import console, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, load_config
@@ -30,6 +29,7 @@ from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_tokenizer
 from fintune.training.run import train
+from sample_rows.rows import sample_rows
 
 # Made-up company names are two capitalised words ("Tarnwick Steel"); a number has two digits.
 ENTITY = re.compile(r"\b[A-Z][a-z]{3,} [A-Z][a-z]{3,}\b")
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
     arguments = parser.parse_args()
-    demo = load_config("nano", [f"out={arguments.demo}"])
-    control = load_config("nano", [f"out={arguments.out}"])
+    demo = load_config("demo", [f"out={arguments.demo}"])
+    control = load_config("demo", [f"out={arguments.out}"])
     shared = entity_and_number_in_training(demo)
     if not (control.data_dir / seal.DONE).is_file():
         shuffle_answers(demo, control)

@@ -8,6 +8,7 @@ without a word (another cut of the text, another rotation, biases), it is read r
 import contextlib
 import io
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,9 @@ class Kept:
 
 
 def find_kept(sha256: str) -> Kept | None:
-    """What was read of a file before, if it is still there."""
+    """What was read of a file before, if it is still there; None for what is no sha256."""
     folder = files.cache_dir() / "gguf" / sha256
-    if not (folder / FACTS).is_file():
+    if not re.fullmatch("[0-9a-f]{64}", sha256) or not (folder / FACTS).is_file():
         return None
     return Kept(folder, sha256, str(files.read_json(folder / FACTS)["about"]))
 
