@@ -248,15 +248,14 @@ def generation(count: int = 300) -> dict[str, Any]:
     base = model.find_base(config.model)
     tokenizer = model.load_tokenizer(base)
     loaded = model.load_base(base, "none", "fp32").eval()
-    chat = ChatFormat(tokenizer, config.chat.date_string)
+    chat = ChatFormat(tokenizer, config.chat, stop_token_ids(base.folder, tokenizer))
     prompts = _prompts(chat, count)
-    ends = stop_token_ids(base.folder, tokenizer)
     warm = [Request("", prompts[0].prompt_ids, 4)]
-    list(generate(loaded, tokenizer, warm, stop_token_ids=ends, batch_size=1))
+    list(generate(loaded, chat, warm, batch_size=1))
 
     start = time.perf_counter()
     ours: dict[str, list[int]] = {}
-    for part in generate(loaded, tokenizer, prompts, stop_token_ids=ends, batch_size=BATCH):
+    for part in generate(loaded, chat, prompts, batch_size=BATCH):
         ours |= {answer.id: answer.token_ids for answer in part}
     batched = time.perf_counter() - start
 

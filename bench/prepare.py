@@ -40,7 +40,7 @@ RESULTS = ROOT / "bench" / "results" / "data.json"
 sys.path.insert(0, str(ROOT / "src"))
 
 from fintune.chat import ChatFormat  # noqa: E402
-from fintune.config import Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
+from fintune.config import ChatConfig, Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
 from fintune.data.filters import not_english  # noqa: E402
@@ -487,9 +487,11 @@ def fingerprint(ids: list[int], labels: list[int]) -> int:
 
 def _ours(tokenizer: Any, rows: list[tuple[Message, ...]]) -> tuple[float, list[int]]:
     """ChatFormat.encode_many, with all its checks."""
-    chat = ChatFormat(tokenizer, DATE)
+    chat = ChatFormat(tokenizer, ChatConfig(date_string=DATE))
     start = time.perf_counter()
-    encoded = [e for at in range(0, len(rows), 512) for e in chat.encode_many(rows[at : at + 512])]
+    encoded = [
+        e[-1] for at in range(0, len(rows), 512) for e in chat.encode_many(rows[at : at + 512])
+    ]
     seconds = time.perf_counter() - start
     return seconds, [fingerprint(e.input_ids, e.labels) for e in encoded]
 

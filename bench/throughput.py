@@ -47,7 +47,7 @@ from sides import _forget_peak, _in_use, _peak, matrix_rate  # noqa: E402
 
 from fintune.batches import Ints, Steps, plan_epoch  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
-from fintune.config import Config, load_config  # noqa: E402
+from fintune.config import ChatConfig, Config, load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
@@ -126,10 +126,12 @@ def encoded(vocabulary: int = SHAPE["vocab_size"]) -> pa.Table:
     """Real rows of at most LONGEST tokens; ids folded into a smaller vocabulary."""
     tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
     rows = conversations()
-    chat = ChatFormat(tokenizer, DATE)
+    chat = ChatFormat(tokenizer, ChatConfig(date_string=DATE))
     kept = []
     for at in range(0, len(rows), 512):
-        for number, row in enumerate(chat.encode_many(rows[at : at + 512])):
+        for number, made in enumerate(chat.encode_many(rows[at : at + 512])):
+            row = made[-1]
+            assert not isinstance(row, str)
             if len(row.input_ids) <= LONGEST:
                 ids = np.array(row.input_ids, np.int32) % vocabulary
                 labels = np.array(row.labels, np.int32)

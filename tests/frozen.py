@@ -96,10 +96,11 @@ def of_release(release: Path) -> dict[str, Any]:
     config = read_json(release / "adapter_config.json")
     said = ("base_model_name_or_path", "bias", "inference_mode", "lora_alpha", "lora_dropout")
     said += ("peft_type", "r", "revision", "target_modules", "task_type")
+    variables = fixture["chat"]["variables"]
     return {
         "files": sorted(path.name for path in release.iterdir()),
         "adapter_config": {key: config[key] for key in said},
-        "prompts_sha256": sha256([fixture["template_sha256"], fixture["date_string"]])
+        "prompts_sha256": sha256([fixture["template_sha256"], variables["date_string"]])
         + sha256(conversations),
         "answers": [row["answer"]["ids"] for row in fixture["conversations"]],
         "end_token_ids": fixture["end_token_ids"],

@@ -400,7 +400,9 @@ FIXTURE_CASES: dict[str, Change] = {
     "another prompt": rows(lambda row: row.update(prompt_ids=row["prompt_ids"][1:])),
     "other stop tokens": fixture(lambda tree: tree.update(end_token_ids=[3])),
     "no stop tokens": fixture(lambda tree: tree.update(end_token_ids=[])),
-    "a date of objects": fixture(lambda tree: tree.update(date_string={"a": 1})),
+    "a date of objects": fixture(
+        lambda tree: tree["chat"]["settings"].update(date_string={"a": 1})
+    ),
     "an unknown precision": fixture(lambda tree: tree["decoding"].update(dtype="fp4")),
     "a looser precision for other weights": both(
         fixture(lambda tree: tree["decoding"].update(dtype="bf16")),

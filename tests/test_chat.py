@@ -10,6 +10,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from fintune.chat import ChatFormat
+from fintune.config import ChatConfig
 from fintune.data.schema import Rejected, to_messages
 from fintune.example import IGNORE_INDEX
 from fintune.model import Base, load_tokenizer
@@ -36,11 +37,11 @@ def prepare(
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        (TURN, f"{TURN} | upper", "changes the texts"),
-        ("<|eot_id|>", "", "no end-of-turn token"),
+        (TURN, f"{TURN} | upper", "changes its text"),
         (TURN, "message['role']", "leaves out a turn"),
-        ("<|end_header_id|>\\n\\n' -}}\n{%- endif", "' -}}\n{%- endif", "begins no conversation"),
-        ("(date_string if", "bos_token + (date_string if", "BOS twice"),
+        ("assistant<|end_header_id|>", "model<|end_header_id|>", "begins no conversation"),
+        (TURN, "raise_exception('no such turn')", "no such turn"),
+        (TURN, f"{TURN} | spell", "spell"),
     ],
 )
 def test_a_template_that_training_and_serving_would_read_otherwise_is_refused(
@@ -68,7 +69,8 @@ def test_text_that_spells_a_control_token_stays_text(tmp_path: Path) -> None:
 
 def test_labels_of_every_real_row_decode_to_its_answers(shared: Path) -> None:
     sample = shared / "data" / "finance_instruct_sample.jsonl"
-    chat = ChatFormat(load_tokenizer(Base("llama", "", shared / "tokenizers" / "llama3")), "x")
+    tokenizer = load_tokenizer(Base("llama", "", shared / "tokenizers" / "llama3"))
+    chat = ChatFormat(tokenizer, ChatConfig())
     rows = []
     for line in sample.read_bytes().split(b"\n")[:2500]:
         try:
@@ -76,7 +78,9 @@ def test_labels_of_every_real_row_decode_to_its_answers(shared: Path) -> None:
         except Rejected:
             continue
     assert any(len(row) > 3 for row in rows)
-    for row, encoded in zip(rows, chat.encode_many(rows), strict=True):
+    for row, made in zip(rows, chat.encode_many(rows), strict=True):
+        assert isinstance(made, list) and len(made) == 1
+        encoded = made[0]
         kept = [label for label in encoded.labels if label != IGNORE_INDEX]
         answers = [message.content.strip() for message in row if message.role == "assistant"]
         assert chat.tokenizer.decode(kept, clean_up_tokenization_spaces=False) == "".join(

@@ -127,7 +127,7 @@ def test_the_fixture_is_what_transformers_makes(chain: tiny.Chain, tuned: Any) -
     fixture = frozen.read_json(chain.release / "prompt_fixture.json")
     tokenizer = AutoTokenizer.from_pretrained(chain.release)
     for row in fixture["conversations"]:
-        dated = {"tokenize": False, "date_string": fixture["date_string"]}
+        dated = {"tokenize": False, **fixture["chat"]["variables"]}
         text = tokenizer.apply_chat_template(row["messages"], **dated)
         prompt = tokenizer.apply_chat_template(
             row["messages"][:-1], add_generation_prompt=True, **dated

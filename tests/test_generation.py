@@ -9,6 +9,8 @@ from tiny_release import tiny_adapter, tiny_base
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 
 from fintune import attention, model
+from fintune.chat import ChatFormat
+from fintune.config import ChatConfig
 from fintune.errors import NotFinite
 from fintune.generation import Batch, Request, generate, sample
 from fintune.untrusted.probe import stop_token_ids
@@ -40,7 +42,9 @@ def answers(
 ) -> list[list[int]]:
     """Generated ids of each prompt, in the order of the prompts."""
     settings = {"stop_token_ids": tiny[3], "batch_size": 4} | more
-    parts = generate(loaded or tiny[2], tiny[1], requests(rows, limit), **settings)
+    parts = generate(
+        loaded or tiny[2], ChatFormat(tiny[1], ChatConfig()), requests(rows, limit), **settings
+    )
     return [found.token_ids for found in sorted(sum(parts, []), key=lambda found: found.id)]
 
 
@@ -88,9 +92,14 @@ def test_every_end_token_of_the_list_stops(tiny: Tiny) -> None:
     _, tokenizer, loaded, _ = tiny
     ids = prompts()[0]
     free = one_by_one(loaded, ids, 12, [0])
+    chat = ChatFormat(tokenizer, ChatConfig())
     for end in (free[2], free[5]):
         ((found,),) = generate(
-            loaded, tokenizer, requests([ids], 12), stop_token_ids=[4000, end], batch_size=4
+            loaded,
+            chat,
+            requests([ids], 12),
+            stop_token_ids=[4000, end],
+            batch_size=4,
         )
         assert len(found.token_ids) == free.index(end) + 1 and found.finish_reason == "stop"
 

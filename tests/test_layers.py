@@ -30,6 +30,7 @@ SPINE = (
     "config",
     "sources",
     "example",
+    "template",
     "chat",
     "untrusted",
     "gguf_base",

@@ -30,7 +30,7 @@ def test_the_snippets_of_the_card_run(chain: tiny.Chain) -> None:
     with contextlib.redirect_stdout(printed):
         exec(seed.replace("max_new_tokens=256", "max_new_tokens=4") + chat, {})
     fixture = json.loads((chain.release / "prompt_fixture.json").read_text())
-    assert f'date_string="{fixture["date_string"]}"' in chat
+    assert f'date_string="{fixture["chat"]["variables"]["date_string"]}"' in chat
     assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune.chat import ChatFormat
+from fintune.config import ChatConfig
 from fintune.example import Message
 from fintune.releasing import export
 from fintune.releasing import gguf as writing
@@ -70,7 +71,7 @@ def test_real_llama_template_passes_and_becomes_ollamas() -> None:
     folder = tiny.SHARED / "tokenizers" / "llama3"
     if not folder.is_dir():
         pytest.skip("no ../shared/tokenizers/llama3")
-    chat = ChatFormat(AutoTokenizer.from_pretrained(folder), "26 Jul 2024")
+    chat = ChatFormat(AutoTokenizer.from_pretrained(folder), ChatConfig())
     assert template_reaches(chat.template) == ""
     template = export.ollama_modelfile(chat).split('"""')[1]
     for messages in CONVERSATIONS.values():

@@ -13,7 +13,7 @@ from tiny_release import tiny_adapter
 
 from fintune import nano
 from fintune.chat import ChatFormat
-from fintune.config import ModelConfig
+from fintune.config import ChatConfig, ModelConfig
 from fintune.example import Message
 from fintune.model import LoadedRelease, find_base, load_adapter, load_base, load_tokenizer
 from fintune.releasing import gguf
@@ -35,7 +35,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ChatFormat, Pa
     base = find_base(ModelConfig())
     tokenizer = load_tokenizer(base)
     plain = load_base(base, "none", "fp32")
-    loaded = LoadedRelease(base, plain, "fp32", ChatFormat(tokenizer, "26 Jul 2024"), [])
+    loaded = LoadedRelease(base, plain, "fp32", ChatFormat(tokenizer, ChatConfig()))
     gguf.write_model(loaded, folder / "base.gguf", "f32", "nano")
     # Small enough to leave the base its words: near ties of noise would part f16 from f32.
     adapter = tiny_adapter(base.folder, folder / "adapter", scale=0.03)

@@ -31,7 +31,7 @@ def eval_config(root: Path, *, train: int = 400, test: int = 130, **settings: ob
             },
         }
     )
-    chat = ChatFormat(load_tokenizer(Base("x", "y", base)), config.chat.date_string)
+    chat = ChatFormat(load_tokenizer(Base("x", "y", base)), config.chat)
     rows = _rows(chat, train + test)
     _write(config.data_dir / "train.parquet", rows[:train])
     _write(config.data_dir / "validation.parquet", [])

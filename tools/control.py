@@ -20,14 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintune import console, seal
-from fintune.chat import ChatFormat
 from fintune.config import Config, load_config
 from fintune.evals.evaluate import evaluate
 from fintune.evals.grading import Pair, load_pairs
 from fintune.evals.stats import paired
 from fintune.example import Message
 from fintune.files import read_json, write_json
-from fintune.model import find_base, load_tokenizer
+from fintune.model import find_base, load_chat
 from fintune.training.run import train
 from sample_rows.rows import sample_rows
 
@@ -67,8 +66,8 @@ def shuffle_answers(demo: Config, control: Config) -> None:
         mixed = rng.sample(members, len(members))
         for number, source in zip(members, mixed, strict=True):
             rows[number]["messages"][-1]["content"] = answers[source]
-    chat = ChatFormat(load_tokenizer(find_base(demo.model)), demo.chat.date_string)
-    encoded = chat.encode_many([[Message(**m) for m in row["messages"]] for row in rows])
+    chat = load_chat(find_base(demo.model), demo.chat, demo.data_dir)
+    encoded = [chat.encode([Message.of(m) for m in row["messages"]]) for row in rows]
     for row, own in zip(rows, encoded, strict=True):
         row |= {"input_ids": own.input_ids, "labels": own.labels, "length": len(own.input_ids)}
     shutil.rmtree(control.data_dir, ignore_errors=True)

@@ -19,7 +19,7 @@ from fintune import console, files
 from fintune.chat import ChatFormat
 from fintune.example import Message
 from fintune.generation import Request, generate
-from fintune.model import load_base, load_release, read_tokenizer, release_base
+from fintune.model import load_base, load_release, release_base
 from fintune.releasing import export, gguf
 from fintune.untrusted.checks import JUDGED
 
@@ -36,10 +36,10 @@ def said(llama: Any, ids: list[int], ends: list[int]) -> list[int]:
     return made
 
 
-def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], ends: list[int]) -> list[Any]:
+def greedy(model: Any, chat: ChatFormat, prompts: list[list[int]], ends: list[int]) -> list[Any]:
     """Our greedy tokens, in the order of the prompts."""
     asked = [Request(f"{number:03}", ids, TOKENS) for number, ids in enumerate(prompts)]
-    parts = generate(model, tokenizer, asked, stop_token_ids=ends, batch_size=1)
+    parts = generate(model, chat, asked, stop_token_ids=ends, batch_size=1)
     return [answer.token_ids for answer in sorted(sum(parts, []), key=lambda answer: answer.id)]
 
 
@@ -50,16 +50,14 @@ def main() -> None:
     options = parser.parse_args()
     fixture = files.read_json(options.release / "prompt_fixture.json")
     base = release_base(options.release, options.base)
-    tokenizer = read_tokenizer(options.release)
-    chat, ends = ChatFormat(tokenizer, fixture["date_string"]), fixture["end_token_ids"]
     rows = list(files.read_jsonl(options.release / JUDGED))[:QUESTIONS]
     prompts = [[Message("user", row["question"])] for row in rows]
-    ids = [chat.prompt_ids(messages) for messages in prompts]
     loaded = load_release(options.release, base, dtype="fp32")
-    model = loaded.model
-    wanted = greedy(model, tokenizer, ids, ends)
+    model, chat, ends = loaded.model, loaded.chat, fixture["end_token_ids"]
+    ids = [chat.prompt_ids(messages) for messages in prompts]
+    wanted = greedy(model, chat, ids, ends)
     with model.disable_adapter():
-        plain = greedy(model, tokenizer, ids, ends)
+        plain = greedy(model, chat, ids, ends)
     found: dict[str, Any] = {
         "questions": len(rows),
         "tokens": sum(map(len, wanted)),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fintune import console, files
 from fintune.chat import ChatFormat
+from fintune.config import ChatConfig
 from fintune.example import Message
 from fintune.generation import Request, generate
 from fintune.model import load_release, read_tokenizer, release_base
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     base = release_base(options.release, options.base)
     tokenizer = read_tokenizer(options.release)
-    chat = ChatFormat(tokenizer, "26 Jul 2024")
+    chat = ChatFormat(tokenizer, ChatConfig())
     rows = files.read_jsonl(options.release / JUDGED)
     questions = [row["question"] for row in rows]
     prompts = [chat.prompt_ids([Message("user", question)]) for question in questions]
@@ -47,7 +48,7 @@ def main() -> None:
     texts = []
     for model in (adapter, whole):
         asked = [Request(str(number), ids, TOKENS) for number, ids in enumerate(prompts)]
-        answers = generate(model, tokenizer, asked, stop_token_ids=[], batch_size=25)
+        answers = generate(model, chat, asked, stop_token_ids=[], batch_size=25)
         texts.append({answer.id: answer.text for batch in answers for answer in batch})
     equal = sum(texts[0][key] == texts[1][key] for key in texts[0])
     found = {"largest_logit_difference": worst, "greedy_equal": equal, "of": len(prompts),

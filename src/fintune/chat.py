@@ -1,141 +1,300 @@
-"""Messages <-> tokens and labels: the only user of a chat template.
+"""Messages <-> tokens and labels, and the answer in a generated text.
 
-Ids and labels grow together. A conversation is cut into *runs* of text: what the model reads
-(not trained) and, for every assistant turn, its text with the end-of-turn token (trained). Runs
-are tokenised apart, exactly as a server does it: the prompt alone, then the answer token by token.
+A conversation is rendered whole by the tokenizer's own template (`template.py`) and tokenised
+whole. What is trained of it begins where the rendered prompt of an answer ends, which must tokenise
+to ids that begin the conversation's ids, and ends with the tokens that the template writes behind
+the answer. So any template can be read, and a server that renders it sends the ids that were
+trained.
 
-The template is rendered once per conversation shape (the order of roles) with placeholders for
-the texts, so that a text which spells a control token (`<|eot_id|>`) can be encoded as the plain
-characters it is. That is only right if the template copies texts unchanged, so every shape is
-proved on its first rows against the tokenizer's `apply_chat_template`.
+Where history is written otherwise than the last turn (thoughts dropped, system text moved), or one
+token joins prompt and answer, a conversation becomes one example an answer: the prompt's ids and
+the ids of what follows it.
+
+A text that spells a control token (`<|eot_id|>`) stays text: it is marked before it is rendered and
+tokenised apart, with transformers' own functions (`apply_chat_template(sanitize_control_tokens)`).
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+
+from fintune.config import ChatConfig
 from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Encoded, Message, Role
-from fintune.files import sha256_bytes
+from fintune.template import ChatTemplate, Refused
 
 PROOFS = 16
-"""First rows of every shape that are rendered and tokenised whole, and compared."""
+"""First examples of every shape that are tokenised whole, and compared."""
 
-_SLOT = re.compile("\ue000(\\d+)\ue001")
+_MARKS = re.compile(f"[{mark_control_tokens('x', re.compile('x')).replace('x', '')}]")
+"""What transformers puts around a spelled control token."""
 
 
-class _Run(NamedTuple):
-    """Consecutive text of one kind: pieces, each with whether it spells a control token."""
+class _Rendered(NamedTuple):
+    """A rendered example: its text, and of each trained answer the prompt and where it ends."""
 
-    pieces: list[tuple[str, bool]]
-    trained: bool
-
-    @property
-    def raw(self) -> bool:
-        return any(raw for _, raw in self.pieces)
+    text: str
+    prompts: list[str]
+    ends: list[int]
 
     @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
+    def pieces(self) -> list[str]:
+        """The text cut where an answer begins or ends: every second piece is trained."""
+        made, at = [], 0
+        for prompt, end in zip(self.prompts, self.ends, strict=True):
+            made += [self.text[at : len(prompt)], self.text[len(prompt) : end]]
+            at = end
+        return [*made, self.text[at:]]
+
+
+class _Tokens(NamedTuple):
+    """Ids of a text and, but where it is marked, the first character of each."""
+
+    ids: list[int]
+    starts: list[int] | None
 
 
 class ChatFormat:
-    """A tokenizer's chat template with its date pinned.
+    """A tokenizer with its chat template.
 
     Args:
         tokenizer: a fast tokenizer of transformers with a chat template.
-        date_string: what the template prints as today's date, where it prints one.
+        settings: `chat` of the config; thoughts are rendered where `thinking` is `keep`.
+        stop_token_ids: of the base's generation_config.json.
+
+    Attributes:
+        stop_token_ids: every id that ends an answer: of the base, the tokenizer and the template.
 
     Raises:
-        ModelError: no template, or one whose prompt is not a prefix of the conversation.
+        ModelError: no template, or one that cannot be trained on.
     """
 
-    def __init__(self, tokenizer: Any, date_string: str) -> None:
-        if not tokenizer.chat_template:
-            what = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
-            fix = "use an instruct base, or put a chat_template.jinja into its folder"
-            raise ModelError(what, fix=fix)
-        self.tokenizer = tokenizer
-        self.date_string = date_string
-        self.template = tokenizer.get_chat_template()
-        self.template_sha256 = sha256_bytes(self.template.encode())
-        added = map(str, tokenizer.added_tokens_decoder.values())
-        control = sorted({*added, *tokenizer.all_special_tokens}, key=len)
-        self._special = re.compile("|".join(map(re.escape, reversed(control))))
-        self._pieces = cache(self._cut)
+    def __init__(
+        self, tokenizer: Any, settings: ChatConfig, stop_token_ids: Collection[int] = ()
+    ) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
+        tokens = tokenizer.convert_ids_to_tokens(sorted(stops))
+        self.template = ChatTemplate(tokenizer, settings, tokens)
+        self.template_sha256 = self.template.sha256
         self._template_tokens = cache(self._count_template)
-        self._proofs = Counter[tuple[Role, ...]]()
+        added = tokenizer.added_tokens_decoder.values()
+        names = sorted((str(token) for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._cuts, self._proofs = True, Counter[tuple[Role, ...]]()
+        (end,) = self._ids([self.template.end])
+        self.stop_token_ids = sorted({*stops, *end[-1:]})
+
+    def for_rows(self, conversations: Iterable[Sequence[Message]]) -> "ChatFormat":
+        """With `chat.thinking` of `auto` decided: thoughts are kept if any conversation has one."""
+        if self.settings.thinking != "auto":
+            return self
+        thinks = any(message.thought for rows in conversations for message in rows)
+        settings = self.settings.model_copy(update={"thinking": "keep" if thinks else "drop"})
+        return ChatFormat(self.tokenizer, settings, self.stop_token_ids)
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """Text of a conversation as the tokenizer's template writes it.
-
-        Args:
-            prompt: end with the header of an assistant turn, ready for generation.
-        """
-        rows = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            rows, tokenize=False, add_generation_prompt=prompt, date_string=self.date_string
-        )
-        return text
+        """Text of a conversation as the tokenizer's template writes it (`ChatTemplate.render`)."""
+        return self.template.render(messages, prompt=prompt)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Ids and labels of a conversation that ends with an assistant turn."""
-        return self.encode_many([messages])[0]
-
-    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Ids and labels of many conversations; one call of the tokenizer, so much faster.
-
-        Labels are `IGNORE_INDEX` on everything but each assistant text and its end-of-turn token.
-        Checked on every row: the trained ids decode to exactly those texts, and the sequence
-        starts with its only BOS where the template writes one.
+        """Ids and labels of a conversation that ends with an answer: of its last example.
 
         Raises:
-            ModelError: the template does not copy the texts unchanged, or has no end-of-turn.
+            ModelError: it cannot be trained on.
         """
-        stripped = [[_strip(message) for message in rows] for rows in conversations]
-        runs = [self._runs(rows, prompt=False) for rows in stripped]
-        ids = iter(self._tokenise([*chain.from_iterable(runs)]))
-        encoded = []
-        for of_row in runs:
-            encoded.append(row := Encoded([], []))
-            for run in of_row:
-                row.input_ids.extend(of_run := next(ids))
-                row.labels.extend(of_run if run.trained else [IGNORE_INDEX] * len(of_run))
-        kept = [[label for label in row.labels if label != IGNORE_INDEX] for row in encoded]
-        texts = self.tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
-        for proof in zip(stripped, runs, encoded, texts, strict=True):
-            self._prove(*proof)
-        return encoded
+        made = self.encode_many([messages])[0]
+        if isinstance(made, Refused):
+            raise ModelError(f"a conversation cannot be encoded: {made.reason} {made.detail}")
+        return made[-1]
 
-    def _prove(self, rows: list[Message], runs: list[_Run], row: Encoded, trained: str) -> None:
-        """Hold a row against its texts; the first of a shape against the tokenizer's rendering."""
-        if trained != "".join(run.text for run in runs if run.trained):
-            raise _refused("or the tokenizer changes an answer", "labels would train another text")
-        self._proofs[_shape(rows)] += 1
-        if self._proofs[_shape(rows)] > PROOFS:
-            return
-        text = self.render(rows)
-        if text != "".join(run.text for run in runs):
-            raise _refused("changes the texts it is given", "a server would render another prompt")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids != row.input_ids and not any(run.raw for run in runs):
-            raise _refused("is joined with a text into one token", "a server's ids would differ")
+    def encode_many(
+        self, conversations: Iterable[Sequence[Message]]
+    ) -> list[list[Encoded] | Refused]:
+        """The examples of many conversations: few calls of the tokenizer, so much faster.
+
+        Labels are `IGNORE_INDEX` on everything but each answer and its end of turn. Checked for
+        every example: the ids before an answer are the prompt's, the trained ids decode to what is
+        to be trained.
+        """
+        marked = [[self._marked(message) for message in rows] for rows in conversations]
+        rendered = [self._rendered(rows, split=self.template.splits) for rows in marked]
+        if self._cuts and (made := self._in_pieces(marked, rendered)):
+            return self._checked(made, rendered)
+        known = self._known(rendered)
+        for at, one in enumerate(rendered):
+            if isinstance(one, list) and len(one[0].prompts) > 1 and not _begins(one[0], known):
+                rendered[at] = one = self._rendered(marked[at], split=True)
+                known |= self._known([one])
+        made = [
+            one if isinstance(one, Refused) else [self._labelled(each, known) for each in one]
+            for one in rendered
+        ]
+        return self._checked(made, rendered)
+
+    def _marked(self, message: Message) -> Message:
+        """A turn whose texts are stripped, as templates do, and hold no whole control token."""
+
+        def mark(text: str) -> str:
+            spelled = self.template.control.search(text) or _MARKS.search(text)
+            return mark_control_tokens(text, self.template.control) if spelled else text
+
+        return replace(
+            message,
+            content=mark(message.content.strip()),
+            thought=mark(message.thought.strip()),
+            tool_calls=mark(message.tool_calls),
+            tools=mark(message.tools),
+        )
+
+    def _in_pieces(
+        self, rows: list[list[Message]], rendered: list[list[_Rendered] | Refused]
+    ) -> list[list[Encoded] | Refused] | None:
+        """The examples from pieces that are tokenised apart: a text met twice only once.
+
+        None, now and for ever, where the first examples of a shape have other ids as a whole.
+        """
+        cuts = [one.pieces for each in rendered if isinstance(each, list) for one in each]
+        unique = list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
+        ids = dict(zip(unique, self._ids(unique), strict=True))
+        made: list[list[Encoded] | Refused] = []
+        for messages, each in zip(rows, rendered, strict=True):
+            if isinstance(each, Refused):
+                made.append(each)
+                continue
+            examples = []
+            for one in each:
+                examples.append(row := Encoded([], []))
+                for at, piece in enumerate(one.pieces):
+                    row.input_ids.extend(of := ids[piece])
+                    row.labels.extend(of if at % 2 else [IGNORE_INDEX] * len(of))
+            made.append(examples)
+            shape = tuple(message.role for message in messages)
+            self._proofs[shape] += 1
+            if self._proofs[shape] <= PROOFS:
+                texts = [one.text for one in each] + each[-1].prompts
+                whole = self._ids(texts)
+                pairs = zip(examples, whole, strict=False)
+                self._cuts = all(row.input_ids == of for row, of in pairs)
+                last = examples[-1].input_ids
+                self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
+                if not self._cuts:
+                    return None
+        return made
+
+    def _rendered(self, rows: Sequence[Message], *, split: bool) -> list[_Rendered] | Refused:
+        """The examples of a conversation as text: one, or one an answer.
+
+        Args:
+            split: one an answer; otherwise only where the whole does not begin with a prompt.
+        """
+        if refused := self.template.refusal(rows):
+            return refused
+        answers = [at for at, message in enumerate(rows) if message.role == "assistant"]
+        split = split or any(message.tool_calls for message in rows)
+        groups = [[at] for at in answers] if split else [answers]
+        made = []
+        for group in groups:
+            whole = self.template.attempt(rows[: group[-1] + 1])
+            prompts = [self.template.attempt(rows[:at], prompt=True) for at in group]
+            for said in (whole, *prompts):
+                if isinstance(said, Refused):
+                    return said
+            one = self._placed(rows, group, str(whole), [str(prompt) for prompt in prompts])
+            if one is None and not split:
+                return self._rendered(rows, split=True)
+            if one is None:
+                return Refused("template", "it changes an answer, or renders another prompt")
+            made.append(one)
+        return made
+
+    def _placed(
+        self, rows: Sequence[Message], answers: list[int], whole: str, prompts: list[str]
+    ) -> _Rendered | None:
+        """Find the answers in their rendered conversation; None where one is not found."""
+        last, ends = prompts[-1], []
+        rest = self.template.rest(whole, last)
+        final = rows[answers[-1]]
+        plain = not final.thought and not final.tool_calls
+        if rest is None and plain and len(answers) == 1:  # a system text that moves with the prompt
+            rest = self.template.answered(final)
+        if rest is None:
+            return None
+        whole = last + rest
+        for at, prompt in zip(answers, prompts, strict=True):
+            span = self.template.span(whole[len(prompt) :], rows[at])
+            if span is None or not whole.startswith(prompt):
+                return None
+            end = len(prompt) + span
+            written = self.template.end_of(whole[end:])
+            if not written and rows[at] is final and not final.tool_calls:
+                written = self.template.end
+                whole = whole[:end] + written
+            ends.append(end + len(written))
+        return _Rendered(whole, prompts, ends)
+
+    def _labelled(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
+        if not _begins(one, known):  # of one answer, which a token joins with its prompt
+            parts = [known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])]
+            ids = [*chain.from_iterable(parts)]
+            kept = [part if at % 2 else [IGNORE_INDEX] * len(part) for at, part in enumerate(parts)]
+            return Encoded(ids, [*chain.from_iterable(kept)])
+        ids, starts = known[one.text]
+        labels = [IGNORE_INDEX] * len(ids)
+        for prompt, end in zip(one.prompts, one.ends, strict=True):
+            if starts is None:
+                stop = len(self._ids([one.text[:end]])[0])
+            else:
+                stop = bisect_left(starts, end)
+            trained = slice(len(known[prompt].ids), stop)
+            labels[trained] = ids[trained]
+        return Encoded(ids, labels)
+
+    def _checked(
+        self, made: list[list[Encoded] | Refused], rendered: list[list[_Rendered] | Refused]
+    ) -> list[list[Encoded] | Refused]:
+        """Refuse a conversation whose trained ids do not decode to what is to be trained."""
+        pairs = [
+            (at, one, _MARKS.sub("", "".join(text.pieces[1::2])))
+            for at, (rows, texts) in enumerate(zip(made, rendered, strict=True))
+            if isinstance(rows, list) and isinstance(texts, list)
+            for one, text in zip(rows, texts, strict=True)
+        ]
+        kept = [[label for label in one.labels if label != IGNORE_INDEX] for _, one, _ in pairs]
+        decode = self.tokenizer.backend_tokenizer.decode_batch
+        decoded = decode(kept, skip_special_tokens=False)
+        for (at, _, wanted), text in zip(pairs, decoded, strict=True):
+            # SentencePiece writes a space at the start of a text, and drops one there in decoding.
+            if text != wanted and text.replace(" ", "") != wanted.replace(" ", ""):
+                made[at] = Refused("tokenizer", "the trained tokens decode to another text")
+        return made
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids that a model answers to: all before the last assistant turn, and its header."""
-        rows = [_strip(message) for message in messages]
+        """Ids that a model answers to: all before the last assistant turn, and its header.
+
+        Raises:
+            ModelError: the template does not render these messages.
+        """
+        rows = [self._marked(message) for message in messages]
         if rows and rows[-1].role == "assistant":
             rows.pop()
-        return list(chain.from_iterable(self._tokenise(self._runs(rows, prompt=True))))
+        said = self.template.attempt(rows, prompt=True)
+        if isinstance(said, Refused):
+            raise ModelError(f"the chat template refuses these messages: {said.detail}")
+        return self._ids([said])[0]
 
     def recorded(self, messages: Sequence[Message]) -> dict[str, Any]:
         """A conversation as a release records it: text, prompt, ids and labels as trained."""
         encoded = self.encode(messages)
         return {
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "messages": [message.record for message in messages],
             "text": self.render(messages),
             "prompt": self.render(messages[:-1], prompt=True),
             "input_ids": encoded.input_ids,
@@ -145,79 +304,114 @@ class ChatFormat:
 
     def text_tokens(self, messages: Sequence[Message], encoded: Encoded) -> int:
         """Tokens of the texts alone: the length less what the template takes."""
-        return len(encoded.input_ids) - self._template_tokens(_shape(messages))
+        return len(encoded.input_ids) - self._template_tokens(tuple(m.role for m in messages))
 
     def _count_template(self, shape: tuple[Role, ...]) -> int:
-        empty = [Message(role, "") for role in shape]
-        return sum(map(len, self._tokenise(self._runs(empty, prompt=False))))
+        said = self.template.attempt([Message(role, "x") for role in shape])
+        return 0 if isinstance(said, Refused) else len(self._ids([said])[0]) - len(shape)
 
-    def _runs(self, messages: Sequence[Message], *, prompt: bool) -> list[_Run]:
-        runs: list[_Run] = []
-        for piece, trained in self._pieces(_shape(messages), prompt):
-            text = piece if isinstance(piece, str) else messages[piece].content
-            raw = text is not piece and bool(self._special.search(text))
-            if not runs or runs[-1].trained != trained:
-                runs.append(_Run([], trained))
-            runs[-1].pieces.append((text, raw))
-        return runs
+    def _known(self, rendered: Iterable[list[_Rendered] | Refused]) -> dict[str, _Tokens]:
+        """Tokens of every text and prompt, each tokenised whole."""
+        examples = [one for rows in rendered if isinstance(rows, list) for one in rows]
+        texts = list(dict.fromkeys(text for one in examples for text in (one.text, *one.prompts)))
+        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        return {
+            text: _Tokens(self._ids([text])[0], None)
+            if _MARKS.search(text)
+            else _Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+            for text, encoding in zip(texts, encodings, strict=True)
+        }
 
-    def _cut(self, shape: tuple[Role, ...], prompt: bool) -> list[tuple[str | int, bool]]:
-        """The template's text for a shape, cut at the messages' texts, each as its index.
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of rendered texts, of marked ones as `apply_chat_template` makes them."""
+        encodings = self._backend().encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            encode_marked_chat(self.tokenizer, text) if _MARKS.search(text) else encoding.ids
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
-        Beside each piece: whether it is trained.
-        """
-        slots = [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(shape)]
-        first, *parts = _SLOT.split(self.render(slots, prompt=prompt))
-        pieces: list[tuple[str | int, bool]] = [(first, False)]
-        placed, whole = [int(number) for number in parts[::2]], self.render(slots)
-        if sorted(placed) != [*range(len(shape))]:
-            raise _refused(f"leaves out a turn of {' / '.join(shape)}", "it would not be trained")
-        for index, text in zip(placed, parts[1::2], strict=True):
-            if shape[index] != "assistant":
-                pieces += [(index, False), (text, False)]
-                continue
-            end = self._special.match(text)
-            if end is None:
-                why = "a model trained without one never learns to stop"
-                raise _refused("writes no end-of-turn token right after an answer", why)
-            pieces += [(index, True), (end.group(), True), (text[end.end() :], False)]
-            start = self.render(slots[:index], prompt=True) + slots[index].content
-            if not prompt and not whole.startswith(start):
-                why = "training would show the model another prompt than serving"
-                raise _refused(f"writes a prompt that begins no conversation (turn {index})", why)
-        return [piece for piece in pieces if piece[0] != ""]
-
-    def _tokenise(self, runs: list[_Run]) -> list[list[int]]:
-        """Ids of every run. A text met twice (a label, a header) is tokenised once.
-
-        The backend is called past transformers, which would build masks and offsets that nobody
-        reads; whatever padding or truncation an earlier caller left on it is taken off first.
-        """
-        unique = list(dict.fromkeys(run.text for run in runs if not run.raw))
+    def _backend(self) -> Any:
+        """The tokenizer past transformers, which would build masks that nobody reads; whatever
+        padding or truncation an earlier caller left on it is taken off."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        encodings = backend.encode_batch_fast(unique, add_special_tokens=False)
-        ids = {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
-        return [self._tokenise_raw(run) if run.raw else ids[run.text] for run in runs]
+        return backend
 
-    def _tokenise_raw(self, run: _Run) -> list[int]:
-        ids: list[int] = []
-        for text, raw in run.pieces:
-            encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=raw)
-            ids += encoding["input_ids"]
-        return ids
+    def _continued(self, text: str) -> list[int]:
+        """Ids of a text inside of another one.
+
+        SentencePiece writes a space before a text's first word, so it is tokenised behind a line
+        end, unless that joins it.
+        """
+        line, whole, alone = self._ids(["\n", f"\n{text}", text])
+        return whole[len(line) :] if whole[: len(line)] == line else alone
+
+    def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """The answer in generated ids, behind a thought; and whether they end inside of one.
+
+        A thought that was cut by the limit of tokens is no answer.
+        """
+        stops = {*self.stop_token_ids}
+        kept = [token for token in ids if token not in stops]
+        reader = self.reader()
+        text = reader.feed(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        return (text + reader.finish()).strip(), reader.inside
+
+    def reader(self, *, thoughts: bool = False) -> "AnswerReader":
+        """Reads an answer from pieces of generated text that hold their control tokens.
+
+        Args:
+            thoughts: leave them in.
+        """
+        if thoughts:
+            return AnswerReader("", "", "", self._special)
+        of = self.template
+        return AnswerReader(of.opened, of.begins, of.close, self._special)
 
 
-def _refused(what: str, why: str) -> ModelError:
-    fix = "use an instruct base, whose template copies each message as it is"
-    return ModelError(f"the chat template {what}", why=why, fix=fix)
+class AnswerReader:
+    """Takes the thought before an answer and all special tokens out of a stream of text.
+
+    Args:
+        opened: the beginning of a thought at the end of the prompt.
+        begins: what a thought begins with where the prompt opens none.
+        close: what an answer comes behind, where there is a thought.
+        special: matches the special tokens.
+
+    Attributes:
+        inside: the text so far is a thought, no answer.
+    """
+
+    def __init__(self, opened: str, begins: str, close: str, special: re.Pattern[str]) -> None:
+        self._begins, self._close, self._special = begins, close, special
+        self._held, self._decided = "", not close
+        self.inside = bool(opened)
+
+    def feed(self, text: str) -> str:
+        """The part of the answer that a further piece of text makes known."""
+        if self._decided:
+            return self._special.sub("", text)
+        self._held += text
+        if not self.inside:
+            held = self._held.lstrip()
+            if held.startswith(self._begins):
+                self.inside = True
+            elif not self._begins.startswith(held):
+                return self.finish()
+        before, close, answer = self._held.partition(self._close)
+        if self.inside and close:
+            self._decided, self.inside = True, False
+            return self._special.sub("", answer).lstrip()
+        return ""
+
+    def finish(self) -> str:
+        """What is held back of an answer; nothing of a thought that did not end."""
+        text, self._held, self._decided = self._held, "", True
+        return "" if self.inside else self._special.sub("", text)
 
 
-def _shape(messages: Sequence[Message]) -> tuple[Role, ...]:
-    return tuple(message.role for message in messages)
-
-
-def _strip(message: Message) -> Message:
-    """Templates trim texts (Llama's does); done before, so that a text is what it seems."""
-    return Message(message.role, message.content.strip())
+def _begins(one: _Rendered, known: dict[str, _Tokens]) -> bool:
+    """Whether the ids of an example begin with those of each of its prompts."""
+    ids = known[one.text].ids
+    return all(known[prompt].ids == ids[: len(known[prompt].ids)] for prompt in one.prompts)

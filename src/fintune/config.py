@@ -88,6 +88,14 @@ class ChatConfig(Section):
 
     date_string: str = Field("26 Jul 2024", min_length=1)
     """date the template prints; pinned, so that labels do not depend on the day"""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """other variables of the template, such as {enable_thinking: false}"""
+    thinking: Literal["auto", "keep", "drop"] = "auto"
+    """thoughts in the rows: trained where the template writes them, or left out; auto: keep any"""
+    no_system_role: Literal["merge", "drop"] = "merge"
+    """rows whose system text the template refuses: it goes before the first user text, or drop"""
+    control_tokens: Literal["text", "drop"] = "text"
+    """rows that spell a control token: plain characters, or drop"""
 
 
 class DatasetConfig(Section):

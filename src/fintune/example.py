@@ -1,9 +1,10 @@
 """Records that all stages share: a message, an example, a dropped row, an encoded conversation."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained; torch's cross_entropy default `ignore_index`."""
@@ -11,10 +12,29 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        thought: what an assistant thinks before it answers, without the tags around it.
+        tool_calls: an assistant's calls, as JSON text: a list as the chat templates take it.
+        tools: functions on offer, as JSON text; of a conversation's first turn.
+    """
 
     role: Role
     content: str
+    thought: str = ""
+    tool_calls: str = ""
+    tools: str = ""
+
+    @property
+    def record(self) -> dict[str, str]:
+        """As a file holds it: role, content, and those of the others that are filled."""
+        return {k: v for k, v in asdict(self).items() if v or k in ("role", "content")}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """A turn from its record; what is absent or null is empty."""
+        return cls(**{name: value for name, value in record.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)

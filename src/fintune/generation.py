@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from fintune.chat import ChatFormat
 from fintune.errors import NotFinite
 
 CACHE_GROWTH = 64
@@ -46,7 +47,8 @@ class Request:
         temperature: 0 is greedy.
         seed: of the sampling noise of this request; None: a random one.
         token_ids: generated ids, up to and with the first stop token.
-        text: of a finished answer of `generate`, without stop tokens.
+        text: of a finished answer of `generate`, without stop tokens and thought.
+        in_thought: the answer ended before its thought did, so there is none.
         cancelled: may be set from any thread; the row leaves the batch at the next token.
     """
 
@@ -59,6 +61,7 @@ class Request:
     seed: int | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    in_thought: bool = False
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     _generator: torch.Generator | None = None
@@ -81,11 +84,11 @@ class Request:
 
 def generate(
     model: Any,
-    tokenizer: Any,
+    chat: ChatFormat,
     requests: Iterable[Request],
     *,
-    stop_token_ids: Collection[int],
     batch_size: int,
+    stop_token_ids: Collection[int] | None = None,
 ) -> Iterator[list[Request]]:
     """Answer requests; yield lists of them as they are finished.
 
@@ -93,14 +96,15 @@ def generate(
 
     Args:
         model: a causal language model of transformers, or a PeftModel (adapter on or off).
-        stop_token_ids: ids that end an answer (`untrusted.probe.stop_token_ids`).
+        chat: reads an answer from the generated tokens.
+        stop_token_ids: ids that end an answer; None: those of `chat`.
         batch_size: most prompts answered at once.
 
     Raises:
         NotFinite: the model's logits are NaN or infinite.
     """
     waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
-    batch, stops = Batch(model, stop_token_ids), frozenset(stop_token_ids)
+    batch = Batch(model, chat.stop_token_ids if stop_token_ids is None else stop_token_ids)
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
             free = min(batch_size - len(batch.requests), len(waiting))
@@ -108,9 +112,7 @@ def generate(
         else:
             done = batch.step()
         for request in done:
-            ids = [token for token in request.token_ids if token not in stops]
-            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            request.text = tokenizer.decode(ids, **options).strip()
+            request.text, request.in_thought = chat.answer(request.token_ids)
         if done:
             yield done
 

@@ -21,7 +21,7 @@ from fintune import console, gguf_base, seal
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ConfigError, ModelError, OutputError
-from fintune.files import cached_sha256, sha256_bytes
+from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
 from fintune.untrusted import checks
 from fintune.untrusted.checks import CONFIG, LIMITS, PROVENANCE, WEIGHTS_INDEX, Check, Report
@@ -273,6 +273,21 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
+def load_chat(base: Base, settings: ChatConfig, data: Path | None = None) -> ChatFormat:
+    """The base's tokenizer with its chat template.
+
+    Args:
+        data: folder of the stage `prepare`, which decides what the settings leave open.
+
+    Raises:
+        ModelError: no tokenizer, or no template that can be trained on.
+    """
+    if data is not None and (data / "manifest.json").exists():
+        settings = ChatConfig(**read_json(data / "manifest.json")["chat"]["settings"])
+    tokenizer = load_tokenizer(base)
+    return ChatFormat(tokenizer, settings, stop_token_ids(base.folder, tokenizer))
+
+
 def load_base(
     base: Base,
     quantization: str,
@@ -360,7 +375,6 @@ class LoadedRelease:
     model: PeftModel
     dtype: PrecisionName
     chat: ChatFormat
-    stop_token_ids: list[int]
 
 
 def load_release(
@@ -368,13 +382,13 @@ def load_release(
     base: Base,
     *,
     dtype: PrecisionName | None = None,
-    date_string: str | None = None,
+    settings: ChatConfig | None = None,
 ) -> LoadedRelease:
     """Load a checked release, or any adapter of peft with a tokenizer, on its base.
 
     Args:
         dtype: precision of the base; None: `inference_dtype`.
-        date_string: date of the chat template; None: the release's, or the default.
+        settings: of the chat template; None: the release's, or the defaults.
 
     Raises:
         ModelError: base, adapter or tokenizer does not load.
@@ -382,7 +396,7 @@ def load_release(
     dtype = dtype or inference_dtype()
     tokenizer = read_tokenizer(folder)
     golden = checks.read_object(folder, checks.FIXTURE, absent=True)
-    date_string = date_string or golden.get("date_string") or ChatConfig().date_string
+    settings = settings or ChatConfig(**golden.get("chat", {}).get("settings", {}))
     model = load_adapter(load_base(base, "none", dtype), folder)
     stops = stop_token_ids(base.folder, tokenizer)
-    return LoadedRelease(base, model, dtype, ChatFormat(tokenizer, date_string), stops)
+    return LoadedRelease(base, model, dtype, ChatFormat(tokenizer, settings, stops))

@@ -68,7 +68,7 @@ def row_filter(reason: str, meaning: str) -> Callable[[Check], Check]:
 def check_filters(messages: tuple[Message, ...], config: DataConfig) -> None:
     """Raise Rejected with reason and detail of the first filter that objects."""
     users = [message.content for message in messages if message.role == "user"]
-    answers = [message.content for message in messages if message.role == "assistant"]
+    answers = [m.content or m.tool_calls for m in messages if m.role == "assistant"]
     for reason, check in FILTERS.items():
         if (detail := check(users, answers, config)) is not None:
             raise Rejected(reason, detail)

@@ -6,7 +6,7 @@ first in hash order are compared, tokenized and split, until the caps are full.
 
 import math
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example
 from fintune.files import read_json, sha256_file, staged_folder
-from fintune.model import Base, find_base, load_tokenizer
+from fintune.model import Base, find_base, load_chat
 from fintune.sources import Source, find_sources, named, recorded_commits
+from fintune.template import Refused
 
 MARGIN = 1.15
 """Candidates beyond the caps: what later filters usually take. Too few, and more are scanned."""
@@ -62,7 +63,7 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     heading("prepare")
     kept_in = () if fresh else (config.data_dir,)
     base = find_base(config.model, weights=False, kept_in=kept_in)
-    chat = ChatFormat(load_tokenizer(base), config.chat.date_string)
+    chat = load_chat(base, config.chat)
     folder = config.data_dir
     old = {} if fresh else seal.recorded_inputs(folder)
     known = recorded_commits(*(old.get(table, {}) for table in ("sources", "benchmarks")))
@@ -86,6 +87,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             manifest = write_account(staging, selected, sources, inputs)
             seal.seal(staging, inputs)
     rows = manifest["rows"]
+    for note in manifest["chat"]["notes"]:
+        say(f"chat template: {note}")
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
     say(f"{folder}: {rows['read']} rows read = {kept} + {sum(rows['dropped'].values())} dropped")
     return manifest
@@ -127,6 +130,7 @@ def _select(
         say(f"{len(examples)} of {ledger.read.total()} rows go on")
         if data.pii != "off":
             examples = _mask(examples, data.pii, ledger)
+        chat = chat.for_rows(example.messages for example in examples)
         hits = contaminated(examples, questions)
         for at, hit in sorted(hits.items()):
             question = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
@@ -143,7 +147,8 @@ def _select(
         parts, full = _fill(rows, sources, data, ledger)
         if full or complete:
             _check_left(ledger, parts)
-            return Selected(ledger, [*hits.values()], lengths, max_length, parts)
+            record = chat.template.record
+            return Selected(ledger, [*hits.values()], lengths, max_length, parts, record)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
@@ -165,19 +170,24 @@ def _mask(examples: list[Example], policy: str, ledger: Ledger) -> list[Example]
 def _tokenize(
     examples: list[Example], chat: ChatFormat, min_tokens: int, ledger: Ledger
 ) -> list[Tokenized]:
-    """Encode rows; those with fewer than `min_tokens` of text, the template apart, are dropped."""
+    """Encode rows; those that the template refuses, or with fewer than `min_tokens` of text, the
+    template apart, are dropped."""
     rows: list[Tokenized] = []
     with meter("tokenize", len(examples)) as progress:
         for start in range(0, len(examples), ROWS_A_CALL):
             chunk = examples[start : start + ROWS_A_CALL]
             encoded = chat.encode_many([example.messages for example in chunk])
             for example, row in zip(chunk, encoded, strict=True):
-                tokens = chat.text_tokens(example.messages, row)
+                if isinstance(row, Refused):
+                    ledger.drop(example, *row)
+                    continue
+                tokens = chat.text_tokens(example.messages, row[-1])
                 if tokens < min_tokens:
                     ledger.drop(example, "too_short", f"{tokens} tokens")
                 else:
-                    ids, labels = (np.array(each, np.int32) for each in (row.input_ids, row.labels))
-                    rows.append(Tokenized(example, ids, labels))
+                    pairs = ((each.input_ids, each.labels) for each in row)
+                    arrays = [(np.array(i, np.int32), np.array(n, np.int32)) for i, n in pairs]
+                    rows.append(Tokenized(example, arrays))
             progress.advance(len(chunk))
     return rows
 
@@ -204,11 +214,13 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
         )
     kept = []
     for row in rows:
-        excess, labels = row.length - max_length, row.labels[:max_length]
+        excess = row.length - max_length
+        cut = [(ids[:max_length], labels[:max_length]) for ids, labels in row.encoded]
+        trained = [(ids, labels) for ids, labels in cut if (labels != IGNORE_INDEX).any()]
         if excess <= 0:
             kept.append(row)
-        elif policy == "truncate" and (labels != IGNORE_INDEX).any():
-            kept.append(Tokenized(row.example, row.input_ids[:max_length], labels, excess))
+        elif policy == "truncate" and trained:
+            kept.append(Tokenized(row.example, trained, excess))
         else:
             ledger.drop(row.example, "too_long", f"{row.length} tokens")
     return kept
@@ -260,12 +272,14 @@ def _write_rows(folder: Path, parts: Parts) -> None:
             {
                 **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
                 "group": group,
-                "messages": [asdict(message) for message in row.example.messages],
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "length": row.length,
+                # Where a row has an example an answer, the last one alone holds the messages.
+                "messages": [m.record for m in row.example.messages * (at == len(row.encoded))],
+                "input_ids": ids,
+                "labels": labels,
+                "length": len(ids),
             }
             for group, row in rows
+            for at, (ids, labels) in enumerate(row.encoded, start=1)
         ]
         table, path = pa.Table.from_pylist(records), folder / f"{part}.parquet"
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)

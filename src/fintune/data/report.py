@@ -35,18 +35,27 @@ Int32 = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A row with its token ids and labels, int32 of the same length."""
+    """A row with its training examples: one, or one an answer (see `chat.py`).
+
+    Attributes:
+        encoded: of each example the token ids and labels, int32 of the same length; the last is
+            the whole conversation.
+        truncated: tokens cut off.
+    """
 
     example: Example
-    input_ids: Int32
-    labels: Int32
+    encoded: list[tuple[Int32, Int32]]
     truncated: int = 0
-    """Tokens cut off its end."""
 
     @property
     def length(self) -> int:
         """Tokens of the conversation."""
-        return len(self.input_ids)
+        return len(self.encoded[-1][0])
+
+    @property
+    def repeated(self) -> int:
+        """Tokens that are read again, as an earlier example of the conversation holds them."""
+        return sum(len(ids) for ids, _ in self.encoded[:-1])
 
 
 Parts = dict[str, list[tuple[str, Tokenized]]]
@@ -110,6 +119,8 @@ class Selected:
     """Tokens of every row before the maximum length applied."""
     max_length: int
     parts: Parts
+    chat: dict[str, Any]
+    """How conversations became text (`ChatTemplate.record`)."""
 
 
 def write_account(
@@ -127,12 +138,13 @@ def write_account(
         by_source[out.source][out.reason] += 1
     lengths = {"before": selected.lengths}
     for part, rows in parts.items():
-        lengths[part] = [row.length for _, row in rows]
+        lengths[part] = [len(ids) for _, row in rows for ids, _ in row.encoded]
         for _, row in rows:
             by_source[row.example.source][part] += 1
     sizes = {part: len(rows) for part, rows in parts.items()}
     if ledger.read.total() != sum(sizes.values()) + dropped.total():
         raise AssertionError(f"{ledger.read} rows read, {sizes} kept, {dropped}")
+    repeated = sum(row.repeated for rows in parts.values() for _, row in rows)
     cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
     manifest = {
         "rows": {"read": ledger.read.total(), **sizes, "dropped": _sorted(dropped)},
@@ -149,6 +161,7 @@ def write_account(
         "max_length": selected.max_length,
         "lengths": {part: _distribution(each) for part, each in lengths.items()},
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
+        "chat": {**selected.chat, "tokens_read_again": repeated},
         "personal_data": _sorted(ledger.personal),
         "contamination": _sorted(Counter(hit["benchmark"] for hit in selected.contaminated)),
         "repairs": _sorted(ledger.repairs),

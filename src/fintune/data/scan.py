@@ -22,7 +22,7 @@ from fintune.data.ngrams import hash64, normal
 from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
 from fintune.data.texts import repair
-from fintune.example import Example, Message
+from fintune.example import Example
 from fintune.files import sha256_bytes, sha256_json
 from fintune.formats import Row, Unreadable, parse
 from fintune.sources import Source
@@ -112,7 +112,11 @@ def scan_batch(
             if isinstance(raw, Unreadable):
                 raise Rejected(raw.reason, raw.detail)
             messages = tuple(
-                Message(message.role, repair(message.content, ledger.repairs).strip())
+                replace(
+                    message,
+                    content=repair(message.content, ledger.repairs).strip(),
+                    thought=repair(message.thought, ledger.repairs).strip(),
+                )
                 for message in to_messages(raw, source.config.columns)
             )
             check_filters(messages, config)
@@ -132,7 +136,7 @@ def _row_sha256(raw: Any) -> str:
 
 
 def _keyed(example: Example, weight: float, seed: int) -> ScannedRow:
-    texts = [normal(message.content) for message in example.messages]
+    texts = [normal(message.content + message.tool_calls) for message in example.messages]
     key = hash64(*texts[example.messages[0].role == "system" :])
     uniform = (hash64(str(seed), str(key)) + 1) / 2**64
     row = ScannedRow(example, key, -math.log(uniform) / weight)

@@ -3,8 +3,11 @@
 Problems of one row are raised as `Rejected` with the reason that goes into the ledger.
 """
 
+import json
 import math
 import re
+from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,7 +20,11 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("user",), "assistant"),
     (("instruction", "input"), "output"),
@@ -61,14 +68,16 @@ def to_messages(row: Any, columns: dict[str, str] | None) -> tuple[Message, ...]
     filled = {name for name, value in row.items() if not _is_empty(value)}
     for name in TURNS:
         if name in filled:
-            return _turns(row[name], _column(row, "system"))
+            messages = _turns(row[name], _column(row, "system"))
+            tools = _json(row.get("tools"))
+            return (replace(messages[0], tools=tools), *messages[1:]) if messages else messages
     rules = ((all, filled), (any, filled), (any, set(row)))
     for (enough, present), (questions, answer) in product(rules, FORMATS):
         if enough((present & {*questions} - {"context"}, answer in present)):
             texts = [text for name in questions if (text := _column(row, name)).strip()]
             lead = _column(row, "system").strip()
             head = [Message("system", lead)] if lead else []
-            reply = Message("assistant", _column(row, answer).strip())
+            reply = _answer(_column(row, answer))
             return (*head, *_split_turns("\n\n".join(texts)), reply)
     if row.keys() & {*TURNS}:
         return ()  # no_user to the filters, as where a flat format holds nothing
@@ -103,16 +112,52 @@ def _turns(value: Any, system: str) -> tuple[Message, ...]:
         text = (_column(turn, "content") or _column(turn, "value")).strip()
         if (role := ROLES.get(name.lower())) is None:
             raise Rejected("unknown_role", name)
-        if role != "system" or text:
+        if role == "assistant":
+            thoughts = (thought for name in THOUGHTS if (thought := _column(turn, name)))
+            messages.append(_answer(text, next(thoughts, ""), _calls(turn)))
+        elif role != "system" or text:
             messages.append(Message(role, text))
     if system.strip() and [message.role for message in messages[:1]] != ["system"]:
         messages.insert(0, Message("system", system.strip()))
-    roles = [message.role for message in messages]
+    roles = [m.role for m in messages if m.role != "tool" and not m.tool_calls]
     if not _alternate(roles[roles[:1] == ["system"] :]):
         raise Rejected("turns_out_of_order", " ".join(roles)[:200])
     if roles[-1:] == ["user"]:
         messages.append(Message("assistant", ""))
     return tuple(messages)
+
+
+def _answer(text: str, thought: str = "", tool_calls: str = "") -> Message:
+    """An assistant's turn; a thought in <think> at its start is none of its text."""
+    if not thought and (parts := _THOUGHT.fullmatch(text)):
+        thought, text = parts[1], parts[2]
+    return Message("assistant", text.strip(), thought.strip(), tool_calls)
+
+
+def _calls(turn: dict[str, Any]) -> str:
+    """The calls of a turn as JSON text, arguments as objects, which the templates take."""
+    calls = turn.get("tool_calls") or [{"function": turn.get("function_call")}]
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Rejected("not_text", "tool_calls is no list of objects")
+    made = []
+    for call in calls:
+        function = call.get("function") or (call if "name" in call else {})
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            continue
+        given = function.get("arguments")
+        with suppress(ValueError):
+            given = json.loads(given) if isinstance(given, str) else given
+        named = {"name": function["name"], "arguments": given}
+        made.append({"type": "function", "function": named})
+    return _json(made)
+
+
+def _json(value: Any) -> str:
+    """JSON text of a list of objects, which may be such a text already; of others nothing."""
+    with suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    whole = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+    return json.dumps(value, ensure_ascii=False, default=str) if whole and value else ""
 
 
 def _alternate(roles: list[Any]) -> bool:

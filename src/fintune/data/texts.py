@@ -16,9 +16,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from string import ascii_uppercase
+from typing import Any
 
 from stdnum import iban, luhn, numdb
 from stdnum.us import rtn, ssn
@@ -185,7 +187,10 @@ def mask(text: str) -> tuple[str, set[str]]:
 
 def mask_messages(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], set[str]]:
     """All messages masked, and the kinds of personal data in any of them."""
-    masked = [mask(message.content) for message in messages]
-    kinds = set().union(*(of_message for _, of_message in masked))
-    texts = zip(messages, masked, strict=True)
-    return tuple(Message(message.role, text) for message, (text, _) in texts), kinds
+    names, kinds, masked = ("content", "thought", "tool_calls"), set[str](), []
+    for message in messages:
+        texts = {name: mask(getattr(message, name)) for name in names}
+        kinds.update(*(found for _, found in texts.values()))
+        clean: dict[str, Any] = {name: text for name, (text, _) in texts.items()}
+        masked.append(replace(message, **clean))
+    return tuple(masked), kinds

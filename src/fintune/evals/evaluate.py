@@ -30,7 +30,6 @@ from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
 from fintune.sources import Source, recorded_commits
-from fintune.untrusted.probe import stop_token_ids
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
@@ -167,7 +166,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "base_revision": base.revision,
         "base_about": base.about,
         "quantization": config.model.quantization,
-        "date_string": config.chat.date_string,
+        "chat": config.chat.model_dump(mode="json"),
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=excluded),
@@ -182,8 +181,7 @@ def _answer(
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
-    tokenizer = model.load_tokenizer(base)
-    chat = ChatFormat(tokenizer, config.chat.date_string)
+    chat = model.load_chat(base, config.chat, config.data_dir)
     rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()
     if not rows:
         what = f"{config.data_dir / 'test.parquet'} has no row"
@@ -203,9 +201,8 @@ def _answer(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     write_json(folder / "run.json", run_info)
-    _measure_loss(folder, peft_model, rows, tokenizer.pad_token_id)
-    stops, size = stop_token_ids(base.folder, tokenizer), config.eval.per_device_eval_batch_size
-    answer = partial(generate, peft_model, tokenizer, stop_token_ids=stops, batch_size=size)
+    _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
+    answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
     _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens)
 
 
@@ -236,7 +233,7 @@ def _choose(
     train = pq.ParquetFile(config.data_dir / "train.parquet")
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
-    test_items = by_hash([reader.item(row) for row in rows])
+    test_items = by_hash([reader.item(row) for row in rows if row["messages"]])
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
@@ -300,7 +297,7 @@ def _generate(folder: Path, peft_model: Any, answer: Any, prompts: Prompts, limi
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
     Args:
-        answer: `generate` with its model, tokenizer and batch size.
+        answer: `generate` with its model, chat format and batch size.
         limit: most tokens of an answer.
     """
     path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}

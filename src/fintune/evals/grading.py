@@ -210,8 +210,10 @@ class HeldOutItems:
         self._prompts, self._groups = set[str](), set[str]()
         shared, short = Counter[str](), list[tuple[str, str]]()
         for row in train:
-            *prompt, last = (Message(**message) for message in row["messages"])
             self._groups.add(row["group"])
+            if not row["messages"]:
+                continue
+            *prompt, last = map(Message.of, row["messages"])
             self._prompts.add(_prompt_hash(prompt))
             answer = last.content.strip()
             if len(answer.split()) <= LABEL_WORDS:
@@ -232,7 +234,7 @@ class HeldOutItems:
 
     def item(self, row: dict[str, Any]) -> Item:
         """The item of a row of test.parquet; kind `text` where only a judge can check it."""
-        *prompt, last = (Message(**message) for message in row["messages"])
+        *prompt, last = map(Message.of, row["messages"])
         reference, label = last.content.strip(), plain(last.content)
         key = _label_set(prompt[-1].content)
         kind: Kind = "text"

@@ -104,8 +104,8 @@ def vllm(folder: Folder) -> str:
     words += ["--lora-modules", f"{folder.name}={path}"]
     words += ["--chat-template", str(path / checks.TEMPLATE), "--generation-config", "vllm"]
     if golden := checks.read_object(folder, checks.FIXTURE, absent=True):
-        date = files.canonical_json({"date_string": golden["date_string"]})
-        words += ["--default-chat-template-kwargs", date]
+        variables = files.canonical_json(golden["chat"]["variables"])
+        words += ["--default-chat-template-kwargs", variables]
     return shlex.join(words)
 
 

@@ -55,8 +55,7 @@ def make_golden_prompts(loaded: model.LoadedRelease) -> dict[str, Any]:
     chat = loaded.chat
     prompts = {name: chat.prompt_ids(messages) for name, messages in CONVERSATIONS.items()}
     requests = [Request(name, ids, ANSWER_TOKENS) for name, ids in prompts.items()]
-    stops = loaded.stop_token_ids
-    list(generate(loaded.model, chat.tokenizer, requests, stop_token_ids=stops, batch_size=1))
+    list(generate(loaded.model, chat, requests, batch_size=1))
     conversations = []
     for request in requests:
         logprobs, _ = _likelihood(loaded.model, request.prompt_ids, request.token_ids)
@@ -69,8 +68,8 @@ def make_golden_prompts(loaded: model.LoadedRelease) -> dict[str, Any]:
         conversations.append({"name": request.id, **recorded, "answer": answer})
     return {
         "template_sha256": chat.template_sha256,
-        "date_string": chat.date_string,
-        "end_token_ids": stops,
+        "chat": chat.template.record,
+        "end_token_ids": chat.stop_token_ids,
         "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": loaded.dtype},
         "conversations": conversations,
     }

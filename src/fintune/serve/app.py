@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -160,7 +159,7 @@ async def _prompt_ids(request: Request, body: protocol.Conversation) -> list[int
         raise _invalid(rule, "messages")
     try:
         return await asyncio.to_thread(request.app.state.loaded.chat.prompt_ids, messages)
-    except (FintuneError, jinja2.TemplateError):
+    except FintuneError:
         raise _invalid("the chat template refuses these messages", "messages") from None
 
 
@@ -171,14 +170,15 @@ def _invalid(message: str, param: str) -> ApiError:
 async def _answer(
     request: Request, body: protocol.SamplingRequest, ids: list[int], limit: int | None
 ) -> Response:
-    engine, tokenizer = request.app.state.engine, request.app.state.loaded.chat.tokenizer
+    engine, chat = request.app.state.engine, request.app.state.loaded.chat
     context, remaining = engine.max_context, engine.max_context - len(ids)
     if remaining < (limit or 1):
         message = f"{len(ids)} prompt tokens and {limit or 1} more exceed the context of {context}"
         raise ApiError(400, message, "context_length_exceeded")
     if engine.closed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
-    kind = "chatcmpl-" if isinstance(body, protocol.ChatRequest) else "cmpl-"
+    chats = isinstance(body, protocol.ChatRequest)
+    kind = "chatcmpl-" if chats else "cmpl-"
     streamed = StreamedRequest(
         kind + secrets.token_hex(12),
         ids,
@@ -187,7 +187,8 @@ async def _answer(
         temperature=body.temperature,
         top_p=body.top_p,
         seed=body.seed,
-        tokenizer=tokenizer.backend_tokenizer,
+        tokenizer=chat.tokenizer.backend_tokenizer,
+        reader=chat.reader(thoughts=not chats),
         stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
     )
     engine.submit(streamed)

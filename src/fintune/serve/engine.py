@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tokenizers.decoders import DecodeStream
 
+from fintune.chat import AnswerReader
 from fintune.errors import ModelError
 from fintune.generation import Batch, FinishReason, Request
 from fintune.model import LoadedRelease
@@ -32,13 +33,15 @@ class StreamedRequest(Request):
 
     Attributes:
         tokenizer: of the tokenizers library, to decode.
+        reader: leaves out thought and special tokens.
         stop_strings: texts that end the answer; they are not part of it.
     """
 
     tokenizer: Any
+    reader: AnswerReader
     stop_strings: tuple[str, ...] = ()
     _held: str = ""
-    _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+    _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=False))
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
 
@@ -46,7 +49,10 @@ class StreamedRequest(Request):
         """Take the next token and send the text, but an end that may begin a stop string."""
         Request.append(self, token, stop_token_ids)
         if token not in stop_token_ids:
-            self._held += self._stream.step(self.tokenizer, token) or ""
+            self._held += self.reader.feed(self._stream.step(self.tokenizer, token) or "")
+        if self.finish_reason:
+            self._held += self.reader.finish()
+        if token not in stop_token_ids:
             ends = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
             if ends:
                 self._held, self.finish_reason = self._held[: min(ends)], "stop"
@@ -87,7 +93,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedRelease) -> None:
         self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
-        self._batch = Batch(loaded.model, loaded.stop_token_ids)
+        self._batch = Batch(loaded.model, loaded.chat.stop_token_ids)
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
         self.closed = False

@@ -44,8 +44,9 @@ async def _reply(
     ids, context = loaded.chat.prompt_ids(history), engine.max_context
     if len(ids) >= context:
         raise ModelError(f"{len(ids)} prompt tokens leave no space in the context of {context}")
-    tokenizer, limit = loaded.chat.tokenizer.backend_tokenizer, min(limit, context - len(ids))
-    request = StreamedRequest("chat", ids, limit, adapter=adapter, tokenizer=tokenizer)
+    limit, chat = min(limit, context - len(ids)), loaded.chat
+    decode = {"tokenizer": chat.tokenizer.backend_tokenizer, "reader": chat.reader()}
+    request = StreamedRequest("chat", ids, limit, adapter=adapter, **decode)
     engine.submit(request)
     answer = ""
     async for piece, _ in request.pieces():

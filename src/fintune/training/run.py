@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from fintune import attention, files, seal
-from fintune.chat import ChatFormat
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
-from fintune.model import Base, attach, device, find_base, load_base, load_tokenizer, precision
+from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
 from fintune.stop import STOP
 from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
@@ -57,14 +56,13 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
             if not distributed.is_rank0():  # on another host it may not be there yet
                 there = config.model.model_copy(update={"revision": base.revision})
                 base = replace(base, folder=find_base(there).folder)
-            tokenizer = load_tokenizer(base)
-            chat = ChatFormat(tokenizer, config.chat.date_string)
+            chat = load_chat(base, config.chat, config.data_dir)
             fingerprint = run_fingerprint(config, base, chat)
             state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
             if state.finished:
                 say(f"train: unchanged, kept {run}")
             else:
-                _train(config, base, tokenizer, state)
+                _train(config, base, chat.tokenizer, state)
     return run
 
 

@@ -27,8 +27,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fintune import errors
+from fintune import errors, files
 from fintune.chat import ChatFormat
+from fintune.config import ChatConfig
 from fintune.errors import FintuneError, GateRefused, ModelError
 from fintune.example import Message
 from fintune.untrusted import checks
@@ -221,6 +222,15 @@ class _Release:
         return read_tokenizer(self.folder)
 
     @cached_property
+    def chat(self) -> ChatFormat:
+        """The chat format with the recorded settings."""
+        source = str(self.tokenizer.get_chat_template())
+        if files.sha256_bytes(source.encode()) != self.golden["template_sha256"]:
+            raise Unreadable("the chat template is not the one it was trained with")
+        settings = ChatConfig(**self.golden["chat"]["settings"])
+        return ChatFormat(self.tokenizer, settings, stop_token_ids(self.base, self.tokenizer))
+
+    @cached_property
     def golden(self) -> dict[str, Any]:
         """prompt_fixture.json; empty where there is none."""
         return checks.read_object(self.folder, checks.FIXTURE, absent=True)
@@ -271,7 +281,7 @@ def _identity(tokenizer: Any) -> tuple[str, str, str]:
 
 def _check_stop_tokens(of: _Release) -> str:
     recorded = sorted(of.golden["end_token_ids"])
-    if (stops := stop_token_ids(of.base, of.tokenizer)) != recorded:
+    if (stops := of.chat.stop_token_ids) != recorded:
         raise Unreadable(f"{stops}, the adapter was trained with {recorded}")
     return f"{recorded}"
 
@@ -279,13 +289,11 @@ def _check_stop_tokens(of: _Release) -> str:
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the recorded text, ids and labels."""
     golden, rows = of.golden, of.golden["conversations"]
-    chat, words = ChatFormat(of.tokenizer, golden["date_string"]), range(len(of.tokenizer))
-    if chat.template_sha256 != golden["template_sha256"]:
-        raise Unreadable("the chat template is not the one it was trained with")
+    chat, words = of.chat, range(len(of.tokenizer))
     if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
         raise Unreadable("no recorded answers of a known precision")
     for row in rows:
-        now = chat.recorded([Message(turn["role"], turn["content"]) for turn in row["messages"]])
+        now = chat.recorded([Message.of(turn) for turn in row["messages"]])
         refuse(f"{row['name']}: other", [key for key, value in now.items() if value != row[key]])
         if not {*row["labels"]} & {*golden["end_token_ids"]}:
             raise Unreadable(f"{row['name']}: no stop token was trained")
