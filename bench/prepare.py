@@ -37,7 +37,9 @@ SHARED = ROOT.parent / "shared"
 SAMPLE = SHARED / "data" / "finance_instruct_sample.jsonl"
 BENCHMARKS = SHARED / "data" / "benchmarks"
 RESULTS = ROOT / "bench" / "results" / "data.json"
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import tiny_made  # noqa: E402
 
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import ChatConfig, Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
@@ -424,7 +426,10 @@ def kill(folder: Path) -> dict[str, Any]:
 
     def started(name: str) -> tuple[subprocess.Popen[bytes], Path]:
         out = folder / name
-        run = subprocess.Popen([*command, "--set", f"out={out}"], stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [*command, "--set", f"out={out}", "--set", f"model.path={tiny_made.base()}"],
+            stderr=subprocess.DEVNULL,
+        )
         return run, out / "data"
 
     start = time.perf_counter()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from tiny import ROOT
 
 from fintune import cli
@@ -13,7 +14,9 @@ ROWS = ROOT / "src" / "fintune" / "sample" / "made_up_rows.jsonl"
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
+    """Exit code, standard output and standard error of a command; the demo gets the tiny base."""
+    if ("-c" in words or words[0] == "demo") and not any("model." in word for word in words):
+        words = (*words, "-s", f"model.path={tiny.base()}")
     before, sys.argv = sys.argv, ["fintune", *words]
     try:
         cli.main()

@@ -212,7 +212,7 @@ def test_a_demo_goes_where_it_is_told(out: str, monkeypatch: pytest.MonkeyPatch)
     taken: list[Any] = []
     monkeypatch.setattr("fintune.pipeline.run", lambda config, **_: taken.append(config))
     monkeypatch.setattr("fintune.demo.show", lambda config: None)
-    tiny.done("demo", "--out", out)
+    tiny.done("demo", "--out", out, "-s", f"model.path={tiny.base()}")
     assert taken[0].out == Path(out).expanduser()
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fintune import gguf_base
 from fintune.chat import ChatFormat
-from fintune.config import ModelConfig
+from fintune.config import ChatConfig, ModelConfig
 from fintune.errors import ModelError
 from fintune.model import Base, LoadedRelease, find_base, load_tokenizer
 from fintune.releasing.gguf import write_model
@@ -41,8 +41,8 @@ def written(folder: Path, **shape: object) -> Path:
     model.save_pretrained(base.folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base.folder / name).write_bytes((tiny.base() / name).read_bytes())
-    chat = ChatFormat(load_tokenizer(base), "x")
-    write_model(LoadedRelease(base, model, "fp32", chat, []), folder / "t.gguf", "f32", "t")
+    chat = ChatFormat(load_tokenizer(base), ChatConfig())
+    write_model(LoadedRelease(base, model, "fp32", chat), folder / "t.gguf", "f32", "t")
     return folder / "t.gguf"
 
 
@@ -72,7 +72,7 @@ def test_weights_tokens_template_and_stops_come_back(tmp_path: Path, scaled: boo
 
 def test_digits_are_cut_one_by_one_where_llama_cpp_does() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.base())
-    gguf_base._recut(tokenizer, "smollm")
+    gguf_base._recut(tokenizer.backend_tokenizer, "smollm")
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in\n\n2023:  12%")
     assert [piece for piece, _ in pieces] == [
         "in",
@@ -109,7 +109,7 @@ BAD = {
     "an unknown architecture": (replaced(LENGTH + b"llama", LENGTH + b"lxxma"), "lxxma"),
     "many layers": (
         replaced(b"llama.block_count\x04\0\0\0\x02\0", b"llama.block_count\x04\0\0\0\x02\x99"),
-        "more layers than it has",
+        "too few tensors",
     ),
     "a wide layer": (
         replaced(b"forward_length\x04\0\0\0\xc0\0\0", b"forward_length\x04\0\0\0\xc0\0\x99"),

@@ -178,14 +178,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def reaching(folder: Path) -> Iterator[None]:
+def reaching(folder: Path, fix: str = "choose another folder: --set out=...") -> Iterator[None]:
     """Raise OutputError where a folder's place cannot be written, NoSpace on a full volume."""
     try:
         with space_for(folder):
             yield
     except OSError as error:
         what = f"{folder} cannot be written: {error.strerror}"
-        raise OutputError(what, fix="choose another folder: --set out=...") from None
+        raise OutputError(what, fix=fix) from None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from tokenizers import pre_tokenizers
@@ -24,15 +25,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune import files
 from fintune.console import say
-from fintune.errors import ModelError, OutputError
+from fintune.errors import ModelError
 from fintune.untrusted.probe import probe_base, run_limited
 
-SUFFIX = ".gguf"
 FACTS = "gguf.json"
 """What a kept folder says of the file that it was read from."""
 MOST_FP32 = 10**9
-"""Parameters up to which weights are kept in fp32, which is exact. More are kept as the file has
-them, quantised ones in bf16: an 8B base would take 32 GB."""
+"""Parameters up to which weights are kept in fp32, which is exact; a larger base in bf16, as a GPU
+computes: 8B would take 32 GB."""
 _GPT2 = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "phi-2", "exaone4")
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """How llama.cpp cuts a text, by the file's word for it: as GPT-2, and with each digit apart.
@@ -55,7 +55,7 @@ class Kept:
 
 
 def find_kept(sha256: str) -> Kept | None:
-    """What was read of a file before, if it is still there; None for what is no sha256."""
+    """What was read of a file before, if it is still there; None also for what is no sha256."""
     folder = files.cache_dir() / "gguf" / sha256
     if not re.fullmatch("[0-9a-f]{64}", sha256) or not (folder / FACTS).is_file():
         return None
@@ -70,10 +70,9 @@ def read(path: Path) -> Kept | None:
     Raises:
         ModelError: no GGUF, cut, one of several, without a tokenizer; or an architecture, type or
             tokenizer that transformers does not read, or would not read rightly.
-        GateRefused: reading it exceeded a limit. NoSpace: too little disk for the weights.
+        OutputError: the cache cannot be written. GateRefused: reading it exceeded a limit.
+        NoSpace: too little disk for the weights.
     """
-    if path.parent == files.cache_dir() / "gguf":
-        return find_kept(path.name)
     if (file := _file(path)) is None:
         return None
     sha256 = files.cached_sha256(file)
@@ -81,27 +80,23 @@ def read(path: Path) -> Kept | None:
         return kept
     facts = run_limited(lambda: _facts(file), file.name)
     folder = files.cache_dir() / "gguf" / sha256
-    try:
-        with files.reaching(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-    except OutputError as error:
-        fix = "set XDG_CACHE_HOME to a folder that can be written"
-        raise ModelError(error.what, fix=fix) from None
+    with files.reaching(folder, fix="set XDG_CACHE_HOME to a folder that can be written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(f".{sha256}.lock")):
-        if kept := find_kept(sha256):  # another process was faster
-            return kept
-        files.require_free_space(folder, facts["bytes"] + files.SMALL_FILES)
-        say(f"reading {file.name}: {facts['elements'] / 1e6:,.1f} M parameters, once; then kept")
-        with files.staged_folder(folder) as staging:
-            _convert(file, facts, staging)
-            files.write_json(staging / FACTS, {"sha256": sha256, "about": facts["about"]})
-    return Kept(folder, sha256, facts["about"])
+        if not find_kept(sha256):  # nor by another process meanwhile
+            size = facts["elements"] * getattr(torch, facts["dtype"]).itemsize
+            files.require_free_space(folder, size + files.SMALL_FILES)
+            say(f"reading {file.name}: {facts['elements'] / 1e6:,.1f} M parameters, once")
+            with files.staged_folder(folder) as staging:
+                _convert(file, facts, staging)
+                files.write_json(staging / FACTS, {"about": facts["about"], "cut": facts["cut"]})
+    return find_kept(sha256)
 
 
 def _file(path: Path) -> Path | None:
     """The GGUF file that a path means; None where it is absent, or a folder of another kind."""
     if path.is_dir():
-        found = [] if (path / "config.json").exists() else sorted(path.glob(f"*{SUFFIX}"))
+        found = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         if len(found) > 1:
             what = f"{path} holds {len(found)} GGUF files"
             raise ModelError(what, fix=f"name one: model.path={found[0]}")
@@ -120,136 +115,108 @@ def _facts(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: with what is wrong.
     """
+    counts, places = Counter[str](), dict[str, int]()
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ModuleNotFoundError:
-        what = "reading a GGUF file needs the gguf package, which is not installed"
-        raise ModelError(what, fix="pip install 'fintune[export]'") from None
-    try:
+
         blob = reader._mapped(str(file))
         metadata, count, at = reader._read_metadata(blob, file.name)
         tensors, at = reader._read_tensor_table(blob, count, at)
-        align = int(metadata.get("general.alignment", 32))
-        start, end = -(-at // align) * align, 0
-        counts = Counter[str]()
-        for _, shape, kind, offset in tensors:
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            elements = math.prod(shape)
-            counts[GGMLQuantizationType(kind).name] += elements
-            end = max(end, start + offset + elements // block * size)
+        align, end = int(metadata.get("general.alignment", 32)), 0
+        for name, shape, number, offset in tensors:
+            stored = GGMLQuantizationType(number)
+            block, size = GGML_QUANT_SIZES[stored]
+            places[name] = -(-at // align) * align + offset
+            counts[stored.name] += math.prod(shape)
+            end = max(end, places[name] + math.prod(shape) // block * size)
+    except ModuleNotFoundError:
+        what = "reading a GGUF file needs the gguf package, which is not installed"
+        raise ModelError(what, fix="pip install 'fintune[export]'") from None
     except Exception as error:  # whatever a cut header makes struct and numpy raise
         what = f"{file.name} cannot be read as GGUF: {str(error)[:160]}"
         raise ModelError(what, fix=_OTHER) from None
-    if end > len(blob):
-        what = f"{file.name} is cut: it has {len(blob):,} bytes, its header names {end:,}"
-        raise ModelError(what, fix="download it again")
-    return _described(file, metadata, [name for name, *_ in tensors], counts)
-
-
-def _described(
-    file: Path, metadata: dict[str, Any], names: list[str], counts: Counter[str]
-) -> dict[str, Any]:
-    """What reading the weights needs, and what is said of them.
-
-    Args:
-        counts: elements of the tensors by their type.
-    """
-    kind = str(metadata["general.architecture"])
+    kind, scaling = str(metadata["general.architecture"]), "rope.scaling.type"
     cut, model = metadata.get("tokenizer.ggml.pre"), metadata.get("tokenizer.ggml.model")
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    scaled = kind != "gpt-oss" and metadata.get(f"{kind}.{scaling}", "none") != "none"
     known = model != "gpt2" or cut in (*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2, *_DIGITS)
-    factors = [name for name in names if name.startswith("rope_factors")]
     for wrong, what in (
+        (end > len(blob), f"is cut: it has {len(blob):,} bytes, its header names {end:,}"),
         (metadata.get("general.type", "model") != "model", "is no model"),
         (metadata.get("split.count", 1) > 1, "is one part of several: merge them with llama.cpp"),
         (model is None, "holds no tokenizer"),
-        (int(metadata.get(f"{kind}.block_count", 0)) > len(names), "names more layers than it has"),
+        (int(metadata.get(f"{kind}.block_count", 0)) > len(tensors), "has too few tensors"),
         (not known, f"cuts texts as {cut!r}, which transformers does not know"),
-        (kind != "gpt-oss" and scaling != "none" or factors, f"has {scaling} rotary scaling"),
+        (scaled or any("rope_factors" in name for name in places), "scales its rotation"),
     ):
         if wrong:
             raise ModelError(f"{file.name} {what}", why="it cannot be read rightly", fix=_OTHER)
-    elements, types = counts.total(), [t for t, _ in counts.most_common() if t != "F32"]
-    dtype = "float16" if types == ["F16"] else "bfloat16"
-    if elements <= MOST_FP32 or not types:
-        dtype = "float32"
-    verb = "read" if {*types} <= {"F16", "BF16"} else "dequantised"
-    rounded = dtype == "bfloat16" and types != ["BF16"]
-    about = f"{verb} from {[*types, 'F32'][0]}{', rounded to bf16' if rounded else ''}"
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    types = [name for name, _ in counts.most_common() if name != "F32"]
+    small, plain = counts.total() <= MOST_FP32, {*types} <= {"F16", "BF16"}
+    about = f"{'read' if plain else 'dequantised'} from {[*types, 'F32'][0]}"
     return {
-        "about": about,
-        "elements": elements,
-        "bytes": elements * getattr(torch, dtype).itemsize,
-        "dtype": dtype,
+        "about": about if small else f"{about} to bf16",
+        "elements": counts.total(),
+        "dtype": "float32" if small else "bfloat16",
         "cut": cut if model == "gpt2" else None,
-        "ends": sorted({end for end in ends if end is not None}),
-        "biases": any(name.endswith(".bias") for name in names),
-        "rotation": "rope_freqs.weight" in names,
+        "ends": [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")],
+        "biases": any(name.endswith(".bias") for name in places),
+        "rotation": places.get("rope_freqs.weight"),
     }
 
 
 def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
-    """Write configuration, tokenizer, weights and stop tokens as transformers reads them."""
+    """Write configuration, tokenizer, weights and stop tokens as transformers reads them.
+
+    Raises:
+        ModelError: it does not read them, or not all of them.
+    """
     place: Any = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tqdm's bar of the tensors
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of the tensors
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+            _recut(tokenizer.backend_tokenizer, facts["cut"])
+            tokenizer.save_pretrained(staging)
             config = AutoConfig.from_pretrained(file.parent, **place)
             if facts["rotation"]:
-                _restore_rotation(file, config)
-            _recut(tokenizer, facts["cut"])
+                _restore_rotation(file, facts["rotation"], config)
             config.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
             probe_base(staging, weights=True)
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config)
             if empty.num_parameters() > 1.01 * facts["elements"]:
                 raise ValueError("it describes a larger model than it holds")
-            model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                config=config,
-                dtype=getattr(torch, facts["dtype"]),
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-                **place,
-            )
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+            packed, dtype = GgufConfig(dequantize=True), getattr(torch, facts["dtype"])
+            place |= {"quantization_config": packed, "output_loading_info": True, "dtype": dtype}
+            model, info = AutoModelForCausalLM.from_pretrained(file.parent, config=config, **place)
+        biases = any(name.endswith("bias") for name, _ in model.named_parameters())
+        lost = [*info["missing_keys"], *(["biases"] if facts["biases"] and not biases else [])]
+        if lost:
+            raise ValueError(f"transformers reads it without {', '.join(lost[:3])}")
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         what = f"{file.name} cannot be read: {str(error)[:200]}"
         raise ModelError(what, fix=_OTHER) from None
-    biases = any(name.endswith("bias") for name, _ in model.named_parameters())
-    lost = [*info["missing_keys"], *(["biases"] if facts["biases"] and not biases else [])]
-    if lost:
-        what = f"{file.name}: transformers reads it without {', '.join(lost[:3])}"
-        raise ModelError(what, fix=_OTHER)
-    model.generation_config.eos_token_id = facts["ends"]
+    model.generation_config.eos_token_id = sorted({*facts["ends"]} - {None})
     model.save_pretrained(staging)
 
 
-def _recut(tokenizer: Any, cut: str | None) -> None:
+def _recut(backend: Any, cut: str | None) -> None:
     """Cut texts as llama.cpp does for this file, where transformers would not."""
-    backend = tokenizer.backend_tokenizer
     if cut in _DIGITS:
-        parts = (pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False))
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*parts])
+        parts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
     if cut in _WHOLE:
         backend.model.ignore_merges = True
 
 
-def _restore_rotation(file: Path, config: Any) -> None:
+def _restore_rotation(file: Path, offset: int, config: Any) -> None:
     """Llama 3.1's rotary scaling, of which the file holds the divisors and transformers none.
 
     Raises:
         ValueError: divisors of another scaling.
     """
-    header = reader.GgufHeader.from_file(str(file))
-    (info,) = (info for info in header.tensors if info.name == "rope_freqs.weight")
-    blob = reader._mapped(str(file))
-    start = header.data_start + info.offset
-    stated = torch.from_numpy(blob[start : start + info.nbytes].copy()).view(torch.float32)
-    rope = {**config.rope_parameters, "rope_type": "llama3", "factor": float(stated.max()), **_ROPE}
-    config.rope_parameters = rope
+    stated = np.fromfile(file, "<f4", config.head_dim // 2, offset=offset)
+    plain = 1 / config.rope_parameters["rope_theta"] ** (np.arange(len(stated)) / len(stated))
+    config.rope_parameters |= {"rope_type": "llama3", "factor": float(stated.max()), **_ROPE}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
-    if not torch.allclose(plain / scaled, stated, rtol=1e-3):
+    if not np.allclose(plain / scaled.numpy(), stated, rtol=1e-3):
         raise ValueError("its rotary divisors are not those of Llama 3.1")

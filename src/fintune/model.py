@@ -112,7 +112,7 @@ def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Pa
     if not config.id:
         raise ConfigError("no base is named", fix="set model.id (a hub id), or model.path")
     kept = seal.recorded_base(kept_in, config.id)
-    stated = str(kept.get("revision"))  # by a stage: the same GGUF file, wherever it lay
+    stated = config.revision or str(kept.get("revision"))  # of a GGUF file, wherever it lies now
     read = gguf_base.read(config.path) if config.path else gguf_base.find_kept(stated)
     folder = read.folder if read else config.path or _fetch(config, weights, kept)
     if not (folder / "config.json").exists():
@@ -227,14 +227,13 @@ def release_base(folder: Path, base: Path | None) -> Base:
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     name = str(config.get("base_model_name_or_path"))
     stated = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE) or {}
-    if base is None and stated.get("base_read_as"):
-        kept = gguf_base.find_kept(str(stated.get("base_sha256")))
-        if kept is None:
-            what = f"{folder.name} was trained on {stated.get('base')}, which is not here"
-            raise ModelError(what, fix="name that file: --base FILE.gguf")
-        base = kept.folder
     # No revision for a local folder: it is named by its weights, so that another base shows.
     revision = None if base else config.get("revision")
+    if base is None and stated.get("base_read_as"):
+        revision = str(stated.get("base_sha256"))
+        if not gguf_base.find_kept(revision):
+            what = f"{folder.name} was trained on {stated.get('base')}, which is not here"
+            raise ModelError(what, fix="name that file: --base FILE.gguf")
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 

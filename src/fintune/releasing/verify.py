@@ -82,7 +82,7 @@ def verify(
 
     Args:
         folder: the release, or the hub id of one (`model.find_release`).
-        base: folder of its base; absent: the bundled one, or the hub's by id and revision.
+        base: folder or GGUF file of its base; absent: as `model.release_base` finds it.
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed by name and
             checksum and never opened.
         server: URL of a running OpenAI-compatible server that serves this release.

@@ -247,7 +247,7 @@ def serve(
 
     Args:
         folder: a release folder; the page shows the curves of the `run` beside it.
-        base: folder of its base; absent: the bundled one, or the hub's.
+        base: folder or GGUF file of its base; absent: as `model.release_base` finds it.
         host: address to bind; anything but loopback needs FINTUNE_API_KEY.
 
     Raises:
