@@ -85,7 +85,7 @@ def test_a_row_that_fits_nothing_names_its_reason(tmp_path: Path) -> None:
         json.dumps({"messages": "x"}): "not_text",
         json.dumps({"user": "q", "assistant": True}): "not_text",
         json.dumps({"messages": system}): "turns_out_of_order",
-        json.dumps({"messages": [{"role": "tool", "content": "x"}]}): "unknown_role",
+        json.dumps({"messages": [{"role": "critic", "content": "x"}]}): "unknown_role",
         json.dumps({"messages": []}): "no_user",
         json.dumps({"id": 3, "user": None, "assistant": ""}): "no_user",
         json.dumps({**PAIR, "score": math.nan}): "not_json",

@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from fintune import attention
 from fintune.collate import padding_free_batch
-from fintune.config import load_config
+from fintune.config import load_config, presets
 from fintune.kernels import pointwise
 from fintune.memory import PROBE_TOKENS, model_size
 from fintune.model import attach
@@ -45,6 +45,22 @@ def write_shape(folder: Path, kind: str, **shape: int) -> list[str]:
 def planned(preset: str, *changes: str) -> Any:
     """The JSON of `fintune plan`."""
     return tiny.answer_json("plan", "-c", preset, *(w for each in changes for w in ("-s", each)))
+
+
+KINDS = {"meta-llama/": "llama", "Smol": "llama", "Qwen3": "qwen3", "gemma-3": "gemma3_text"}
+"""Part of a preset's model.id -> the architecture of that base."""
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_planned_on_the_shrunk_shape_of_its_base(
+    preset: str, tmp_path: Path
+) -> None:
+    name = load_config(preset).model.id
+    kind = next((kind for part, kind in KINDS.items() if part in name), "llama")
+    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    found = planned(preset, *write_shape(tmp_path, kind, **small, **heads))
+    assert found["adapter"]["trainable_parameters"] > 0 and found["settings"]
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

@@ -222,7 +222,7 @@ class ChatFormat:
         last, ends = prompts[-1], []
         rest = self.template.rest(whole, last)
         final = rows[answers[-1]]
-        plain = not final.thought and not final.tool_calls
+        plain = not (final.thought and self.template.thinks) and not final.tool_calls
         if rest is None and plain and len(answers) == 1:  # a system text that moves with the prompt
             rest = self.template.answered(final)
         if rest is None:
@@ -401,7 +401,7 @@ class AnswerReader:
                 return self.finish()
         before, close, answer = self._held.partition(self._close)
         if self.inside and close:
-            self._decided, self.inside = True, False
+            self._held, self._decided, self.inside = "", True, False
             return self._special.sub("", answer).lstrip()
         return ""
 

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -272,6 +272,13 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
+def prepared_chat(data: Path, settings: ChatConfig) -> ChatConfig:
+    """The chat settings that prepared data were made with: `auto` is decided there."""
+    manifest = data / "manifest.json"
+    recorded = read_json(manifest).get("chat") if manifest.exists() else None
+    return ChatConfig(**recorded["settings"]) if recorded else settings
+
+
 def load_chat(base: Base, settings: ChatConfig, data: Path | None = None) -> ChatFormat:
     """The base's tokenizer with its chat template.
 
@@ -281,8 +288,8 @@ def load_chat(base: Base, settings: ChatConfig, data: Path | None = None) -> Cha
     Raises:
         ModelError: no tokenizer, or no template that can be trained on.
     """
-    if data is not None and (data / "manifest.json").exists():
-        settings = ChatConfig(**read_json(data / "manifest.json")["chat"]["settings"])
+    if data is not None:
+        settings = prepared_chat(data, settings)
     tokenizer = load_tokenizer(base)
     return ChatFormat(tokenizer, settings, stop_token_ids(base.folder, tokenizer))
 
@@ -358,6 +365,11 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not load: {str(error)[:300]}") from None
     return peft.eval()
+
+
+def adapter_set(peft_model: PeftModel, on: bool) -> Any:
+    """A context in which the adapter is on, or off, so that the base answers."""
+    return nullcontext() if on else peft_model.disable_adapter()
 
 
 def inference_dtype() -> PrecisionName:

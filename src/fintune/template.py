@@ -47,6 +47,7 @@ class ChatTemplate:
         control: matches the tokens that a text of a row must never become.
         end: text of the tokens that end an answer and are trained with it.
         splits: history is written otherwise than the last turn.
+        thinks: thoughts of the rows are rendered.
         begins, close: around a thought that a model may write before its answer.
         opened: the beginning of a thought with which a prompt ends.
         notes: what the template made necessary, a line each.
@@ -72,6 +73,7 @@ class ChatTemplate:
         self._end_run = re.compile(rf"(?:\s*(?:{pattern}))+")
         self.notes: list[str] = []
         self._merges = self._embeds = self._parts = False
+        self.thinks = settings.thinking == "keep"
         self._bridge, self.opened = ("", ""), ""
         self._look_at_answers()
         self._look_at_history()
@@ -146,7 +148,7 @@ class ChatTemplate:
             self.notes.append(f"it ends the last turn with nothing: {self.end!r} is trained there")
         self.splits = bool(history) and (
             self.end_of(between) not in (own, self.end)
-            or not history.startswith(self._must(turns[:1], prompt=True))
+            or not history.startswith(self._must(turns[:1], prompt=True) + self._lead + _ANSWER)
             or not history.startswith(self._must(turns[:3], prompt=True))
         )
         if self.splits:
@@ -155,7 +157,7 @@ class ChatTemplate:
             )
 
     def _look_at_thoughts(self) -> None:
-        if self._settings.thinking != "keep":
+        if not self.thinks:
             return
         turns = [Message("user", _USER), Message("assistant", _ANSWER, thought=_SYSTEM)]
         known = (
@@ -166,7 +168,7 @@ class ChatTemplate:
             said = self.attempt(turns)
             if not isinstance(said, Refused) and _SYSTEM in said:
                 return
-        self._embeds = False
+        self.thinks = self._embeds = False
         self.notes.append("it writes no thoughts: those of the rows are dropped")
 
     def rest(self, whole: str, prompt: str) -> str | None:
@@ -205,7 +207,10 @@ class ChatTemplate:
         if message.tool_calls:  # written in the template's own way, up to the end of the turn
             return len(rest.rstrip())
         start = len(self._lead) if rest.startswith(self._lead) else 0
-        if message.thought and (at := rest.find(message.thought)) >= 0:
+        if message.thought and self.thinks:
+            at = rest.find(message.thought)
+            if at < 0:
+                return None
             start = at + len(message.thought)
         at = rest.find(message.content, start)
         return None if at < 0 else at + len(message.content)
@@ -254,7 +259,7 @@ class ChatTemplate:
 
     def _turn(self, message: Message) -> dict[str, Any]:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.thought and self._settings.thinking == "keep":
+        if message.thought and self.thinks:
             if self._embeds:
                 turn["content"] = f"<think>\n{message.thought}\n</think>\n\n{message.content}"
             else:

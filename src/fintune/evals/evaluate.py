@@ -5,7 +5,6 @@ computed, so that a killed evaluation continues; `test_results.json` and `report
 from these files alone (`results.rescore`).
 """
 
-import contextlib
 import math
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +20,7 @@ from fintune import attention, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
-from fintune.console import meter, say
+from fintune.console import meter, say, warn
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import judge, results
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
@@ -126,6 +125,10 @@ def _summarize(folder: Path) -> dict[str, Any]:
     accuracy, loss = test_results["accuracy"], test_results["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    for name, cut in test_results["n"]["thoughts_cut"].items():
+        if cut:
+            fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
+            warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
     for sentence in results.summary(test_results):
         say(sentence)
     return test_results
@@ -206,11 +209,6 @@ def _answer(
     _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens)
 
 
-def _enabled(peft_model: Any, variant: str) -> Any:
-    """A context in which the adapter is off (variant `base`) or on (`adapter`)."""
-    return peft_model.disable_adapter() if variant == "base" else contextlib.nullcontext()
-
-
 def _choose(
     config: Config, rows: list[dict[str, Any]], asked: list[Item], chat: ChatFormat, context: int
 ) -> tuple[Prompts, dict[str, Any]]:
@@ -261,7 +259,7 @@ def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad
             chosen = [row for row in rows if row["source"] == source]
             cell = {"source": source, "rows": len(chosen)}
             for variant in VARIANTS:
-                with _enabled(peft_model, variant):
+                with model.adapter_set(peft_model, variant == "adapter"):
                     cell[variant], cell["tokens"] = _loss_sum(peft_model, chosen, pad)
             file.append(cell)
             progress.advance(len(chosen))
@@ -306,7 +304,7 @@ def _generate(folder: Path, peft_model: Any, answer: Any, prompts: Prompts, limi
         progress.advance(len(done))
         for variant in VARIANTS:
             todo = [(key, ids) for key, (_, ids) in by_id.items() if (variant, key) not in done]
-            with _enabled(peft_model, variant):
+            with model.adapter_set(peft_model, variant == "adapter"):
                 for batch in answer([Request(key, ids, limit) for key, ids in todo]):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
                     progress.advance(len(batch), note=variant)
@@ -320,6 +318,7 @@ def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str
         "text": answer.text,
         "tokens": len(answer.token_ids),
         "finish": answer.finish_reason,
+        "in_thought": answer.in_thought,
         "prompt_sha256": sha256_json(ids),
         "item": asdict(item),
     }

@@ -58,6 +58,8 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
+    answers = read_jsonl(folder / "predictions.jsonl")
+    cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known, run["seed"])
@@ -80,6 +82,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
             "checkable": len(checked),
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
+            "thoughts_cut": {name: cut[name] for name in VARIANTS},
         },
         "provenance": run["provenance"],
     }

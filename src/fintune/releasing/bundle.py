@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, model, page, seal
-from fintune.config import ChatConfig, Config, load_config
+from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
 from fintune.releasing.verify import make_golden_prompts
@@ -197,10 +197,11 @@ def _build(staging: Path, inputs: Inputs) -> None:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
     for name in (RESULTS, JUDGED):
         files.copy_file(config.eval_dir / name, staging / name)
-    data = files.read_json(config.data_dir / "manifest.json")
-    settings = ChatConfig(**data["chat"]["settings"])
+    settings = model.prepared_chat(config.data_dir, inputs.recipe.chat)
     loaded = model.load_release(staging, base, settings=settings)
-    files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded))
+    judged = list(files.read_jsonl(staging / JUDGED))
+    held_out = [(row["question"], row["reference"]) for row in judged if row.get("question")]
+    files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded, held_out))
     llama = _write_llama_license(staging, base)
     facts = {
         "fintune": __version__,

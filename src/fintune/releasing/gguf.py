@@ -6,6 +6,7 @@ line below: q and k rows are stored in another order, Llama 3.1 scales its rotar
 table, and an adapter's B of q and k must follow the order of the weights it is added to.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -28,6 +29,12 @@ from fintune.untrusted.probe import read_architecture
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
 NUMPY_TYPES = {"f32": np.float32, "f16": np.float16}
 UNSUPPORTED_LORA = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+PRE_TOKENIZERS = {
+    "llama-bpe": r"\[true, .*\\\\p\{N\}\{1,3\}.*",
+    "smollm": r'\[false, .*"individual_digits": true\}, \{"type": "ByteLevel".*',
+    "gpt-2": r'\[false, \{"type": "ByteLevel".*"use_regex": true\}\]',
+}
+"""llama.cpp's name of a pre-tokenizer -> what `ignore_merges` and its JSON match."""
 _LORA_PREFIX = "base_model.model."
 
 
@@ -152,7 +159,11 @@ def rope_factors(config: PretrainedConfig) -> Any:
 
 
 def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:
-    """Byte-level BPE with Llama 3's split; places without a token are filled as unused."""
+    """Byte-level BPE; places without a token are filled as unused.
+
+    Raises:
+        ModelError: a tokenizer that llama.cpp would cut otherwise.
+    """
     tokens = [f"[unused{number}]" for number in range(size)]
     types = [TokenType.UNUSED] * size
     for text, number in tokenizer.get_vocab().items():
@@ -160,14 +171,34 @@ def _add_vocabulary(writer: Any, base: Base, tokenizer: Any, size: int) -> None:
     for number, token in tokenizer.added_tokens_decoder.items():
         types[number] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_tokenizer_pre(_pre_tokenizer(base, tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special_ids = gguf.SpecialVocab(base.folder, load_merges=True, n_vocab=size)
     special_ids.chat_template = tokenizer.get_chat_template()
+    special_ids.add_special_token["bos"] = adds_bos(tokenizer)
     special_ids.special_token_ids["eot"] = tokenizer.eos_token_id
     special_ids.special_token_ids["pad"] = tokenizer.pad_token_id
     special_ids.add_to_gguf(writer, quiet=True)
+
+
+def _pre_tokenizer(base: Base, tokenizer: Any) -> str:
+    """llama.cpp's name of how a text is cut before BPE: of a base that was a GGUF file its own."""
+    if cut := read_object(base.folder, "gguf.json", absent=True).get("cut"):
+        return str(cut)
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    text = json.dumps([tree["model"].get("ignore_merges", False), tree["pre_tokenizer"]])
+    for name, trait in PRE_TOKENIZERS.items():
+        if re.fullmatch(trait, text) and not tree["normalizer"]:
+            return name
+    what = f"the tokenizer of {base.id} cuts texts in a way that this export does not know"
+    raise ModelError(what, fix="export merged, and convert it with llama.cpp's own converter")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a text is given a BOS, as llama.cpp then does by itself."""
+    first = tokenizer.encode("a")[:1]
+    return bool(first) and first[0] == tokenizer.bos_token_id
 
 
 def _finish(writer: Any) -> None:

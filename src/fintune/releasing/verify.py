@@ -13,7 +13,8 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fintune import model
+from fintune.chat import ChatFormat
 from fintune.errors import FintuneError, ModelError, OutputError
 from fintune.example import Message
 from fintune.files import read_json
@@ -33,6 +35,13 @@ KEY_VARIABLE = "FINTUNE_API_KEY"
 TIMEOUT_S = 120.0
 MAX_BYTES = 4 << 20
 """Bytes read of a server's answer."""
+FORMAT = 3
+"""Of the file of golden prompts; 3 holds the base's answers beside the adapter's."""
+CANDIDATES = 8
+"""Held-out questions that are tried for what the golden prompts leave undecided."""
+OTHER_DATE = "19 Nov 2031"
+VARIANTS = {"answer": True, "base_answer": False}
+"""Key of a recorded answer -> whether the adapter gave it."""
 ANSWER_TOKENS = 24
 """Tokens of a recorded answer: enough to tell two prompts apart, few enough for a laptop."""
 ATOL = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
@@ -50,29 +59,80 @@ CONVERSATIONS: dict[str, list[Message]] = {
 }
 
 
-def make_golden_prompts(loaded: model.LoadedRelease) -> dict[str, Any]:
-    """The golden prompts of a template, tokenizer and adapter, with greedy answers."""
+def make_golden_prompts(
+    loaded: model.LoadedRelease, held_out: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """The golden prompts of a template and tokenizer, with greedy answers of adapter and base.
+
+    To the conversations of every release come held-out ones as long as a wrong prompt, one of
+    another date or with a second BOS, would get each recorded answer all the same: `tells` names
+    those whose answer it would change, so that a server that shows no ids can be checked.
+
+    Args:
+        held_out: questions with their reference answers.
+    """
+    more = {f"held out {at}": pair for at, pair in enumerate(held_out[:CANDIDATES], start=1)}
+    candidates = CONVERSATIONS | {
+        name: [Message("user", question), Message("assistant", answer)]
+        for name, (question, answer) in more.items()
+    }
+    rows, tells = [], dict[str, list[str]]()
+    for name, messages in candidates.items():
+        row = _recorded(loaded, name, messages)
+        told = _told(loaded, messages, row["answer"]["ids"])
+        if name in CONVERSATIONS or any(told[wrong] and not tells[wrong] for wrong in told):
+            rows.append(row)
+            for wrong, changes in told.items():
+                tells.setdefault(wrong, []).extend([name] * changes)
     chat = loaded.chat
-    prompts = {name: chat.prompt_ids(messages) for name, messages in CONVERSATIONS.items()}
-    requests = [Request(name, ids, ANSWER_TOKENS) for name, ids in prompts.items()]
-    list(generate(loaded.model, chat, requests, batch_size=1))
-    conversations = []
-    for request in requests:
-        logprobs, _ = _likelihood(loaded.model, request.prompt_ids, request.token_ids)
-        answer = {
-            "ids": request.token_ids,
-            "logprobs": [round(value, 4) for value in logprobs.tolist()],
-            "text": chat.tokenizer.decode(request.token_ids, skip_special_tokens=True),
-        }
-        recorded = chat.recorded(CONVERSATIONS[request.id])
-        conversations.append({"name": request.id, **recorded, "answer": answer})
     return {
+        "format": FORMAT,
+        "tells": tells,
         "template_sha256": chat.template_sha256,
         "chat": chat.template.record,
         "end_token_ids": chat.stop_token_ids,
         "decoding": {"greedy": True, "max_new_tokens": ANSWER_TOKENS, "dtype": loaded.dtype},
-        "conversations": conversations,
+        "conversations": rows,
     }
+
+
+def _recorded(loaded: model.LoadedRelease, name: str, messages: list[Message]) -> dict[str, Any]:
+    """A conversation with the greedy answers of adapter and base to its prompt."""
+    recorded = loaded.chat.recorded(messages)
+    ids = recorded["prompt_ids"]
+    for key, adapter in VARIANTS.items():
+        request = Request(name, ids, ANSWER_TOKENS, adapter=adapter)
+        list(generate(loaded.model, loaded.chat, [request], batch_size=1))
+        with model.adapter_set(loaded.model, adapter):
+            logprobs, _ = _likelihood(loaded.model, ids, request.token_ids)
+        recorded[key] = {
+            "ids": request.token_ids,
+            "logprobs": [round(value, 4) for value in logprobs.tolist()],
+            "text": loaded.chat.tokenizer.decode(request.token_ids, skip_special_tokens=True),
+        }
+    return {"name": name, **recorded}
+
+
+def _told(
+    loaded: model.LoadedRelease, messages: list[Message], answer: list[int]
+) -> dict[str, bool]:
+    """For each wrong prompt that a server may send, whether the adapter would answer otherwise.
+
+    It does where a token of its answer is less likely than the best by more than rounding explains.
+    """
+    chat, wrong = loaded.chat, dict[str, list[int]]()
+    other = chat.settings.model_copy(update={"date_string": OTHER_DATE})
+    dated = ChatFormat(chat.tokenizer, other, chat.stop_token_ids).prompt_ids(messages)
+    ids = chat.prompt_ids(messages)
+    if dated != ids:
+        wrong["date"] = dated
+    if chat.tokenizer.bos_token_id is not None:
+        wrong["second BOS"] = [chat.tokenizer.bos_token_id, *ids]
+    told = {}
+    for name, prompt in wrong.items():
+        logprobs, best = _likelihood(loaded.model, prompt, answer)
+        told[name] = float((best - logprobs).max()) > 2 * ATOL[loaded.dtype]
+    return told
 
 
 def verify(
@@ -123,8 +183,9 @@ def _check_loaded(folder: Path, base: model.Base) -> Iterator[Check]:
         yield check_answers(golden, peft_model, dtype)
 
 
-def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
-    """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding.
+def check_answers(golden: dict[str, Any], peft_model: Any, dtype: str) -> Check:
+    """Each recorded greedy token is still the most likely one, as likely as it was, up to rounding:
+    those of the adapter, and with it switched off those of the base.
 
     One forward pass a conversation over prompt and recorded answer, compared position by position
     within `ATOL` of the coarser precision. Likelihoods are compared too: weights that overflow give
@@ -132,14 +193,16 @@ def check_answers(golden: dict[str, Any], model: Any, dtype: str) -> Check:
     """
     atol = max(ATOL[dtype], ATOL[golden["decoding"]["dtype"]])
     differences = []
-    for row in golden["conversations"]:
-        answer = row["answer"]
-        logprobs, best = _likelihood(model, row["prompt_ids"], answer["ids"])
+    for row, (key, adapter) in product(golden["conversations"], VARIANTS.items()):
+        answer = row[key]
+        with model.adapter_set(peft_model, adapter):
+            logprobs, best = _likelihood(peft_model, row["prompt_ids"], answer["ids"])
         gaps = (best - logprobs).maximum((logprobs - torch.tensor(answer["logprobs"])).abs())
         # NaN compares false with everything, so ask whether all are within, not whether any is out.
         if not bool((gaps <= atol).all()):
             at = int((~(gaps <= atol)).nonzero()[0])
-            return Check("answers", "failed", f"{row['name']}: another answer from token {at + 1}")
+            whose = f"{row['name']}{'' if adapter else ', the base'}"
+            return Check("answers", "failed", f"{whose}: another answer from token {at + 1}")
         differences.append(gaps)
     every = torch.cat(differences)
     mean, limit = float(every.mean()), MEAN_SHARE * atol

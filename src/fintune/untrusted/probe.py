@@ -224,6 +224,8 @@ class _Release:
     @cached_property
     def chat(self) -> ChatFormat:
         """The chat format with the recorded settings."""
+        if "chat" not in self.golden:
+            raise Unreadable("made by an older version of fintune: release it again from its run")
         source = str(self.tokenizer.get_chat_template())
         if files.sha256_bytes(source.encode()) != self.golden["template_sha256"]:
             raise Unreadable("the chat template is not the one it was trained with")
@@ -288,7 +290,7 @@ def _check_stop_tokens(of: _Release) -> str:
 
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the recorded text, ids and labels."""
-    golden, rows = of.golden, of.golden["conversations"]
+    golden, rows = of.golden, of.golden.get("conversations", [])
     chat, words = of.chat, range(len(of.tokenizer))
     if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
         raise Unreadable("no recorded answers of a known precision")
@@ -297,11 +299,12 @@ def _check_golden_prompts(of: _Release) -> str:
         refuse(f"{row['name']}: other", [key for key, value in now.items() if value != row[key]])
         if not {*row["labels"]} & {*golden["end_token_ids"]}:
             raise Unreadable(f"{row['name']}: no stop token was trained")
-        ids, logprobs = row["answer"]["ids"], row["answer"]["logprobs"]
-        finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
-        whole = [type(token) is int and token in words for token in ids]
-        if not 0 < len(ids) == len(logprobs) <= _MOST_TOKENS or not all(finite + whole):
-            raise Unreadable(f"{row['name']}: ids or logprobs of the answer are not valid")
+        for answer in (row["answer"], row["base_answer"]):
+            ids, logprobs = answer["ids"], answer["logprobs"]
+            finite = [isinstance(number, float) and math.isfinite(number) for number in logprobs]
+            whole = [type(token) is int and token in words for token in ids]
+            if not 0 < len(ids) == len(logprobs) <= _MOST_TOKENS or not all(finite + whole):
+                raise Unreadable(f"{row['name']}: ids or logprobs of the answer are not valid")
     return f"{len(rows)} conversations, same ids"
 
 
