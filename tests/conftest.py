@@ -1,12 +1,12 @@
 """Shared fixtures: one thread, no network, and the folder of real data where there is one."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+import tiny_made
 import torch
 
 from fintune import sample
@@ -33,8 +33,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base as a copy of its own, which a test may change."""
-    return shutil.copytree(tiny.base(), tmp_path_factory.mktemp("tiny-base") / "base")
+    """A small random base for the sample rows."""
+    return tiny_made.wide_base(tmp_path_factory.mktemp("tiny-base") / "base")
 
 
 @pytest.fixture(scope="session")

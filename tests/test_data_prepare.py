@@ -185,13 +185,13 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
 def test_rows_over_the_length_are_dropped_unless_they_are_many(tmp_path: Path) -> None:
     asked = {"user": "Read this. " + "The revenue rose. " * 300, "assistant": "So it did, it says."}
     found = [*rows(120), asked, listed(1)]
-    done = prepared(tmp_path / "a", source=write(tmp_path / "a.jsonl", found), max_length=640)
+    done = prepared(tmp_path / "a", source=write(tmp_path / "a.jsonl", found), max_length=384)
     assert {done.dropped("a")[line] for line in (125, 126)} == {"too_long"}
     many = write(tmp_path / "b.jsonl", [*rows(120), *(listed(at) for at in range(20))])
-    with pytest.raises(DataError, match="20 of 140 rows are longer than 640 tokens"):
-        prepared(tmp_path / "b", source=many, max_length=640)
+    with pytest.raises(DataError, match="20 of 140 rows are longer than 384 tokens"):
+        prepared(tmp_path / "b", source=many, max_length=384)
     cut = prepared(
-        tmp_path / "c", source=tmp_path / "a.jsonl", max_length=640, over_length="truncate"
+        tmp_path / "c", source=tmp_path / "a.jsonl", max_length=384, over_length="truncate"
     )
     assert cut.dropped("a")[125] == "too_long", "no token to train is left"
 

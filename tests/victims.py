@@ -112,7 +112,7 @@ def settings(root: Path, prepared: Path, base: Path, *changes: str) -> Config:
 
 def materials(root: Path) -> tuple[Path, Path]:
     """Prepared rows and the tiny base, as conftest.py has them."""
-    base = shutil.copytree(tiny_made.base(), root / "base")
+    base = tiny_made.wide_base(root / "base")
     lines = sample.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
     (root / "rows.jsonl").write_text("".join(lines[:260]), encoding="utf-8")
     changes = [f"data.source={root / 'rows.jsonl'}", f"out={root}", f"model.path={base}"]

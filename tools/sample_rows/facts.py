@@ -170,7 +170,7 @@ def state(rng: Random, report: Report, line: Line) -> tuple[str, tuple[int, ...]
     """Say one line in a sentence; also return the positions of the years whose amounts it gives."""
     if len(line.amounts) > 1 and rng.randrange(4):
         verb = "risen" if line.rose else "fallen"
-        return fill(rng, TEXTS[rng.choice(("both", verb))], report, line), (0, 1)
+        return fill(rng, TEXTS[rng.choice(("both", verb, verb))], report, line), (0, 1)
     return fill(rng, TEXTS["stated"], report, line), (0,)
 
 

@@ -13,7 +13,7 @@ _GOOD_WAY: Final = {"positive": "up", "negative": "down"}
 
 def _moved(rng: Random, tone: Tone) -> str:
     """Something that is good when it grows, or bad when it grows, going the way of the tone."""
-    good = rng.randrange(5) < 3
+    good = rng.randrange(8) > 0
     way = _GOOD_WAY[tone] if good else {"up": "down", "down": "up"}[_GOOD_WAY[tone]]
     thing = rng.choice(_NEWS["good" if good else "bad"])
     verb = rng.choice(_NEWS[way])
@@ -29,7 +29,7 @@ def _happened(rng: Random, tone: Tone) -> str:
 
 
 def _sentence(rng: Random, tone: Tone) -> str:
-    moving = tone != "neutral" and rng.randrange(2)
+    moving = tone != "neutral" and rng.randrange(3) == 0
     text = _moved(rng, tone) if moving else _happened(rng, tone)
     return f"{text}{rng.choice(('', '', *_NEWS['tails']))}"
 

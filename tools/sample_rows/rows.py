@@ -30,7 +30,7 @@ from sample_rows.words import METRICS, RATIOS, TERMS, TONES
 
 SEED: Final = 29
 
-Task = Literal["amount", "direction", "tone", "ratio", "define", "summary"]
+Task = Literal["amount", "direction", "tone", "ratio", "define", "company"]
 Dirt = Literal[
     "",
     "assistant_absent",
@@ -86,7 +86,6 @@ class Document(NamedTuple):
 
 _TEXTS: Final = read_toml(__file__, "rows.toml")
 _QUESTIONS: Final[dict[str, list[str]]] = _TEXTS["questions"]
-_ANSWERS: Final[dict[str, list[str]]] = _TEXTS["answers"]
 _FIGURE: Final[list[str]] = _TEXTS["instructions"]["figure"]
 _MISSING: Final[list[str]] = _TEXTS["instructions"]["missing"]
 _LABEL: Final[list[str]] = _TEXTS["instructions"]["label"]
@@ -104,7 +103,7 @@ _AGAIN: Final = ("And", "Now", "What about")
 
 def _told(rng: Random) -> Document:
     """A report in sentences."""
-    report = draw_report(rng, rng.choice((2, 2, 3, 3, 4)))
+    report = draw_report(rng, rng.choice((2, 2, 3, 3)))
     sentences, stated = list[str](), list[tuple[Line, int]]()
     for line in report.lines:
         sentence, places = state(rng, report, line)
@@ -115,7 +114,7 @@ def _told(rng: Random) -> Document:
 
 def _tabled(rng: Random) -> Document:
     """A report as a table of one or two years."""
-    report = draw_report(rng, rng.choice((2, 3, 3, 4, 5)), rng.choice((1, 2, 2)))
+    report = draw_report(rng, rng.choice((2, 3, 3, 4)), rng.choice((1, 2, 2)))
     head = f"{report.company.full}, in {report.symbol} {report.unit}\n\n"
     stated = [(line, at) for line in report.lines for at in range(len(report.years))]
     return Document(head + table(report, rng.randrange(3)), report, stated)
@@ -131,7 +130,7 @@ def _amount(rng: Random, document: Document, *, again: bool = False) -> Asked:
         line = replace(line, metric=replace(line.metric, name=line.metric.alias))
     templates = _QUESTIONS["again" if again else "figure"]
     question = fill(rng, templates, document.report, line, at, named=True)
-    brief = _MISSING if rng.randrange(4) == 0 else _FIGURE
+    brief = rng.choice((_MISSING, _FIGURE))
     return Asked("amount", question, line.amounts[at].prose, brief)
 
 
@@ -148,7 +147,7 @@ def _missing(rng: Random, document: Document, *, again: bool = False) -> Asked:
         report = replace(report, years=(year, year - 1))
     templates = _QUESTIONS["again" if again else "figure"]
     question = fill(rng, templates, report, line, named=True)
-    return Asked("amount", question, NOT_STATED, _MISSING if rng.randrange(4) == 0 else _FIGURE)
+    return Asked("amount", question, NOT_STATED, rng.choice((_MISSING, _FIGURE)))
 
 
 def _direction(rng: Random, document: Document) -> Asked | None:
@@ -188,7 +187,7 @@ def _ratio(rng: Random) -> tuple[str, list[Asked]]:
     """One amount as a percentage of a round one."""
     name, top, bottom = rng.choice(RATIOS)
     company = draw_company(rng).short
-    percent, whole = rng.choice((5, 10, 20, 25, 40, 50, 75)), rng.choice((100, 200, 400, 1000))
+    percent, whole = rng.choice((5, 10, 20, 25, 50)), rng.choice((100, 200, 1000))
     parts = [f"{top} of ${percent * whole // 100} million", f"{bottom} of ${whole:,} million"]
     text = f"{company} reported {' and '.join(rng.sample(parts, 2))}."
     question = rng.choice(_QUESTIONS["ratio"]).format(n=name, t=top, b=bottom, C=company)
@@ -205,17 +204,8 @@ def _of_report(rng: Random, document: Document) -> list[Asked]:
     return list(unique.values())
 
 
-def _say_again(rng: Random, document: Document, line: Line) -> str:
-    if (line, 1) in document.stated:
-        return fill(rng, _ANSWERS["rose" if line.rose else "fell"], document.report, line)
-    return fill(rng, _ANSWERS["plain"], document.report, line)
-
-
-def _summary(rng: Random, document: Document) -> Asked:
-    company = document.report.company.short
-    question = rng.choice(_QUESTIONS["summary"]).format(c=company)
-    said = " ".join(_say_again(rng, document, line) for line in document.report.lines[:3])
-    return Asked("summary", question, f"The figures of {company}: {said}")
+def _who(rng: Random, document: Document) -> Asked:
+    return Asked("company", rng.choice(_QUESTIONS["who"]), document.report.company.short)
 
 
 # ---- rows ------------------------------------------------------------------------------------
@@ -224,14 +214,14 @@ def _summary(rng: Random, document: Document) -> Asked:
 def _row(rng: Random, text: str, asked: Asked) -> SampleRow:
     """Text and question put together.
 
-    The system column is a lone line break in half of the rows, missing in a sixth, an instruction
-    in the rest.
+    The system column is a lone line break in a sixth of the rows, missing in a sixth, an
+    instruction in the rest.
     """
     system: str | None = "\n"
     draw, brief, question = rng.randrange(6), asked.brief, asked.question
     if draw == 0:
         system = None
-    elif draw in (1, 2):
+    elif draw > 1:
         system = rng.choice(_PERSONAS)
         if brief and rng.randrange(2):
             system, brief = f"{system} {rng.choice(brief)}", ()
@@ -246,7 +236,7 @@ def _row(rng: Random, text: str, asked: Asked) -> SampleRow:
 
 
 def _talk(rng: Random, document: Document) -> SampleRow:
-    """Several questions about one document in one conversation, a summary last."""
+    """Several questions about one document in one conversation, its company last."""
     asked = [_amount(rng, document)]
     asked += [_amount(rng, document, again=bool(rng.randrange(2))) for _ in range(2)]
     if direction := _direction(rng, document):
@@ -258,10 +248,10 @@ def _talk(rng: Random, document: Document) -> SampleRow:
         *(e for e in asked if not e.question.startswith(_AGAIN)),
         *(e for e in asked if e.question.startswith(_AGAIN)),
     ]
-    asked.append(_summary(rng, document))
+    asked.append(_who(rng, document))
     questions = [f"{document.text}\n\n{asked[0].question}", *(each.question for each in asked[1:])]
     turns = tuple(zip(questions, [each.answer for each in asked], strict=True))
-    return SampleRow(rng.choice(("\n", None)), turns, tuple(each.task for each in asked))
+    return SampleRow(rng.choice(_PERSONAS), turns, tuple(each.task for each in asked))
 
 
 def _define(rng: Random) -> SampleRow:
@@ -312,8 +302,8 @@ def _spoil(rng: Random, row: SampleRow, dirt: Dirt) -> SampleRow:
             told, spoilt = f"{capital(rng.choice(TERMS)[0])}?", "See above."
         case "long":
             texts = [_told(rng) for _ in range(12)]
-            told = "\n\n".join(document.text for document in texts) + "\n\nSum up every report."
-            spoilt = " ".join(_summary(rng, document).answer for document in texts)
+            told = "\n\n".join(document.text for document in texts) + "\n\nName every company."
+            spoilt = ", ".join(document.report.company.short for document in texts)
         case "html":
             text = told.replace(" and ", " &amp; ").replace("\n", "<br>\n")
             told = f"&lt;p&gt;{text}&nbsp;&quot;"
