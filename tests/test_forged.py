@@ -169,7 +169,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, prepared: Path, tiny_base: P
         "train.precision": "fp32",
         "eval.max_new_tokens": 2,
     }
-    config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    config = load_config("demo", [f"{key}={value}" for key, value in values.items()])
     (root / "config.yaml").write_text(dump_yaml(config))
     assert fintune(root, "run", "--accept", "a test")[0] == 0
     return root

@@ -74,15 +74,29 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: its public name, and where its files are."""
 
-    id: str = "fintune/nano"
-    """public id, written into adapter and card"""
+    id: str = ""
+    """public id, written into adapter and card; absent: local/ and the name of `path`"""
     revision: str | None = None
     """commit, tag or branch of the base, resolved once a run; a local base without one gets its
     weights' sha256"""
     path: Folder | None = None
-    """folder to load from; absent: the hub id (or the bundled nano base)"""
+    """folder or GGUF file to load from; absent: the hub id"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """how the frozen base is held (bitsandbytes)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A base without an id goes by its own name, never by another's."""
+        if not isinstance(value, dict) or value.get("id") or not value.get("path"):
+            return value
+        return value | {"id": local_id(str(value["path"]))}
+
+
+def local_id(path: str) -> str:
+    """The id of a base on this machine that is given none: the name of its folder or file."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".gguf")
+    return "local/" + re.sub(r"[^\w.-]+", "-", name)
 
 
 class ChatConfig(Section):

@@ -169,6 +169,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": base.revision,
+        "base_about": base.about,
         "quantization": config.model.quantization,
         "chat": config.chat.model_dump(mode="json"),
         "precision": config.train.precision,
