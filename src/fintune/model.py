@@ -265,6 +265,13 @@ def load_tokenizer(base: Base) -> Any:
     tokenizer = read_tokenizer(base.folder)
     if not tokenizer.is_fast:
         raise ModelError(f"{base.id} has no fast tokenizer (tokenizer.json)")
+    named = checks.read_object(base.folder, "tokenizer_config.json", absent=True)
+    older = named.get("chat_template")
+    if isinstance(older, str) and older.strip() != str(tokenizer.chat_template).strip():
+        console.warn(
+            f"{base.id} has two chat templates: chat_template.jinja counts,"
+            " tokenizer_config.json holds another, which older loaders take"
+        )
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         known = tokenizer.get_vocab()
         spare = (t for t in ("<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>") if t in known)

@@ -312,8 +312,14 @@ def write_card(inputs: Inputs, config_sha256: str, llama: str | None) -> str:
         model_name=name,
         eval_results=[of_test(k, v["adapter"]) for k, v in parts.items() if "adapter" in v],
     )
+    chat = inputs.manifest.get("chat") or {"variables": {"date_string": config.chat.date_string}}
+    variables = {
+        name: json.dumps(value) if isinstance(value, str) else repr(value)
+        for name, value in chat["variables"].items()
+    }
     text = page.render(
         "card.md.jinja",
+        variables=variables,
         **inputs._asdict() | {"config": config},
         metadata=metadata.to_yaml(),
         name=name,
