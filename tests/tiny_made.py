@@ -139,7 +139,9 @@ def wide_base(place: Path) -> Path:
     _write_tokenizer(place, [re.sub(r"\d{4,}", " ", text) for text in texts], WIDE)
     config = LlamaConfig.from_pretrained(base())
     ends = [WIDE - len(SPECIAL) + SPECIAL.index(token) for token in (BOS, EOS, EOT, PAD)]
-    config.update({"vocab_size": WIDE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    config.update(
+        {"vocab_size": 2 * WIDE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    )
     config.update({"bos_token_id": ends[0], "eos_token_id": ends[1:3], "pad_token_id": ends[3]})
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(place)
