@@ -319,6 +319,8 @@ LAYOUTS: list[tuple[str, list[str], str, dict[str, str], str]] = [
     ("brackets", ["[z-a].jsonl", "b.jsonl"], "- data_files: '[z-a]*'\n", {}, "[z-a].jsonl"),
     ("wildcards", ["x" * 200 + ".jsonl", "b.jsonl"], f"- data_files: ['{'*x' * 12}*y', b*]\n", {},
      "b.jsonl"),
+    ("folders without end", ["a.jsonl"], f"- data_files: '{'**/' * 2000}*'\n", {},
+     "error: holds no data file"),
     ("True", ["a.jsonl", "b.jsonl"], "- config_name: a\n  data_files: [a*]\n  default: True\n"
      "- config_name: b\n  data_files: [b*]\n", {}, "a.jsonl"),
     ("an alias", ["a.jsonl"], "- &a\n  config_name: x\n- *a\n", {},
@@ -446,7 +448,7 @@ def test_a_hub_that_is_not_there_is_said(hub: Hub) -> None:
 def test_too_little_disk_is_said_before_the_download(hub: Hub) -> None:
     publish(hub, {"rows.jsonl": A})
     hub.repos["dataset", SET].at("main").files["rows.jsonl"].size = 10**15
-    refused(prepare(), "1000000.0 GB", "HF_HOME", code=74)
+    refused(prepare(), "1,000,000,000.0 MB needed", SET.replace("/", "--"), "HF_HOME", code=74)
     assert not hub.requests("GET", "/resolve/.*rows")
 
 

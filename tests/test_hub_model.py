@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from fake_judge import FakeJudge, serve
 from hub.machine import Machine
 from hub.server import Hub
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from victims import can_mount, small_volume
@@ -481,6 +481,7 @@ def repo(**switches: Any) -> Callable[[Hub], None]:
     return lambda hub: vars(hub.repos["model", BASE]).update(switches)
 
 
+DISABLED = "Access to this resource is disabled."
 ANSWERS = {
     "gated, no token": Answer(
         repo(gated="manual"), ("is gated", f"/{BASE}", "no token: set HF_TOKEN")
@@ -514,6 +515,30 @@ ANSWERS = {
     "an answer that is no JSON": Answer(
         lambda hub: hub.fault("GET", "/api/models", times=-1, status=200, body=b"<html>login"),
         (f"the hub and {BASE}", "no JSON"),
+    ),
+    "JSON that is no hub's": Answer(
+        lambda hub: hub.fault("GET", "/api/models", times=-1, status=200, body=b"{}"),
+        (f"the hub and {BASE}", "no JSON of a hub"),
+    ),
+    "an answer without a commit": Answer(
+        lambda hub: hub.fault("GET", "/revision/", times=-1, status=200, body=b'{"id": "a/b"}'),
+        (f"the hub and {BASE}", "no JSON of a hub"),
+    ),
+    "a listing that is none": Answer(
+        lambda hub: hub.fault("GET", "/tree/", times=-1, status=200, body=b'{"error": "x"}'),
+        (f"the hub and {BASE}", "no JSON of a hub"),
+    ),
+    "a gateway's own status for ever": Answer(
+        lambda hub: hub.fault(times=-1, status=521), ("the hub answers 521", "continues later")
+    ),
+    "disabled": Answer(
+        lambda hub: hub.fault(times=-1, status=403, headers={"X-Error-Message": DISABLED}),
+        (f"the hub has disabled access to {BASE}",),
+    ),
+    "a token that no header can hold": Answer(
+        bool,
+        (f"the hub and {BASE}: UnicodeEncodeError", "check HF_HOME, HF_ENDPOINT, HF_TOKEN"),
+        "hf_\u00e9t\u00e9",
     ),
     "a proxy that wants a password": Answer(
         lambda hub: hub.fault(times=-1, status=407), (f"the hub and {BASE}: HTTP 407",)
@@ -550,7 +575,7 @@ def test_the_accepted_and_the_members_get_it(hub: Hub, tmp_path: Path) -> None:
     Machine(hub, tmp_path / "home", "hf_bob").done("prepare", *chain(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 429, 500, 520])
 def test_a_busy_hub_is_waited_for(status: int, weights: Weights) -> None:
     hub, machine, words = weights
     for path in (f"/api/models/{BASE}/tree/", "/resolve/.*/config.json", "/cdn/"):
@@ -575,7 +600,8 @@ def test_too_little_disk_is_said_before_a_byte_comes(weights: Weights, whole: Wh
     size, blob.size = blob.size, 10**15
     said = machine.run(*words)
     blob.size = size
-    assert said.code == 74 and f"{BASE} is 1000000.0 GB" in said.text and "HF_HOME" in said.text
+    assert said.code == 74 and "1,000,000,000.0 MB needed" in said.text, said.text
+    assert BASE.replace("/", "--") in said.text and "HF_HOME" in said.text
     assert not hub.requests("GET", "/cdn/")
 
 
@@ -587,6 +613,63 @@ def test_a_disk_that_fills_in_the_middle_is_74_too(weights: Weights, tmp_path: P
         hub.fault("GET", "/cdn/", call=lambda: (volume / "other").write_bytes(bytes(1 << 20)))
         said = machine.run(*words)
     assert said.code == 74 and "HF_HOME" in said.text, said.text
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a volume of its own")
+def test_a_cache_that_cannot_be_written_serves_what_it_has(
+    hub: Hub, machine: Machine, tmp_path: Path
+) -> None:
+    """A shared cache, read-only for its users: with the hub, without it, and one that is empty."""
+    (tmp_path / "empty").mkdir()
+    machine.done("prepare", *chain(tmp_path / "out"))
+    for place, states in ((machine.cache, (False, True)), (tmp_path / "empty", (False,))):
+        subprocess.run(["mount", "--bind", place, place], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+        try:
+            for off in states:
+                machine.offline = off
+                use = lambda: setattr(constants, "HF_HUB_CACHE", str(place))  # noqa: B023, E731
+                said = machine.run("prepare", *chain(tmp_path / f"{place.name}{off}"), change=use)
+                if place == machine.cache:
+                    assert said.code == 0, said.text
+                else:
+                    assert said.code == 1 and f"Read-only file system: '{place}" in said.text
+        finally:
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_process_that_waits_for_another_says_so(
+    hub: Hub, machine: Machine, tmp_path: Path
+) -> None:
+    hub.fault("GET", "/resolve/.*tokenizer.json", delay=3)
+    first = machine.start("prepare", *chain(tmp_path / "first"))
+    tiny.until(lambda: hub.requests("GET", "/resolve/.*tokenizer.json"), first)
+    soon = lambda: setattr(client, "NOTICE_S", 0.2)  # noqa: E731
+    said = machine.done("prepare", *chain(tmp_path / "second"), change=soon)
+    assert said.text.count(f"another process fetches {BASE}: waiting for it") == 1
+    assert first.wait() == 0, first.text()
+
+
+@pytest.mark.parametrize("state", ["a folder for a token", "a proxy that nothing speaks to"])
+def test_what_the_client_cannot_use_is_named(
+    state: str, hub: Hub, machine: Machine, tmp_path: Path
+) -> None:
+    """The message has the client's words; `doctor` goes on."""
+    hub.tokens["hf_alice"] = ["alice"]
+
+    def change() -> None:
+        if state == "a folder for a token":
+            constants.HF_TOKEN_PATH = str(tmp_path)
+        else:
+            os.environ |= {"HF_TOKEN": "hf_alice", "NO_PROXY": "", "no_proxy": ""}
+            os.environ |= dict.fromkeys(("ALL_PROXY", "all_proxy"), "socks5://127.0.0.1:1")
+            close_session()
+
+    named = str(tmp_path) if state == "a folder for a token" else "SOCKS proxy"
+    said = machine.run("prepare", *chain(tmp_path / "out"), change=change)
+    assert said.code == 1 and said.text.count("error:") == 1 and named in said.text, said.text
+    assert "check HF_HOME, HF_ENDPOINT, HF_TOKEN and the proxy settings" in said.text
+    assert "hub token" in machine.done("doctor", change=change).text
 
 
 @pytest.mark.parametrize("path", ["/cdn/", "/resolve/.*/tokenizer.json"])

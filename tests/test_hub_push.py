@@ -310,6 +310,15 @@ def test_every_refusal_is_one_message(client: Client, name: str) -> None:
     assert (said.code, client.commits(), client.main()) == (0, FIRST, pushed(client)), said.err
 
 
+def test_json_that_is_no_hubs_makes_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fintune.hub.WAITS_S", (0, 0))
+    client.hub.fault(**INFO, status=200, body=b"{}", times=-1)
+    said = client.push()
+    assert said.code == 1 and "no JSON of a hub" in said.err and not client.hub.repos, said.err
+
+
 def test_a_hub_that_is_not_there(client: Client) -> None:
     client.hub.stop()
     said = client.push()

@@ -126,6 +126,10 @@ def test_what_the_hub_does_not_give_is_one_message(hub: Hub, stranger: Path) -> 
         said = tiny.fintune("verify", ID)
         assert (said.code, named in said.err, "Traceback" in said.err) == (1, True, False), said.err
     hub.faults.clear()
+    base = hub.repos.pop(("model", BASE_ID))
+    said = tiny.fintune("verify", ID)
+    assert said.code == 1 and f"knows no model {BASE_ID}" in said.err and "--base" in said.err
+    hub.repos["model", BASE_ID] = base
     tiny.done("verify", ID)
 
 

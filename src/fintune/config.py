@@ -38,6 +38,21 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 """It may begin with `~`; of an unknown user that is a name like others."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 """Several names, or one."""
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
+    "polynomial", "inverse_sqrt",
+]  # fmt: skip
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
+]  # fmt: skip
+"""Those that need no other package than torch and bitsandbytes."""
+Tracker = Literal[
+    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
+    "wandb",
+]  # fmt: skip
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 
@@ -202,12 +217,12 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: str = "adamw_torch"
+    optim: Optimizer = "adamw_torch"
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: str = "cosine"
-    """transformers' name of the schedule"""
+    lr_scheduler_type: Schedule = "cosine"
+    """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
     weight_decay: float = Field(0.01, ge=0)
@@ -226,7 +241,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Tracker, ...] = ()
     """trackers of transformers, such as trackio"""
 
 
@@ -324,32 +339,28 @@ class Config(Section):
 
     def folders(self) -> dict[str, Path]:
         """The folders that the stages write, by the key that sets each."""
-        return {
-            "data.out": self.data_dir,
-            "train.out": self.run_dir,
-            "eval.out": self.eval_dir,
-            "release.out": self.release_dir,
-        }
+        names = {"data": "data", "train": "run", "eval": "eval", "release": "release"}
+        return {f"{s}.out": getattr(self, s).out or self.out / name for s, name in names.items()}
 
     @property
     def data_dir(self) -> Path:
         """Folder of the prepared data."""
-        return self.data.out or self.out / "data"
+        return self.folders()["data.out"]
 
     @property
     def run_dir(self) -> Path:
         """Folder of the training run."""
-        return self.train.out or self.out / "run"
+        return self.folders()["train.out"]
 
     @property
     def eval_dir(self) -> Path:
         """Folder of the evaluation."""
-        return self.eval.out or self.out / "eval"
+        return self.folders()["eval.out"]
 
     @property
     def release_dir(self) -> Path:
         """Folder of the release."""
-        return self.release.out or self.out / "release"
+        return self.folders()["release.out"]
 
     def sections(self, *names: str) -> dict[str, Any]:
         """The named sections as plain values without `out` folders, so that a run can be moved."""

@@ -225,12 +225,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def require_free_space(folder: Path, needed: int) -> None:
+def require_free_space(folder: Path, needed: int, fix: str = _FREE) -> None:
     """Raise NoSpace where fewer than `needed` bytes are free on the volume of a folder."""
     if (free := free_bytes(folder)) < needed:
-        raise NoSpace(
-            f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free", fix=_FREE
-        )
+        what = f"{folder}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+        raise NoSpace(what, fix=fix)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,7 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from fintune import console
 from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
-from fintune.files import FULL, cached_sha256, free_bytes, write_text
+from fintune.files import FULL, cached_sha256, require_free_space, write_text
 
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
@@ -39,9 +39,12 @@ REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]*")
 WAITS_S = (1, 2, 4, 8, 16, 32)
 """Between the tries of a request that the hub is too busy for; its Retry-After goes before."""
 LONGEST_WAIT_S = 300
+NOTICE_S = 3
+"""Waiting for another process is said after this time."""
+_LOCK = "fintune.lock"
 SILENCE_S = 100.0
 """Timeout of a request for which the client sets none."""
-BUSY = (429, 500, 502, 503, 504)
+BUSY = (408, 429, *range(500, 600))
 _MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
 """The `setting` of a push, where nothing local could be named instead."""
@@ -80,17 +83,13 @@ class Repository:
             FintuneError: the hub refuses or cannot be reached, and the listing is not cached.
         """
 
-        def cached() -> dict[str, int]:
-            known: Any = {"repo_type": self.kind, "revision": self.commit}
-            listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
-            return {file.path: file.size for file in listed}
-
-        with suppress(errors.CachedRepoTreeNotFoundError):
-            return cached()
-        # The client caches the listing when it downloads, be it nothing: no size is known yet.
-        self._download([], 0)
-        with suppress(errors.CachedRepoTreeNotFoundError):
-            return cached()
+        known: Any = {"repo_type": self.kind, "revision": self.commit}
+        for downloaded in (False, True):
+            if downloaded:  # be it nothing, as no size is known yet: the client keeps the listing
+                self._download([], 0)
+            with suppress(errors.CachedRepoTreeNotFoundError):
+                listed = huggingface_hub.get_cached_repo_tree(self.id, **known)
+                return {file.path: file.size for file in listed}
         if self.kind == "dataset":  # a shard that is missing would not be missed
             what = f"{self.id}: the cache has no list of the files of {self.commit[:12]}"
             fix = f"run once with the hub, or set {self.setting} to a local copy"
@@ -108,16 +107,14 @@ class Repository:
             FintuneError: the hub refuses, cannot be reached, or sends damaged files.
             NoSpace: too little disk.
         """
-        locks = self._cache.parent / ".locks" / self._cache.name
-        locks.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(locks / "fintune.lock"):
+        with hub_errors(self.id, self.setting), self._alone() as locks:
             files = self.files()
             # The client never resumes what a killed download left, and locks a file while it
             # downloads that.
             for part in (self._cache / "blobs").glob("*.incomplete"):
                 lock = locks / f"{part.name.partition('.')[0]}.lock"
-                with suppress(TimeoutError), WeakFileLock(lock, timeout=0.1):
-                    part.unlink(missing_ok=True)
+                with suppress(OSError), WeakFileLock(lock, timeout=0.1):
+                    part.unlink()
             wanted = [name for name in files if any(fnmatch(name, each) for each in patterns)]
             for _ in range(2):
                 if missing := [name for name in wanted if not (self.folder / name).exists()]:
@@ -138,18 +135,39 @@ class Repository:
                     what, fix="try another network, mirror or HF_ENDPOINT"
                 )
             if self.revision:  # so that the name can be resolved offline, now that all is there
-                write_text(self._cache / "refs" / self.revision, self.commit)
+                with suppress(OSError):  # a cache that cannot be written serves what it has
+                    write_text(self._cache / "refs" / self.revision, self.commit)
         return self.folder
 
+    @contextmanager
+    def _alone(self) -> Iterator[Path]:
+        """Wait for other processes that fetch this repository, and keep them waiting.
+
+        Where no lock can be made nothing can be fetched either, but all may be there already.
+
+        Yields:
+            The folder of the hub's locks.
+        """
+        locks = self._cache.parent / ".locks" / self._cache.name
+        with ExitStack() as held:
+            try:
+                locks.mkdir(parents=True, exist_ok=True)
+                held.enter_context(WeakFileLock(locks / _LOCK, timeout=NOTICE_S))
+            except TimeoutError:
+                console.say(f"another process fetches {self.id}: waiting for it")
+                held.enter_context(WeakFileLock(locks / _LOCK))
+            except OSError:
+                pass
+            yield locks
+
     def _download(self, names: list[str], size: int) -> None:
-        if (free := free_bytes(self._cache)) < size:
-            need = f"{self.id} is {size / 1e9:.1f} GB, {constants.HF_HUB_CACHE} has"
-            raise NoSpace(f"{need} {free / 1e9:.1f} GB free", fix=_MORE_SPACE)
+        require_free_space(self._cache, size, fix=_MORE_SPACE)
         exact = [glob.escape(name) for name in names]
         asked: Any = {"repo_type": self.kind, "revision": self.commit, "allow_patterns": exact}
         at = self.revision or self.commit
         failing = hub_errors(self.id, self.setting, at, console.some(names))
         with failing, _progress(self.id, size) as bar:
+            self._cache.mkdir(parents=True, exist_ok=True)  # the client passes over what it cannot
             retried(lambda: huggingface_hub.snapshot_download(self.id, **asked, tqdm_class=bar))
 
 
@@ -180,7 +198,8 @@ def resolve(
     def ask() -> str:
         limit = constants.HF_HUB_ETAG_TIMEOUT
         api = huggingface_hub.HfApi()
-        return str(api.repo_info(name, repo_type=kind, revision=branch, timeout=limit).sha)
+        told = api.repo_info(name, repo_type=kind, revision=branch, timeout=limit)
+        return COMMIT.findall(str(told.sha))[0]  # type: ignore[no-any-return]
 
     if fixed:
         if recorded and branch != recorded and not constants.HF_HUB_OFFLINE:
@@ -207,21 +226,25 @@ def retried(request: Callable[[], T]) -> T:
     """A request's answer; a busy hub (429, 5xx) is waited for and asked again.
 
     Raises:
-        Exception: what the client raised, of the last try.
+        Exception: what the client raised, of the last try. JSONDecodeError also for JSON that is
+            not a hub's, over which the client stumbles in many ways.
     """
-    for seconds in WAITS_S:
+    for seconds in (*WAITS_S, None):
         try:
-            return request()
+            try:
+                return request()
+            except (LookupError, TypeError, AttributeError, AssertionError) as error:
+                raise json.JSONDecodeError(str(error), "", 0) from error
         except Exception as error:
             status = _status(error)
-            if status not in BUSY:
+            if status not in BUSY or seconds is None:
                 raise
             headers = answer.response.headers if (answer := _error_of_hub(error)) else {}
             after = str(headers.get("Retry-After", ""))
             wait = min(int(after), LONGEST_WAIT_S) if after.isdecimal() else seconds
             console.say(f"the hub answers {status}: trying again in {wait} s")
             time.sleep(wait)
-    return request()
+    raise AssertionError("the last try answers or raises")
 
 
 @contextmanager
@@ -229,10 +252,10 @@ def hub_errors(
     name: str, setting: str, revision: str | None = None, missing: str = ""
 ) -> Iterator[None]:
     """Raise what the hub's clients raise as one message each (see `hub_error`)."""
-    get_session().timeout = httpx2.Timeout(SILENCE_S)
     try:
+        get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
-    except (*NO_CONNECTION, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
         raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
 
 
@@ -253,24 +276,25 @@ def hub_error(
     kind = "model" if setting in _CLASSES else "data set"
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
-
-    def is_a(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    local = "" if setting == PUSH else f", or set {setting} to a local copy"
+    is_a = partial(_any_is_a, causes)
+    place = "model.path (or --base)" if setting == "model.path" else setting
+    local = "" if setting == PUSH else f", or set {place} to a local copy"
+    tries = f"also after {len(WAITS_S) + 1} tries"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    token = "HF_TOKEN" if (held := huggingface_hub.get_token()) else "no token: set HF_TOKEN"
+    token = "HF_TOKEN" if (held := _token()) else "no token: set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
         what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
         return NoSpace(what, fix=_MORE_SPACE)
     if is_a(errors.GatedRepoError):
         what = f"{name} is gated: its licence must be accepted first"
         return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
+    if is_a(errors.DisabledRepoError):
+        return raised(f"the hub has disabled access to {name}", fix=f"see {page}")
     if is_a(errors.RevisionNotFoundError):
         return raised(f"{name} has no revision {revision}", fix=f"see {page}")
     if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
         what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(what, fix=f"check id and {setting}; a private one needs its token ({token})")
+        return raised(what, fix=f"check id and {place}; a private one needs its token ({token})")
     if status in (401, 403):
         what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
         return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
@@ -278,10 +302,10 @@ def hub_error(
         what = f"{name}: main has moved since this push began, and nothing was committed"
         return raised(what, fix="look at what is there now; the same command replaces it")
     if is_a(json.JSONDecodeError):
-        what = f"the hub and {name}: a page that is no JSON, also after {len(WAITS_S) + 1} tries"
+        what = f"the hub and {name}: a page that is no JSON of a hub, {tries}"
         return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
     if status in BUSY:
-        what = f"the hub answers {status} for {name}, also after {len(WAITS_S) + 1} tries"
+        what = f"the hub answers {status} for {name}, {tries}"
         return raised(what, fix="the same command continues later")
     absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
     absent = f"{name} cannot be pushed" if setting == PUSH else absent
@@ -291,19 +315,27 @@ def hub_error(
     if status is None and is_a(*NO_CONNECTION):
         what = f"{absent}, and the hub cannot be reached"
         why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
-        return raised(what, why=why, fix=f"check the network{local}")
+        return raised(what, why=why, fix=f"check the network and the proxy settings{local}")
     answer = f"HTTP {status}" if status else type(error).__name__
-    return raised(f"the hub and {name}: {answer}", why=said, fix=f"see {page}")
+    fix = f"see {page}" if status else "check HF_HOME, HF_ENDPOINT, HF_TOKEN and the proxy settings"
+    return raised(f"the hub and {name}: {answer}", why=said, fix=fix)
+
+
+def _token() -> str:
+    """The token of this machine; none where its file cannot be read."""
+    with suppress(OSError, ValueError):
+        return huggingface_hub.get_token() or ""
+    return ""
 
 
 def token_state() -> tuple[str, str]:
     """What the hub says of this machine's token, and what to do; the token is never shown."""
-    if not (token := huggingface_hub.get_token()):
+    if not (token := _token()):
         return "not set", "for gated bases"
     if constants.HF_HUB_OFFLINE:
         return "set", "offline: the hub was not asked whether it is good"
-    get_session().timeout = httpx2.Timeout(5)
     try:
+        get_session().timeout = httpx2.Timeout(5)
         return f"good, of {huggingface_hub.HfApi().whoami(token)['name']}", ""
     except Exception as error:  # whatever a proxy sends in the place of an answer
         if _status(error) in (401, 403):
@@ -321,6 +353,10 @@ def _causes(error: BaseException) -> list[BaseException]:
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     return causes
+
+
+def _any_is_a(causes: list[BaseException], *kinds: type[BaseException]) -> bool:
+    return any(isinstance(cause, kinds) for cause in causes)
 
 
 def _error_of_hub(error: BaseException) -> errors.HfHubHTTPError | None:

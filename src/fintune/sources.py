@@ -39,6 +39,8 @@ _NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json")
 """What `save_to_disk` and the hub keep beside rows."""
 _LICENCE = re.compile(r"""(?m)^license:\s*(?:-\s+)?["']?([\w.+-]+)""")
 _NAMES_SHOWN = 5
+_MOST_FOLDERS = 100
+"""In a card's pattern; `_fits` calls itself for each."""
 
 Known = dict[tuple[str, str | None], Repository | str]
 """Hub id and revision of the config -> the commit that an earlier start used, or the repository
@@ -273,7 +275,8 @@ def _splits(data: list[str], entry: dict[str, Any]) -> dict[str, list[str]]:
         listed = path if isinstance(path, list) else [path]
         # Of brackets a card's [0-9] alone is a range; a file's name may hold others.
         texts = [re.sub(r"\[(?!0-9\])", "[[]", str(each)) for each in listed]
-        fits = [n for n in names for t in texts if _fits(PurePath(n).parts, PurePath(t).parts)]
+        parts = [each for t in texts if len(each := PurePath(t).parts) <= _MOST_FOLDERS]
+        fits = [n for n in names for each in parts if _fits(PurePath(n).parts, each)]
         splits[str(said.get("split"))] += [top + name for name in dict.fromkeys(fits)]
     return splits
 

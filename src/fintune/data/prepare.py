@@ -6,6 +6,7 @@ first in hash order are compared, tokenized and split, until the caps are full.
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fintune.data.scan import scan
 from fintune.data.split import near_duplicates, split
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
-from fintune.example import IGNORE_INDEX, Example
+from fintune.example import IGNORE_INDEX, Example, Message
 from fintune.files import read_json, sha256_file, staged_folder
 from fintune.model import Base, find_base, load_chat
 from fintune.sources import Source, find_sources, named, recorded_commits
@@ -43,7 +44,9 @@ MOST_TOO_LONG = 0.1
 """Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
 
 ROWS_A_CALL = 512
-ROW_GROUP = 8192
+_COLUMNS = ["example_id", "source", "line", "group", "messages", "input_ids", "labels", "length"]
+ROW_GROUP = 2048
+"""Rows that are made a table and written at once."""
 
 
 def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -270,19 +273,28 @@ def _check_left(ledger: Ledger, parts: Parts) -> None:
 
 
 def _write_rows(folder: Path, parts: Parts) -> None:
+    """Write each part by row groups: one table of a part would be its rows in memory again."""
+    turns = [turn for rows in parts.values() for _, row in rows for turn in row.example.messages]
+    filled = [name for name in Message.__slots__ if any(getattr(turn, name) for turn in turns)]
+    text, number, ids = pa.string(), pa.int64(), pa.list_(pa.int32())
+    messages = pa.list_(pa.struct([(name, text) for name in filled]))
+    types = (text, text, number, text, messages, ids, ids, number)
+    schema = pa.schema(zip(_COLUMNS, types, strict=True))
     for part, rows in parts.items():
-        records = [
-            {
-                **{name: getattr(row.example, name) for name in ("example_id", "source", "line")},
-                "group": group,
-                # Where a row has an example an answer, the last one alone holds the messages.
-                "messages": [m.record for m in row.example.messages * (at == len(row.encoded))],
-                "input_ids": ids,
-                "labels": labels,
-                "length": len(ids),
-            }
-            for group, row in rows
-            for at, (ids, labels) in enumerate(row.encoded, start=1)
-        ]
-        table, path = pa.Table.from_pylist(records), folder / f"{part}.parquet"
-        pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+        with pq.ParquetWriter(folder / f"{part}.parquet", schema, compression="zstd") as file:
+            for at in range(0, len(rows), ROW_GROUP):
+                group = [record for each in rows[at : at + ROW_GROUP] for record in _records(*each)]
+                file.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _records(group: str, row: Tokenized) -> Iterator[dict[str, Any]]:
+    """A row's examples; the last one alone holds the messages."""
+    for at, (ids, labels) in enumerate(row.encoded, start=1):
+        yield {
+            **{name: getattr(row.example, name) for name in _COLUMNS[:3]},
+            "group": group,
+            "messages": [turn.record for turn in row.example.messages * (at == len(row.encoded))],
+            "input_ids": ids,
+            "labels": labels,
+            "length": len(ids),
+        }

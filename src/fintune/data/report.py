@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ class Ledger:
     def write(self, path: Path) -> None:
         """Write the rows by source and line."""
         self.rows.sort(key=lambda row: (row.source, row.line))
-        table = pa.Table.from_pylist([asdict(row) for row in self.rows], _LEDGER)
-        pq.write_table(table, path, compression="zstd")
+        # By column: half a million objects take 0.3 GB more as dictionaries.
+        columns = {name: [getattr(row, name) for row in self.rows] for name in _LEDGER.names}
+        pq.write_table(pa.table(columns, _LEDGER), path, compression="zstd")
 
 
 @dataclass(frozen=True, slots=True)

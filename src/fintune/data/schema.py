@@ -11,30 +11,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from fintune.data import WORDS
 from fintune.example import Message, Role
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
+ROLES: dict[str, Role] = WORDS["roles"]
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("user",), "assistant"),
-    (("instruction", "input"), "output"),
-    (("prompt",), "completion"),
-    (("context", "question"), "answer"),
-    (("context", "instruction", "input"), "response"),
-    (("prompt",), "response"),
-    (("context", "question"), "response"),
-    (("prompt",), "answer"),
-)
+FORMATS: list[tuple[list[str], str]] = WORDS["formats"]
 """Flat formats: columns that make up the question, answer column."""
 
 TURNS = ("messages", "conversations")

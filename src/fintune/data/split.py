@@ -77,19 +77,21 @@ def _components(examples: list[Example], passage_of: Integers, count: int) -> In
     Returns:
         For every passage the smallest one of its component, shape (count,).
     """
-    # A passage and 32 bits of a sequence's hash in one number: tens of millions of them at the
+    # 32 bits of a sequence's hash and a passage in one number: tens of millions of them at the
     # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
+    low = np.uint64(2**32 - 1)
     keyed = [
-        sequences(words(asked(example)), RELATED_WORDS) >> np.uint64(32) | np.uint64(at << 32)
+        sequences(words(asked(example)), RELATED_WORDS) & ~low | np.uint64(at)
         for example, at in zip(examples, passage_of.tolist(), strict=True)
     ]
-    pairs = np.unique(np.concatenate(keyed))
+    pairs = np.concatenate(keyed)
     del keyed
-    where = (pairs >> np.uint64(32)).astype(np.int32)
-    _, what = np.unique(pairs.astype(np.uint32), return_inverse=True)
+    pairs.sort()  # in place: each copy of the pairs is 0.1 GB at the caps
+    pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
+    where = (pairs & low).astype(np.int32)
+    what = np.append(False, (pairs[1:] ^ pairs[:-1]) > low).cumsum(dtype=np.int32)
     del pairs
-    what = what.astype(np.int32)
-    spread = np.bincount(what)[what]
+    spread = np.bincount(what).astype(np.int32)[what]
     size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
     shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
     ones = np.ones(int(shared.sum()), np.int32)

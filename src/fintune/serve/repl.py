@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sys
 from pathlib import Path
 
 from fintune import console
@@ -21,8 +20,8 @@ def chat(folder: Path, *, base: Path | None = None, max_new_tokens: int = 256) -
     loaded = load_release(folder, open_release(folder, base))
     console.say(f"{folder.name} on {loaded.base.id}. {HELP}")
     models, history = COMMANDS["/adapter"], list[Message]()
-    with contextlib.closing(Engine(loaded)) as engine:
-        while (line := _ask()) is not None and line != "/quit":
+    with contextlib.closing(Engine(loaded)) as engine, contextlib.suppress(EOFError):
+        while (line := console.err.input("[bold]you>[/] ").strip()) != "/quit":
             if line == "/reset":
                 history = []
             elif line.startswith("/"):
@@ -54,9 +53,3 @@ async def _reply(
         console.stream(piece)
     console.stream("\n")
     return answer.strip()
-
-
-def _ask() -> str | None:
-    console.err.print("[bold]you>[/] ", end="")
-    line = sys.stdin.readline()
-    return line.strip() if line else None
