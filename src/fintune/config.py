@@ -38,26 +38,8 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 """It may begin with `~`; of an unknown user that is a name like others."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 """Several names, or one."""
-<<<<<<< HEAD
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key of `train` -> pattern of the names that it takes."""
-=======
-Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
-    "polynomial", "inverse_sqrt",
-]  # fmt: skip
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
-]  # fmt: skip
-"""Those that need no other package than torch and bitsandbytes."""
-Tracker = Literal[
-    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
-    "wandb",
-]  # fmt: skip
->>>>>>> arch
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 

@@ -108,13 +108,8 @@ class Engine:
     def __init__(self, loaded: LoadedRelease) -> None:
         config = loaded.model.config.get_text_config()
         self.max_context = min(config.max_position_embeddings, MAX_CONTEXT)
-<<<<<<< HEAD
         self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
         self._model = loaded.model
-=======
-        self._model = loaded.model
-        self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
->>>>>>> arch
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
         self._jobs: deque[tuple[Future[list[Scored]], list[int], bool]] = deque()
