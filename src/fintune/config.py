@@ -37,7 +37,19 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
-ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
+ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
+
+
+def _encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except LookupError:
+        raise ValueError("no known encoding of text; such as cp1252 or utf-16") from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_encoding)]
+"""Of text, by Python's name."""
 
 
 class Section(BaseModel):
@@ -110,7 +122,7 @@ class BenchmarkConfig(DatasetConfig):
     split: str | None = None
     """split of a folder or hub data set; absent: test where there is a train split, else all"""
     columns: dict[ColumnName, str] | None = None
-    """our column (system, user, assistant, messages): the file's column"""
+    """our column (system, user, assistant, messages, history): the file's column"""
 
 
 class SourceConfig(BenchmarkConfig):
@@ -118,6 +130,8 @@ class SourceConfig(BenchmarkConfig):
 
     split: str | None = "train"
     """split of a folder or hub data set"""
+    encoding: Encoding | None = None
+    """of its text files; absent: `data.encoding`"""
     max_rows: int | None = Field(None, ge=1)
     """most rows kept of this source"""
     weight: float = Field(1.0, gt=0)
@@ -133,7 +147,13 @@ class DataConfig(Section):
     """file, folder, glob or hub id; short for one of `sources`"""
     sources: tuple[SourceConfig, ...] = ()
     """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
-    (of a folder or hub id: train), columns, max_rows, weight and licence"""
+    (of a folder or hub id: train), encoding, columns, max_rows, weight and licence"""
+    encoding: Encoding = "utf-8"
+    """of text files (rows, benchmarks) that are not UTF-8, such as cp1252, latin-1 or utf-16; one
+    that is UTF-8 is read as UTF-8"""
+    inline_turns: Literal["cut", "keep"] = "cut"
+    """questions that hold a chat (lines of User: and Assistant:): cut into turns, all of whose
+    answers are trained, or keep as one text; a chat to be summarised stays one text"""
     out: Folder | None = None
     """folder of the prepared data; absent: OUT/data"""
     max_train_rows: int = Field(40_000, ge=1)

@@ -78,6 +78,10 @@ class ChatTemplate:
         self._look_at_answers()
         self._look_at_history()
         self._look_at_thoughts()
+        call = {"type": "function", "function": {"name": _SYSTEM, "arguments": {}}}
+        calls = Message("assistant", _ANSWER, tool_calls=json.dumps([call], ensure_ascii=False))
+        said = self.attempt([Message("user", _USER), calls])
+        self._calls = isinstance(said, Refused) or "Aa0" in said
 
     def _is_control(self, token: Any) -> bool:
         text = str(token)
@@ -284,6 +288,8 @@ class ChatTemplate:
                     return Refused("control_token", found[0])
         if messages[0].tools and not re.search(r"\btools\b", self._source):
             return Refused("template", "it takes no tools")
+        if any(message.tool_calls for message in messages) and not self._calls:
+            return Refused("tool_calls", "the template writes none")
         return None
 
     @property
