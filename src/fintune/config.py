@@ -39,17 +39,7 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 """It may begin with `~`; of an unknown user that is a name like others."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
-
-def _encoding(name: str) -> str:
-    try:
-        "".encode(name)
-    except LookupError:
-        raise ValueError("no known encoding of text; such as cp1252 or utf-16") from None
-    return name
-
-
-Encoding = Annotated[str, AfterValidator(_encoding)]
-"""Of text, by Python's name."""
+Encoding = Literal["utf-8", "cp1252", "latin-1", "utf-16", "cp1250", "gb18030", "shift_jis", "big5"]
 
 
 class Section(BaseModel):
@@ -149,11 +139,10 @@ class DataConfig(Section):
     """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
     (of a folder or hub id: train), encoding, columns, max_rows, weight and licence"""
     encoding: Encoding = "utf-8"
-    """of text files (rows, benchmarks) that are not UTF-8, such as cp1252, latin-1 or utf-16; one
-    that is UTF-8 is read as UTF-8"""
+    """of text files (rows, benchmarks) that are no UTF-8; one that is stays what it is"""
     inline_turns: Literal["cut", "keep"] = "cut"
-    """questions that hold a chat (lines of User: and Assistant:): cut into turns, all of whose
-    answers are trained, or keep as one text; a chat to be summarised stays one text"""
+    """questions with lines of User: and Assistant:, cut into turns, all answers trained, or keep
+    as one text, as one that is to be summarised is"""
     out: Folder | None = None
     """folder of the prepared data; absent: OUT/data"""
     max_train_rows: int = Field(40_000, ge=1)

@@ -120,9 +120,9 @@ def file_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
     unpacked = PACKINGS.get(path.suffix.lower(), lambda plain: plain)
     with path.open("rb") as opened:
         file = unpacked(opened)
-        if encoding not in UTF_8 and form in TEXTS:
-            file = _as_utf8(file, str(encoding))
         try:
+            if encoding not in UTF_8 and form in TEXTS:
+                file = _as_utf8(file, str(encoding))
             for line, row in FORMATS[form](file):
                 yield line, row
         except (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error) as error:
@@ -135,24 +135,13 @@ def file_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 def _as_utf8(file: Any, encoding: str) -> io.BufferedReader:
     """A text that is no UTF-8, read whole, in UTF-8; bytes that are none of it stay as they are."""
-    data = _whole(file)
+    data = file.read()
     try:
-        other = b"\0" in data or not data.decode()
+        data.decode()
     except ValueError:
-        other = True
-    if other:
         text = data.decode(encoding, "surrogateescape")
         data = text.encode("utf-8", "surrogateescape")
     return io.BufferedReader(io.BytesIO(data))
-
-
-def _whole(file: Any) -> bytes:
-    """What can be read of a file."""
-    data = bytearray()
-    with contextlib.suppress(OSError, EOFError, RuntimeError, zlib.error):
-        while piece := file.read1():
-            data += piece
-    return bytes(data)
 
 
 def _zstd(file: Any) -> io.BufferedReader:
@@ -224,7 +213,11 @@ def _json(file: Any) -> Iterator[Row]:
     if file.peek(PIECE_BYTES).decode("utf-8-sig", "replace").lstrip()[:1] != "[":
         yield from _json_lines(file)
         return
-    text = _whole(file).decode("utf-8-sig", "surrogateescape")  # a cut off element says so
+    data = bytearray()
+    with contextlib.suppress(OSError, EOFError):  # the element that is cut off says so
+        while piece := file.read1():
+            data += piece
+    text = data.decode("utf-8-sig", "surrogateescape")
     number, at = 0, text.index("[") + 1
     while not text.startswith("]", at := _SKIPPED.match(text, at).end()):  # type: ignore[union-attr]
         row, at = _decode(text, at)

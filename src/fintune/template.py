@@ -23,7 +23,7 @@ from fintune.files import sha256_bytes
 _SYSTEM, _USER, _ANSWER, _USER2, _ANSWER2 = (f"\ue000Aa{number}\ue001" for number in range(5))
 """Stand for texts where a template is looked at; with letters, which a template may change."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"]+)\1\s*\)")
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 """What a template raises: itself (`raise_exception`), or on a shape that it was not written for."""
 
 

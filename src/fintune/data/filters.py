@@ -43,12 +43,7 @@ _UNENGLISH = re.compile(
 _BLANK = re.compile(r"[\s|_*#\d]+")
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z][\w .-]{0,40}\}\}")
 _REFUSAL = re.compile(WORDS["refusal"], re.IGNORECASE | re.VERBOSE)
-_EMPTY_PHRASE = re.compile(
-    r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?"
-    r"|#(?:n/a(?:\ n/a)?|div/0!|name\?|[a-z_]+!|getting_data\.*)|err:\d{3}|\#\#+",
-    re.I | re.S,
-)
-"""Also the errors of a spreadsheet's cell."""
+_EMPTY_PHRASE = re.compile(WORDS["empty"], re.I | re.S | re.X)
 
 
 Check = Callable[[list[str], list[str], DataConfig], str | None]

@@ -113,7 +113,7 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
         say(f"{thoughts} rows hold reasoning (chat.thinking: {thinking})")
     if cut := manifest["repairs"].get("inline_turns"):
         warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
-    for reason in HINTS.keys() & out.keys():
+    for reason in [reason for reason in HINTS if reason in out]:
         warn(f"{out[reason]} {reason} ({MEANINGS[reason]}): {HINTS[reason]}")
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
     why = f" ({_listed(out)})" if out else ""

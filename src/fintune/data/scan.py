@@ -123,8 +123,9 @@ def scan_batch(
                 for message in to_messages(raw, source.config.columns, cut)
             )
             check_filters(messages, config)
-        except Rejected as out:
-            ledger.drop(example, out.reason, ledger.shown(out.detail)[:200], str(raw))
+        except (Rejected, RecursionError) as out:  # or nested too deeply
+            reason, detail = getattr(out, "reason", "not_text"), getattr(out, "detail", str(out))
+            ledger.drop(example, reason, ledger.shown(detail)[:200], str(raw))
         else:
             rows.append(_keyed(replace(example, messages=messages), source.config.weight, seed))
     return ledger, rows

@@ -67,7 +67,8 @@ def to_messages(
     filled = {name for name, value in row.items() if not _is_empty(value)}
     for name in TURNS:
         if name in filled:
-            messages = _turns(_listed(row[name], name), _column(row, "system"))
+            given = _listed(row[name], name)
+            messages = _up_to_trained(_turns(given, _column(row, "system")))
             tools = _json(row.get("tools"))
             return (replace(messages[0], tools=tools), *messages[1:]) if messages else messages
     asked = [form for form in FORMATS if row.keys() & {*form[0]} - {"context"}]
@@ -89,7 +90,7 @@ def _flat(
     asked, said = row.get(questions[-1]), row.get(answer)
     if isinstance(asked, list) and any(isinstance(turn, dict) and "role" in turn for turn in asked):
         reply = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
-        return _turns([*earlier, *asked, *reply], system)
+        return _up_to_trained(_turns([*earlier, *asked, *reply], system))
     text = "\n\n".join(text for name in questions if (text := _column(row, name)).strip())
     turns = _split_turns(text) if cut is not None else [Message("user", text.strip())]
     if cut is not None:
@@ -177,9 +178,16 @@ def _turns(value: Any, system: str) -> tuple[Message, ...]:
         raise Rejected("turns_out_of_order", " ".join(roles)[:200])
     if [message.role for message in messages[-1:]] == ["user"]:
         messages.append(Message("assistant", ""))
-    # What stands behind the last answer that is trained is neither trained nor read.
-    answers = [at for at, m in enumerate(messages, 1) if m.role == "assistant" and m.trained]
-    return tuple(messages[: answers[-1]] if answers else messages)
+    return tuple(messages)
+
+
+def _up_to_trained(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Without what stands behind the last answer that is trained, which nobody would read."""
+    answers = [at for at, turn in enumerate(messages, 1) if turn.role == "assistant"]
+    trained = [at for at in answers if messages[at - 1].trained]
+    if answers and not trained:
+        raise Rejected("masked_answers")
+    return messages[: trained[-1]] if trained else messages
 
 
 def _is_trained(turn: dict[str, Any]) -> bool:
@@ -201,7 +209,7 @@ def _calls(turn: dict[str, Any]) -> str:
     ]
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
-        if not call or (isinstance(call, dict) and not any(call.values())):
+        if not call or (isinstance(call, dict) and all(each is None for each in call.values())):
             continue  # null, also as Parquet has it
         function = call.get("function") or call if isinstance(call, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -219,7 +227,10 @@ def _json(value: Any) -> str:
     with suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
     whole = isinstance(value, list) and all(isinstance(each, dict) for each in value)
-    return json.dumps(value, ensure_ascii=False, default=str) if whole and value else ""
+    if not whole or not value:
+        return ""
+    text = json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
+    return text.encode(errors="replace").decode()  # no half character
 
 
 def _alternate(roles: list[Any]) -> bool:

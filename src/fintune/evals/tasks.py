@@ -128,20 +128,18 @@ def _read(name: str, source: Source) -> Iterator[tuple[Row, int, str]]:
 
 def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
     task, prompt = TASKS[name], row.get("prompt")
-    kind: Any = row.get("kind") or task.kind
+    kind: Any = str(row.get("kind") or task.kind)
     place = f"eval.tasks.{name}, line {line}"
     try:
         reference = _text(row.get("answer"))
         choices = _choices(row.get("choices")) or task.choices
     except ValueError as error:
         raise DataError(f"{place}: {error}", fix=f"give each line of {file} one answer") from None
-    if kind == "number or span":
-        kind = "number" if is_number_answer(reference) else "span"
-    elif kind == "refuse or comply":
-        kind = "refuse"
-    elif kind not in get_args(Kind):
+    chosen = "number" if is_number_answer(reference) else "span"
+    kind = {"number or span": chosen, "refuse or comply": "refuse"}.get(kind, kind)
+    if kind not in get_args(Kind):
         known = ", ".join(get_args(Kind))
-        raise DataError(f"{place}: no kind {str(kind)[:40]!r}", fix=f"known kinds: {known}")
+        raise DataError(f"{place}: no kind {kind[:40]!r}", fix=f"known kinds: {known}")
     if not isinstance(prompt, str) or not prompt.strip() or not (reference or kind in UNREFERENCED):
         what = f"{place}: no prompt or no answer"
         raise DataError(what, fix=f"a line of {file} needs `prompt` and `answer`, both text")
