@@ -4,10 +4,23 @@ import time
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from fintune.config import Config, dotted_keys, dump_yaml, load_config, presets
+from fintune.config import (
+    Config,
+    Optimizer,
+    Schedule,
+    Tracker,
+    dotted_keys,
+    dump_yaml,
+    load_config,
+    presets,
+)
 from fintune.errors import ConfigError
 
 
@@ -255,3 +268,13 @@ def test_defaults_are_the_published_recipe() -> None:
     train = Config().train
     assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (64, 128, 0.1)
     assert (train.learning_rate, train.warmup_ratio, train.weight_decay) == (1e-4, 0.05, 0.01)
+
+
+def test_names_of_transformers_are_known_to_it() -> None:
+    optimizers = {name.value for name in OptimizerNames}
+    schedules = {name.value for name in SchedulerType}
+    assert {*get_args(Optimizer)} <= optimizers and {*get_args(Schedule)} <= schedules
+    assert {*get_args(Tracker)} <= INTEGRATION_TO_CALLBACK.keys()
+    for key in ("optim", "lr_scheduler_type", "report_to"):
+        with pytest.raises(ConfigError, match=f"train.{key}"):
+            load_config(presets()[0], [f"train.{key}={'[x]' if key == 'report_to' else 'x'}"])

@@ -37,9 +37,23 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
-ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
-
 Encoding = Literal["utf-8", "cp1252", "latin-1", "utf-16", "cp1250", "gb18030", "shift_jis", "big5"]
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
+    "polynomial", "inverse_sqrt",
+]  # fmt: skip
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
+]  # fmt: skip
+"""Those that need no other package than torch and bitsandbytes."""
+Tracker = Literal[
+    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
+    "wandb",
+]  # fmt: skip
+ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
 
 class Section(BaseModel):
@@ -63,8 +77,7 @@ class ModelConfig(Section):
     id: str = "fintune/nano"
     """public id, written into adapter and card"""
     revision: str | None = None
-    """commit, tag or branch of the base, resolved once a run; a local base without one gets its
-    weights' sha256"""
+    """commit, tag or branch, resolved once a run; of a local base without: its weights' sha256"""
     path: Folder | None = None
     """folder to load from; absent: the hub id (or the bundled nano base)"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -141,8 +154,7 @@ class DataConfig(Section):
     encoding: Encoding = "utf-8"
     """of text files (rows, benchmarks) that are no UTF-8; one that is stays what it is"""
     inline_turns: Literal["cut", "keep"] = "cut"
-    """questions with lines of User: and Assistant:, cut into turns, all answers trained, or keep
-    as one text, as one that is to be summarised is"""
+    """questions with User: and Assistant: lines: cut into turns, or keep as one text"""
     out: Folder | None = None
     """folder of the prepared data; absent: OUT/data"""
     max_train_rows: int = Field(40_000, ge=1)
@@ -201,20 +213,19 @@ class TrainConfig(Section):
     per_device_train_batch_size: int = Field(16, ge=1)
     """examples of one forward pass"""
     gradient_accumulation_steps: int = Field(4, ge=1)
-    """micro-batches of one optimizer step, of all processes together: the step is the same for
-    any number of processes"""
+    """micro-batches of one optimizer step, of all processes together"""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """several processes: each holds the base (ddp, auto) or a part of it (fsdp)"""
     train_sampling_strategy: Literal["stratified", "bucketed", "random"] = "stratified"
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: str = "adamw_torch"
+    optim: Optimizer = "adamw_torch"
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: str = "cosine"
-    """transformers' name of the schedule"""
+    lr_scheduler_type: Schedule = "cosine"
+    """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
     weight_decay: float = Field(0.01, ge=0)
@@ -233,7 +244,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Tracker, ...] = ()
     """trackers of transformers, such as trackio"""
 
 
@@ -268,8 +279,7 @@ class EvalConfig(Section):
     max_items: int = Field(400, ge=1)
     """most items of the checkable test rows, and of each task"""
     tasks: dict[str, DatasetConfig] = {}
-    """finance tasks by name: a file, a folder, a hub id, or empty if bundled; alone as `path`, or
-    with revision, subset and split (test)"""
+    """finance tasks by name: a path (empty if bundled), or path, revision, subset, split (test)"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)

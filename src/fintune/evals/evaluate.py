@@ -135,6 +135,8 @@ def _summarize(folder: Path) -> dict[str, Any]:
     accuracy, loss = test_results["accuracy"], test_results["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    if loss["adapter"] >= loss["base"]:
+        warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
     for name, cut in test_results["n"]["thoughts_cut"].items():
         if cut:
             fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
