@@ -1,7 +1,8 @@
-"""Random changes of a good release, by a seed: bytes, JSON values, files exchanged or lost."""
+"""Random changes by a seed: of a good release, of rows and of questions."""
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,50 @@ def _edit(tree: Any, rng: random.Random) -> str:
     else:
         tree[key] = rng.choice(ODD)
     return str(key)[:40]
+
+
+# ---- rows and questions --------------------------------------------------------------------------
+
+VALUES: tuple[Any, ...] = (
+    *ODD, 1.5, -0.0, float("nan"), float("inf"), "#N/A", "not json [", "\ud800", "EUR 2019m",
+    '[{"role": "user"}]', "-" * 3000, [None], [[[]], {}],
+    [{"type": "text", "text": "a part"}], [{"type": "image_url"}], [["q", "a"]], [["q"]], ["a", 1],
+    {"type": "text"}, {"role": "user", "content": "q"}, "User: a\nAssistant: b\nUser: c",
+    "[" + "-" * 3000 + "1]", "['a', b'\\d']", "['" + "(" * 500,
+)  # fmt: skip
+KEYS = (
+    "weight", "train", "loss_mask", "history", "messages", "conversations", "system", "tool_calls",
+    "function_call", "reasoning_content", "content", "role", "from", "value", "tools", "answer",
+    "prompt", "choices", "kind", "id", "context_id", "question", "text", "", "function",
+)  # fmt: skip
+
+
+def changed(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A copy of a row with a few values, keys or nested values exchanged, added or lost."""
+    made: dict[str, Any] = json.loads(json.dumps(row))
+    for _ in range(rng.randrange(4) if made else 0):
+        place: Any = made
+        while isinstance(place, dict | list) and place and rng.random() < 0.7:
+            inner = rng.choice(list(place.values()) if isinstance(place, dict) else place)
+            if not isinstance(inner, dict | list):
+                break
+            place = inner
+        key = rng.choice((list(place) if isinstance(place, dict) else [*range(len(place))]) or [0])
+        value = deepcopy(rng.choice(VALUES))
+        if isinstance(place, list):
+            place[key : key + rng.randrange(2)] = [value]
+        elif rng.random() < 0.2:
+            place.pop(key, None)
+        else:
+            place[rng.choice(KEYS) if rng.random() < 0.4 else key] = value
+    return made
+
+
+def line(row: dict[str, Any], rng: random.Random) -> bytes:
+    """A changed row as a line of JSON, now and then with damaged bytes; no line end in it."""
+    cells = {k: json.dumps(v) if rng.random() < 0.1 else v for k, v in changed(row, rng).items()}
+    data = json.dumps(cells, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.15:
+        at, odd = rng.randrange(len(data)), rng.randbytes(3).replace(b"\n", b"").replace(b"\r", b"")
+        data = rng.choice([data[:at], data[:at] + odd + data[at:], data + b",", data + data])
+    return data or b"{}"

@@ -88,7 +88,7 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.values()
         names = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._cuts, self._proofs = True, Counter[tuple[Role, ...]]()
+        self._cuts, self._proofs = True, Counter[tuple[tuple[Role, bool], ...]]()
         (end,) = self._ids([self.template.end])
         self.stop_token_ids = sorted({*stops, *end[-1:]})
 
@@ -176,7 +176,7 @@ class ChatFormat:
                     row.input_ids.extend(of := ids[piece])
                     row.labels.extend(of if at % 2 else [IGNORE_INDEX] * len(of))
             made.append(examples)
-            shape = tuple(message.role for message in messages)
+            shape = tuple((message.role, message.trained) for message in messages)
             self._proofs[shape] += 1
             if self._proofs[shape] <= PROOFS:
                 texts = [one.text for one in each] + each[-1].prompts
@@ -197,7 +197,9 @@ class ChatFormat:
         """
         if refused := self.template.refusal(rows):
             return refused
-        answers = [at for at, message in enumerate(rows) if message.role == "assistant"]
+        answers = [at for at, turn in enumerate(rows) if turn.role == "assistant" and turn.trained]
+        if not answers:
+            return Refused("masked_answers")
         split = split or any(message.tool_calls for message in rows)
         groups = [[at] for at in answers] if split else [answers]
         made = []

@@ -40,7 +40,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(
 """Several names, or one."""
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key of `train` -> pattern of the names that it takes."""
-ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
+Encoding = Literal["utf-8", "cp1252", "latin-1", "utf-16", "cp1250", "gb18030", "shift_jis", "big5"]
+ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
 
 class Section(BaseModel):
@@ -64,8 +65,7 @@ class ModelConfig(Section):
     id: str = ""
     """public id, written into adapter and card; absent: local/ and the name of `path`"""
     revision: str | None = None
-    """commit, tag or branch of the base, resolved once a run; a local base without one gets its
-    weights' sha256"""
+    """commit, tag or branch, resolved once a run; of a local base without: its weights' sha256"""
     path: Folder | None = None
     """folder or GGUF file to load from; absent: the hub id"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -127,7 +127,7 @@ class BenchmarkConfig(DatasetConfig):
     split: str | None = None
     """split of a folder or hub data set; absent: test where there is a train split, else all"""
     columns: dict[ColumnName, str] | None = None
-    """our column (system, user, assistant, messages): the file's column"""
+    """our column (system, user, assistant, messages, history): the file's column"""
 
 
 class SourceConfig(BenchmarkConfig):
@@ -135,6 +135,8 @@ class SourceConfig(BenchmarkConfig):
 
     split: str | None = "train"
     """split of a folder or hub data set"""
+    encoding: Encoding | None = None
+    """of its text files; absent: `data.encoding`"""
     max_rows: int | None = Field(None, ge=1)
     """most rows kept of this source"""
     weight: float = Field(1.0, gt=0)
@@ -150,7 +152,11 @@ class DataConfig(Section):
     """file, folder, glob or hub id; short for one of `sources`"""
     sources: tuple[SourceConfig, ...] = ()
     """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
-    (of a folder or hub id: train), columns, max_rows, weight and licence"""
+    (of a folder or hub id: train), encoding, columns, max_rows, weight and licence"""
+    encoding: Encoding = "utf-8"
+    """of text files (rows, benchmarks) that are no UTF-8; one that is stays what it is"""
+    inline_turns: Literal["cut", "keep"] = "cut"
+    """questions with User: and Assistant: lines: cut into turns, or keep as one text"""
     out: Folder | None = None
     """folder of the prepared data; absent: OUT/data"""
     max_train_rows: int = Field(40_000, ge=1)
@@ -210,8 +216,7 @@ class TrainConfig(Section):
     per_device_train_batch_size: int = Field(16, ge=1)
     """examples of one forward pass"""
     gradient_accumulation_steps: int = Field(4, ge=1)
-    """micro-batches of one optimizer step, of all processes together: the step is the same for
-    any number of processes"""
+    """micro-batches of one optimizer step, of all processes together"""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """several processes: each holds the base (ddp, auto) or a part of it (fsdp)"""
     train_sampling_strategy: Literal["stratified", "bucketed", "random"] = "stratified"
@@ -277,8 +282,7 @@ class EvalConfig(Section):
     max_items: int = Field(400, ge=1)
     """most items of the checkable test rows, and of each task"""
     tasks: dict[str, DatasetConfig] = {}
-    """finance tasks by name: a file, a folder, a hub id, or empty if bundled; alone as `path`, or
-    with revision, subset and split (test)"""
+    """finance tasks by name: a path (empty if bundled), or path, revision, subset, split (test)"""
     judged_items: int = Field(50, ge=1)
     """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)

@@ -1,7 +1,7 @@
 """Records that all stages share: a message, an example, a dropped row, an encoded conversation."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -18,6 +18,7 @@ class Message:
         thought: what an assistant thinks before it answers, without the tags around it.
         tool_calls: an assistant's calls, as JSON text: a list as the chat templates take it.
         tools: functions on offer, as JSON text; of a conversation's first turn.
+        trained: an assistant's text is trained.
     """
 
     role: Role
@@ -25,11 +26,13 @@ class Message:
     thought: str = ""
     tool_calls: str = ""
     tools: str = ""
+    trained: bool = True
 
     @property
-    def record(self) -> dict[str, str]:
-        """As a file holds it: role, content, and those of the others that are filled."""
-        return {k: v for k, v in asdict(self).items() if v or k in ("role", "content")}
+    def record(self) -> dict[str, Any]:
+        """As a file holds it: role, content, and what is said of the others."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return {field.name: value for field, value in values if value != field.default}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:

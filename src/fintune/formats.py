@@ -1,10 +1,12 @@
-"""Files of rows: JSON Lines, JSON, CSV, Parquet and Arrow streams, also packed by gzip or zstd.
+"""Files of rows: JSON Lines, JSON, CSV, Parquet and Arrow streams, also packed.
 
 JSON Lines stay bytes until `parse`, which may be called in another process; every other format is
 parsed here, and a JSON array is read whole. A row that cannot be read is an `Unreadable`. Rows
 before the place where a file breaks off are kept; the place is one `Unreadable` more.
 """
 
+import bz2
+import codecs
 import contextlib
 import csv
 import gzip
@@ -27,7 +29,6 @@ from fintune.errors import DataError
 Row = tuple[int, Any]
 """Line, counted from 1, and the row."""
 
-PACKINGS = (".gz", ".zst")
 MOST_CELL = 4 << 20
 """Characters of a CSV's cell; a longer one is a quotation that is not closed."""
 
@@ -35,11 +36,14 @@ PIECE_BYTES = 1 << 12
 """Bytes of one read."""
 
 ROWS_A_BATCH = 1024
+UTF_8 = (None, "utf-8")
+"""Encodings that need no other reading."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HEADS = {
     b"version https://git-lfs": "a Git LFS pointer; run: git lfs pull",
     b"\x1f\x8b": "packed with gzip; add .gz to its name",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV in UTF-8",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    **dict.fromkeys(UTF_16, "UTF-16; save it as UTF-8, or set data.encoding=utf-16"),
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
@@ -61,6 +65,20 @@ class Unreadable:
         return self.raw.replace(",", ", ") or self.detail
 
 
+class Written(float):
+    """A number of a JSON text, which prints as it is written there: 12.50."""
+
+    def __new__(cls, text: str) -> "Written":
+        self = super().__new__(cls, text)
+        self.text = text
+        return self
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def format_of(name: str) -> str | None:
     """The ending that names a file's format, a packing's apart; None for none known."""
     path = Path(name.lower())
@@ -68,8 +86,11 @@ def format_of(name: str) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def check_head(path: Path) -> None:
+def check_head(path: Path, encoding: str | None = None) -> None:
     """Refuse a file that is empty, or something else than its name says.
+
+    Args:
+        encoding: as of `file_rows`.
 
     Raises:
         DataError: so it is.
@@ -81,22 +102,28 @@ def check_head(path: Path) -> None:
     if not head:
         raise DataError(f"{path} is empty", fix="check how it was made or downloaded")
     for start, what in HEADS.items():
-        if head.startswith(start) and path.suffix.lower() not in PACKINGS:
+        named = path.suffix.lower() in PACKINGS or (start in UTF_16 and encoding not in UTF_8)
+        if head.startswith(start) and not named:
             raise DataError(f"{path} is {what}")
 
 
-def file_rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """All rows of a file, in order.
+
+    Args:
+        encoding: of a file of text that is no UTF-8.
 
     Raises:
         DataError: not one row can be read.
     """
-    line = 0
-    packing: dict[str, Any] = {".gz": gzip.open, ".zst": _zstd}
+    line, form = 0, format_of(path.name) or ""
+    unpacked = PACKINGS.get(path.suffix.lower(), lambda plain: plain)
     with path.open("rb") as opened:
-        file = packing.get(path.suffix.lower(), lambda plain: plain)(opened)
+        file = unpacked(opened)
         try:
-            for line, row in FORMATS[format_of(path.name) or ""](file):
+            if encoding not in UTF_8 and form in TEXTS:
+                file = _as_utf8(file, str(encoding))
+            for line, row in FORMATS[form](file):
                 yield line, row
         except (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error) as error:
             if line == 0:
@@ -104,6 +131,17 @@ def file_rows(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}: {error}", fix=fix) from None
             what = f"breaks off before byte {opened.tell()}: {error}"
             yield line + 1, Unreadable("truncated_file", what[:200])
+
+
+def _as_utf8(file: Any, encoding: str) -> io.BufferedReader:
+    """A text that is no UTF-8, read whole, in UTF-8; bytes that are none of it stay as they are."""
+    data = file.read()
+    try:
+        data.decode()
+    except ValueError:
+        text = data.decode(encoding, "surrogateescape")
+        data = text.encode("utf-8", "surrogateescape")
+    return io.BufferedReader(io.BytesIO(data))
 
 
 def _zstd(file: Any) -> io.BufferedReader:
@@ -115,11 +153,17 @@ def parse(row: Any) -> Any:
     """The JSON value of a line's bytes, or what is wrong with it; other rows as they are."""
     if not isinstance(row, bytes):
         return row
-    text = row.decode("utf-8-sig", "surrogateescape").strip()
+    return parse_json(row.decode("utf-8-sig", "surrogateescape"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, or what is wrong with it."""
+    text = text.strip()
     try:
         value, end = _decode(text, 0)
         if end < len(text):
-            raise ValueError(f"more behind character {end}")
+            what = "object" if isinstance(value, dict) else "value"
+            raise ValueError(f"{text[end : end + 20]!r} behind the {what}")
     except (ValueError, RecursionError) as error:
         return Unreadable(
             "not_utf8" if _NO_UTF8.search(text) else "not_json", str(error)[:200], text
@@ -144,7 +188,9 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
     def constant(name: str) -> None:
         wrong.append(("not_json", f"{name} is no JSON"))
 
-    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant)
+    decoder = json.JSONDecoder(
+        object_pairs_hook=unique, parse_float=Written, parse_constant=constant
+    )
     value, end = decoder.raw_decode(text, at)
     if _NO_UTF8.search(text, at, end):
         wrong.append(("not_utf8", ""))
@@ -168,7 +214,7 @@ def _json(file: Any) -> Iterator[Row]:
         yield from _json_lines(file)
         return
     data = bytearray()
-    with contextlib.suppress(OSError):  # the element that is cut off says so
+    with contextlib.suppress(OSError, EOFError):  # the element that is cut off says so
         while piece := file.read1():
             data += piece
     text = data.decode("utf-8-sig", "surrogateescape")
@@ -220,6 +266,7 @@ def _parquet(file: Any) -> Iterator[Row]:
 def _arrow(file: Any) -> Iterator[Row]:
     """A stream of record batches, as `save_to_disk` of the package datasets writes it."""
     with pa.ipc.open_stream(file) as batches:
+        _check_columns(batches.schema.names)
         yield from arrow_rows(batches)
 
 
@@ -229,6 +276,10 @@ def arrow_rows(tables: Iterable[Any]) -> Iterator[Row]:
 
 
 def _rows(table: Any) -> list[Any]:
+    for at, field in enumerate(table.schema):
+        if pa.types.is_float32(field.type):  # 0.1, where its double is 0.10000000149011612
+            printed = table.column(at).cast(pa.string()).cast(pa.float64())
+            table = table.set_column(at, field.name, printed)
     try:
         return list(table.to_pylist())
     except (ValueError, OverflowError) as error:
@@ -247,4 +298,6 @@ FORMATS: dict[str, Callable[[Any], Iterator[Row]]] = {
     ".arrow": _arrow,
 }
 """Ending -> how such a file is read."""
-ENDINGS = f"data files end in one of {', '.join(FORMATS)}"
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+PACKINGS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": _zstd}
+ENDINGS = f"data files end in one of {', '.join(FORMATS)}, or as packed: {', '.join(PACKINGS)}"

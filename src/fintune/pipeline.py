@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fintune.config import Config
 from fintune.data.prepare import prepare
-from fintune.evals.evaluate import evaluate
+from fintune.evals.evaluate import check_tasks, evaluate
 from fintune.evals.results import check_results
 from fintune.releasing import bundle
 from fintune.seal import check_place
@@ -26,6 +26,7 @@ def run(
     """
     for folder in config.folders().values():
         check_place(folder)  # before hours of training, not after
+    check_tasks(config, fresh=fresh)
     prepare(config, fresh=fresh)
     train(config, fresh=fresh)
     evaluate(config, fresh=fresh, judge_host=judge_host)

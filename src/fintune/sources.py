@@ -77,7 +77,7 @@ class Source:
         chosen = choose(files, folder, self.config, self.repository.setting)
         self.repository.fetch([glob.escape(name) for name in chosen])
         for name in chosen:
-            check_head(folder / name)
+            check_head(folder / name, self.config.encoding)
         return replace(self, paths=tuple(folder / name for name in chosen))
 
     def licence(self) -> str | None:
@@ -96,7 +96,7 @@ class Source:
         line = 0
         for path in self.fetched().paths:
             before = line
-            for at, row in file_rows(path):
+            for at, row in file_rows(path, self.config.encoding):
                 line = before + at
                 yield line, row
 
@@ -129,7 +129,11 @@ def find_sources(config: DataConfig, known: Known) -> list[Source]:
     wanted = [SourceConfig(path=config.source)] if config.source else []
     if not wanted and not config.sources:
         raise ConfigError("data.source is empty", fix="name a file, a folder, a glob or a hub id")
-    return named([*wanted, *config.sources], "data.sources", known)
+    wanted = [
+        item.model_copy(update={"encoding": item.encoding or config.encoding})
+        for item in (*wanted, *config.sources)
+    ]
+    return named(wanted, "data.sources", known)
 
 
 def named(wanted: list[SourceConfig], setting: str, known: Known) -> list[Source]:
@@ -175,7 +179,7 @@ def locate(item: SourceConfig, setting: str, known: Known) -> list[Source]:
 
 
 def _local(path: Path, name: str, item: SourceConfig) -> Source:
-    check_head(path)
+    check_head(path, item.encoding)
     return Source(name, sha256_file(path), item, (path,))
 
 

@@ -23,7 +23,7 @@ from fintune.files import sha256_bytes
 _SYSTEM, _USER, _ANSWER, _USER2, _ANSWER2 = (f"\ue000Aa{number}\ue001" for number in range(5))
 """Stand for texts where a template is looked at; with letters, which a template may change."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"]+)\1\s*\)")
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 """What a template raises: itself (`raise_exception`), or on a shape that it was not written for."""
 
 
@@ -78,6 +78,10 @@ class ChatTemplate:
         self._look_at_answers()
         self._look_at_history()
         self._look_at_thoughts()
+        call = {"type": "function", "function": {"name": _SYSTEM, "arguments": {}}}
+        calls = Message("assistant", _ANSWER, tool_calls=json.dumps([call], ensure_ascii=False))
+        said = self.attempt([Message("user", _USER), calls])
+        self._calls = isinstance(said, Refused) or "Aa0" in said
 
     def _is_control(self, token: Any) -> bool:
         text = str(token)
@@ -284,6 +288,8 @@ class ChatTemplate:
                     return Refused("control_token", found[0])
         if messages[0].tools and not re.search(r"\btools\b", self._source):
             return Refused("template", "it takes no tools")
+        if any(message.tool_calls for message in messages) and not self._calls:
+            return Refused("tool_calls", "the template writes none")
         return None
 
     @property

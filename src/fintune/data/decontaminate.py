@@ -99,7 +99,7 @@ def _question(source: Source, line: int, given: Any, redact: bool) -> Example:
     raw, messages = parse(given), tuple[Message, ...]()
     if isinstance(raw, dict):  # a yes or no is an answer here
         raw = {name: str(cell) if isinstance(cell, bool) else cell for name, cell in raw.items()}
-    with contextlib.suppress(Rejected):
+    with contextlib.suppress(Rejected, RecursionError):
         messages = to_messages(raw, source.config.columns)
     return Example(source.name, line, "", mask_messages(messages)[0] if redact else messages)
 

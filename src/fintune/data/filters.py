@@ -43,7 +43,7 @@ _UNENGLISH = re.compile(
 _BLANK = re.compile(r"[\s|_*#\d]+")
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z][\w .-]{0,40}\}\}")
 _REFUSAL = re.compile(WORDS["refusal"], re.IGNORECASE | re.VERBOSE)
-_EMPTY_PHRASE = re.compile(r"(?:nan|null|undefined|todo|tbd|lorem ipsum.*)\.?", re.I | re.S)
+_EMPTY_PHRASE = re.compile(WORDS["empty"], re.I | re.S | re.X)
 
 
 Check = Callable[[list[str], list[str], DataConfig], str | None]
@@ -125,10 +125,9 @@ def _placeholder(users: list[str], answers: list[str], config: DataConfig) -> st
     return hole[0] if hole else None
 
 
-@row_filter("boilerplate", "the answer is an empty phrase such as `nan`")
+@row_filter("boilerplate", "an answer is an empty phrase or a cell's error: `nan`, `#N/A`")
 def _boilerplate(users: list[str], answers: list[str], config: DataConfig) -> str | None:
-    answer = answers[-1]
-    return answer if _EMPTY_PHRASE.fullmatch(answer) else None
+    return next((answer for answer in answers if _EMPTY_PHRASE.fullmatch(answer)), None)
 
 
 @row_filter("refusal", "the answer only refuses")

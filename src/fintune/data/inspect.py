@@ -4,6 +4,7 @@ Every function raises OutputError where the data is not prepared or was changed 
 DataError for a source that was not read or a reason that no filter has.
 """
 
+from collections.abc import Collection
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from fintune import seal
 from fintune.config import Config
 from fintune.console import printable
 from fintune.data.filters import MEANINGS
-from fintune.data.report import PARTS
+from fintune.data.report import PARTS, Ledger
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX
 from fintune.files import read_json
@@ -64,13 +65,17 @@ def why_dropped(
 def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
     """The rows of a prepared file whose columns have these values; None: any."""
     folder = config.data_dir
-    seal.read_data(folder)
-    table = pq.read_table(folder / f"{name}.parquet")
-    known = {"source": read_json(folder / "manifest.json")["sources"], "reason": MEANINGS}
+    known: dict[str, Collection[str]] = {"reason": MEANINGS}
+    path, alone = folder / f"{name}.parquet", Ledger.beside(folder)
+    if name == "ledger" and alone.is_file() and not folder.exists():
+        path = alone
+    else:
+        seal.read_data(folder)
+        known["source"] = read_json(folder / "manifest.json")["sources"]
+    table = pq.read_table(path)
     for column, value in wanted.items():
         if value is not None:
-            values = known.get(column, [value])
-            if value not in values:
+            if (values := known.get(column)) is not None and value not in values:
                 raise DataError(f"no {column} {value}", fix=f"there are: {', '.join(values)}")
             table = table.filter(pc.equal(table[column], value))
     return table

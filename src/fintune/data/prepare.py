@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 from fintune import __version__, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig
-from fintune.console import heading, meter, say
+from fintune.console import heading, meter, say, warn
+from fintune.data import WORDS
 from fintune.data.decontaminate import contaminated, read_benchmarks
+from fintune.data.filters import MEANINGS
 from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
 from fintune.data.split import near_duplicates, split
@@ -42,6 +44,10 @@ KEPT_SHARE = 0.99
 
 MOST_TOO_LONG = 0.1
 """Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
+
+HINTS: dict[str, str] = WORDS["hints"]
+SHOWN = 300
+"""Characters of the first dropped row in a message."""
 
 ROWS_A_CALL = 512
 _COLUMNS = ["example_id", "source", "line", "group", "messages", "input_ids", "labels", "length"]
@@ -71,7 +77,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     old = {} if fresh else seal.recorded_inputs(folder)
     known = recorded_commits(*(old.get(table, {}) for table in ("sources", "benchmarks")))
     sources = find_sources(config.data, known)
-    wanted = [SourceConfig(**item.model_dump()) for item in config.data.benchmarks]
+    encoding = config.data.encoding
+    wanted = [SourceConfig(**b.model_dump(), encoding=encoding) for b in config.data.benchmarks]
     benchmarks = named(wanted, "data.benchmarks", known)
     inputs = _inputs(config, base, chat, sources, benchmarks)
     # Rows depend on the tokenizer alone: prepared once, they are kept for other weights.
@@ -89,15 +96,32 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             _write_rows(staging, selected.parts)
             manifest = write_account(staging, selected, sources, inputs)
             seal.seal(staging, inputs)
-    rows = manifest["rows"]
+    _tell(folder, manifest)
+    return manifest
+
+
+def _tell(folder: Path, manifest: dict[str, Any]) -> None:
+    """Say what became of the rows, and what can be done about those that are out."""
+    rows, out = manifest["rows"], Counter(manifest["rows"]["dropped"])
     for note in manifest["chat"]["notes"]:
         say(f"chat template: {note}")
     if again := manifest["chat"]["tokens_read_again"]:
         total = sum(manifest["lengths"][part]["tokens"] for part in PARTS)
         say(f"{again / total:.0%} of the tokens are read again: an example an answer")
+    if thoughts := manifest["reasoning"]:
+        thinking = manifest["chat"]["settings"]["thinking"]
+        say(f"{thoughts} rows hold reasoning (chat.thinking: {thinking})")
+    if cut := manifest["repairs"].get("inline_turns"):
+        warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
+    for reason in [reason for reason in HINTS if reason in out]:
+        warn(f"{out[reason]} {reason} ({MEANINGS[reason]}): {HINTS[reason]}")
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
-    say(f"{folder}: {rows['read']} rows read = {kept} + {sum(rows['dropped'].values())} dropped")
-    return manifest
+    why = f" ({_listed(out)})" if out else ""
+    say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped{why}")
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
 def _inputs(
@@ -152,7 +176,7 @@ def _select(
         rows = [row for at, row in enumerate(rows) if at not in repeats]
         parts, full = _fill(rows, sources, data, ledger)
         if full or complete:
-            _check_left(ledger, parts)
+            _check_left(Ledger.beside(config.data_dir), ledger, parts)
             record = chat.template.record
             return Selected(ledger, [*hits.values()], lengths, max_length, parts, record)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
@@ -256,28 +280,41 @@ def _fill(
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
 
 
-def _check_left(ledger: Ledger, parts: Parts) -> None:
+def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
+    """Refuse parts without rows; the ledger then stays, at this path.
+
+    Raises:
+        DataError: so it is.
+    """
+    path.unlink(missing_ok=True)
     reasons, read = ledger.counts(), ledger.read.total()
-    if reasons["unknown_columns"] == read > 0:
-        raise DataError(
-            f"no row fits a known format; the first one's columns: {ledger.rows[0].detail}",
-            fix="name them: data.sources=[{path: ..., columns: {user: ..., assistant: ...}}]",
-        )
-    if empty := [part for part, rows in parts.items() if not rows]:
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(6))
-        raise DataError(
-            f"no {empty[0]} row is left of {read} rows read: {why or 'the sources are empty'}",
-            why="without validation rows no checkpoint can be chosen, without test rows no verdict",
-            fix="give more rows, relax the filters, or raise data.validation_share and test_share",
-        )
+    empty = [part for part, rows in parts.items() if not rows]
+    if not empty:
+        return
+    ledger.write(path)
+    ((reason, count),) = reasons.most_common(1) or [("", 0)]
+    shown = " ".join(" ".join(ledger.samples[reason][:1]).split())[:SHOWN]
+    what = f"no {empty[0]} row is left of {read} rows read: {_listed(reasons)}"
+    if reason == "unknown_columns" and count == read:
+        what = f"no row fits a known format; the first one's columns: {', '.join(ledger.columns)}"
+    elif not read:
+        what += "the sources are empty"
+    columns = f"columns: {', '.join(ledger.columns) or 'none'}; the first row that is out: {shown}"
+    raise DataError(
+        f"{what}\n  {columns}\n  every row and its reason: {path} (fintune dropped)",
+        why="without validation rows no checkpoint can be chosen, without test rows no verdict",
+        fix=HINTS.get(reason)
+        or "give more rows, relax the filters, or raise data.validation_share and test_share",
+    )
 
 
 def _write_rows(folder: Path, parts: Parts) -> None:
     """Write each part by row groups: one table of a part would be its rows in memory again."""
     turns = [turn for rows in parts.values() for _, row in rows for turn in row.example.messages]
-    filled = [name for name in Message.__slots__ if any(getattr(turn, name) for turn in turns)]
+    filled = {name for turn in turns for name in turn.record}
     text, number, ids = pa.string(), pa.int64(), pa.list_(pa.int32())
-    messages = pa.list_(pa.struct([(name, text) for name in filled]))
+    kinds = {name: pa.bool_() if name == "trained" else text for name in Message.__slots__}
+    messages = pa.list_(pa.struct([pair for pair in kinds.items() if pair[0] in filled]))
     types = (text, text, number, text, messages, ids, ids, number)
     schema = pa.schema(zip(_COLUMNS, types, strict=True))
     for part, rows in parts.items():

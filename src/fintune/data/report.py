@@ -73,7 +73,13 @@ class Ledger:
         self.redact = redact
         self.read, self.repairs, self.personal = Counter[str](), Counter[str](), Counter[str]()
         self.rows: list[Dropped] = []
+        self.columns: list[str] = []
         self.samples: dict[str, list[str]] = defaultdict(list)
+
+    @staticmethod
+    def beside(folder: Path) -> Path:
+        """Where the ledger of a preparation lies of which no row was left, and so no folder."""
+        return folder.with_name(f"{folder.name}.ledger.parquet")
 
     def drop(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
         """Record a dropped row, and its text while its reason has fewer than SAMPLES."""
@@ -88,6 +94,7 @@ class Ledger:
         """Add the counts, rows and samples of another ledger."""
         self.read += other.read
         self.repairs += other.repairs
+        self.columns = self.columns or other.columns
         self.rows += other.rows
         for reason, samples in other.samples.items():
             self.samples[reason] += samples[: SAMPLES - len(self.samples[reason])]
@@ -145,8 +152,9 @@ def write_account(
     sizes = {part: len(rows) for part, rows in parts.items()}
     if ledger.read.total() != sum(sizes.values()) + dropped.total():
         raise AssertionError(f"{ledger.read} rows read, {sizes} kept, {dropped}")
-    repeated = sum(row.repeated for rows in parts.values() for _, row in rows)
-    cut = [row.truncated for rows in parts.values() for _, row in rows if row.truncated]
+    kept = [each for rows in parts.values() for each in rows]
+    repeated = sum(row.repeated for _, row in kept)
+    cut = [row.truncated for _, row in kept if row.truncated]
     manifest = {
         "rows": {"read": ledger.read.total(), **sizes, "dropped": _sorted(dropped)},
         "sources": {
@@ -161,6 +169,7 @@ def write_account(
         "related": _related(parts),
         "max_length": selected.max_length,
         "lengths": {part: _distribution(each) for part, each in lengths.items()},
+        "reasoning": sum(any(m.thought for m in row.example.messages) for _, row in kept),
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
         "chat": {**selected.chat, "tokens_read_again": repeated},
         "personal_data": _sorted(ledger.personal),

@@ -104,9 +104,12 @@ def scan_batch(
 ) -> tuple[Ledger, list[ScannedRow]]:
     """Parse, repair, filter and key the rows of one batch."""
     ledger, rows = Ledger(redact=config.pii != "off"), list[ScannedRow]()
+    cut = ledger.repairs if config.inline_turns == "cut" else None
     for line, given in batch:
         raw = parse(given)
         ledger.read[source.name] += 1
+        if not ledger.columns and isinstance(raw, dict):
+            ledger.columns = [*map(str, raw)]
         example = Example(source.name, line, _row_sha256(raw), ())
         try:
             if isinstance(raw, Unreadable):
@@ -117,11 +120,12 @@ def scan_batch(
                     content=repair(message.content, ledger.repairs).strip(),
                     thought=repair(message.thought, ledger.repairs).strip(),
                 )
-                for message in to_messages(raw, source.config.columns)
+                for message in to_messages(raw, source.config.columns, cut)
             )
             check_filters(messages, config)
-        except Rejected as out:
-            ledger.drop(example, out.reason, ledger.shown(out.detail)[:200], str(raw))
+        except (Rejected, RecursionError) as out:  # or nested too deeply
+            reason, detail = getattr(out, "reason", "not_text"), getattr(out, "detail", str(out))
+            ledger.drop(example, reason, ledger.shown(detail)[:200], str(raw))
         else:
             rows.append(_keyed(replace(example, messages=messages), source.config.weight, seed))
     return ledger, rows

@@ -25,19 +25,32 @@ from typing import Any
 from stdnum import iban, luhn, numdb
 from stdnum.us import rtn, ssn
 
+from fintune.data import WORDS
 from fintune.example import Message
 
 CONTROL = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n\r") + "\x7f"
 ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
 SPACES = "\u00a0\u202f\u2007"
-_REPAIRS: tuple[tuple[str, re.Pattern[str], str], ...] = (
+_APOSTROPHE = {name: {*words.split()} for name, words in WORDS["apostrophe"].items()}
+
+
+def _apostrophe(match: re.Match[str]) -> str:
+    """An apostrophe behind a word that takes it; `EUR 2019m` and `in 2019s` are no such words."""
+    before = match.string[max(0, match.start() - 20) : match.start()].lower()
+    word = re.split(r"[\W\d_]", before)[-1]
+    listed = word in _APOSTROPHE[match[1]]
+    takes = bool(word) and not listed if match[1] == "s" else listed
+    return f"\u2019{match[1]}" if takes else match[0]
+
+
+_REPAIRS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     ("control_character", re.compile(f"[{re.escape(CONTROL)}]"), ""),
     ("lone_surrogate", re.compile("[\ud800-\udfff]"), "\ufffd"),
     ("line_end", re.compile("\r\n?"), "\n"),
     ("no_break_space", re.compile(f"[{SPACES}]"), " "),
     ("zero_width", re.compile(f"[{ZERO_WIDTH}]"), ""),
     ("zero_width", re.compile("(?<=[ -~])[\u200c\u200d]|[\u200c\u200d](?=[ -~])"), ""),
-    ("lost_escape", re.compile(r" ?\b2019(s|t|re|ve|ll|d|m)\b"), "\u2019\\1"),
+    ("lost_escape", re.compile(r" ?\b2019(s|t|re|ve|ll|d|m)\b"), _apostrophe),
     (
         "lost_escape",
         re.compile(

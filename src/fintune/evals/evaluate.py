@@ -72,6 +72,16 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
     return _summarize(folder)
 
 
+def check_tasks(config: Config, *, fresh: bool = False) -> None:
+    """Read the questions of every task, before hours of training.
+
+    Raises:
+        ConfigError, DataError: as of `find_questions` and `task_items`.
+    """
+    for name, sources in _find_tasks(config, fresh).items():
+        task_items(name, sources, config.eval.max_items)
+
+
 def judge_answers(
     config: Config, *, judge_host: str = "", labels: Path | None = None
 ) -> dict[str, Any]:

@@ -5,14 +5,16 @@ more than other names of columns. Its questions are a file, a folder, a data set
 `questions`, a file beside this one.
 """
 
+import re
 from collections.abc import Callable, Iterator
-from itertools import chain
+from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from fintune.config import DatasetConfig, SourceConfig
 from fintune.errors import ConfigError, DataError
-from fintune.evals.grading import PHRASES, UNREFERENCED, Item, listed_choices
+from fintune.evals.grading import PHRASES, UNREFERENCED, Item, Kind, grade, listed_choices, plain
 from fintune.evals.numbers import is_number_answer
 from fintune.example import Message
 from fintune.formats import Unreadable, parse
@@ -28,7 +30,7 @@ class Task(NamedTuple):
 
     Attributes:
         kind: of grading, one of `grading.Kind`; "number or span" is a number where the reference
-            is one, "refuse or comply" what the row's `kind` says.
+            is one, "refuse or comply" what the row's `kind` says. A row's own has precedence.
         choices: of a label; a row's own have precedence, and without any those count that its
             prompt lists.
         questions: a JSON Lines file of this folder, for a task whose questions are bundled.
@@ -96,40 +98,53 @@ def task_items(name: str, sources: list[Source], limit: int) -> list[Item]:
     """Items of one task, the first `limit` by order of its files.
 
     Raises:
-        DataError: a line that cannot be read, or without prompt or answer.
+        DataError: a line that cannot be read, or without a prompt or an answer that can be right;
+            no question at all.
     """
     rows = chain.from_iterable(_read(name, source) for source in sources)
-    return [_item(name, row, at) for at, row in zip(range(limit), rows, strict=False)]
+    items = [_item(name, *row, at) for at, row in enumerate(islice(rows, limit))]
+    if not items:
+        what = f"eval.tasks.{name}: {sources[0].name} holds no question"
+        raise DataError(what, fix="give a line for each question, or leave the task out")
+    return items
 
 
-def _read(name: str, source: Source) -> Iterator[Row]:
+def _read(name: str, source: Source) -> Iterator[tuple[Row, int, str]]:
+    """Rows as the task says, each with its line and file."""
     columns = TASKS[name].columns
     for line, given in source.rows():
-        row = parse(given)
+        row, place = parse(given), f"eval.tasks.{name}: {source.name}, line {line}"
         if not isinstance(row, dict):
             wrong = f"{row.reason}, {row.detail}" if isinstance(row, Unreadable) else "no object"
-            raise DataError(f"eval.tasks.{name}: {source.name}, line {line}: {wrong}")
+            raise DataError(f"{place}: {wrong}")
         named = {ours: row.get(theirs) for ours, theirs in columns.items()}
         row |= {ours: value for ours, value in named.items() if value not in (None, "")}
         try:
-            yield TASKS[name].read(row)
+            yield TASKS[name].read(row), line, source.name
         except (LookupError, TypeError):
-            what = f"eval.tasks.{name}: {source.name}, line {line}: columns are missing"
+            what = f"{place}: columns are missing"
             raise DataError(what, fix="a line needs what the task reads") from None
 
 
-def _item(name: str, row: Row, number: int) -> Item:
-    task, prompt, reference = TASKS[name], row.get("prompt"), str(row.get("answer", ""))
-    kind: Any = task.kind
-    if kind == "number or span":
-        kind = "number" if is_number_answer(reference) else "span"
-    elif kind == "refuse or comply":
-        kind = row.get("kind") or "refuse"
-    if not isinstance(prompt, str) or not prompt or not (reference or kind in UNREFERENCED):
-        what = f"eval.tasks.{name}, line {number + 1}: no prompt or no answer"
-        raise DataError(what, fix="a line needs `prompt` and `answer`")
-    key, choices = row.get("id", number), tuple(row.get("choices") or task.choices)
-    return Item(
+def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
+    task, prompt = TASKS[name], row.get("prompt")
+    kind: Any = str(row.get("kind") or task.kind)
+    place = f"eval.tasks.{name}, line {line}"
+    try:
+        reference = _text(row.get("answer"))
+        choices = _choices(row.get("choices")) or task.choices
+    except ValueError as error:
+        raise DataError(f"{place}: {error}", fix=f"give each line of {file} one answer") from None
+    chosen = "number" if is_number_answer(reference) else "span"
+    kind = {"number or span": chosen, "refuse or comply": "refuse"}.get(kind, kind)
+    if kind not in get_args(Kind):
+        known = ", ".join(get_args(Kind))
+        raise DataError(f"{place}: no kind {kind[:40]!r}", fix=f"known kinds: {known}")
+    if not isinstance(prompt, str) or not prompt.strip() or not (reference or kind in UNREFERENCED):
+        what = f"{place}: no prompt or no answer"
+        raise DataError(what, fix=f"a line of {file} needs `prompt` and `answer`, both text")
+    key = row.get("id", number)
+    item = Item(
         id=f"{name}/{key}",
         task=name,
         kind=kind,
@@ -138,3 +153,34 @@ def _item(name: str, row: Row, number: int) -> Item:
         reference="" if kind in UNREFERENCED else reference,
         choices=choices or listed_choices(prompt) if kind == "label" else (),
     )
+    graded = grade(kind, reference, reference, item.choices) if item.reference else None
+    if item.reference and not plain(reference) or graded and not graded.correct:
+        among = f", of {', '.join(item.choices) or 'no choices'}" if kind == "label" else ""
+        raise DataError(
+            f"{place}: the answer {reference[:80]!r} can never be right, as a {kind}{among}",
+            why=f"given back word for word it would be wrong ({file})",
+            fix="write it as a model would say it: a label by its words, not by an index",
+        )
+    return item
+
+
+def _text(value: Any) -> str:
+    """A text or number of a row; of a list that holds one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise ValueError(f"{str(value)[:80]} is no text or number, but a {type(value).__name__}")
+    return str(value).strip()
+
+
+def _choices(given: Any) -> tuple[str, ...]:
+    """The labels of a row: a list, or a text that lists them, as a cell of a CSV does."""
+    if isinstance(given, str):
+        given = re.split(r"[,;|/\n]", given.strip("[](){} "))
+    listed = given if isinstance(given, list) or not given else [given]
+    return tuple(_text(label).strip(" \"'") for label in listed or ())
