@@ -39,8 +39,8 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 """Several names, or one."""
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
-"""Key of `train` -> pattern of the names that it takes."""
-Encoding = Literal["utf-8", "cp1252", "latin-1", "utf-16", "cp1250", "gb18030", "shift_jis", "big5"]
+"""Key -> pattern of the names that it takes."""
+Encoding = Annotated[str, Field(pattern=_KNOWN["encoding"])]
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
 
