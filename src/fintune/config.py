@@ -37,7 +37,6 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
-"""Several names, or one."""
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key -> pattern of the names that it takes."""
 Encoding = Annotated[str, Field(pattern=_KNOWN["encoding"])]
@@ -198,8 +197,7 @@ class LoraConfig(Section):
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """dropout on the adapter's input"""
     target_modules: Names = Field(("all-linear",), min_length=1)
-    """layers that get an adapter, by the ends of their names; `all-linear`: every linear layer of
-    the text decoder"""
+    """layers with an adapter, by the ends of their names; `all-linear`: all of the text decoder"""
 
 
 class TrainConfig(Section):
@@ -423,8 +421,7 @@ def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
 
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML, every key written out."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
