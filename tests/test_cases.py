@@ -38,7 +38,6 @@ NOT_YET = {
     "prepare": "d01 d03 d05 d06 d08 d11 d12 d14 d20 d22 d24 d26 d27 d29 d31 d32",
     "tasks": "e07 e09 e10 e12 e35",
     "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
-    "training": "t08",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""
 SLOW = ("c13",)

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from victims import SIGNALS, usable
 
-from fintune import attention, train
+from fintune import train
 from fintune.batches import plan_epoch
 from fintune.collate import Collator, padding_free_batch
 from fintune.config import LoraConfig, load_config
@@ -200,9 +200,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
     """FSDP2 in three ways: ours, with a head taken apart again, and as accelerate places it."""
 
     def fused() -> Any:
-        model = load_base(
-            Base("test/tiny", "x", tiny_base), "none", "fp32", attention=attention.NAME
-        )
+        model = load_base(Base("test/tiny", "x", tiny_base), "none", "fp32")
         peft = attach(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0), seed=1)
         generator = torch.Generator().manual_seed(3)
         for name, parameter in peft.named_parameters():

@@ -148,7 +148,7 @@ SHIPPED = {
     "= the card's verdict": ("README.md", swap("Verdict: **invalid**.", "Verdict: **better**. ")),
     "a second verdict": ("README.md", lambda data: data + b"\nVerdict: **better**.\n"),
     "= the template": ("chat_template.jinja", swap("system", "sYstem")),
-    "= a tolerance": ("prompt_fixture.json", swap('"format": 1', '"format":11')),
+    "= a tolerance": ("prompt_fixture.json", swap('"format": 3', '"format":33')),
 }
 """Files of a release and how they are changed; each once as it is, once with its line redone."""
 

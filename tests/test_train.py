@@ -11,9 +11,9 @@ import tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
-from fintune import attention, train
+from fintune import train
 from fintune.collate import Collator
-from fintune.config import SEVEN_PROJECTIONS, Config, load_config
+from fintune.config import Config, load_config
 from fintune.files import read_json, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.training import memory, run_state, trainer
@@ -211,7 +211,7 @@ def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
         0.1,
         "none",
     )
-    assert lora["target_modules"] == [*SEVEN_PROJECTIONS]
+    assert lora["target_modules"] == [*tiny.SEVEN_PROJECTIONS]
     assert plan["batches"]["estimated"] is True
     assert plan["batches"]["steps"] == 3125
 
@@ -224,7 +224,7 @@ def test_recomputing_is_decided_by_measured_memory(
 ) -> None:
     config = load_config("demo")
     base = Base("test/tiny", "x", tiny_base)
-    peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
+    peft = attach(load_base(base, "none", "fp32"), config.train.lora, 1)
     order = Order(config, read_train(prepared), Collator(padding_free=True, pad_token_id=0))
     for free, expected in ((10**12, False), (10**6, True)):
         monkeypatch.setattr(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiny
 import tiny_made
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, seal
-from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
+from fintune.config import Config, dump_yaml
 from fintune.releasing.bundle import release
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
@@ -76,7 +77,7 @@ def tiny_adapter(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=list(SEVEN_PROJECTIONS),
+        target_modules=list(tiny.SEVEN_PROJECTIONS),
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, lora)

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 import fintune
 from fintune import __version__, console, sample
 from fintune.errors import ConfigError, FintuneError, Stopped
+from fintune.files import read_json
 from fintune.stop import STOP
 
 app = typer.Typer(
@@ -344,6 +345,18 @@ def init(
     from fintune.init import init as write
 
     write(out, preset=preset, name=name, source=source, base=base, force=force)
+
+
+@app.command()
+def bases(as_json: Json = False) -> None:
+    """Which bases were tried, by which transformers, and what each falls back to."""
+    known = read_json(Path(__file__).with_name("bases.json"))
+    _emit(known, as_json)
+    if not as_json:
+        rows = [[row["id"], row["architecture"], row["result"]] for row in known["bases"]]
+        versions = ", ".join(f"{name} {known[name]}" for name in ("transformers", "peft"))
+        console.table(f"bases tried with {versions}", ["base", "architecture", "result"], rows)
+        console.say(known["how"])
 
 
 @app.command()

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,8 +29,6 @@ from fintune.errors import ConfigError
 from fintune.files import read_toml
 from fintune.yaml_reader import read_yaml, redacted
 
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
@@ -37,21 +36,10 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
-Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
-    "polynomial", "inverse_sqrt",
-]  # fmt: skip
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
-]  # fmt: skip
-"""Those that need no other package than torch and bitsandbytes."""
-Tracker = Literal[
-    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
-    "wandb",
-]  # fmt: skip
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+"""Several names, or one."""
+_KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
+"""Key of `train` -> pattern of the names that it takes."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 
@@ -203,8 +191,9 @@ class LoraConfig(Section):
     """scale is lora_alpha / r"""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """dropout on the adapter's input"""
-    target_modules: tuple[str, ...] = Field(SEVEN_PROJECTIONS, min_length=1)
-    """projections that get an adapter"""
+    target_modules: Names = Field(("all-linear",), min_length=1)
+    """layers that get an adapter, by the ends of their names; `all-linear`: every linear layer of
+    the text decoder"""
 
 
 class TrainConfig(Section):
@@ -229,11 +218,11 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: Optimizer = "adamw_torch"
+    optim: str = Field("adamw_torch", pattern=_KNOWN["optim"])
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_type: str = Field("cosine", pattern=_KNOWN["lr_scheduler_type"])
     """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
@@ -253,7 +242,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[Tracker, ...] = ()
+    report_to: tuple[Annotated[str, Field(pattern=_KNOWN["report_to"])], ...] = ()
     """trackers of transformers, such as trackio"""
 
 

@@ -14,16 +14,17 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fintune import console, gguf_base, seal
+from fintune import attention, console, gguf_base, seal
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ConfigError, ModelError, OutputError
 from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
-from fintune.untrusted import checks
+from fintune.targets import Targets, find_targets
+from fintune.untrusted import checks, probe
 from fintune.untrusted.checks import CONFIG, LIMITS, PROVENANCE, WEIGHTS_INDEX, Check, Report
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 from fintune.untrusted.static import open_folder
@@ -301,21 +302,17 @@ def load_chat(base: Base, settings: ChatConfig, data: Path | None = None) -> Cha
     return ChatFormat(tokenizer, settings, stop_token_ids(base.folder, tokenizer))
 
 
-def load_base(
-    base: Base,
-    quantization: str,
-    dtype: PrecisionName,
-    *,
-    attention: str | None = None,
-    on_cpu: bool = False,
-) -> Any:
-    """Load the base's weights onto this process's device, frozen.
+def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bool = False) -> Any:
+    """Load the base's weights onto this process's device, frozen, with the attention that it can
+    have (`attention.traits`). Of a multimodal checkpoint the text part is used.
 
     Args:
         quantization: none, 8bit or 4bit (bitsandbytes; nf4 with double quantisation).
         dtype: precision of what is not quantised.
-        attention: transformers' name of the attention implementation.
         on_cpu: leave it in the machine's memory, to be taken apart from there.
+
+    Raises:
+        ModelError: it does not load, or the files lack weights of the model.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
     # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a setting of the user wins.
@@ -328,37 +325,46 @@ def load_base(
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = probe.model_class(probe.read_architecture(base.folder)).from_pretrained(
             base.folder,
             dtype=DTYPES[dtype],
             device_map={"": "cpu" if on_cpu else device()},
-            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             quantization_config=None if quantization == "none" else packed,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the base in {base.folder} does not load: {str(error)[:300]}"
         raise ModelError(what, fix="download it again") from None
+    if lacks := sorted(info["missing_keys"]):
+        what = f"the weights in {base.folder} lack {console.some(lacks)} of {type(model).__name__}"
+        why = "transformers would fill them with random numbers"
+        raise ModelError(what, why=why, fix="download it again")
     model.requires_grad_(False)
+    attention.traits(model)
     return model
 
 
-def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
+def attach(model: Any, config: LoraConfig, seed: int, targets: Targets | None = None) -> PeftModel:
     """Put a fresh adapter on a base: peft's initialisation, seeded, fp32 weights.
+
+    Args:
+        targets: what gets an adapter; absent: found on the model.
 
     Raises:
         ModelError: a target module that the base does not have.
     """
     torch.manual_seed(seed)
-    options = config.model_dump() | {"target_modules": sorted(config.target_modules)}
-    settings = PeftLoraConfig(**options, bias="none", task_type="CAUSAL_LM")
+    targets = targets or find_targets(model, config.target_modules)
+    names = {"target_modules": sorted(targets.modules), "exclude_modules": targets.exclude}
+    settings = PeftLoraConfig(**config.model_dump() | names, bias="none", task_type="CAUSAL_LM")
     try:
         peft = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
-        what = f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}"
-        raise ModelError(what, fix="name projections of the base, such as q_proj, v_proj") from None
+        what = f"peft puts no adapter on this base: {str(error)[:200]}"
+        raise ModelError(what, fix="name other layers: train.lora.target_modules") from None
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
