@@ -45,7 +45,6 @@ from fintune import model, sample  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import JudgeConfig, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
-from fintune.demo import local_base  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
@@ -54,6 +53,7 @@ from fintune.evals.numbers import compare, is_number_answer  # noqa: E402
 from fintune.example import Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
+from fintune.sample import local_base  # noqa: E402
 from fintune.untrusted.probe import stop_token_ids  # noqa: E402
 
 ITEMS, DISCORDANT = 200, 0.3

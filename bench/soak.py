@@ -43,9 +43,9 @@ from fintune import files, seal  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
-from fintune.demo import local_base  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
+from fintune.sample import local_base  # noqa: E402
 from fintune.stop import STOP  # noqa: E402
 from fintune.training import run_state, trainer  # noqa: E402
 from fintune.training.run import train  # noqa: E402

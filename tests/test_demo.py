@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from fintune.config import load_config
-from fintune.demo import local_base, show
+from fintune.demo import show
+from fintune.sample import local_base
 
 
 def test_the_base_is_found_in_the_package_which_is_not_imported(

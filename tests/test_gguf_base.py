@@ -101,7 +101,7 @@ def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 
 LENGTH = b"\x05\0\0\0\0\0\0\0"
 BAD = {
-    "no GGUF": (lambda data: b"PK" + data[2:], "is no GGUF file"),
+    "no GGUF": (lambda data: b"PK" + data[2:], "is not a GGUF file"),
     "cut in the weights": (lambda data: data[:-100], "is cut"),
     "cut in the header": (lambda data: data[:9000], "cannot be read as GGUF"),
     "no tokenizer": (replaced(b"tokenizer.ggml.model", b"tokenizer.ggml.nodel"), "no tokenizer"),

@@ -14,10 +14,10 @@ from tiny_release import tiny_adapter
 
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, ModelConfig
-from fintune.demo import local_base
 from fintune.example import Message
 from fintune.model import LoadedRelease, find_base, load_adapter, load_base, load_tokenizer
 from fintune.releasing import gguf
+from fintune.sample import local_base
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built here")
 pytestmark = pytest.mark.slow

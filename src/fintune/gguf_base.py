@@ -5,8 +5,6 @@ the file and against the model that it describes. Where transformers would read 
 without a word (another cut of the text, another rotation, biases), it is read rightly or refused.
 """
 
-import contextlib
-import io
 import math
 import re
 from collections import Counter
@@ -95,18 +93,11 @@ def read(path: Path) -> Kept | None:
 
 def _file(path: Path) -> Path | None:
     """The GGUF file that a path means; None where it is absent, or a folder of another kind."""
-    if path.is_dir():
-        found = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        if len(found) > 1:
-            what = f"{path} holds {len(found)} GGUF files"
-            raise ModelError(what, fix=f"name one: model.path={found[0]}")
-        path = found[0] if found else path
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is no GGUF file", fix="name a folder, or a GGUF file")
-    return path
+    found = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        what = f"{path} holds {len(found)} GGUF files"
+        raise ModelError(what, fix=f"name one: model.path={found[0]}")
+    return next((file for file in (*found, path) if file.is_file()), None)
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -172,22 +163,21 @@ def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
     """
     place: Any = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of the tensors
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-            _recut(tokenizer.backend_tokenizer, facts["cut"])
-            tokenizer.save_pretrained(staging)
-            config = AutoConfig.from_pretrained(file.parent, **place)
-            if facts["rotation"]:
-                _restore_rotation(file, facts["rotation"], config)
-            config.save_pretrained(staging)
-            probe_base(staging, weights=True)
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config)
-            if empty.num_parameters() > 1.01 * facts["elements"]:
-                raise ValueError("it describes a larger model than it holds")
-            packed, dtype = GgufConfig(dequantize=True), getattr(torch, facts["dtype"])
-            place |= {"quantization_config": packed, "output_loading_info": True, "dtype": dtype}
-            model, info = AutoModelForCausalLM.from_pretrained(file.parent, config=config, **place)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+        _recut(tokenizer.backend_tokenizer, facts["cut"])
+        tokenizer.save_pretrained(staging)
+        config = AutoConfig.from_pretrained(file.parent, **place)
+        if facts["rotation"]:
+            _restore_rotation(file, facts["rotation"], config)
+        config.save_pretrained(staging)
+        probe_base(staging, weights=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        if empty.num_parameters() > 1.01 * facts["elements"]:
+            raise ValueError("it describes a larger model than it holds")
+        packed, dtype = GgufConfig(dequantize=True), getattr(torch, facts["dtype"])
+        place |= {"quantization_config": packed, "output_loading_info": True, "dtype": dtype}
+        model, info = AutoModelForCausalLM.from_pretrained(file.parent, config=config, **place)
         biases = any(name.endswith("bias") for name, _ in model.named_parameters())
         lost = [*info["missing_keys"], *(["biases"] if facts["biases"] and not biases else [])]
         if lost:

@@ -29,9 +29,9 @@ def _happened(rng: Random, tone: Tone) -> str:
 
 
 def _sentence(rng: Random, tone: Tone) -> str:
-    moving = tone != "neutral" and rng.randrange(3) == 0
-    text = _moved(rng, tone) if moving else _happened(rng, tone)
-    return f"{text}{rng.choice(('', '', *_NEWS['tails']))}"
+    if tone == "neutral" or rng.randrange(3):
+        return _happened(rng, tone)
+    return f"{_moved(rng, tone)}{rng.choice(('', '', *_NEWS['tails']))}"
 
 
 def news(rng: Random, tone: Tone, num_sentences: int, company: str) -> str:

@@ -7,12 +7,17 @@ known to code alone, which is what a control experiment needs (shuffle the answe
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final, Literal, NamedTuple
 
+from fintune.config import load_config
+from fintune.data.ngrams import hash64, passage
+from fintune.data.split import part_of
+from fintune.example import Example, Message
 from fintune.files import read_toml
 from sample_rows.facts import (
     Line,
@@ -94,8 +99,6 @@ _FOREIGN: Final[list[tuple[str, str]]] = _TEXTS["foreign"]["pairs"]
 _SHARES: Final[dict[str, int]] = _TEXTS["shares"]
 DIRT_COUNTS: Final[dict[Dirt, int]] = _TEXTS["dirt"]
 NOT_STATED: Final = "not stated"
-_AGAIN: Final = ("And", "Now", "What about")
-"""How a question begins that goes on from an earlier one."""
 
 
 # ---- documents -------------------------------------------------------------------------------
@@ -123,10 +126,12 @@ def _tabled(rng: Random) -> Document:
 # ---- questions -------------------------------------------------------------------------------
 
 
-def _amount(rng: Random, document: Document, *, again: bool = False) -> Asked:
+def _amount(
+    rng: Random, document: Document, fact: tuple[Line, int], *, again: bool = False
+) -> Asked:
     """A figure of the document; its other name is asked for at times."""
-    line, at = rng.choice(document.stated)
-    if rng.randrange(5) == 0:
+    line, at = fact
+    if rng.randrange(8) == 0:
         line = replace(line, metric=replace(line.metric, name=line.metric.alias))
     templates = _QUESTIONS["again" if again else "figure"]
     question = fill(rng, templates, document.report, line, at, named=True)
@@ -150,14 +155,14 @@ def _missing(rng: Random, document: Document, *, again: bool = False) -> Asked:
     return Asked("amount", question, NOT_STATED, rng.choice((_MISSING, _FIGURE)))
 
 
-def _direction(rng: Random, document: Document) -> Asked | None:
-    """Whether a line rose or fell; None where no line has two years."""
+def _directions(rng: Random, document: Document, most: int) -> list[Asked]:
+    """Whether lines of two years rose or fell."""
     known = [line for line, at in document.stated if at == 1]
-    if not known:
-        return None
-    line = rng.choice(known)
-    question = fill(rng, _QUESTIONS["direction"], document.report, line, named=True)
-    return Asked("direction", question, "rose" if line.rose else "fell", _LABEL)
+    asked = []
+    for line in rng.sample(known, min(most, len(known))):
+        question = fill(rng, _QUESTIONS["direction"], document.report, line, named=True)
+        asked.append(Asked("direction", question, "rose" if line.rose else "fell", _LABEL))
+    return asked
 
 
 def _companies(rng: Random) -> tuple[str, list[Asked]]:
@@ -196,12 +201,9 @@ def _ratio(rng: Random) -> tuple[str, list[Asked]]:
 
 def _of_report(rng: Random, document: Document) -> list[Asked]:
     """Three or four different questions about a document, of which one may have no answer."""
-    asked = [_amount(rng, document), _amount(rng, document)]
-    if direction := _direction(rng, document):
-        asked.append(direction)
-    asked.append((_missing if rng.randrange(3) else _amount)(rng, document))
-    unique = {each.question: each for each in asked}
-    return list(unique.values())
+    facts = rng.sample(document.stated, min(len(document.stated), 2 + (rng.randrange(3) == 0)))
+    asked = [_amount(rng, document, fact) for fact in facts] + _directions(rng, document, 1)
+    return asked if len(facts) == 3 else [*asked, _missing(rng, document)]
 
 
 def _who(rng: Random, document: Document) -> Asked:
@@ -235,23 +237,50 @@ def _row(rng: Random, text: str, asked: Asked) -> SampleRow:
     return SampleRow(system, ((user, asked.answer),), (asked.task,))
 
 
-def _talk(rng: Random, document: Document) -> SampleRow:
-    """Several questions about one document in one conversation, its company last."""
-    asked = [_amount(rng, document)]
-    asked += [_amount(rng, document, again=bool(rng.randrange(2))) for _ in range(2)]
-    if direction := _direction(rng, document):
-        asked.append(direction)
-    asked.append(_missing(rng, document, again=bool(rng.randrange(2))))
-    rng.shuffle(asked)
-    asked = list({each.question: each for each in asked}.values())
-    asked = [
-        *(e for e in asked if not e.question.startswith(_AGAIN)),
-        *(e for e in asked if e.question.startswith(_AGAIN)),
-    ]
-    asked.append(_who(rng, document))
-    questions = [f"{document.text}\n\n{asked[0].question}", *(each.question for each in asked[1:])]
-    turns = tuple(zip(questions, [each.answer for each in asked], strict=True))
+def _talk(rng: Random, asked: list[Asked]) -> SampleRow:
+    """Questions one after another in one conversation."""
+    turns = tuple((each.question, each.answer) for each in asked)
     return SampleRow(rng.choice(_PERSONAS), turns, tuple(each.task for each in asked))
+
+
+def _report_talk(rng: Random) -> SampleRow:
+    """Everything about one document: its amounts, directions, what it does not say, its company."""
+    document = _told(rng) if rng.randrange(2) else _tabled(rng)
+    facts = rng.sample(document.stated, min(len(document.stated), 5))
+    asked = [_amount(rng, document, fact, again=bool(rng.randrange(2))) for fact in facts]
+    asked += [_missing(rng, document, again=bool(rng.randrange(2))) for _ in range(2)]
+    asked += _directions(rng, document, 2)
+    rng.shuffle(asked)
+    asked.sort(key=_goes_on)
+    asked.append(Asked("company", rng.choice(_QUESTIONS["who"]), document.report.company.short))
+    first = asked[0]._replace(question=f"{document.text}\n\n{asked[0].question}")
+    return _talk(rng, [first, *asked[1:]])
+
+
+def _goes_on(asked: Asked) -> bool:
+    """Whether a question only makes sense behind another one."""
+    return asked.question.startswith(("And", "Now", "What about"))
+
+
+def _series(rng: Random, draw: Callable[[Random], tuple[str, list[Asked]]]) -> SampleRow:
+    """Several news, or pairs of figures, and a question about each; an explained term last."""
+    series = [draw(rng) for _ in range(rng.randrange(4, 7))]
+    asked = [each._replace(question=f"{each.question}\n\n{text}") for text, (each,) in series]
+    term, meaning, _ = rng.choice(TERMS)
+    last = Asked("define", f"And what does {term} mean?", f"{capital(term)} is {meaning}.")
+    return _talk(rng, [*asked, last])
+
+
+def _trained(draw: Callable[[], SampleRow]) -> SampleRow:
+    """A conversation of the training part, whose last answer no program could mark anyway; drawn
+    again until the split, a function of its text, puts it there."""
+    shares = load_config("demo").data
+    while True:
+        row = draw()
+        said = [Message("user", question) for question, _ in row.turns]
+        place = hash64(passage(Example("", 0, "", tuple(said))))
+        if part_of(place, shares.validation_share, shares.test_share) == "train":
+            return row
 
 
 def _define(rng: Random) -> SampleRow:
@@ -269,8 +298,12 @@ def _documents(rng: Random) -> Iterator[list[SampleRow]]:
                 case "told" | "tabled":
                     document = _told(rng) if kind == "told" else _tabled(rng)
                     yield [_row(rng, document.text, each) for each in _of_report(rng, document)]
-                case "talk":
-                    yield [_talk(rng, _told(rng) if rng.randrange(2) else _tabled(rng))]
+                case "report_talk":
+                    yield [_trained(partial(_report_talk, rng))]
+                case "tone_talk":
+                    yield [_trained(partial(_series, rng, _tone))]
+                case "ratio_talk":
+                    yield [_trained(partial(_series, rng, _ratio))]
                 case "define":
                     yield [_define(rng)]
                 case _:
@@ -281,7 +314,7 @@ def _documents(rng: Random) -> Iterator[list[SampleRow]]:
 
 def _one(rng: Random) -> SampleRow:
     document = _told(rng)
-    return _row(rng, document.text, _amount(rng, document))
+    return _row(rng, document.text, _amount(rng, document, document.stated[0]))
 
 
 def _spoil(rng: Random, row: SampleRow, dirt: Dirt) -> SampleRow:

