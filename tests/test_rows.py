@@ -161,7 +161,8 @@ def test_what_is_out_is_said_with_what_to_do(tmp_path: Path, capsys: Any) -> Non
     said = " ".join(capsys.readouterr().err.split())
     assert "5 not_utf8" in said and "data.encoding=cp1252" in said
     path.write_text(f"{json.dumps(talk('Marlow', 'x'))},\n" * 6)
-    words = ("-c", "nano", "-s", f"out={tmp_path / 'out'}", "-s", f"data.source={path}")
+    words: list[object] = ["-c", "demo", "-s", f"model.path={tiny.base()}"]
+    words += ["-s", f"out={tmp_path / 'out'}", "-s", f"data.source={path}"]
     failed = tiny.fintune("prepare", *words)
     assert failed.code == 1 and "Marlow" in failed.err and "behind the object" in failed.err
     assert (tmp_path / "out" / "data.ledger.parquet").is_file()

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,8 +29,6 @@ from fintune.errors import ConfigError
 from fintune.files import read_toml
 from fintune.yaml_reader import read_yaml, redacted
 
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
@@ -37,30 +36,15 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
-Encoding = Literal["utf-8", "cp1252", "latin-1", "utf-16", "cp1250", "gb18030", "shift_jis", "big5"]
-Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
-    "polynomial", "inverse_sqrt",
-]  # fmt: skip
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
-]  # fmt: skip
-"""Those that need no other package than torch and bitsandbytes."""
-Tracker = Literal[
-    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
-    "wandb",
-]  # fmt: skip
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+"""Several names, or one."""
+_KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
+"""Key -> pattern of the names that it takes."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, finite numbers only.
-
-    The text below a field is its description, on the reference page and in `fintune init`.
-    """
+    """Base of every section: frozen, unknown keys refused; the text below a field describes it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -74,14 +58,28 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: its public name, and where its files are."""
 
-    id: str = "fintune/nano"
-    """public id, written into adapter and card"""
+    id: str = ""
+    """public id, written into adapter and card; absent: local/ and the name of `path`"""
     revision: str | None = None
     """commit, tag or branch, resolved once a run; of a local base without: its weights' sha256"""
     path: Folder | None = None
-    """folder to load from; absent: the hub id (or the bundled nano base)"""
+    """folder or GGUF file to load from; absent: the hub id"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """how the frozen base is held (bitsandbytes)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A base without an id goes by its own name, never by another's."""
+        if not isinstance(value, dict) or value.get("id") or not value.get("path"):
+            return value
+        return value | {"id": local_id(str(value["path"]))}
+
+
+def local_id(path: str) -> str:
+    """The id of a base on this machine that is given none: the name of its folder or file."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".gguf")
+    return "local/" + re.sub(r"[^\w.-]+", "-", name)
 
 
 class ChatConfig(Section):
@@ -133,7 +131,7 @@ class SourceConfig(BenchmarkConfig):
 
     split: str | None = "train"
     """split of a folder or hub data set"""
-    encoding: Encoding | None = None
+    encoding: str | None = Field(None, pattern=_KNOWN["encoding"])
     """of its text files; absent: `data.encoding`"""
     max_rows: int | None = Field(None, ge=1)
     """most rows kept of this source"""
@@ -151,7 +149,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
     (of a folder or hub id: train), encoding, columns, max_rows, weight and licence"""
-    encoding: Encoding = "utf-8"
+    encoding: str = Field("utf-8", pattern=_KNOWN["encoding"])
     """of text files (rows, benchmarks) that are no UTF-8; one that is stays what it is"""
     inline_turns: Literal["cut", "keep"] = "cut"
     """questions with User: and Assistant: lines: cut into turns, or keep as one text"""
@@ -180,8 +178,7 @@ class DataConfig(Section):
     near_duplicates: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity of near duplicates; 1: exact ones only"""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
-    """benchmarks whose questions must not be trained: files, folders or hub ids, each alone or
-    with revision, subset, split (test where there is a train split, else all) and columns"""
+    """whose questions must not be trained: paths, or path, revision, subset, split and columns"""
     pii: Literal["off", "mask", "drop"] = "mask"
     """cards, accounts, e-mail, phones: leave, mask, or drop the row"""
 
@@ -195,8 +192,9 @@ class LoraConfig(Section):
     """scale is lora_alpha / r"""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """dropout on the adapter's input"""
-    target_modules: tuple[str, ...] = Field(SEVEN_PROJECTIONS, min_length=1)
-    """projections that get an adapter"""
+    target_modules: Names = Field(("all-linear",), min_length=1)
+    """layers that get an adapter, by the ends of their names; `all-linear`: every linear layer of
+    the text decoder"""
 
 
 class TrainConfig(Section):
@@ -220,11 +218,11 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: Optimizer = "adamw_torch"
+    optim: str = Field("adamw_torch", pattern=_KNOWN["optim"])
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_type: str = Field("cosine", pattern=_KNOWN["lr_scheduler_type"])
     """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
@@ -244,7 +242,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[Tracker, ...] = ()
+    report_to: tuple[Annotated[str, Field(pattern=_KNOWN["report_to"])], ...] = ()
     """trackers of transformers, such as trackio"""
 
 

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from fintune.chat import AnswerReader
 from fintune.errors import ModelError
-from fintune.generation import Batch, FinishReason, Request
+from fintune.generation import FinishReason, Request, open_batch
 from fintune.model import LoadedRelease, adapter_set
 
 MAX_ROWS = 64
@@ -106,9 +106,10 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedRelease) -> None:
-        self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
+        config = loaded.model.config.get_text_config()
+        self.max_context = min(config.max_position_embeddings, MAX_CONTEXT)
+        self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
         self._model = loaded.model
-        self._batch = Batch(loaded.model, loaded.chat.stop_token_ids)
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
         self._jobs: deque[tuple[Future[list[Scored]], list[int], bool]] = deque()
