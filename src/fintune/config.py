@@ -39,15 +39,11 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key -> pattern of the names that it takes."""
-Encoding = Annotated[str, Field(pattern=_KNOWN["encoding"])]
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, finite numbers only.
-
-    The text below a field is its description, on the reference page and in `fintune init`.
-    """
+    """Base of every section: frozen, unknown keys refused; the text below a field describes it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -134,7 +130,7 @@ class SourceConfig(BenchmarkConfig):
 
     split: str | None = "train"
     """split of a folder or hub data set"""
-    encoding: Encoding | None = None
+    encoding: str | None = Field(None, pattern=_KNOWN["encoding"])
     """of its text files; absent: `data.encoding`"""
     max_rows: int | None = Field(None, ge=1)
     """most rows kept of this source"""
@@ -152,7 +148,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """sources, instead of or besides `source`: each a path alone, or with revision, subset, split
     (of a folder or hub id: train), encoding, columns, max_rows, weight and licence"""
-    encoding: Encoding = "utf-8"
+    encoding: str = Field("utf-8", pattern=_KNOWN["encoding"])
     """of text files (rows, benchmarks) that are no UTF-8; one that is stays what it is"""
     inline_turns: Literal["cut", "keep"] = "cut"
     """questions with User: and Assistant: lines: cut into turns, or keep as one text"""
@@ -181,8 +177,7 @@ class DataConfig(Section):
     near_duplicates: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity of near duplicates; 1: exact ones only"""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
-    """benchmarks whose questions must not be trained: files, folders or hub ids, each alone or
-    with revision, subset, split (test where there is a train split, else all) and columns"""
+    """whose questions must not be trained: paths, or path, revision, subset, split and columns"""
     pii: Literal["off", "mask", "drop"] = "mask"
     """cards, accounts, e-mail, phones: leave, mask, or drop the row"""
 

@@ -37,7 +37,7 @@ _APOSTROPHE = {name: {*words.split()} for name, words in WORDS["apostrophe"].ite
 def _apostrophe(match: re.Match[str]) -> str:
     """An apostrophe behind a word that takes it; `EUR 2019m` and `in 2019s` are no such words."""
     before = match.string[max(0, match.start() - 20) : match.start()].lower()
-    word = re.split(r"[\W\d_]", before)[-1]
+    word = re.split(r"[\W\d_]", re.sub(r"(?<=\.[a-z]) \.$", "", before))[-1]  # of the u.k . too
     listed = word in _APOSTROPHE[match[1]]
     takes = bool(word) and not listed if match[1] == "s" else listed
     return f"\u2019{match[1]}" if takes else match[0]
