@@ -132,7 +132,7 @@ def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
         "train.save_steps": 10**6,
         **changes,
     }
-    return load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    return load_config("demo", [f"{key}={value}" for key, value in values.items()])
 
 
 def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:

@@ -25,7 +25,7 @@ SPINE = (
     "hub",
     "stop",
     "seal",
-    "nano",
+    "sample",
     "yaml_reader",
     "config",
     "sources",
@@ -35,6 +35,7 @@ SPINE = (
     "untrusted",
     "attention",
     "targets",
+    "gguf_base",
     "model",
     "batches",
     "collate",
@@ -44,7 +45,7 @@ SPINE = (
     "generation",
     "page",
 )
-"""A module imports only what stands before it; `nano` is a folder of data with an __init__."""
+"""A module imports only what stands before it; `sample` is a folder of data with an __init__."""
 STAGES = ("data", "training", "evals", "releasing", "serve")
 TOP = ("pipeline", "demo", "doctor", "init", "plan", "cli")
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fintune"]

@@ -38,21 +38,8 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 """It may begin with `~`; of an unknown user that is a name like others."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 """Several names, or one."""
-Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts",
-    "polynomial", "inverse_sqrt",
-]  # fmt: skip
-Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb",
-    "rmsprop_bnb_8bit", "adafactor", "adagrad", "sgd",
-]  # fmt: skip
-"""Those that need no other package than torch and bitsandbytes."""
-Tracker = Literal[
-    "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
-    "wandb",
-]  # fmt: skip
+_KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
+"""Key of `train` -> pattern of the names that it takes."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 
@@ -74,15 +61,29 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: its public name, and where its files are."""
 
-    id: str = "fintune/nano"
-    """public id, written into adapter and card"""
+    id: str = ""
+    """public id, written into adapter and card; absent: local/ and the name of `path`"""
     revision: str | None = None
     """commit, tag or branch of the base, resolved once a run; a local base without one gets its
     weights' sha256"""
     path: Folder | None = None
-    """folder to load from; absent: the hub id (or the bundled nano base)"""
+    """folder or GGUF file to load from; absent: the hub id"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """how the frozen base is held (bitsandbytes)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A base without an id goes by its own name, never by another's."""
+        if not isinstance(value, dict) or value.get("id") or not value.get("path"):
+            return value
+        return value | {"id": local_id(str(value["path"]))}
+
+
+def local_id(path: str) -> str:
+    """The id of a base on this machine that is given none: the name of its folder or file."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".gguf")
+    return "local/" + re.sub(r"[^\w.-]+", "-", name)
 
 
 class ChatConfig(Section):
@@ -217,11 +218,11 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: Optimizer = "adamw_torch"
+    optim: str = Field("adamw_torch", pattern=_KNOWN["optim"])
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_type: str = Field("cosine", pattern=_KNOWN["lr_scheduler_type"])
     """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
@@ -241,7 +242,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[Tracker, ...] = ()
+    report_to: tuple[Annotated[str, Field(pattern=_KNOWN["report_to"])], ...] = ()
     """trackers of transformers, such as trackio"""
 
 

@@ -169,6 +169,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": base.revision,
+        "base_about": base.about,
         "quantization": config.model.quantization,
         "chat": config.chat.model_dump(mode="json"),
         "precision": config.train.precision,
@@ -232,7 +233,9 @@ def _choose(
     train = pq.ParquetFile(config.data_dir / "train.parquet")
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
-    test_items = by_hash([reader.item(row) for row in rows if row["messages"]])
+    # Of a row with an example an answer one line holds the messages; a call is no answer to grade.
+    whole = [row for row in rows if row["messages"] and not row["messages"][-1].get("tool_calls")]
+    test_items = by_hash([reader.item(row) for row in whole])
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]

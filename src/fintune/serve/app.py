@@ -93,7 +93,7 @@ async def run(request: Request) -> Response:
     shortest = sorted(examples.items(), key=lambda pair: len(pair[1]))[:EXAMPLES]
     tree = {
         "name": f"{folder.parent.name}/{folder.name}",
-        "base": {"id": base.id, "revision": base.revision},
+        "base": {"id": base.id, "revision": base.revision, "about": base.about},
         "results": read_object(folder, RESULTS, absent=True) or None,
         "examples": [{"question": question, "reference": text} for text, question in shortest],
         "metrics": list(_objects(folder.parent / "run" / "metrics.jsonl")),
@@ -274,7 +274,7 @@ def serve(
 
     Args:
         folder: a release folder; the page shows the curves of the `run` beside it.
-        base: folder of its base; absent: the bundled one, or the hub's.
+        base: folder or GGUF file of its base; absent: as `model.release_base` finds it.
         host: address to bind; anything but loopback needs FINTUNE_API_KEY.
 
     Raises:

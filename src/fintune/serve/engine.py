@@ -107,8 +107,8 @@ class Engine:
 
     def __init__(self, loaded: LoadedRelease) -> None:
         self.max_context = min(context_length(loaded.model), MAX_CONTEXT)
-        self._model = loaded.model
         self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
+        self._model = loaded.model
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
         self._jobs: deque[tuple[Future[list[Scored]], list[int], bool]] = deque()

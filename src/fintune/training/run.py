@@ -74,7 +74,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
 def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     """The stage, by the only run that writes its folder."""
     rows, epochs = read_train(config.data_dir), config.train.num_train_epochs
-    heading(f"train: {len(rows):,} rows, {epochs} epochs, base {base.id}")
+    heading(f"train: {len(rows):,} rows, {epochs} epochs, {base.about}")
     trainer = build(config, base, tokenizer, rows, state)
     _fit(trainer, config, state)
     distributed.from_rank0(lambda: _finish(trainer, rows, state))

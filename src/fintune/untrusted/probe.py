@@ -302,7 +302,7 @@ def _check_stop_tokens(of: _Release) -> str:
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the recorded text, ids and labels."""
     golden, rows = of.golden, of.golden.get("conversations", [])
-    chat, words = of.chat, range(len(of.tokenizer))
+    chat, words = of.chat, range(read_architecture(of.base).get_text_config().vocab_size)
     if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
         raise Unreadable("no recorded answers of a known precision")
     for row in rows:
