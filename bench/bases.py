@@ -15,7 +15,6 @@ backward passes, row by row, in fp32 without dropout.
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -65,9 +64,9 @@ def main(folder: Path, names: list[str]) -> None:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fintune-bases-") as work:
             row = try_base(base, Path(work))
-        row["seconds"] = round(time.monotonic() - start, 1)
         known[base.name] = row
-        line = f"{base.name:22} {row['result']:10} {row['seconds']:6} s  {_said(row)}"
+        seconds = time.monotonic() - start
+        line = f"{base.name:22} {row['result']:10} {seconds:6.1f} s  {_said(row)}"
         print(line, flush=True)  # noqa: T201
         write(list(known.values()))
 
@@ -225,14 +224,13 @@ def _prepare(base: Path, work: Path, config: Path, row: Facts) -> str:
 
 
 def _train(base: Path, work: Path, config: Path, row: Facts) -> str:
-    said, text = _command(work, "train", "-c", config)
+    said, _ = _command(work, "train", "-c", config)
     if said == "ok":
         environment = json.loads((work / "out/run/environment.json").read_text())
         adapter = json.loads((work / "out/run/best/adapter_config.json").read_text())
         row["target_modules"] = adapter["target_modules"]
         row["without_adapter"] = environment["without_adapter"]
         row["fallbacks"] = environment["fallbacks"]
-        row["warnings"] = re.findall(r"^warning: (.*)", text, re.MULTILINE)
     return said
 
 

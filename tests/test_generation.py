@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_release import tiny_adapter, tiny_base
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 from fintune import model
 from fintune.chat import ChatFormat
@@ -76,12 +83,13 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_sliding_windows_of_other_architectures(tiny: Tiny, kind: str) -> None:
-    """Layers that attend to the last 16 tokens alone, mixed with full ones."""
-    layers = ["sliding_attention", "full_attention"] * 2
-    types = {"qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "lfm2"])
+def test_layers_of_other_architectures(tiny: Tiny, kind: str) -> None:
+    """Layers that attend to the last 16 tokens alone, or convolve, mixed with full ones."""
+    other = "conv" if kind == "lfm2" else "sliding_attention"
+    types = {"qwen2": Qwen2Config, "gemma3": Gemma3TextConfig, "lfm2": Lfm2Config}
     torch.manual_seed(0)
+    layers = [other, "full_attention"] * 2
     config = types[kind](**SHAPE, layer_types=layers, use_sliding_window=True)
     loaded = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     wanted = [one_by_one(loaded, ids, 40, [0]) for ids in prompts()]
@@ -133,6 +141,25 @@ def test_base_and_adapter_share_a_batch(tiny: Tiny, tmp_path: Path) -> None:
     while batch.requests:
         batch.step()
     assert [request.token_ids for request in mixed] == plain + adapted
+
+
+def test_layers_that_see_all_rows_in_one_dimension_know_whose_a_token_is(tiny: Tiny) -> None:
+    """The shared expert of a mixture: its tokens are no longer in rows."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    base = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SHAPE | experts)).eval()
+    settings = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    peft_model = get_peft_model(base, settings).eval()
+    mixed = requests(prompts(3), 8) + requests(prompts(3), 8, adapter=False)
+    batch = Batch(peft_model, [0])
+    batch.add(mixed)
+    while batch.requests:
+        batch.step()
+    adapted = answers(tiny, prompts(3), 8, loaded=peft_model, stop_token_ids=[0])
+    with peft_model.disable_adapter():
+        plain = answers(tiny, prompts(3), 8, loaded=peft_model, stop_token_ids=[0])
+    assert [request.token_ids for request in mixed] == adapted + plain
+    assert adapted != plain
 
 
 def test_a_cancelled_row_leaves_and_changes_no_other(tiny: Tiny) -> None:

@@ -353,10 +353,9 @@ def bases(as_json: Json = False) -> None:
     known = read_json(Path(__file__).with_name("bases.json"))
     _emit(known, as_json)
     if not as_json:
-        rows = [[row["id"], row["architecture"], row["result"]] for row in known["bases"]]
-        versions = ", ".join(f"{name} {known[name]}" for name in ("transformers", "peft"))
-        console.table(f"bases tried with {versions}", ["base", "architecture", "result"], rows)
-        console.say(known["how"])
+        for row in known["bases"]:
+            console.result("{id:41} {architecture:30} {result}".format(**row))
+        console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
 
 
 @app.command()

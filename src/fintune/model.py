@@ -385,6 +385,11 @@ def adapter_set(peft_model: PeftModel, on: bool) -> Any:
     return nullcontext() if on else peft_model.disable_adapter()
 
 
+def context_length(model: Any) -> int:
+    """Tokens of prompt and answer that a base takes; without a bound (ALiBi, Mamba) very many."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
 def inference_dtype() -> PrecisionName:
     """bf16 where a GPU has it, else fp32."""
     on_gpu = device().type == "cuda" and torch.cuda.is_bf16_supported(False)

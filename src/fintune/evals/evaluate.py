@@ -206,7 +206,7 @@ def _answer(
     dtype = model.precision(precision, device)
     base_model = model.load_base(base, config.model.quantization, dtype)
     peft_model = model.load_adapter(base_model, config.run_dir / "best")
-    context = base_model.config.get_text_config().max_position_embeddings
+    context = model.context_length(base_model)
     prompts, run_info = _choose(config, rows, asked, chat, context)
     run_info["provenance"] = {
         **inputs,

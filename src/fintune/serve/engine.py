@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 from fintune.chat import AnswerReader
 from fintune.errors import ModelError
 from fintune.generation import FinishReason, Request, open_batch
-from fintune.model import LoadedRelease, adapter_set
+from fintune.model import LoadedRelease, adapter_set, context_length
 
 MAX_ROWS = 64
 """Rows of the running batch."""
@@ -106,8 +106,7 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedRelease) -> None:
-        config = loaded.model.config.get_text_config()
-        self.max_context = min(config.max_position_embeddings, MAX_CONTEXT)
+        self.max_context = min(context_length(loaded.model), MAX_CONTEXT)
         self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
         self._model = loaded.model
         self._wake = threading.Condition()
