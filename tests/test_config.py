@@ -20,6 +20,7 @@ from fintune.config import (
     presets,
 )
 from fintune.errors import ConfigError
+from fintune.model import find_base
 
 
 @pytest.mark.parametrize("name", presets())
@@ -243,6 +244,15 @@ def test_what_is_no_secret_is_shown() -> None:
         load_config("demo", ["train.num_train_epochs=many"])
     with pytest.raises(ConfigError, match=r"data\.min_tokens: .* \(given: -1\)"):
         load_config("demo", ["data.min_tokens=-1"])
+
+
+def test_a_base_goes_by_its_own_name_or_by_none() -> None:
+    given = {"path=a/My base.gguf": "local/My-base", "path=~/b": "local/b", "id=x/y": "x/y"}
+    for change, name in given.items():
+        assert Config.model_validate({"model": dict([change.split("=")])}).model.id == name
+    assert Config().model.id == ""
+    with pytest.raises(ConfigError, match="no base is named"):
+        find_base(Config().model)
 
 
 def test_a_preset_misspelt_is_suggested() -> None:

@@ -46,6 +46,9 @@ def test_options_are_answers(tmp_path: Path) -> None:
     config = load_config(out)
     assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #é\n.jsonl")
     assert (config.model.id, config.model.path) == ("local/base", base)
+    (tmp_path / "b.Q4_1.gguf").touch()
+    tiny.done("init", "--out", tmp_path / "gguf.yaml", "--base", tmp_path / "b.Q4_1.gguf")
+    assert load_config(tmp_path / "gguf.yaml").model.id == "local/b.Q4_1"
     assert config.data.pii == "mask", "only the preset's own rows may pass unmasked"
     again = tiny.fintune("init", "--out", out, "--preset", "demo")
     assert (again.code, "--force" in again.err) == (1, True)
