@@ -10,6 +10,7 @@ Every pattern is anchored or bounded, so reading is linear in the length of the 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -99,7 +100,9 @@ def clean(text: str) -> str:
 
     def plain(match: re.Match[str]) -> str:
         new = _SIGNS.get(match["sign"] or "", "")
-        if match["over"]:
+        if match["half"]:
+            new = f"{match['half']}⁄{match['one']}"
+        elif match["over"]:
             over, under = (markup.sub(plain, match[part]) for part in ("over", "under"))
             new = f"{over} ⁄{under} "
         elif match["math"]:
@@ -149,7 +152,7 @@ def scan(text: str) -> tuple[str, list[Amount]]:
 
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
-    mantissa = _mantissa(match)
+    mantissa, decimals = _mantissa(match)
     before = ends_with(_GRAMMAR["prefix"], text, match.start(), 10)
     after = _GRAMMAR["suffix"].match(text, match.end())
     assert before and after  # the two patterns also match an empty string
@@ -162,7 +165,6 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
     if after["duration"] and re.fullmatch("(?:19|20)[0-9]{2}", match[0]):  # "the 2019 quarter"
         unit, end = "plain", match.end()
     sign, begin = _sign(text, before, match.start())
-    decimals = max(0, -int(mantissa.as_tuple().exponent))
     rich = bool(word or mark or decimals or sign < 0 or unit != "plain")
     role = _role(text, match, begin, end, rich)
     cue: Cue = ""
@@ -182,20 +184,37 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
             unit = "percent" if closed["percent"] and unit == "plain" else unit
     if not role and not cue:
         cue = _cue(text, nearest, begin, end)
+    if sign > 0 and not role and _AROUND["ledger"].match(text, end):
+        sign, end = -1, end + 1
     currency = _CURRENCIES.get(mark, mark.upper())
     return Amount(sign, mantissa, scale, unit, currency, decimals, begin, end, role, cue)
 
 
-def _mantissa(match: re.Match[str]) -> Decimal:
-    """What the matched digits or words say, unsigned and without a scale."""
+def fraction(whole: Decimal, over: Decimal, under: Decimal) -> tuple[Decimal, int]:
+    """The value of whole + over/under, and its decimals: two digits of a quotient without an end.
+
+    Raises:
+        decimal.DecimalException: a division by zero.
+    """
+    value = whole + over / under
+    decimals = max(0, -int(value.as_tuple().exponent))
+    return value, decimals if decimals < 12 else max(2, 1 - value.adjusted())
+
+
+def _mantissa(match: re.Match[str]) -> tuple[Decimal, int]:
+    """What the matched digits or words say, unsigned and without a scale, and its decimals."""
     if match.lastgroup == "words":
-        return Decimal(sum(_WORDS[word] for word in re.split("[ -]", match[0].lower())))
-    token = re.sub("[ \u00a0'{}]", "", match[0])
+        return Decimal(sum(_WORDS[word] for word in re.split("[ -]", match[0].lower()))), 0
+    token = re.sub(r"[ \u00a0'{}\\!;:]", "", match[0])
+    if match.lastgroup == "vulgar":
+        parts = [token[:-1] or "0", *unicodedata.normalize("NFKC", token[-1]).split("\u2044")]
+        return fraction(*map(Decimal, parts))
     if match.lastgroup == "us":
         token = token.replace(",", "")
     elif match.lastgroup == "eu":
         token = token.replace(".", "").replace(",", ".")
-    return Decimal(token)
+    value = Decimal(token)
+    return value, max(0, -int(value.as_tuple().exponent))
 
 
 def _sign(text: str, before: re.Match[str], start: int) -> tuple[int, int]:
@@ -289,3 +308,26 @@ def _join_ranges(text: str, amounts: list[Amount]) -> None:
             role: Role = "" if ends_with(_AROUND["from"], text, a.start, 8) else "range"
             amounts[left] = replace(a, role=role)
             amounts[left + 1] = replace(b, role=role, currency=a.currency)
+
+
+def join_fractions(text: str, amounts: list[Amount]) -> list[Amount]:
+    """The amounts, with each fraction of small whole numbers as one ("1/4", "2 3/4 %"), unless a
+    calculation goes on behind it ("3/4 = 0.75")."""
+    found = list[Amount]()
+    for one in amounts:
+        over = found[-1] if found else one
+        bar = _AROUND["bar"].fullmatch(text, over.end, one.start)
+        whole = over.bare and text[one.start : one.start + 1].isdigit()
+        whole = whole and not (over.decimals or one.decimals or over.role or one.role)
+        if not (bar and whole and one.mantissa) or _AROUND["more"].match(text, one.end):
+            found.append(one)
+            continue
+        first, size = found.pop(), Decimal(0)
+        mixed = found and over.mantissa < one.mantissa and not found[-1].decimals
+        if mixed and _AROUND["mixed"].fullmatch(text, found[-1].end, over.start):
+            first = found.pop()
+            size = first.mantissa
+        size, decimals = fraction(size, over.mantissa, one.mantissa)
+        join = {"mantissa": size, "decimals": decimals, "start": first.start, "sign": first.sign}
+        found.append(replace(one, **join, currency=first.currency or one.currency))
+    return found

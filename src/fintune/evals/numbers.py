@@ -21,16 +21,26 @@ compare("12.5%", "The margin was 1250%").miss                                   
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from decimal import Decimal
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fintune.errors import DataError
-from fintune.evals.amounts import FACTORS, SCALES, UNITS, Amount, clean, ends_with, patterns, scan
+from fintune.evals.amounts import (
+    FACTORS,
+    SCALES,
+    UNITS,
+    Amount,
+    clean,
+    ends_with,
+    join_fractions,
+    patterns,
+    scan,
+)
 
 Miss = Literal["scale", "percent", "sign", "other"]
 
@@ -41,9 +51,13 @@ _CONSTANTS = {*map(Decimal, range(11)), *map(Decimal, (12, 52, 100, 360, 365, 10
 _THOUSAND = Decimal(1000)  # "in 000s"
 _CROWD = 6
 """A sentence with more amounts than this is a list, and only its leading amount counts."""
+_REPEATED = 40
+"""Most characters of words that stand alike between several amounts of a list."""
 _MOST_FACTS = 500
 """Numbers of a context that `ungrounded` combines: the work grows with their square."""
 _STOP = re.compile(r"\n+|[.!?;。][\"')\]]{0,3}(?:\s+|\Z)")
+_YEAR = re.compile(r"(?:19|20)[0-9]{2}(?![0-9])")
+_CLAUSE = re.compile(r"[,;:\n]\s|[.]\s|\b(?:and|while|whereas|but|compared|versus|from|to)\b")
 _OPERATOR = re.compile(r"[ \u00a0)\]}]{0,12}([-+*/×÷·^⁄]|[xX](?=[ (]))[ \u00a0(\[{]{0,12}")
 _REPLY, _QUESTION = patterns("reply"), patterns("question")
 """How a reply states its answer, and what a question says of it; see numbers.toml."""
@@ -53,8 +67,11 @@ _REPLY, _QUESTION = patterns("reply"), patterns("question")
 
 
 def _eligible(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The amounts that may be an answer: no operand of a written calculation, no end of a range."""
-    operands: set[int] = set()
+    """The amounts that may be an answer: no operand of a written calculation, no end of a range.
+
+    A fraction of whole numbers is one amount ("1/4", "2 3/4"), unless a calculation goes on.
+    """
+    amounts, operands = join_fractions(text, amounts), set[int]()
     for left in range(len(amounts) - 1):
         a, b = amounts[left], amounts[left + 1]
         sign = _OPERATOR.fullmatch(text, a.end, b.start) if b.start - a.end <= 25 else None
@@ -67,16 +84,9 @@ def _sentence_ends(text: str) -> list[int]:
     return sorted({len(text), *(match.end() for match in _STOP.finditer(text))})
 
 
-def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The amounts among the eligible ones that may state the answer, the most plausible first.
-
-    After the last "the answer is", `####` or `\\boxed{`: those of that statement. Without one:
-    those of the last two and the first sentence that hold amounts, the rule that agreed best with
-    FinanceBench's human labels (95.8 % of 832). A sentence of more than six amounts counts only
-    with its leading one.
-    """
-    if not amounts:
-        return []
+def statements(text: str) -> Iterator[tuple[int, int]]:
+    """Where a text states its answer in so many words ("the answer is", `####`, `\\boxed{`): begin
+    and end of each such statement, the last one first; a reason behind it is none of it."""
     ends = _sentence_ends(text)
     for marker in reversed(list(_REPLY["marker"].finditer(text))):
         at = bisect_left(ends, marker.end() + 1)
@@ -84,22 +94,99 @@ def _stated(text: str, amounts: list[Amount]) -> list[Amount]:
             at += 1  # "Answer:" alone on a line
         stop = ends[min(at, len(ends) - 1)]
         because = _REPLY["because"].search(text, marker.end(), stop)
-        stop = because.start() if because else stop
-        stated = [amount for amount in amounts if marker.end() <= amount.start < stop]
-        if stated:
-            return _led(text, stated)
-    sentences = groupby(amounts, lambda amount: bisect_left(ends, amount.start + 1))
-    spoken = [_led(text, [*group]) for _, group in sentences]
-    chosen = [spoken[-1], *spoken[-2:-1], *(spoken[:1] if len(spoken) > 2 else [])]
-    return [amount for group in chosen for amount in group]
+        yield marker.end(), because.start() if because else stop
 
 
-def _led(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The amounts of one sentence, the last that follows "=" or "gives" first, else as written."""
-    results = [amount for amount in amounts if ends_with(_REPLY["result"], text, amount.start, 26)]
-    lead = results[-1] if results else amounts[0]
-    rest = amounts if len(amounts) <= _CROWD else []
-    return [lead, *(amount for amount in rest if amount is not lead)]
+def _stated(text: str, amounts: list[Amount], years: Set[str] = frozenset()) -> list[Amount]:
+    """The eligible amounts that state the answer: one, or two forms of one ("0.125 (12.5 %)").
+
+    Those of the last statement; else of the first line if nothing else is in it; else of the last
+    sentence that says what something is or comes to; else of the last sentence. FinanceBench's
+    human labels (832 answers) decided this order. None of several amounts without a choice
+    ("10 or 11") counts, and none that is denied ("12, not 10") or counts years of an average.
+
+    Args:
+        years: that the question names; sentences that name others alone come last.
+    """
+    listed = _listed(text, amounts)
+    usable = [
+        one
+        for at, one in enumerate(amounts)
+        if at not in listed
+        and not ends_with(_REPLY["denies"], text, one.start, 40)
+        and not _REPLY["denied"].match(text, one.end)
+    ]
+    for start, stop in statements(text):
+        if inside := [one for one in usable if start <= one.start < stop]:
+            return _chosen(text, inside, years)
+    ends = [0, *_sentence_ends(text)]
+    parts = [(at, [*group]) for at, group in groupby(usable, lambda one: bisect_left(ends, one.end))]
+    if parts and not re.search("[^\\W\\d_]", _without(text[: ends[parts[0][0]]], parts[0][1])):
+        return _chosen(text, parts[0][1], years)
+    asked = [group for at, group in parts if _is_of(years, text[ends[at - 1] : ends[at]])]
+    groups = asked or [group for _, group in parts]
+    says = [group for group in groups if any(_rank(text, one) > 0 for one in group)]
+    return _chosen(text, (says or groups)[-1], years) if groups else []
+
+
+def _without(text: str, amounts: list[Amount]) -> str:
+    for amount in reversed(amounts):
+        text = text[: amount.start] + text[amount.end :]
+    return text
+
+
+def _is_of(years: Set[str], text: str) -> bool:
+    """Whether a text names one of these years, or none, or none is asked for."""
+    named = {*_YEAR.findall(text)}
+    return not years or not named or bool(named & years)
+
+
+def _listed(text: str, amounts: list[Amount]) -> set[int]:
+    """Which amounts stand in a list, without words that would choose one of them: "10 or 11",
+    "9, 10, 11", "It was 9. It was 10. It was 11."; two forms of one are none."""
+    gaps = [text[a.end : b.start].casefold() for a, b in pairwise(amounts)]
+    joints = [_REPLY["joint"].fullmatch(gap) for gap in gaps]
+    found = set[int]()
+    for at, (a, b) in enumerate(pairwise(amounts)):
+        if a.value == b.value or (a.unit in FACTORS) != (b.unit in FACTORS):
+            continue
+        beside = [other for other in (at - 1, at + 1) if 0 <= other < len(gaps)]
+        joint = joints[at]
+        alone = len(gaps) == 1 and not (text[: a.start] + text[b.end :]).strip(" .*\n")
+        if joint and (joint[1] or alone or any(joints[other] for other in beside)):
+            found |= {at, at + 1}
+        elif len(gaps[at]) < _REPEATED and any(gaps[other] == gaps[at] for other in beside):
+            found |= {at, at + 1}
+    return found
+
+
+def _rank(text: str, one: Amount) -> int:
+    """2 behind "=" or "gives", 1 behind "is" or "was", -1 for what is compared with, else 0."""
+    if ends_with(_REPLY["result"], text, one.start, 60):
+        return 2
+    if ends_with(_REPLY["states"], text, one.start, 30):
+        return 1
+    return -1 if ends_with(_REPLY["base"], text, one.start, 12) else 0
+
+
+def _chosen(text: str, amounts: list[Amount], years: Set[str]) -> list[Amount]:
+    """The amount of one sentence that is its result, and another form of it that follows: the
+    last behind "=" or "gives", else the first behind a verb, else the first; of those beside a
+    year that the question names, where there are such."""
+
+    def clause(one: Amount) -> str:
+        before = [0, *(at.end() for at in _CLAUSE.finditer(text, 0, one.start))][-1]
+        after = _CLAUSE.search(text, one.end)
+        return text[before : after.start() if after else None]
+
+    beside = [one for one in amounts if years & {*_YEAR.findall(clause(one))}]
+    amounts = beside or amounts
+    ranks = [_rank(text, one) for one in amounts]
+    best = max(ranks)
+    at = len(ranks) - 1 - ranks[::-1].index(2) if best == 2 else ranks.index(best)
+    pair = amounts[at : at + 2]
+    form = pair[1:] and _REPLY["form"].fullmatch(text, pair[0].end, pair[1].start)
+    return pair if form else pair[:1]
 
 
 def is_number_answer(reference: str) -> bool:
@@ -114,9 +201,7 @@ def is_number_answer(reference: str) -> bool:
     stated = _stated(text, usable) if marked else usable
     if len({amount.value for amount in stated}) != 1 or _REPLY["yes_no"].match(text):
         return False
-    rest = text
-    for amount in reversed(amounts):
-        rest = rest[: amount.start] + rest[amount.end :]
+    rest = _without(text, amounts)
     if marked or not any(character.isalpha() for character in rest):
         return True
     one, words = stated[0], len(text.split())
@@ -147,7 +232,7 @@ class _Asked(NamedTuple):
     """What a question says of its answer.
 
     A scale or unit to give it in, the scales that tables of the context name, that it is a
-    percentage or a rate, that it names a fall (so that -5 means 5).
+    percentage or a rate, that it names a fall (so that -5 means 5), and the years it names.
     """
 
     scale: Decimal | None
@@ -155,6 +240,7 @@ class _Asked(NamedTuple):
     unit: str | None
     percent: bool
     fall: bool
+    years: Set[str]
 
 
 def _read_question(question: str, context: str) -> _Asked:
@@ -166,7 +252,8 @@ def _read_question(question: str, context: str) -> _Asked:
     unit, neutral = _QUESTION["unit"].search(text), _QUESTION["either"].sub(" ", text)
     fall = bool(_QUESTION["falls"].search(neutral)) and not _QUESTION["rises"].search(neutral)
     percent = bool(_QUESTION["percent"].search(text))
-    return _Asked(scales[0] if scales else None, {*lent}, unit and unit.lastgroup, percent, fall)
+    scale, years = scales[0] if scales else None, {*_YEAR.findall(text)}
+    return _Asked(scale, {*lent}, unit and unit.lastgroup, percent, fall, years)
 
 
 def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> NumberVerdict:
@@ -186,14 +273,17 @@ def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> 
     target = _gold(gold)
     asked = _read_question(question, context)
     text, amounts = scan(reply)
-    candidates = _stated(text, _eligible(text, amounts))
-    # "The total is 2015." may be 2,015.
-    years = _stated(text, [replace(year, role="") for year in amounts if year.role == "year"])
-    candidates += [year for year in years if ends_with(_REPLY["said"], text, year.start, 12)]
-    if not candidates:  # only operands or a range: something was said, nothing was answered
+    eligible, targets = _eligible(text, amounts), _targets(target, asked)
+    candidates = _stated(text, eligible, asked.years)
+    if not candidates:  # "The total is 2015." may be 2,015.
+        years = _stated(text, [replace(year, role="") for year in amounts if year.role == "year"])
+        candidates = [one for one in years if ends_with(_REPLY["said"], text, one.start, 12)]
+    if not candidates:  # only operands, a range or a list: something was said, nothing was answered
         first = next((amount for amount in amounts if amount.role in ("", "range")), None)
-        return NumberVerdict(False, False, "other", first)
-    targets = _targets(target, asked)
+        listed = len(_listed(text, eligible))
+        if first is None or 0 < listed <= _CROWD:
+            return NumberVerdict(False, False, "other", None)
+        return NumberVerdict(False, False, _miss(first, targets, asked) if listed else "other", first)
     for tolerance in (STRICT, LENIENT):
         for read in candidates:
             if _agrees(read, targets, asked, tolerance):
