@@ -38,7 +38,6 @@ NOT_YET = {
     "server": "c01 c03 c04 c06 c10 c11 s01 s02 s04 s06 s07",
     "prepare": "d01 d03 d05 d06 d08 d11 d12 d14 d20 d22 d24 d26 d27 d29 d31 d32",
     "tasks": "e07 e09 e10 e12 e35",
-    "grading": "e14 e16 e18 e20 e21 e23 e25 e27 e29 e30 e31 e33 e37",
     "training": "t01 t02 t04 t08",
 }
 """Cases that fail today, by the part that is to be mended. One that passes must be taken out."""

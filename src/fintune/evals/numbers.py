@@ -51,8 +51,8 @@ _CONSTANTS = {*map(Decimal, range(11)), *map(Decimal, (12, 52, 100, 360, 365, 10
 _THOUSAND = Decimal(1000)  # "in 000s"
 _CROWD = 6
 """A sentence with more amounts than this is a list, and only its leading amount counts."""
-_REPEATED = 40
-"""Most characters of words that stand alike between several amounts of a list."""
+_NEAR = 60
+"""Characters around an amount among which a year, or words that repeat in a list, belong to it."""
 _MOST_FACTS = 500
 """Numbers of a context that `ungrounded` combines: the work grows with their square."""
 _STOP = re.compile(r"\n+|[.!?;。][\"')\]]{0,3}(?:\s+|\Z)")
@@ -97,6 +97,12 @@ def statements(text: str) -> Iterator[tuple[int, int]]:
         yield marker.end(), because.start() if because else stop
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text that are not blank."""
+    parts = (text[start:stop] for start, stop in pairwise([0, *_sentence_ends(text)]))
+    return [part for part in parts if part.strip()]
+
+
 def _stated(text: str, amounts: list[Amount], years: Set[str] = frozenset()) -> list[Amount]:
     """The eligible amounts that state the answer: one, or two forms of one ("0.125 (12.5 %)").
 
@@ -121,7 +127,7 @@ def _stated(text: str, amounts: list[Amount], years: Set[str] = frozenset()) -> 
             return _chosen(text, inside, years)
     ends = [0, *_sentence_ends(text)]
     parts = [(at, [*group]) for at, group in groupby(usable, lambda one: bisect_left(ends, one.end))]
-    if parts and not re.search("[^\\W\\d_]", _without(text[: ends[parts[0][0]]], parts[0][1])):
+    if parts and not re.search(r"[^\W\d_]", _without(text[: ends[parts[0][0]]], parts[0][1])):
         return _chosen(text, parts[0][1], years)
     asked = [group for at, group in parts if _is_of(years, text[ends[at - 1] : ends[at]])]
     groups = asked or [group for _, group in parts]
@@ -133,6 +139,13 @@ def _without(text: str, amounts: list[Amount]) -> str:
     for amount in reversed(amounts):
         text = text[: amount.start] + text[amount.end :]
     return text
+
+
+def _sentence(text: str, one: Amount) -> str:
+    """The sentence of an amount, without remarks in parentheses."""
+    ends = [0, *_sentence_ends(text)]
+    at = bisect_left(ends, one.end)
+    return re.sub(r"\([^()]*\)", "", text[ends[at - 1] : ends[at]])
 
 
 def _is_of(years: Set[str], text: str) -> bool:
@@ -155,7 +168,7 @@ def _listed(text: str, amounts: list[Amount]) -> set[int]:
         alone = len(gaps) == 1 and not (text[: a.start] + text[b.end :]).strip(" .*\n")
         if joint and (joint[1] or alone or any(joints[other] for other in beside)):
             found |= {at, at + 1}
-        elif len(gaps[at]) < _REPEATED and any(gaps[other] == gaps[at] for other in beside):
+        elif len(gaps[at]) < _NEAR and any(gaps[other] == gaps[at] for other in beside):
             found |= {at, at + 1}
     return found
 
@@ -175,9 +188,10 @@ def _chosen(text: str, amounts: list[Amount], years: Set[str]) -> list[Amount]:
     year that the question names, where there are such."""
 
     def clause(one: Amount) -> str:
-        before = [0, *(at.end() for at in _CLAUSE.finditer(text, 0, one.start))][-1]
-        after = _CLAUSE.search(text, one.end)
-        return text[before : after.start() if after else None]
+        start, stop = max(0, one.start - _NEAR), one.end + _NEAR
+        before = [start, *(at.end() for at in _CLAUSE.finditer(text, start, one.start))][-1]
+        after = _CLAUSE.search(text, one.end, stop)
+        return text[before : after.start() if after else stop]
 
     beside = [one for one in amounts if years & {*_YEAR.findall(clause(one))}]
     amounts = beside or amounts
@@ -219,13 +233,15 @@ class NumberVerdict(NamedTuple):
     """Whether a reply's number is right, at 0.5 % (`correct`) and at 1 % (`lenient`).
 
     `read` is the amount judged, with offsets into the reply; None when the reply holds no amount,
-    which is for the caller to count as unparsed or abstained. `miss` is None when correct.
+    which is for the caller to count as unparsed or abstained. `miss` is None when correct. `stated`: the
+    reply states it as its answer, for a year that the question names, if it names any.
     """
 
     correct: bool
     lenient: bool
     miss: Miss | None
     read: Amount | None
+    stated: bool = False
 
 
 class _Asked(NamedTuple):
@@ -275,6 +291,7 @@ def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> 
     text, amounts = scan(reply)
     eligible, targets = _eligible(text, amounts), _targets(target, asked)
     candidates = _stated(text, eligible, asked.years)
+    stated = bool(candidates) and _is_of(asked.years, _sentence(text, candidates[0]))
     if not candidates:  # "The total is 2015." may be 2,015.
         years = _stated(text, [replace(year, role="") for year in amounts if year.role == "year"])
         candidates = [one for one in years if ends_with(_REPLY["said"], text, one.start, 12)]
@@ -291,7 +308,7 @@ def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> 
                 return NumberVerdict(correct, True, None if correct else "other", read)
     misses = [_miss(read, targets, asked) for read in candidates]
     named = next((at for at, miss in enumerate(misses) if miss != "other"), 0)
-    return NumberVerdict(False, False, misses[named], candidates[named])
+    return NumberVerdict(False, False, misses[named], candidates[named], stated)
 
 
 def _gold(gold: str) -> Amount:
@@ -388,18 +405,19 @@ def _miss(amount: Amount, targets: list[Amount], asked: _Asked) -> Miss:
     return "scale" if powers else "other"
 
 
-def ungrounded(answer: str, *known: str) -> list[Amount]:
+def ungrounded(answer: str, *known: str, derived: bool = True) -> list[Amount]:
     """The amounts of an answer without support in the known texts.
 
     Supported are amounts that are in a text, or that one operation on two amounts of them gives at
-    the printed precision (sum, difference, product, quotient, relative change). Whole numbers up
+    the printed precision (sum, difference, product, quotient, relative change) where `derived`. Whole numbers up
     to 10 and constants of calculation (100, 12, 365) need no support.
     """
     facts = [fact for text in known for fact in scan(text)[1] if fact.mantissa]
     sizes = {float(size): 0 for fact in facts for size in (abs(fact.value), fact.mantissa)}
     a = np.array([*sizes][:_MOST_FACTS])
     b = a[:, None]
-    made = np.concatenate([a, *(abs(x).ravel() for x in (a + b, a - b, a * b, a / b, a / b - 1))])
+    steps = (a + b, a - b, a * b, a / b, a / b - 1) if derived else ()
+    made = np.concatenate([a, *(abs(x).ravel() for x in steps)])
 
     def grounded(amount: Amount) -> bool:
         if amount.mantissa in _CONSTANTS and amount.bare and not amount.currency:
