@@ -142,14 +142,17 @@ def _answers(verdict: numbers.NumberVerdict, answer: str) -> bool:
 
 def _read_span(reference: str, answer: str) -> tuple[str | None, bool]:
     """What an answer says instead of a name or phrase, and whether it is that: in whole words, in
-    its last statement or in an answer of few other words and numbers."""
-    text = next((answer[start:stop] for start, stop in numbers.statements(answer)), answer)
+    its last statement or the whole answer: behind a verb, at the end of a sentence, or almost
+    alone, with few other words and numbers."""
+    text = next((answer[start:] for start, _ in numbers.statements(answer)), answer)
     span, said = plain(reference), plain(text)
     found = re.search(rf"(?<!\w){re.escape(span)}(?!\w)", said)
-    if not found or _NOT.search(said[: found.start()]):
+    if not found or _NOT.search(before := _before(said, found)):
         return None, False
     figures = [len(re.findall(r"[0-9][0-9.,]*", text)) for text in (said, span)]
-    return text[:400], len(said) <= 4 * len(span) + 80 and figures[0] <= figures[1] + 2
+    placed = _SAYS.search(before.lstrip(_OUTER)) or re.match(r"\W*(?:\Z|[.;])", said[found.end() :])
+    near = len(said) <= len(span) + 40 or (placed and len(said) <= 2 * len(span) + 80)
+    return text[:400], bool(near) and figures[0] <= figures[1] + 2
 
 
 def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
@@ -177,19 +180,24 @@ def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
 
 def _said(text: str, pattern: re.Pattern[str]) -> str | None:
     """The one label that a sentence says, in words, or None."""
-    matches = [at for at in pattern.finditer(text) if not _NOT.search(text[: at.start()])]
+    matches = [at for at in pattern.finditer(text) if not _NOT.search(_before(text, at))]
     gaps = [_JOINT.fullmatch(text, a.end(), b.start()) for a, b in pairwise(matches)]
     said = list[str]()
     for at, match in enumerate(matches):
         name = _words(match[0])
         word = name in _YES_NO or len(name) == 1
         listed = any(gaps[max(0, at - 1) : at + 1])
-        if not listed and _SAYS.search(text[: match.start()].lstrip(_OUTER)):
+        if not listed and _SAYS.search(_before(text, match).lstrip(_OUTER)):
             if not word or _ALONE.match(text, match.end()):
                 said.append(name)
                 if not text[: match.start()].strip(_OUTER):
                     break  # "Positive, as ...": what follows are reasons
     return said[0] if len({*said}) == 1 else None
+
+
+def _before(text: str, match: re.Match[str]) -> str:
+    """What of a text may bear on a match: searching all of it would take the square of its length."""
+    return text[max(0, match.start() - 80) : match.start()]
 
 
 def _words(label: str) -> str:

@@ -51,6 +51,8 @@ _CONSTANTS = {*map(Decimal, range(11)), *map(Decimal, (12, 52, 100, 360, 365, 10
 _THOUSAND = Decimal(1000)  # "in 000s"
 _CROWD = 6
 """A sentence with more amounts than this is a list, and only its leading amount counts."""
+_MANY = 12
+"""A reply with more amounts retells a passage: without a result in it, it has no answer."""
 _NEAR = 60
 """Characters around an amount among which a year, or words that repeat in a list, belong to it."""
 _MOST_FACTS = 500
@@ -131,8 +133,9 @@ def _stated(text: str, amounts: list[Amount], years: Set[str] = frozenset()) -> 
         return _chosen(text, parts[0][1], years)
     asked = [group for at, group in parts if _is_of(years, text[ends[at - 1] : ends[at]])]
     groups = asked or [group for _, group in parts]
-    says = [group for group in groups if any(_rank(text, one) > 0 for one in group)]
-    return _chosen(text, (says or groups)[-1], years) if groups else []
+    least = 0 if len(usable) <= _MANY else 1  # of a retold passage only what follows "=" counts
+    says = [group for group in groups if any(_rank(text, one) > least for one in group)]
+    return _chosen(text, (says or groups)[-1], years) if says or (groups and not least) else []
 
 
 def _without(text: str, amounts: list[Amount]) -> str:
