@@ -190,31 +190,25 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
     return Amount(sign, mantissa, scale, unit, currency, decimals, begin, end, role, cue)
 
 
-def fraction(whole: Decimal, over: Decimal, under: Decimal) -> tuple[Decimal, int]:
-    """The value of whole + over/under, and its decimals: two digits of a quotient without an end.
-
-    Raises:
-        decimal.DecimalException: a division by zero.
-    """
-    value = whole + over / under
-    decimals = max(0, -int(value.as_tuple().exponent))
-    return value, decimals if decimals < 12 else max(2, 1 - value.adjusted())
-
-
 def _mantissa(match: re.Match[str]) -> tuple[Decimal, int]:
     """What the matched digits or words say, unsigned and without a scale, and its decimals."""
     if match.lastgroup == "words":
         return Decimal(sum(_WORDS[word] for word in re.split("[ -]", match[0].lower()))), 0
+    if match.lastgroup == "fraction":
+        over, under = re.split(" *[/\u2044] ?", unicodedata.normalize("NFKC", match["part"]))
+        value = Decimal(match["whole"] or 0) + Decimal(over) / Decimal(under)
+        endless = _decimals(value) > 20
+        return value, max(2, 1 - value.adjusted()) if endless else _decimals(value)
     token = re.sub(r"[ \u00a0'{}\\!;:]", "", match[0])
-    if match.lastgroup == "vulgar":
-        parts = [token[:-1] or "0", *unicodedata.normalize("NFKC", token[-1]).split("\u2044")]
-        return fraction(*map(Decimal, parts))
     if match.lastgroup == "us":
         token = token.replace(",", "")
     elif match.lastgroup == "eu":
         token = token.replace(".", "").replace(",", ".")
-    value = Decimal(token)
-    return value, max(0, -int(value.as_tuple().exponent))
+    return Decimal(token), _decimals(Decimal(token))
+
+
+def _decimals(value: Decimal) -> int:
+    return max(0, -int(value.as_tuple().exponent))
 
 
 def _sign(text: str, before: re.Match[str], start: int) -> tuple[int, int]:
@@ -308,26 +302,3 @@ def _join_ranges(text: str, amounts: list[Amount]) -> None:
             role: Role = "" if ends_with(_AROUND["from"], text, a.start, 8) else "range"
             amounts[left] = replace(a, role=role)
             amounts[left + 1] = replace(b, role=role, currency=a.currency)
-
-
-def join_fractions(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The amounts, with each fraction of small whole numbers as one ("1/4", "2 3/4 %"), unless a
-    calculation goes on behind it ("3/4 = 0.75")."""
-    found = list[Amount]()
-    for one in amounts:
-        over = found[-1] if found else one
-        bar = _AROUND["bar"].fullmatch(text, over.end, one.start)
-        whole = over.bare and text[one.start : one.start + 1].isdigit()
-        whole = whole and not (over.decimals or one.decimals or over.role or one.role)
-        if not (bar and whole and one.mantissa) or _AROUND["more"].match(text, one.end):
-            found.append(one)
-            continue
-        first, size = found.pop(), Decimal(0)
-        mixed = found and over.mantissa < one.mantissa and not found[-1].decimals
-        if mixed and _AROUND["mixed"].fullmatch(text, found[-1].end, over.start):
-            first = found.pop()
-            size = first.mantissa
-        size, decimals = fraction(size, over.mantissa, one.mantissa)
-        join = {"mantissa": size, "decimals": decimals, "start": first.start, "sign": first.sign}
-        found.append(replace(one, **join, currency=first.currency or one.currency))
-    return found

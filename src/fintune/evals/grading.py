@@ -104,7 +104,7 @@ def grade(
         kind, choices = "label", _YES_NO
     if kind == "label":
         read = read_label(answer, choices)
-        right = read is not None and plain(read) == plain(reference)
+        right = read is not None and _words(read) == _words(reference)
     elif kind == "tags":
         wanted, given = ([tag.strip() for tag in text.split(",")] for text in (reference, answer))
         read, right = answer.split("\n")[0][:400] or None, wanted == given
@@ -122,22 +122,14 @@ def _grade_number(reference: str, answer: str, question: str, context: str) -> G
     amounts = numbers.ungrounded(answer, context, question, reference)
     ungrounded = tuple(answer[amount.start : amount.end] for amount in amounts)
     gives_up = [*_ABSTAINS.finditer(answer)]
-    if verdict.read is None or (gives_up and not verdict.lenient and not _answers(verdict, answer)):
-        return Graded("abstained" if gives_up else "unparsed", False, ungrounded=ungrounded)
-    read = answer[verdict.read.start : verdict.read.end]
+    if (at := verdict.read) is None or (gives_up and not verdict.lenient):
+        # Given up is the question, or only something else ("Segment data is not provided.").
+        whole = [min(match.end(), at.start) for match in gives_up if at and match["whole"]]
+        but = at and whole and _BUT.search(answer, whole[0], at.start)
+        if at is None or not verdict.stated or (whole and not but):
+            return Graded("abstained" if gives_up else "unparsed", False, ungrounded=ungrounded)
     outcome: Outcome = "correct" if verdict.correct else "wrong"
-    return Graded(outcome, verdict.lenient, read, verdict.miss, ungrounded)
-
-
-def _answers(verdict: numbers.NumberVerdict, answer: str) -> bool:
-    """Whether an answer that says what it cannot answer states a number all the same: as its
-    answer, where only something else is not given ("Segment data is not provided. Revenue was
-    400."), or behind "but"."""
-    if not verdict.stated or verdict.read is None:
-        return False
-    up_to = verdict.read.start
-    whole = [match for match in _ABSTAINS.finditer(answer) if match["whole"]]
-    return not whole or bool(_BUT.search(answer, min(whole[0].end(), up_to), up_to))
+    return Graded(outcome, verdict.lenient, answer[at.start : at.end], verdict.miss, ungrounded)
 
 
 def _read_span(reference: str, answer: str) -> tuple[str | None, bool]:
@@ -168,13 +160,13 @@ def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
     words = (re.escape(name).replace(r"\ ", "[ _-]") for name in sorted(names, key=len)[::-1])
     pattern = re.compile(rf"(?i)(?<!\w)(?<!\w-)(?:{'|'.join(words) or '(?!)'})(?!\w|-\w)")
     answer = clean(answer)
-    parts = [answer[slice(*part)] for part in numbers.statements(answer)][:1]
     first, *others = numbers.sentences(answer) or [""]
-    for part in (*parts, first, *others[::-1]):
+    parts = [*(answer[slice(*part)] for part in numbers.statements(answer)), first, *others[::-1]]
+    for part in parts:
         if said := _said(part, pattern):
             frame = plain(pattern.sub("_", part))
-            same = [one for one in (first, *others) if plain(pattern.sub("_", one)) == frame]
-            return None if len({*map(plain, same)} - {plain(part)}) else names[said]
+            same = {plain(one) for one in parts if plain(pattern.sub("_", one)) == frame}
+            return names[said] if len(same) == 1 else None
     return None
 
 
@@ -182,27 +174,24 @@ def _said(text: str, pattern: re.Pattern[str]) -> str | None:
     """The one label that a sentence says, in words, or None."""
     matches = [at for at in pattern.finditer(text) if not _NOT.search(_before(text, at))]
     gaps = [_JOINT.fullmatch(text, a.end(), b.start()) for a, b in pairwise(matches)]
-    said = list[str]()
+    said: dict[str, int] = {}
     for at, match in enumerate(matches):
-        name = _words(match[0])
-        word = name in _YES_NO or len(name) == 1
-        listed = any(gaps[max(0, at - 1) : at + 1])
-        if not listed and _SAYS.search(_before(text, match).lstrip(_OUTER)):
-            if not word or _ALONE.match(text, match.end()):
-                said.append(name)
-                if not text[: match.start()].strip(_OUTER):
-                    break  # "Positive, as ...": what follows are reasons
-    return said[0] if len({*said}) == 1 else None
+        name, listed = _words(match[0]), any(gaps[max(0, at - 1) : at + 1])
+        inner = (name in _YES_NO or len(name) == 1) and not _ALONE.match(text, match.end())
+        if not listed and not inner and _SAYS.search(_before(text, match).lstrip(_OUTER)):
+            said.setdefault(name, len(text[: match.start()].strip(_OUTER)))
+    first = next(iter(said), None)  # "Positive, as ...": what follows are reasons
+    return first if len(said) == 1 or (first and not said[first]) else None
 
 
 def _before(text: str, match: re.Match[str]) -> str:
-    """What of a text may bear on a match: searching all of it would take the square of its length."""
+    """The part of a text that may bear on a match; all of it would take the length's square."""
     return text[max(0, match.start() - 80) : match.start()]
 
 
 def _words(label: str) -> str:
     """A label in words, as it is compared: card_arrival is "card arrival"."""
-    return re.sub("[ _-]+", " ", plain(label))
+    return re.sub(r"(?<=\w)[ _-]+(?=\w)", " ", plain(label))
 
 
 def listed_choices(prompt: str) -> tuple[str, ...]:

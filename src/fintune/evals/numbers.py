@@ -30,17 +30,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fintune.errors import DataError
-from fintune.evals.amounts import (
-    FACTORS,
-    SCALES,
-    UNITS,
-    Amount,
-    clean,
-    ends_with,
-    join_fractions,
-    patterns,
-    scan,
-)
+from fintune.evals.amounts import FACTORS, SCALES, Amount, clean, ends_with, patterns, scan
 
 Miss = Literal["scale", "percent", "sign", "other"]
 
@@ -69,11 +59,8 @@ _REPLY, _QUESTION = patterns("reply"), patterns("question")
 
 
 def _eligible(text: str, amounts: list[Amount]) -> list[Amount]:
-    """The amounts that may be an answer: no operand of a written calculation, no end of a range.
-
-    A fraction of whole numbers is one amount ("1/4", "2 3/4"), unless a calculation goes on.
-    """
-    amounts, operands = join_fractions(text, amounts), set[int]()
+    """The amounts that may be an answer: no operand of a written calculation, no end of a range."""
+    operands: set[int] = set()
     for left in range(len(amounts) - 1):
         a, b = amounts[left], amounts[left + 1]
         sign = _OPERATOR.fullmatch(text, a.end, b.start) if b.start - a.end <= 25 else None
@@ -128,7 +115,7 @@ def _stated(text: str, amounts: list[Amount], years: Set[str] = frozenset()) -> 
         if inside := [one for one in usable if start <= one.start < stop]:
             return _chosen(text, inside, years)
     ends = [0, *_sentence_ends(text)]
-    parts = [(at, [*group]) for at, group in groupby(usable, lambda one: bisect_left(ends, one.end))]
+    parts = [(at, [*g]) for at, g in groupby(usable, lambda one: bisect_left(ends, one.end))]
     if parts and not re.search(r"[^\W\d_]", _without(text[: ends[parts[0][0]]], parts[0][1])):
         return _chosen(text, parts[0][1], years)
     asked = [group for at, group in parts if _is_of(years, text[ends[at - 1] : ends[at]])]
@@ -164,15 +151,12 @@ def _listed(text: str, amounts: list[Amount]) -> set[int]:
     joints = [_REPLY["joint"].fullmatch(gap) for gap in gaps]
     found = set[int]()
     for at, (a, b) in enumerate(pairwise(amounts)):
-        if a.value == b.value or (a.unit in FACTORS) != (b.unit in FACTORS):
-            continue
+        forms = a.value == b.value or (a.unit in FACTORS) != (b.unit in FACTORS)
         beside = [other for other in (at - 1, at + 1) if 0 <= other < len(gaps)]
-        joint = joints[at]
         alone = len(gaps) == 1 and not (text[: a.start] + text[b.end :]).strip(" .*\n")
-        if joint and (joint[1] or alone or any(joints[other] for other in beside)):
-            found |= {at, at + 1}
-        elif len(gaps[at]) < _NEAR and any(gaps[other] == gaps[at] for other in beside):
-            found |= {at, at + 1}
+        joint = (gap := joints[at]) and (gap[1] or alone or any(joints[one] for one in beside))
+        again = len(gaps[at]) < _NEAR and any(gaps[one] == gaps[at] for one in beside)
+        found |= {at, at + 1} if not forms and (joint or again) else set()
     return found
 
 
@@ -236,8 +220,8 @@ class NumberVerdict(NamedTuple):
     """Whether a reply's number is right, at 0.5 % (`correct`) and at 1 % (`lenient`).
 
     `read` is the amount judged, with offsets into the reply; None when the reply holds no amount,
-    which is for the caller to count as unparsed or abstained. `miss` is None when correct. `stated`: the
-    reply states it as its answer, for a year that the question names, if it names any.
+    which is for the caller to count as unparsed or abstained. `miss` is None when correct.
+    `stated`: the reply states it, for a year that the question names, if it names any.
     """
 
     correct: bool
@@ -303,7 +287,9 @@ def compare(gold: str, reply: str, *, question: str = "", context: str = "") -> 
         listed = len(_listed(text, eligible))
         if first is None or 0 < listed <= _CROWD:
             return NumberVerdict(False, False, "other", None)
-        return NumberVerdict(False, False, _miss(first, targets, asked) if listed else "other", first)
+        return NumberVerdict(
+            False, False, _miss(first, targets, asked) if listed else "other", first
+        )
     for tolerance in (STRICT, LENIENT):
         for read in candidates:
             if _agrees(read, targets, asked, tolerance):
@@ -377,7 +363,7 @@ def _clash(amount: Amount, target: Amount, asked: _Asked) -> bool:
     units = {target.unit, amount.unit} - {"plain"}
     if units == {"percent", "percentage_point"}:
         return asked.unit is None
-    if units - {*UNITS}:  # a duration
+    if units - {*FACTORS, "multiple"}:  # a duration
         return len(units) == 2 or bool(money)
     return bool(
         (target.currency and amount.unit != "plain") or (amount.currency and target.unit != "plain")
@@ -412,8 +398,8 @@ def ungrounded(answer: str, *known: str, derived: bool = True) -> list[Amount]:
     """The amounts of an answer without support in the known texts.
 
     Supported are amounts that are in a text, or that one operation on two amounts of them gives at
-    the printed precision (sum, difference, product, quotient, relative change) where `derived`. Whole numbers up
-    to 10 and constants of calculation (100, 12, 365) need no support.
+    the printed precision (sum, difference, product, quotient, relative change) where `derived`.
+    Whole numbers up to 10 and constants of calculation (100, 12, 365) need no support.
     """
     facts = [fact for text in known for fact in scan(text)[1] if fact.mantissa]
     sizes = {float(size): 0 for fact in facts for size in (abs(fact.value), fact.mantissa)}
