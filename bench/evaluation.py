@@ -8,7 +8,7 @@ faults      the judge: 24 kinds of fault met by the first request of each of 50 
 wall        the judge: 50 items in both orders, 8 at once, answers of 2 seconds
 kills       the judge: a run of 400 calls killed (-9) at 100 random moments
 rescore     `fintune eval --rescore` on 400 questions with a judged set of 200
-generation  the batched greedy loop against `generate` one by one: nano, fp32, 64 new tokens
+generation  the batched greedy loop against `generate` one by one: SmolLM2-135M, fp32, 64 tokens
 
 Prints every figure and writes it to bench/results/evaluation.json with the machine described.
 """
@@ -41,10 +41,11 @@ from prepare import BENCHMARKS, machine  # noqa: E402
 from tiny_eval import eval_config  # noqa: E402
 from victims import harmed  # noqa: E402
 
-from fintune import model, nano  # noqa: E402
+from fintune import model, sample  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
-from fintune.config import Config, JudgeConfig  # noqa: E402
+from fintune.config import JudgeConfig, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
+from fintune.demo import local_base  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
 from fintune.evals import judge, stats  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
@@ -244,7 +245,7 @@ def rescore() -> dict[str, Any]:
 def generation(count: int = 300) -> dict[str, Any]:
     """Time both on the same prompts."""
     torch.set_num_threads(2)
-    config = Config()
+    config = load_config("demo", local_base())
     base = model.find_base(config.model)
     tokenizer = model.load_tokenizer(base)
     loaded = model.load_base(base, "none", "fp32").eval()
@@ -272,6 +273,7 @@ def generation(count: int = 300) -> dict[str, Any]:
     single = time.perf_counter() - start
     tokens = sum(map(len, ours.values()))
     return {
+        "base": base.about,
         "answers": count,
         "tokens": tokens,
         "batched_seconds": round(batched, 1),
@@ -283,7 +285,7 @@ def generation(count: int = 300) -> dict[str, Any]:
 
 def _prompts(chat: ChatFormat, count: int) -> list[Request]:
     found: dict[str, Request] = {}
-    for line in nano.rows_path().read_text(encoding="utf-8").split("\n"):
+    for line in sample.rows_path().read_text(encoding="utf-8").split("\n"):
         try:
             text = json.loads(line)["user"].strip()
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -37,7 +37,9 @@ SHARED = ROOT.parent / "shared"
 SAMPLE = SHARED / "data" / "finance_instruct_sample.jsonl"
 BENCHMARKS = SHARED / "data" / "benchmarks"
 RESULTS = ROOT / "bench" / "results" / "data.json"
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import tiny_made  # noqa: E402
 
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import ChatConfig, Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
@@ -420,11 +422,14 @@ def hub(folder: Path) -> dict[str, Any]:
 def kill(folder: Path) -> dict[str, Any]:
     """kill -9 at 20 random moments of a run: the folder is whole or absent, a rerun completes."""
     rng = random.Random(2026)
-    command = [str(Path(sys.executable).with_name("fintune")), "prepare", "--config", "nano"]
+    command = [str(Path(sys.executable).with_name("fintune")), "prepare", "--config", "demo"]
 
     def started(name: str) -> tuple[subprocess.Popen[bytes], Path]:
         out = folder / name
-        run = subprocess.Popen([*command, "--set", f"out={out}"], stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [*command, "--set", f"out={out}", "--set", f"model.path={tiny_made.base()}"],
+            stderr=subprocess.DEVNULL,
+        )
         return run, out / "data"
 
     start = time.perf_counter()

@@ -40,7 +40,6 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from fintune import attention  # noqa: E402
 from fintune.collate import CPU_PAD_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE_INDEX  # noqa: E402
@@ -133,7 +132,7 @@ def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
         "train.save_steps": 10**6,
         **changes,
     }
-    return load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    return load_config("demo", [f"{key}={value}" for key, value in values.items()])
 
 
 def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
@@ -265,7 +264,7 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     """The floor: our batches and attention through the frozen base of transformers and back to its
     inputs; nothing else. `ours_inside`: with the norms and the rotation that training puts in."""
     base = Base("bench/model", "", folder / "model")
-    model = load_base(base, "none", "bf16", attention=attention.NAME)
+    model = load_base(base, "none", "bf16")
     if ours_inside:
         pointwise.fuse(model)
     memory.retain_heap()

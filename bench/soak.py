@@ -11,7 +11,7 @@ finite       NaN and infinity in loss, gradient, evaluation; first, middle, last
 disk         a volume with 12 amounts of free space at a save
 best         the lowest evaluation at each of 8 positions, evaluation 2, save 4
 long         20,000 updates, 400 saves: memory and file handles
-cost         seconds of everything that is there for safety, in a run of the nano preset
+cost         seconds of everything that is there for safety, in a run of the demo
 
 torch is imported once; each victim is a fork. Rows are kept in bench/results/survival.json;
 `make docs` writes them to the page.
@@ -43,6 +43,7 @@ from fintune import files, seal  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
+from fintune.demo import local_base  # noqa: E402
 from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
 from fintune.stop import STOP  # noqa: E402
@@ -227,7 +228,12 @@ def signals(bench: Bench) -> Row:
     mark.unlink(missing_ok=True)
     root = bench.folder / "stopped-preparation"
     stopped = load_config(
-        "nano", [f"out={root}", f"data.source={bench.folder / 'materials' / 'rows.jsonl'}"]
+        "demo",
+        [
+            f"out={root}",
+            f"model.path={bench.base}",
+            f"data.source={bench.folder / 'materials' / 'rows.jsonl'}",
+        ],
     )
     module = sys.modules[prepare.__module__]
 
@@ -366,9 +372,10 @@ def long(bench: Bench) -> Row:
 
 
 def cost(bench: Bench) -> Row:
-    """The nano preset as it is, 100 updates: seconds inside what is there for safety alone."""
+    """The demo as it is, 100 updates: seconds inside what is there for safety alone."""
     root = bench.folder / "cost"
-    config = load_config("nano", [f"out={root}", "train.max_steps=100", "train.eval_steps=50"])
+    changes = [f"out={root}", *local_base(), "train.max_steps=100", "train.eval_steps=50"]
+    config = load_config("demo", changes)
     prepare(config)
     spent, log = {}, bench.folder / "spent.json"
 

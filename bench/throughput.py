@@ -8,10 +8,10 @@ race   Contestants (sides.py) live in processes of their own and take turns, an 
        the machine's moods meet all of them; a ratio is the median over rounds. Their rows are the
        same: real conversations of shared/data in the Llama 3 format, ids folded into the small
        model's vocabulary.
-curve  Final held-out loss at equal updates, the nano base on its sample rows: `stratified` against
-       `random` and `bucketed`, and one dropout mask for projections that share an input against one
-       each. Relative differences, paired by seed, with a 95 % t interval; what is above zero is
-       worse for the product's default.
+curve  Final held-out loss at equal updates, the tests' tiny base on the sample rows: `stratified`
+       against `random` and `bucketed`, and one dropout mask for projections that share an input
+       against one each. Relative differences, paired by seed, with a 95 % t interval; what is above
+       zero is worse for the product's default.
 deal   The batch plan's own cost for 500,000 rows (real lengths, drawn again), and how equal the
        shares of processes are: an update's imbalance is its busiest process over the mean, less
        one, for the updates of an epoch but the ragged last.
@@ -40,8 +40,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench"), str(ROOT / "tests")]
 
+import tiny_made  # noqa: E402
 from prepare import DATE, conversations  # noqa: E402
 from sides import _forget_peak, _in_use, _peak, matrix_rate  # noqa: E402
 
@@ -197,7 +198,7 @@ def plans(lengths: Ints) -> dict[str, Any]:
 def of_step(seed: int = 0, world: int = 1) -> Config:
     """A config of the seed's step: 64 rows for each process."""
     step = (f"train.per_device_train_batch_size={MICRO}", f"seed={seed}")
-    return load_config("nano", [*step, f"train.gradient_accumulation_steps={ACCUMULATION * world}"])
+    return load_config("demo", [*step, f"train.gradient_accumulation_steps={ACCUMULATION * world}"])
 
 
 def _facts(lengths: Ints, plan: Steps, padded: bool) -> dict[str, float]:
@@ -330,6 +331,7 @@ def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, 
     values = {
         "out": out,
         "data.out": data,
+        "model.path": tiny_made.base(),
         "seed": seed,
         "train.max_steps": steps,
         "train.eval_steps": steps,
@@ -337,7 +339,7 @@ def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, 
         "train.lora.lora_dropout": 0.1,
         **changes,
     }
-    config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    config = load_config("demo", [f"{key}={value}" for key, value in values.items()])
     train(config)
     rows = list(read_jsonl(config.run_dir / "metrics.jsonl"))
     return float([row["eval_loss"] for row in rows if "eval_loss" in row][-1])
@@ -359,7 +361,7 @@ def curve(options: argparse.Namespace) -> None:
     losses: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        prepare(load_config("nano", [f"out={root}"]))
+        prepare(load_config("demo", [f"out={root}", f"model.path={tiny_made.base()}"]))
         for seed in range(options.seeds):
             for name, changes in VARIANTS.items():
                 out = root / f"{name}-{seed}".replace(" ", "-")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+import tiny_made
 
 from fintune import load_config, prepare
 
@@ -67,10 +68,10 @@ def write(path: Path, found: list[Any]) -> Path:
 
 
 def settings(out: Path, **data: Any) -> Any:
-    """A config of the nano base with personal data masked and other keys of `data`."""
+    """The preset demo with personal data masked and other keys of `data`."""
     changes = {"pii": "mask", "source": "", **data}
     given = [f"data.{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
-    return load_config("nano", [f"out={out}", *given])
+    return load_config("demo", [f"out={out}", f"model.path={tiny_made.base()}", *given])
 
 
 def prepared(out: Path, **data: Any) -> Prepared:

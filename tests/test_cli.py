@@ -5,15 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from tiny import ROOT
 
 from fintune import cli
 
-ROWS = ROOT / "src" / "fintune" / "nano" / "rows.jsonl"
+ROWS = ROOT / "src" / "fintune" / "sample" / "made_up_rows.jsonl"
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
+    """Exit code, standard output and standard error of a command; the demo gets the tiny base."""
+    if ("-c" in words or words[0] == "demo") and not any("model." in word for word in words):
+        words = (*words, "-s", f"model.path={tiny.base()}")
     before, sys.argv = sys.argv, ["fintune", *words]
     try:
         cli.main()
@@ -31,7 +34,7 @@ def row(user: str = "What is EBITDA?" + " Tell me more about it." * 8) -> str:
 
 
 def bad_inputs(root: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
-    """Name -> overrides of the nano preset, and words that the message must hold."""
+    """Name -> overrides of the preset demo, and words that the message must hold."""
     (root / "empty").mkdir()
     (root / "columns.jsonl").write_text('{"alpha": "1", "beta": "2"}\n')
     (root / "broken.jsonl").write_text("this is not JSON\n")
@@ -87,7 +90,7 @@ def test_bad_input_is_one_message(
     sets = [
         word for override in [*overrides, f"out={tmp_path / 'out'}"] for word in ("-s", override)
     ]
-    code, _, err = run(capsys, "prepare", "-c", "nano", *sets)
+    code, _, err = run(capsys, "prepare", "-c", "demo", *sets)
     assert code == (3 if case == "code in a base" else 1), err
     assert expected in err.replace("\n", " ")
     assert "Traceback" not in err
@@ -101,7 +104,7 @@ def test_a_base_without_weights_is_refused_by_train(
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     sets = [f"data.out={prepared}", f"model.path={tmp_path}", f"out={tmp_path / 'out'}"]
-    code, _, err = run(capsys, "train", "-c", "nano", *(w for s in sets for w in ("-s", s)))
+    code, _, err = run(capsys, "train", "-c", "demo", *(w for s in sets for w in ("-s", s)))
     assert (code, "holds no weights" in err) == (1, True)
 
 
@@ -111,7 +114,7 @@ def test_one_bad_row_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     sets = [f"data.source={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'out'}"]
     code, out, _ = run(
-        capsys, "prepare", "-c", "nano", "--json", *(w for s in sets for w in ("-s", s))
+        capsys, "prepare", "-c", "demo", "--json", *(w for s in sets for w in ("-s", s))
     )
     rows = json.loads(out)["rows"]
     assert code == 0
@@ -120,14 +123,14 @@ def test_one_bad_row_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert rows["read"] == kept + sum(rows["dropped"].values())
     assert rows["dropped"]["not_json"] == 1
     code, out, _ = run(
-        capsys, "dropped", "-c", "nano", "--reason", "not_json",
+        capsys, "dropped", "-c", "demo", "--reason", "not_json",
         *(w for s in sets for w in ("-s", s)),
     )  # fmt: skip
     assert code == 0
     assert " 4 " in out, "the ledger names the line"
     for line, word in (("4", "not_json"), ("1", "trained")):
         code, out, _ = run(
-            capsys, "inspect", "-c", "nano", "--source", "rows.jsonl", "--line", line,
+            capsys, "inspect", "-c", "demo", "--source", "rows.jsonl", "--line", line,
             *(w for s in sets for w in ("-s", s)),
         )  # fmt: skip
         assert code == 0 and word in out
@@ -143,8 +146,8 @@ def test_without_a_config_the_way_out_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, "prepare")
-    assert (code, "nano" in err) == (1, True)
-    assert run(capsys, "init", "--preset", "nano")[0] == 0
+    assert (code, "smollm2-135m" in err) == (1, True)
+    assert run(capsys, "init", "--preset", "demo")[0] == 0
     assert "fintune.yaml" in [path.name for path in tmp_path.iterdir()]
     assert run(capsys, "init")[0] == 1, "never over an existing file"
 
@@ -152,14 +155,14 @@ def test_without_a_config_the_way_out_is_named(
 @pytest.mark.parametrize(
     "words",
     [("prepare", "-s", "out={}/x"), ("train", "-s", "out={}/x/y"), ("run", "-s", "data.out={}/x"),
-     ("demo", "--out", "{}/x"), ("init", "--preset", "nano", "--out", "{}/x/a.yaml"),
+     ("demo", "--out", "{}/x"), ("init", "--preset", "demo", "--out", "{}/x/a.yaml"),
      ("export", "gguf", "release", "--out", "{}/x/a.gguf")],
 )  # fmt: skip
 def test_a_place_below_a_file_is_one_message(
     words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("x")
-    preset = () if words[0] in ("demo", "init", "export") else ("-c", "nano")
+    preset = () if words[0] in ("demo", "init", "export") else ("-c", "demo")
     given = [word.format(tmp_path / "file") for word in words]
     code, _, said = run(capsys, *given[:1], *preset, *given[1:])
     assert (code, "Traceback" in said) == (1, False), said
@@ -171,5 +174,5 @@ def test_a_place_below_a_file_is_one_message(
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, said = run(capsys, "prepare", "-c", "nano", "-s", f"data.out={place.format(tmp_path)}")
+    code, _, said = run(capsys, "prepare", "-c", "demo", "-s", f"data.out={place.format(tmp_path)}")
     assert (code, "cannot be written" in said, "rows go on" in said) == (1, True, False), said

@@ -1,13 +1,24 @@
 """The config: typed, frozen, every problem at once, unknown keys answered."""
 
 import time
+import tomllib
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from fintune.config import Config, dotted_keys, dump_yaml, load_config, presets
+from fintune import config
+from fintune.config import (
+    Config,
+    dotted_keys,
+    dump_yaml,
+    load_config,
+    presets,
+)
 from fintune.errors import ConfigError
 
 
@@ -25,7 +36,7 @@ def test_every_key_says_what_it_is() -> None:
 
 def test_overrides_are_typed() -> None:
     config = load_config(
-        "nano",
+        "demo",
         ["train.learning_rate=2e-4", "train.bucket_boundaries=[10, 20]", "data.source=a b.csv"],
     )
     assert config.train.learning_rate == 2e-4
@@ -35,7 +46,7 @@ def test_overrides_are_typed() -> None:
 
 def test_a_quantized_base_is_not_sharded() -> None:
     with pytest.raises(ConfigError, match="cannot shard a quantized base"):
-        load_config("nano", ["train.strategy=fsdp", "model.quantization=4bit"])
+        load_config("demo", ["train.strategy=fsdp", "model.quantization=4bit"])
 
 
 @pytest.mark.parametrize(
@@ -60,21 +71,21 @@ def test_a_quantized_base_is_not_sharded() -> None:
 )
 def test_a_wrong_key_or_value_is_one_readable_error(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config("nano", [override])
+        load_config("demo", [override])
     assert expected in str(caught.value)
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     keys = ("out", "data.out", "train.out", "eval.out", "release.out", "model.path")  # fmt: skip
-    tree = load_config("nano", [f"{key}=~/{key}" for key in keys]).model_dump(mode="json")
+    tree = load_config("demo", [f"{key}=~/{key}" for key in keys]).model_dump(mode="json")
     for key in keys:
         assert reduce(lambda found, part: found[part], key.split("."), tree) == f"/home/me/{key}"
 
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config("nano", ["train.num_train_epochs=0", "data.min_tokens=-1", "nonsense=1"])
+        load_config("demo", ["train.num_train_epochs=0", "data.min_tokens=-1", "nonsense=1"])
     assert all(word in str(caught.value) for word in ("epochs", "min_tokens", "nonsense"))
 
 
@@ -151,7 +162,7 @@ def test_scalars_are_those_of_yaml_1_2_and_text_where_text_is_wanted(
 @pytest.mark.parametrize("spelled", ["1:30", "0b1", "0x10", "maybe", "[1]", "''"])
 def test_what_no_longer_is_a_number_is_refused_as_one(spelled: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.learning_rate"):
-        load_config("nano", [f"train.learning_rate={spelled}"])
+        load_config("demo", [f"train.learning_rate={spelled}"])
 
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
@@ -188,7 +199,7 @@ def test_a_hostile_document_is_refused_at_once(tmp_path: Path, text: str, says: 
     assert len(str(caught.value)) < 500
     if "\n" not in text:
         with pytest.raises(ConfigError, match=says):
-            load_config("nano", [f"data.sources={text}"])
+            load_config("demo", [f"data.sources={text}"])
 
 
 SECRET = "sk-proj-AbCdEf0123456789xyz"
@@ -215,7 +226,7 @@ SECRET = "sk-proj-AbCdEf0123456789xyz"
 )
 def test_no_message_shows_a_secret(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config("nano", [override])
+        load_config("demo", [override])
     assert SECRET not in str(caught.value) and "sesame1" not in str(caught.value)
 
 
@@ -229,25 +240,25 @@ def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
 
 def test_what_is_no_secret_is_shown() -> None:
     with pytest.raises(ConfigError, match=r"train\.num_train_epochs: .* \(given: many\)"):
-        load_config("nano", ["train.num_train_epochs=many"])
+        load_config("demo", ["train.num_train_epochs=many"])
     with pytest.raises(ConfigError, match=r"data\.min_tokens: .* \(given: -1\)"):
-        load_config("nano", ["data.min_tokens=-1"])
+        load_config("demo", ["data.min_tokens=-1"])
 
 
 def test_a_preset_misspelt_is_suggested() -> None:
-    with pytest.raises(ConfigError, match="did you mean nano"):
-        load_config("nanoo")
+    with pytest.raises(ConfigError, match="did you mean demo"):
+        load_config("demoo")
     with pytest.raises(ConfigError, match="no config file at missing"):
         load_config("missing.yaml")
 
 
 def test_the_config_is_frozen_and_a_moved_run_is_the_same_run() -> None:
-    config = load_config("nano")
+    config = load_config("demo")
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1  # type: ignore[misc]
-    moved = load_config("nano", ["out=/elsewhere", "train.out=/elsewhere/run"])
+    moved = load_config("demo", ["out=/elsewhere", "train.out=/elsewhere/run"])
     assert moved.sections("train", "data") == config.sections("train", "data")
-    other = load_config("nano", ["train.num_train_epochs=9"])
+    other = load_config("demo", ["train.num_train_epochs=9"])
     assert other.sections("train") != config.sections("train")
 
 
@@ -255,3 +266,14 @@ def test_defaults_are_the_published_recipe() -> None:
     train = Config().train
     assert (train.lora.r, train.lora.lora_alpha, train.lora.lora_dropout) == (64, 128, 0.1)
     assert (train.learning_rate, train.warmup_ratio, train.weight_decay) == (1e-4, 0.05, 0.01)
+
+
+def test_names_of_transformers_are_known_to_it() -> None:
+    optimizers = {name.value for name in OptimizerNames}
+    schedules = {name.value for name in SchedulerType}
+    known = tomllib.loads((Path(config.__file__).parent / "names.toml").read_text())
+    assert {*known["optim"]} <= optimizers and {*known["lr_scheduler_type"]} <= schedules
+    assert {*known["report_to"]} <= INTEGRATION_TO_CALLBACK.keys()
+    for key in ("optim", "lr_scheduler_type", "report_to"):
+        with pytest.raises(ConfigError, match=f"train.{key}"):
+            load_config(presets()[0], [f"train.{key}={'[x]' if key == 'report_to' else 'x'}"])

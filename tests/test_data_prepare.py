@@ -20,6 +20,9 @@ def files(done: Prepared) -> dict[str, str]:
     return {path.name: tiny.file_sha256(path) for path in done.folder.iterdir()}
 
 
+DEMO = ("-c", "demo", "-s", f"model.path={tiny.base()}")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("prepared")
@@ -47,7 +50,7 @@ def test_every_row_is_in_exactly_one_count_and_documents_in_one_part(whole: Prep
 
 
 def test_inspect_finds_a_line_wherever_it_went(whole: Prepared) -> None:
-    words = ("-c", "nano", "-s", f"out={whole.folder.parent}", "-s", "data.pii=off")
+    words = (*DEMO, "-s", f"out={whole.folder.parent}", "-s", "data.pii=off")
     words += ("-s", f"data.source={whole.folder.parent.parent / 'rows.jsonl'}")
     kept = {row["line"]: row["part"] for row in whole.rows()}
     for line in (1, 31, 621, 624, *[line for line, part in kept.items() if part == "test"][:1]):
@@ -180,15 +183,15 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
 
 
 def test_rows_over_the_length_are_dropped_unless_they_are_many(tmp_path: Path) -> None:
-    asked = {"user": "Read this. " + "The revenue rose. " * 60, "assistant": "So it did, it says."}
+    asked = {"user": "Read this. " + "The revenue rose. " * 300, "assistant": "So it did, it says."}
     found = [*rows(120), asked, listed(1)]
-    done = prepared(tmp_path / "a", source=write(tmp_path / "a.jsonl", found), max_length=192)
+    done = prepared(tmp_path / "a", source=write(tmp_path / "a.jsonl", found), max_length=384)
     assert {done.dropped("a")[line] for line in (125, 126)} == {"too_long"}
     many = write(tmp_path / "b.jsonl", [*rows(120), *(listed(at) for at in range(20))])
-    with pytest.raises(DataError, match="20 of 140 rows are longer than 192 tokens"):
-        prepared(tmp_path / "b", source=many, max_length=192)
+    with pytest.raises(DataError, match="20 of 140 rows are longer than 384 tokens"):
+        prepared(tmp_path / "b", source=many, max_length=384)
     cut = prepared(
-        tmp_path / "c", source=tmp_path / "a.jsonl", max_length=192, over_length="truncate"
+        tmp_path / "c", source=tmp_path / "a.jsonl", max_length=384, over_length="truncate"
     )
     assert cut.dropped("a")[125] == "too_long", "no token to train is left"
 
@@ -200,7 +203,7 @@ def test_related_rows_of_another_passage_are_no_test_rows(tmp_path: Path) -> Non
         for n in range(3):
             user = f"Read.\n{table}\n{str(n) * 2000}{at}"
             found.append({"user": user, "assistant": f"row {n} of {at}"})
-    shares = {"validation_share": 0.25, "test_share": 0.25, "over_length": "truncate"}
+    shares = {"validation_share": 0.25, "test_share": 0.25, "max_length": 8192}
     source = write(tmp_path / "rows.jsonl", found)
     done = prepared(tmp_path / "out", source=source, **{**AS_GIVEN, **shares, "pii": "off"})
     groups: dict[str, set[str]] = {}
@@ -231,7 +234,7 @@ def test_nothing_left_says_why(tmp_path: Path, name: str, text: str, says: str) 
 def test_killed_at_any_moment_nothing_stands_under_the_final_name(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows(900))
     out = tmp_path / "out"
-    words = ("prepare", "-c", "nano", "-s", f"out={out}", "-s", f"data.source={source}")
+    words = ("prepare", *DEMO, "-s", f"out={out}", "-s", f"data.source={source}")
     landed = 0
     for _ in range(3):
         shutil.rmtree(out, ignore_errors=True)

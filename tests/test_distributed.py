@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from victims import SIGNALS, usable
 
-from fintune import attention, train
+from fintune import train
 from fintune.batches import plan_epoch
 from fintune.collate import Collator, padding_free_batch
 from fintune.config import LoraConfig, load_config
@@ -134,7 +134,7 @@ def together(
 
 def run(world: int, values: list[str]) -> Path:
     """Train with `world` processes; the run's folder."""
-    config = load_config("nano", values)
+    config = load_config("demo", values)
     config.out.mkdir(parents=True, exist_ok=True)
     log = config.out / "log.txt"
     codes = together(world, log, lambda: train(config))
@@ -179,7 +179,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
     alone: Path, tmp_path: Path, prepared: Path, tiny_base: Path
 ) -> None:
     values = settings(tmp_path, prepared, tiny_base)
-    config = load_config("nano", values)
+    config = load_config("demo", values)
 
     def work() -> None:
         if os.environ["RANK"] == "1":
@@ -200,9 +200,7 @@ def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(
     """FSDP2 in three ways: ours, with a head taken apart again, and as accelerate places it."""
 
     def fused() -> Any:
-        model = load_base(
-            Base("test/tiny", "x", tiny_base), "none", "fp32", attention=attention.NAME
-        )
+        model = load_base(Base("test/tiny", "x", tiny_base), "none", "fp32")
         peft = attach(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0), seed=1)
         generator = torch.Generator().manual_seed(3)
         for name, parameter in peft.named_parameters():
@@ -274,7 +272,7 @@ def test_a_strategy_of_several_processes_is_refused_in_one(
     strategy: str, tmp_path: Path, prepared: Path, tiny_base: Path
 ) -> None:
     changes = {"train.strategy": strategy}
-    config = load_config("nano", settings(tmp_path, prepared, tiny_base, **changes))
+    config = load_config("demo", settings(tmp_path, prepared, tiny_base, **changes))
     with pytest.raises(ConfigError, match="only process"):
         train(config)
     assert not config.run_dir.exists(), "refused before anything was written"
@@ -294,7 +292,7 @@ def test_processes_that_accelerate_would_run_apart_are_refused(tmp_path: Path) -
 
 def test_micro_batches_that_do_not_divide_are_refused(prepared: Path) -> None:
     rows, collator = read_train(prepared), Collator(padding_free=True, pad_token_id=0)
-    config = load_config("nano", ["train.gradient_accumulation_steps=4"])
+    config = load_config("demo", ["train.gradient_accumulation_steps=4"])
     assert Order(config, rows, collator, 2).accumulation == 2
     with pytest.raises(ConfigError, match="do not divide"):
         Order(config, rows, collator, 3)
@@ -305,7 +303,7 @@ def test_ranks_get_equal_tokens(world: int, prepared: Path) -> None:
     """At the published update of 64 examples; what an update waits for is its fullest rank."""
     lengths = np.tile(read_train(prepared).lengths, 20)
     step = ["train.per_device_train_batch_size=16", "train.gradient_accumulation_steps=8"]
-    plan = plan_epoch(load_config("nano", step), lengths, world_size=world)
+    plan = plan_epoch(load_config("demo", step), lengths, world_size=world)
     shares = [[step[number::world] for step in plan] for number in range(world)]
     tokens = np.array(
         [[sum(int(lengths[b].sum()) for b in step) for step in share] for share in shares]
@@ -362,7 +360,7 @@ def two_hosts() -> Iterator[Callable[[int], None]]:
 def test_two_hosts_train_the_adapter_of_one(
     two_hosts: Callable[[int], None], alone: Path, tmp_path: Path, prepared: Path, tiny_base: Path
 ) -> None:
-    config = load_config("nano", settings(tmp_path, prepared, tiny_base))
+    config = load_config("demo", settings(tmp_path, prepared, tiny_base))
     log = tmp_path / "log.txt"
     hosts = {"MASTER_ADDR": "10.77.0.1"}
     codes = together(2, log, lambda: train(config), enter=two_hosts, hosts=hosts)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import SEVEN_PROJECTIONS
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -20,7 +21,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from fintune import attention, config
 from fintune.batches import plan_epoch
 from fintune.collate import padded_batch, padding_free_batch
-from fintune.config import SEVEN_PROJECTIONS
 from fintune.example import IGNORE_INDEX
 from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
@@ -45,6 +45,7 @@ def model(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> PeftModel
         attn_implementation=attention.NAME,
     )
     base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    attention.traits(base)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": list(SEVEN_PROJECTIONS)} | changes
     peft = get_peft_model(
         base, LoraConfig(lora_dropout=dropout, init_lora_weights=False, **settings)
@@ -353,7 +354,7 @@ def test_a_quantised_base_trains_on_flat_batches(quantization: str, tiny_base: P
     """bitsandbytes' layers keep peft's arithmetic; the loss is near that of the whole base."""
     losses = []
     for name in ("none", quantization):
-        base = load_base(Base("test/tiny", "", tiny_base), name, "bf16", attention=attention.NAME)
+        base = load_base(Base("test/tiny", "", tiny_base), name, "bf16")
         peft = attach(base, config.LoraConfig(r=4, lora_dropout=0.0), seed=0)
         left = lora.fuse(peft)
         total, count = sum_loss(peft, padding_free_batch(rows()))

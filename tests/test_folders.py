@@ -195,7 +195,7 @@ def test_a_stage_has_a_folder_of_its_own_without_rows_in_it(
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with pytest.raises(ConfigError) as caught:
-        load_config("nano", changes)
+        load_config("demo", changes)
     assert says in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -203,7 +203,7 @@ def test_a_run_is_refused_before_its_first_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = tiny.fintune("run", "-c", "nano", "-s", "out=out", "-s", "release.out=.")
+    said = tiny.fintune("run", "-c", "demo", "-s", "out=out", "-s", "release.out=.")
     assert (said.code, os.listdir(tmp_path)) == (1, []), said.err
 
 
@@ -212,7 +212,7 @@ def test_a_demo_goes_where_it_is_told(out: str, monkeypatch: pytest.MonkeyPatch)
     taken: list[Any] = []
     monkeypatch.setattr("fintune.pipeline.run", lambda config, **_: taken.append(config))
     monkeypatch.setattr("fintune.demo.show", lambda config: None)
-    tiny.done("demo", "--out", out)
+    tiny.done("demo", "--out", out, "-s", f"model.path={tiny.base()}")
     assert taken[0].out == Path(out).expanduser()
 
 
@@ -249,7 +249,7 @@ def test_every_verb_that_writes_takes_the_lock(
         assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("words", [["eval", "--rescore", "no/eval"], ["judge", "-c", "nano"]])
+@pytest.mark.parametrize("words", [["eval", "--rescore", "no/eval"], ["judge", "-c", "demo"]])
 def test_what_is_not_there_gets_no_lock(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +292,8 @@ def in_imports(root: Path, number: str, *given: str) -> subprocess.CompletedProc
 )
 def test_a_signal_in_the_imports_ends_with_75(verb: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "o ut")]
-    others = {"demo": out, "export": ["merged", "release", *out], "judge": ["-c", "nano"]}
-    given = others.get(verb, ["-c", "nano", "--fresh"])
+    others = {"demo": out, "export": ["merged", "release", *out], "judge": ["-c", "demo"]}
+    given = others.get(verb, ["-c", "demo", "--fresh"])
     for number in ("SIGTERM", "SIGHUP", "SIGINT")[: 3 if verb == "train" else 1]:
         done = in_imports(tmp_path, number, verb, *given)
         assert done.returncode == 75, done.stderr

@@ -148,7 +148,7 @@ SHIPPED = {
     "= the card's verdict": ("README.md", swap("Verdict: **invalid**.", "Verdict: **better**. ")),
     "a second verdict": ("README.md", lambda data: data + b"\nVerdict: **better**.\n"),
     "= the template": ("chat_template.jinja", swap("system", "sYstem")),
-    "= a tolerance": ("prompt_fixture.json", swap('"format": 1', '"format":11')),
+    "= a tolerance": ("prompt_fixture.json", swap('"format": 3', '"format":33')),
 }
 """Files of a release and how they are changed; each once as it is, once with its line redone."""
 
@@ -169,7 +169,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, prepared: Path, tiny_base: P
         "train.precision": "fp32",
         "eval.max_new_tokens": 2,
     }
-    config = load_config("nano", [f"{key}={value}" for key, value in values.items()])
+    config = load_config("demo", [f"{key}={value}" for key, value in values.items()])
     (root / "config.yaml").write_text(dump_yaml(config))
     assert fintune(root, "run", "--accept", "a test")[0] == 0
     return root

@@ -87,8 +87,8 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
     with contextlib.chdir(tmp_path):
         said = tiny.fintune("prepare")
     assert (said.code, "no config file at fintune.yaml" in said.err) == (1, True), said.err
-    other = tiny.fintune("prepare", "-c", "nanoo")
-    assert (other.code, "did you mean nano?" in other.err) == (1, True), other.err
+    other = tiny.fintune("prepare", "-c", "demoo")
+    assert (other.code, "did you mean demo?" in other.err) == (1, True), other.err
 
 
 def test_doctor_reports_what_is_here() -> None:
@@ -102,10 +102,10 @@ def test_doctor_reports_what_is_here() -> None:
 def test_init_writes_a_config_that_the_verbs_take(chain: tiny.Chain, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     given = ("--source", tiny.rows(), "--base", tiny.base(), "--name", "mine", "--out", path)
-    tiny.done("init", "--preset", "nano", *given)
+    tiny.done("init", "--preset", "demo", *given)
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert (tree["name"], tree["out"]) == ("mine", "runs/mine")
-    again = tiny.fintune("init", "--preset", "nano", *given)
+    again = tiny.fintune("init", "--preset", "demo", *given)
     assert (again.code, "exists already" in again.err) == (1, True)
     plan = tiny.answer_json("plan", "-c", path, *tiny.words(out=tmp_path / "out"))
     assert plan["base"]["parameters"] == 377_472

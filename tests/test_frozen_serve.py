@@ -175,9 +175,9 @@ def test_the_page_and_its_data(server: tiny.Server) -> None:
         (CHAT, {"model": "adapter", "messages": ASK, "max_tokens": 0}, 400, "max_tokens"),
         (CHAT, {"model": "adapter", "messages": ASK, "temperature": 9}, 400, "temperature"),
         (CHAT, {"model": "adapter", "messages": ASK, "n": 4}, 400, "n"),
-        (CHAT, {"model": "adapter", "messages": ASK, "tools": []}, 400, "tools"),
+        (CHAT, {"model": "adapter", "messages": ASK, "tools": [{}]}, 400, "tools"),
         (COMPLETIONS, {"model": "adapter", "prompt": [512]}, 400, "prompt"),
-        (COMPLETIONS, {"model": "adapter", "prompt": "x", "echo": True}, 400, "echo"),
+        (COMPLETIONS, {"model": "adapter", "prompt": "x", "suffix": "y"}, 400, "suffix"),
     ],
 )
 def test_a_body_that_cannot_be_answered_is_refused_by_field(

@@ -8,7 +8,7 @@ import torch
 from tiny_release import tiny_adapter, tiny_base
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 
-from fintune import attention, model
+from fintune import model
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig
 from fintune.errors import NotFinite
@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tiny_base(tmp_path_factory.mktemp("base") / "base")
     base = model.Base("fintune/tiny", "0", folder)
     tokenizer = model.load_tokenizer(base)
-    loaded = model.load_base(base, "none", "fp32", attention=attention.NAME).eval()
+    loaded = model.load_base(base, "none", "fp32").eval()
     return base, tokenizer, loaded, stop_token_ids(base.folder, tokenizer)
 
 
@@ -119,7 +119,7 @@ def test_base_and_adapter_share_a_batch(tiny: Tiny, tmp_path: Path) -> None:
     rows = prompts(6)
     plain = answers(tiny, rows, 12)
     tiny_adapter(base.folder, tmp_path / "adapter")
-    fresh = model.load_base(base, "none", "fp32", attention=attention.NAME)
+    fresh = model.load_base(base, "none", "fp32")
     peft_model = model.load_adapter(fresh, tmp_path / "adapter")
     with peft_model.disable_adapter():
         assert answers(tiny, rows, 12, loaded=peft_model) == plain

@@ -8,35 +8,26 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import tiny_made
 
 from fintune import load_config, prepare, train
 
-NANO = Path(__file__).parents[1] / "src" / "fintune" / "nano"
 GOLDEN = Path(__file__).with_name("golden.json")
 LOSSES = ("loss", "grad_norm", "eval_loss")
 
 
 def run(root: Path) -> list[dict[str, float]]:
-    """Twelve updates of a 0.2 M parameter Llama on bundled rows: every number that is logged."""
-    base = root / "base"
-    config = LlamaConfig.from_pretrained(NANO / "base")
-    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2})
-    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(base)
-    for path in (NANO / "base").glob("*"):
-        if "token" in path.name or path.suffix == ".jinja":
-            (base / path.name).write_bytes(path.read_bytes())
-    lines = (NANO / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (root / "rows.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
+    """Twelve updates of the tiny base on its own rows: every number that is logged."""
     changes = {
         "out": root,
-        "model.path": base,
+        "model.path": tiny_made.base(),
         "model.id": "test/golden",
-        "data.source": root / "rows.jsonl",
+        "data.source": tiny_made.rows(),
+        "data.min_tokens": 5,
+        "data.validation_share": 0.125,
+        "data.test_share": 0.125,
         "train.precision": "fp32",
+        "train.learning_rate": 2e-3,
         "train.max_steps": 12,
         "train.per_device_train_batch_size": 4,
         "train.gradient_accumulation_steps": 2,
@@ -44,7 +35,7 @@ def run(root: Path) -> list[dict[str, float]]:
         "train.logging_steps": 1,
         "train.lora.lora_dropout": 0.1,
     }
-    settings = load_config("nano", [f"{key}={value}" for key, value in changes.items()])
+    settings = load_config("demo", [f"{key}={value}" for key, value in changes.items()])
     prepare(settings)
     train(settings)
     lines = (settings.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -87,7 +87,7 @@ def test_prepare_refuses_a_base(name: str, tmp_path: Path) -> None:
         f"data.source={tmp_path / 'rows.jsonl'}",
         f"out={tmp_path / 'o'}",
     ]
-    words = ["prepare", "-c", "nano", *(word for value in sets for word in ("-s", value))]
+    words = ["prepare", "-c", "demo", *(word for value in sets for word in ("-s", value))]
     check_refused(run_verb(words, tmp_path / "log", stdin="y\n"), tmp_path)
     assert not (tmp_path / "o" / "data").exists()
 
@@ -97,7 +97,7 @@ def test_code_that_a_base_needs_not_is_ignored_and_said(tmp_path: Path) -> None:
     _, base = built()
     names = {"AutoConfig": "cfg.C", "AutoModelForCausalLM": "cfg.M"}
     folder = make(base, tmp_path / "base", edit_json("config.json", auto_map=names))
-    words = ["prepare", "-c", "nano", "-s", f"model.path={folder}", "-s", f"out={tmp_path / 'o'}"]
+    words = ["prepare", "-c", "demo", "-s", f"model.path={folder}", "-s", f"out={tmp_path / 'o'}"]
     outcome = run_verb([*words, "-s", "data.source=nothing.jsonl"], tmp_path / "log", stdin="y\n")
     assert outcome.code == 1, outcome.output
     assert "names code that is never imported (config.json: auto_map)" in outcome.output

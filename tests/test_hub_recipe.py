@@ -18,6 +18,8 @@ import torch
 from hub.server import Hub
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fintune import sample
+
 BASE_ID = "meta-llama/Meta-Llama-3.1-8B-Instruct"
 ROWS_ID = "Josephgflowers/Finance-Instruct-500k"
 ID = "alice/Llama_for_Finance"
@@ -75,8 +77,7 @@ def test_the_published_recipe_by_id(tmp_path: Path) -> None:
         base = hub.commit("model", BASE_ID, {**base_files(tmp_path / "base")})
         hub.repos["model", BASE_ID].gated = "manual"
         hub.repos["model", BASE_ID].accepted |= {"alice", "bob"}
-        bundled = tiny.ROOT / "src" / "fintune" / "nano" / "rows.jsonl"
-        made = tiny.read_lines(bundled)[:1500]
+        made = tiny.read_lines(sample.rows_path())
         card = b"---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# Rows\n"
         files = {"train.json": json.dumps(made).encode(), "README.md": card}
         dataset = hub.commit("dataset", ROWS_ID, files)

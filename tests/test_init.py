@@ -47,16 +47,16 @@ def test_options_are_answers(tmp_path: Path) -> None:
     assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #é\n.jsonl")
     assert (config.model.id, config.model.path) == ("local/base", base)
     assert config.data.pii == "mask", "only the preset's own rows may pass unmasked"
-    again = tiny.fintune("init", "--out", out, "--preset", "nano")
+    again = tiny.fintune("init", "--out", out, "--preset", "demo")
     assert (again.code, "--force" in again.err) == (1, True)
     assert load_config(out) == config
-    tiny.done("init", "--out", out, "--preset", "nano", "--force")
-    assert load_config(out).name == "nano-finance"
+    tiny.done("init", "--out", out, "--preset", "demo", "--force")
+    assert load_config(out).name == "smollm2-demo"
     refused = tiny.fintune("init", "--out", tmp_path / "bad.yaml", "--name", "no spaces")
     assert (refused.code, "name: " in refused.err) == (1, True)
     assert not (tmp_path / "bad.yaml").exists()
 
 
-def test_without_options_it_is_the_preset_nano(tmp_path: Path) -> None:
+def test_without_options_it_is_the_smallest_preset(tmp_path: Path) -> None:
     tiny.done("init", "--out", tmp_path / "mine.yaml")
-    assert load_config(tmp_path / "mine.yaml") == load_config("nano")
+    assert load_config(tmp_path / "mine.yaml") == load_config("smollm2-135m")

@@ -25,7 +25,7 @@ SPINE = (
     "hub",
     "stop",
     "seal",
-    "nano",
+    "sample",
     "yaml_reader",
     "config",
     "sources",
@@ -33,17 +33,19 @@ SPINE = (
     "template",
     "chat",
     "untrusted",
+    "attention",
+    "targets",
+    "gguf_base",
     "model",
     "batches",
     "collate",
-    "attention",
     "kernels",
     "loss",
     "memory",
     "generation",
     "page",
 )
-"""A module imports only what stands before it; `nano` is a folder of data with an __init__."""
+"""A module imports only what stands before it; `sample` is a folder of data with an __init__."""
 STAGES = ("data", "training", "evals", "releasing", "serve")
 TOP = ("pipeline", "demo", "doctor", "init", "plan", "cli")
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fintune"]

@@ -29,12 +29,12 @@ def test_stages_stay_functions_whatever_is_imported() -> None:
 
 
 def test_the_page_runs(tmp_path: Path) -> None:
-    """On the tiny base in place of nano, with two steps: the path is the same."""
+    """On the tiny base in place of the demo's, with two steps: the path is the same."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     words = tiny.chain(tmp_path / "run")[3::2]
     program = "\n".join(blocks).replace(
-        'load_config("nano", ["out=runs/python"])', f"load_config({str(tiny.config())!r}, {words})"
+        'load_config("demo", ["out=runs/python"])', f"load_config({str(tiny.config())!r}, {words})"
     )
     assert str(tiny.config()) in program
     command = [sys.executable, "-c", program]

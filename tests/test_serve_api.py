@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from tiny_server import served
+
+from fintune.config import ModelConfig
+from fintune.example import Message
+from fintune.model import adapter_set, find_base, load_release
 
 openai = pytest.importorskip("openai", reason="the official openai client is not installed")
 
@@ -65,6 +70,9 @@ def test_models(client: Any) -> None:
 
 
 TURN = {"role": "assistant", "content": "It is."}
+SYSTEM = {"role": "system", "content": "Be exact."}
+DUMPED = {**TURN, "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 PART = {"role": "user", "content": [{"type": "text", "text": "What is EBITDA?"}]}
 ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (said, {}),
@@ -96,6 +104,15 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (completed, {"temperature": 1, "seed": 3}),
     (completed, {"prompt": "<|begin_of_text|>EBITDA"}),
     (said, {"stream_options": {"include_usage": True}}),
+    (said, {"tools": [], "logit_bias": {}, "presence_penalty": 0, "store": False}),
+    (said, {"response_format": {"type": "text"}, "extra_body": {"tool_choice": "none"}}),
+    (said, {"temperature": 1e-320, "extra_body": {"n": None, "logprobs": None}}),
+    (said, {"messages": [{"role": "developer", "content": "Short."}, SYSTEM, *ASK]}),
+    (said, {"messages": [*ASK, DUMPED, *ASK]}),
+    (said, {"logprobs": True, "top_logprobs": 2}),
+    (completed, {"prompt": ["a", "b"], "best_of": 1}),
+    (completed, {"prompt": [[1, 2], [3]]}),
+    (completed, {"echo": True}),
 ]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (said, {"model": "gpt-4"}, "NotFoundError"),
@@ -118,16 +135,17 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (said, {"stop": ["x"] * 9}, "BadRequestError"),
     (said, {"stop": ""}, "BadRequestError"),
     (said, {"seed": 2**70}, "BadRequestError"),
-    (said, {"tools": []}, "BadRequestError"),
-    (said, {"logprobs": True}, "BadRequestError"),
     (said, {"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "BadRequestError"),
     (said, {"extra_body": {"stream": "yes"}}, "BadRequestError"),
     (completed, {"prompt": ""}, "ok"),
     (completed, {"prompt": [10**9]}, "BadRequestError"),
     (completed, {"prompt": [-1]}, "BadRequestError"),
-    (completed, {"prompt": ["a", "b"]}, "BadRequestError"),
     (completed, {"best_of": 3}, "BadRequestError"),
-    (completed, {"echo": True}, "BadRequestError"),
+    (completed, {"max_tokens": 0}, "BadRequestError"),
+    (said, {"tools": [{"type": "function"}]}, "BadRequestError"),
+    (said, {"response_format": {"type": "json_object"}}, "BadRequestError"),
+    (said, {"messages": [{"role": "user", "content": [IMAGE]}]}, "BadRequestError"),
+    (said, {"logprobs": True, "stream": True}, "BadRequestError"),
     (completed, {"model": ""}, "NotFoundError"),
     (said, {"extra_body": {"stop": [1]}}, "BadRequestError"),
 ]
@@ -287,3 +305,43 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("a row outlived its client")
+
+
+def test_all_that_is_refused_is_named_at_once_in_plain_words(server: Any) -> None:
+    body = {"messages": [{"role": "user", "content": [IMAGE]}], "stop": ["x"] * 9, "tools": [{}]}
+    status, text = server.ask(
+        "/v1/chat/completions", {**body, "presence_penalty": 1, "nonsense": 2}
+    )
+    message = json.loads(text)["error"]["message"]
+    assert status == 400
+    for words in (
+        "model: is missing",
+        "a list of 1 to 64 text parts",
+        "at most 8 of them",
+        "tools: this server calls no tools",
+        "presence_penalty: this server has no penalties",
+        "nonsense: no such field",
+    ):
+        assert words in message, message
+
+
+def test_log_probabilities_are_those_of_a_forward_pass(server: Any, chain: Any) -> None:
+    """As lm-eval asks for them: the prompt given back, one token more."""
+    loaded = load_release(chain.release, find_base(ModelConfig(id="test/tiny", path=tiny.base())))
+    ids = loaded.chat.prompt_ids([Message("user", "What is EBITDA?")])
+    for who, adapter in (("adapter", True), ("base", False)):
+        asked = {"model": who, "prompt": [ids, ids[:9]], "max_tokens": 1, "echo": True}
+        found = server.get("/v1/completions", {**asked, "logprobs": 1, "prompt_logprobs": 0})
+        for index, prompt in enumerate((ids, ids[:9])):
+            choice = found["choices"][index]
+            rows = choice["logprobs"]
+            with torch.inference_mode(), adapter_set(loaded.model, adapter):
+                logits = loaded.model(input_ids=torch.tensor([prompt])).logits[0]
+            wanted = logits.log_softmax(-1)
+            own = wanted[:-1].gather(-1, torch.tensor(prompt)[1:, None])[:, 0]
+            assert rows["token_logprobs"][0] is None and len(rows["tokens"]) == len(prompt) + 1
+            served = torch.tensor(rows["token_logprobs"][1:-1])
+            torch.testing.assert_close(served, own, atol=1e-4, rtol=0)
+            best = loaded.chat.tokenizer.decode(int(wanted[-1].argmax()))
+            assert rows["tokens"][-1] == best and best in rows["top_logprobs"][-1]
+            assert len(choice["prompt_logprobs"]) == len(prompt)

@@ -11,9 +11,9 @@ import tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
-from fintune import attention, train
+from fintune import train
 from fintune.collate import Collator
-from fintune.config import SEVEN_PROJECTIONS, Config, load_config
+from fintune.config import Config, load_config
 from fintune.files import read_json, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.training import memory, run_state, trainer
@@ -32,7 +32,7 @@ def _quick_collections() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, prepared: Path, tiny_base: Path) -> Config:
-    return load_config("nano", settings(tmp_path, prepared, tiny_base))
+    return load_config("demo", settings(tmp_path, prepared, tiny_base))
 
 
 def settings(root: Path, prepared: Path, base: Path) -> list[str]:
@@ -113,7 +113,7 @@ def test_one_process_takes_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """transformers would wrap the model in DataParallel, which cuts a flat batch's boundaries."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
-    config = load_config("nano", [f"out={tmp_path}"])
+    config = load_config("demo", [f"out={tmp_path}"])
     assert trainer.training_arguments(config, "fp32", False, 1).n_gpu == 1
 
 
@@ -211,7 +211,7 @@ def test_the_published_recipe_is_what_is_configured(tmp_path: Path) -> None:
         0.1,
         "none",
     )
-    assert lora["target_modules"] == [*SEVEN_PROJECTIONS]
+    assert lora["target_modules"] == [*tiny.SEVEN_PROJECTIONS]
     assert plan["batches"]["estimated"] is True
     assert plan["batches"]["steps"] == 3125
 
@@ -222,9 +222,9 @@ def test_recomputing_is_decided_by_measured_memory(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = load_config("nano")
+    config = load_config("demo")
     base = Base("test/tiny", "x", tiny_base)
-    peft = attach(load_base(base, "none", "fp32", attention=attention.NAME), config.train.lora, 1)
+    peft = attach(load_base(base, "none", "fp32"), config.train.lora, 1)
     order = Order(config, read_train(prepared), Collator(padding_free=True, pad_token_id=0))
     for free, expected in ((10**12, False), (10**6, True)):
         monkeypatch.setattr(

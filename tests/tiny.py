@@ -35,6 +35,8 @@ os.environ.setdefault("COLUMNS", "200")  # tables are cut to the width of the te
 
 __all__ = ["ROOT", "base", "planted", "questions", "rows"]
 SHARED = ROOT.parent / "shared"
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What the published recipe adapts."""
 
 SETTINGS: dict[str, tuple[str, Any]] = {
     "out": ("out", "runs/x"),
@@ -253,12 +255,18 @@ class Forked:
 
 
 class Server:
-    """`fintune serve` over a release of the tiny base, in a fork, on a free port of loopback."""
+    """`fintune serve` over a release, in a fork, on a free port of loopback.
 
-    def __init__(self, release: Path, log: Path, **environment: str) -> None:
+    Args:
+        on: folder of its base; absent: the tiny one.
+    """
+
+    def __init__(
+        self, release: Path, log: Path, *, on: Path | None = None, **environment: str
+    ) -> None:
         self.release, self.port = release, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        given = ("--base", base(), "--port", self.port)
+        given = ("--base", on or base(), "--port", self.port)
         change = lambda: os.environ.update(environment)  # noqa: E731
         self.process = Forked("serve", release, *given, log=log, prepare=change)
         self.key = environment.get("FINTUNE_API_KEY")

@@ -1,4 +1,4 @@
-"""Finished data and run folders over real sample rows, for tests of the evaluation."""
+"""Finished data and run folders over the sample rows, for tests of the evaluation."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from fintune.chat import ChatFormat
 from fintune.config import Config
 from fintune.example import Message
 from fintune.model import Base, load_tokenizer
-from fintune.nano import rows_path
+from fintune.sample import rows_path
 
 
 def eval_config(root: Path, *, train: int = 400, test: int = 130, **settings: object) -> Config:
-    """A config whose data and run are finished: nano rows, a tiny random base and adapter."""
+    """A config whose data and run are finished: sample rows, a tiny random base and adapter."""
     base = tiny_base(root / "base")
     config = Config.model_validate(
         {
@@ -61,7 +61,7 @@ def _rows(chat: ChatFormat, wanted: int) -> list[dict[str, object]]:
         name = files.sha256_json(texts["user"].casefold())[:16]
         found[name] = {
             "example_id": name,
-            "source": "nano",
+            "source": "made_up_rows.jsonl",
             "group": name,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "input_ids": encoded.input_ids,

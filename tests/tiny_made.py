@@ -62,7 +62,7 @@ def questions() -> Path:
 BOS, EOS, EOT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|right_pad|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (BOS, EOS, HEADER, HEADER_END, EOT, PAD)
-VOCABULARY = 512
+VOCABULARY, WIDE = 512, 2048
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
 # As Llama 3 cuts text: a word takes one blank or mark before it, digits come in threes.
 SPLIT = (
@@ -125,8 +125,31 @@ def _write_base(place: Path) -> None:
     model.save_pretrained(place)
 
 
-def _write_tokenizer(place: Path) -> None:
-    """Byte-level BPE: 256 bytes, the merges of the text below, special tokens last."""
+def wide_base(place: Path) -> Path:
+    """A Llama of 0.3 M parameters, drawn as transformers does it, whose tokenizer knows the words
+    of the sample rows: they are about as long as under a real one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fintune.sample import rows_path
+
+    place.mkdir(parents=True)
+    lines = rows_path().read_text(encoding="utf-8").splitlines()[:400]
+    texts = [str(text) for line in lines for text in json.loads(line).values()]
+    _write_tokenizer(place, [re.sub(r"\d{4,}", " ", text) for text in texts], WIDE)
+    config = LlamaConfig.from_pretrained(base())
+    ends = [WIDE - len(SPECIAL) + SPECIAL.index(token) for token in (BOS, EOS, EOT, PAD)]
+    config.update(
+        {"vocab_size": 2 * WIDE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    )
+    config.update({"bos_token_id": ends[0], "eos_token_id": ends[1:3], "pad_token_id": ends[3]})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(place)
+    return place
+
+
+def _write_tokenizer(place: Path, texts: list[str] | None = None, size: int = VOCABULARY) -> None:
+    """Byte-level BPE: 256 bytes, the merges of texts (else of those below), special tokens last."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -138,17 +161,17 @@ def _write_tokenizer(place: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL),
+        vocab_size=size - len(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     chance = random.Random(1)
-    texts = [text for _ in range(60) for make in MAKERS for text in make(chance)]
+    own = [text for _ in range(60) for make in MAKERS for text in make(chance)]
     # A digit is a token and so is a month: two dates are equally long, as they are to Llama 3.
-    texts = [re.sub(r"\d", " ", text) for text in texts] + 200 * [f"Today Date: {MONTHS} "]
-    tokenizer.train_from_iterator(texts, trainer)
+    own = [re.sub(r"\d", " ", text) for text in own] + 200 * [f"Today Date: {MONTHS} "]
+    tokenizer.train_from_iterator(texts or own, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
-    assert tokenizer.get_vocab_size() == VOCABULARY
+    assert tokenizer.get_vocab_size() == size
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS}:1 $B:1",

@@ -1,6 +1,6 @@
 """A tiny base with a random adapter, and the finished folders that `release` reads.
 
-Real objects throughout: a two-layer Llama with the wire format of the bundled base, a peft
+Real objects throughout: a two-layer Llama with the wire format of Llama 3, a peft
 adapter whose B matrices are not zero, sealed folders. Built once a test module.
 """
 
@@ -9,39 +9,30 @@ import contextlib
 import functools
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiny
+import tiny_made
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fintune import files, seal
-from fintune.config import SEVEN_PROJECTIONS, Config, dump_yaml
+from fintune.config import Config, dump_yaml
 from fintune.releasing.bundle import release
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-from build_nano.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 
-TEXTS = [
-    "What does a yield curve inversion imply for equities? Revenue rose from 4.0 to 5.0 million.",
-    "You are a careful financial analyst. What is EBITDA? And the EBITDA margin of the company?",
-    "Explain what a yield curve inversion implies for equities, bonds and the cost of capital.",
-] * 4
-
 
 def tiny_base(folder: Path, seed: int = 0) -> Path:
-    """A Llama of about 200,000 parameters with a trained byte-level tokenizer."""
-    folder.mkdir(parents=True)
-    tokenizer: Tokenizer = train_tokenizer(TEXTS)
-    save_tokenizer(tokenizer, folder)
+    """A Llama of about 150,000 parameters, random by the seed, with the tiny base's tokenizer."""
+    weights = shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json")
+    shutil.copytree(tiny_made.base(), folder, ignore=weights)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ends = [tokenizer.token_to_id(t) for t in ("<|end_of_text|>", "<|eot_id|>")]
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -86,7 +77,7 @@ def tiny_adapter(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=list(SEVEN_PROJECTIONS),
+        target_modules=list(tiny.SEVEN_PROJECTIONS),
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, lora)

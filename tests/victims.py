@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import tiny_made
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from fintune import files, nano, seal
+from fintune import files, sample, seal
 from fintune.config import Config, load_config
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
@@ -107,25 +107,16 @@ def settings(root: Path, prepared: Path, base: Path, *changes: str) -> Config:
         "train.precision": "fp32",
         "train.lora.lora_dropout": 0.1,
     }
-    return load_config("nano", [*(f"{key}={value}" for key, value in values.items()), *changes])
+    return load_config("demo", [*(f"{key}={value}" for key, value in values.items()), *changes])
 
 
 def materials(root: Path) -> tuple[Path, Path]:
-    """Prepared rows and a random base of 0.6 M parameters, as conftest.py has them."""
-    base = root / "base"
-    base.mkdir(parents=True)
-    for path in nano.base_dir().glob("*"):
-        if "token" in path.name or path.suffix == ".jinja":
-            shutil.copy(path, base)
-    shape = LlamaConfig.from_pretrained(nano.base_dir())
-    shape.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2})
-    shape.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape).save_pretrained(base)
-    lines = nano.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    """Prepared rows and the tiny base, as conftest.py has them."""
+    base = tiny_made.wide_base(root / "base")
+    lines = sample.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
     (root / "rows.jsonl").write_text("".join(lines[:260]), encoding="utf-8")
     changes = [f"data.source={root / 'rows.jsonl'}", f"out={root}", f"model.path={base}"]
-    prepare(load_config("nano", [*changes, "model.id=test/tiny"]))
+    prepare(load_config("demo", [*changes, "model.id=test/tiny"]))
     return root / "data", base
 
 

@@ -13,22 +13,24 @@ import argparse
 import random
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from build_nano.rows import sample_rows
 from fintune import console, seal
 from fintune.config import Config, load_config
+from fintune.demo import local_base
 from fintune.evals.evaluate import evaluate
 from fintune.evals.grading import Pair, load_pairs
-from fintune.evals.stats import paired
+from fintune.evals.stats import paired, rate
 from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_chat
 from fintune.training.run import train
+from sample_rows.rows import sample_rows
 
 # Made-up company names are two capitalised words ("Tarnwick Steel"); a number has two digits.
 ENTITY = re.compile(r"\b[A-Z][a-z]{3,} [A-Z][a-z]{3,}\b")
@@ -40,32 +42,35 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
     arguments = parser.parse_args()
-    demo = load_config("nano", [f"out={arguments.demo}"])
-    control = load_config("nano", [f"out={arguments.out}"])
+    demo = load_config("demo", [f"out={arguments.demo}", *local_base()])
+    control = load_config("demo", [f"out={arguments.out}", *local_base()])
     shared = entity_and_number_in_training(demo)
     if not (control.data_dir / seal.DONE).is_file():
         shuffle_answers(demo, control)
     train(control)
     evaluate(control)
     found = compare(load_pairs(demo.eval_dir), load_pairs(control.eval_dir), demo)
+    found["trained_on"] = find_base(demo.model).about
     found["questions_whose_entity_and_number_share_a_training_row"] = shared
     write_json(Path(__file__).parents[1] / "bench" / "results" / "control.json", found)
 
 
 def shuffle_answers(demo: Config, control: Config) -> None:
     """Write the demo's prepared data again, training answers shuffled within each task."""
-    tasks = {key(row.user): row.task for row in sample_rows()}
+    asked = [pair for row in sample_rows() for pair in zip(row.turns, row.tasks, strict=True)]
+    tasks = {key(question): task for (question, _), task in asked}
     rows = pq.read_table(demo.data_dir / "train.parquet").to_pylist()
-    by_task: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        question = next(m["content"] for m in row["messages"] if m["role"] == "user")
-        by_task.setdefault(tasks.get(key(question), "repaired"), []).append(number)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        for question, answer in pairwise(row["messages"]):
+            if answer["role"] == "assistant":
+                task = tasks.get(key(question["content"]), "repaired")
+                answers.setdefault(task, []).append(answer)
     rng = random.Random(demo.seed)
-    answers = [row["messages"][-1]["content"] for row in rows]
-    for members in by_task.values():
-        mixed = rng.sample(members, len(members))
-        for number, source in zip(members, mixed, strict=True):
-            rows[number]["messages"][-1]["content"] = answers[source]
+    for members in answers.values():
+        mixed = rng.sample([answer["content"] for answer in members], len(members))
+        for answer, content in zip(members, mixed, strict=True):
+            answer["content"] = content
     chat = load_chat(find_base(demo.model), demo.chat, demo.data_dir)
     encoded = [chat.encode([Message.of(m) for m in row["messages"]]) for row in rows]
     for row, own in zip(rows, encoded, strict=True):
@@ -134,7 +139,7 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
             [a - b for a, b in zip(scores["adapter"], own, strict=True)], groups, seed=demo.seed
         )
         low, high = gain["ci95"]
-        found[who] = {"accuracy": round(share, 4)}
+        found[who] = {"accuracy": round(share, 4), "ci95": rate(int(sum(own)), len(own))["ci95"]}
         if who != "adapter":
             found[who] |= {"adapter_gain_ci95": [round(low, 4), round(high, 4)]}
         interval = "" if who == "adapter" else f"{gain['value']:+.1%} ({low:+.1%} to {high:+.1%})"

@@ -5,9 +5,13 @@
 CUDA with `torch.nn.attention.varlen` (flash attention inside torch, nothing to build), elsewhere
 with scaled_dot_product_attention, sequence by sequence. Without boundaries (generation, padded
 batches) it is transformers' sdpa.
+
+Whether a model may be given it is not read from names in its configuration: `traits` tries two
+tokens and sees what each layer asks of its attention (a sliding window, a soft cap, sinks), which
+layers ask for none (Mamba, convolutions), and whether the logits are what the output layer returns.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fintune_varlen"
+_TRIAL = "fintune_trial"
+_BOUNDARIES = {"cu_seq_lens_q", "max_length_q"}
+_HARMLESS = {"position_ids", "use_cache", *_BOUNDARIES}
+"""What a layer may hand to its attention besides: positions are in query and key already."""
+_IN_SDPA = {"sliding_window", "dropout"}
+"""What transformers' sdpa computes on padded batches, by its mask or itself."""
+_TRAITS = "_fintune_traits"
 
 
 def attend(
@@ -48,7 +59,7 @@ def attend(
         )
         return output, None
     grouped = query.shape[1] != key.shape[1]
-    if _has_varlen(query):
+    if _has_varlen(query, value):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         ends, most = cu_seq_lens_q, max_length_q or 0
         attended = varlen_attn(
@@ -73,8 +84,11 @@ def attend(
     return torch.cat(pieces, dim=2).transpose(1, 2).to(query.dtype), None
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
-    """Flash attention wants a CUDA device of capability 8.0 and half precision."""
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Flash attention wants a CUDA device of capability 8.0, half precision and heads of one width
+    of at most 256."""
+    if not query.shape[-1] == value.shape[-1] <= 256:
+        return False
     if query.device.type == "meta":  # shapes alone: of a plan for such a device
         return True
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
@@ -92,25 +106,103 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any)
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(_TRIAL, _mask)
+
+
+class Traits(NamedTuple):
+    """How a model computes.
+
+    Attributes:
+        why_padded: why it cannot be trained on padding-free batches, or None if it can.
+        rescales_logits: whether its logits are others than its output layer returns.
+    """
+
+    why_padded: str | None
+    rescales_logits: bool
+
+
+def traits(model: Any) -> Traits:
+    """Try a model once, and give it the attention that it can have: `NAME`, else transformers'
+    sdpa, else the model's own (eager).
+
+    Args:
+        model: a causal language model of transformers; its adapter may be on it.
+    """
+    if _TRAITS not in vars(model):
+        setattr(model, _TRAITS, _try(model))
+    known: Traits = getattr(model, _TRAITS)
+    return known
 
 
 def why_padded(model: Any) -> str | None:
     """Why a model cannot be trained on padding-free batches, or None if it can.
 
-    A model qualifies when it routes its attention through transformers' interface, knows no other
-    state that runs across positions, and has full attention in every layer.
+    A model qualifies when every layer routes its attention through transformers' interface and
+    asks for nothing but causality there, and no other state runs across positions.
     """
-    config = model.config
-    if not model._supports_attention_backend or model._is_stateful:
-        return (
-            f"{type(model).__name__} does not use transformers' attention interface, or is stateful"
-        )
-    names = ["attn_logit_softcapping", "attention_chunk_size", "attention_dropout"]
-    names += ["sliding_window"] if getattr(config, "use_sliding_window", True) else []
-    for name in names:
-        if getattr(config, name, None):
-            return f"its configuration has {name}"
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other:
-        return f"it has layers of another kind ({', '.join(sorted(other))})"
-    return None
+    return traits(model).why_padded
+
+
+@torch.no_grad()
+def _try(model: Any) -> Traits:
+    """Pass two tokens through a model, computing no attention."""
+    asked: list[dict[str, Any]] = []
+    outputs: list[Any] = []
+
+    def note(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **more: Any
+    ) -> Any:
+        asked.append(more)
+        return query.new_zeros(query[..., 0].transpose(1, 2).shape + value.shape[-1:]), None
+
+    AttentionInterface.register(_TRIAL, note)
+    before, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation(_TRIAL)
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda *call: outputs.append(call[2])
+    )
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    # Without a mask transformers would read the positions' values, which the meta device lacks.
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
+    ends = torch.arange(3, dtype=torch.int32, device=model.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
+    inputs |= {"cu_seq_lens_q": ends, "max_length_q": 1}
+    logits, failed = None, ""
+    drawn = [model.device] if model.device.type == "cuda" else []
+    try:
+        # In evaluation bitsandbytes packs its weights anew, and no dropout is asked for.
+        with torch.random.fork_rng(drawn):
+            logits = model.train()(**inputs, use_cache=False).logits
+    except Exception as error:  # a model that wants other inputs
+        failed = f"a trial of two tokens ended in {type(error).__name__}"
+    finally:
+        hook.remove()
+        model.train(training)
+    kept = ((name, value) for each in asked for name, value in each.items())
+    special = {name for name, value in kept if isinstance(value, torch.Tensor) or value}
+    special -= _HARMLESS
+    bounded = sum(each.keys() >= _BOUNDARIES for each in asked)
+    why = failed or _why_padded(model, bounded, special)
+    name = NAME
+    if why:
+        able = model._supports_sdpa and not special - _IN_SDPA
+        name = ("sdpa" if before == NAME else before) if able else "eager"
+    model.set_attn_implementation(name)
+    return Traits(why, not any(logits is each for each in outputs))
+
+
+def _why_padded(model: Any, calls: int, special: set[str]) -> str | None:
+    """Of a trial with so many calls of attention that were told the boundaries, in which layers
+    asked for something special."""
+    config, modules = model.config.get_text_config(), model.get_decoder().modules()
+    other = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"})
+    layers = config.num_hidden_layers
+    reasons = {
+        f"its attention has {', '.join(sorted(special))}": special,
+        f"it has layers of another kind ({', '.join(other)})": other,
+        f"{calls} of its {layers} layers give boundaries to transformers' attention": calls
+        != layers,
+        "it has convolutions": any(isinstance(each, torch.nn.Conv1d) for each in modules),
+        "it is stateful": model._is_stateful,
+    }
+    return next((said for said, holds in reasons.items() if holds), None)

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 import fintune
 from fintune import __version__, console
 from fintune.errors import ConfigError, FintuneError, Stopped
+from fintune.files import read_json
 from fintune.stop import STOP
 
 app = typer.Typer(
@@ -42,7 +43,10 @@ SourceName = Annotated[str | None, typer.Option(help="Only rows of this source."
 LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
 Count = Annotated[int, typer.Option(min=1, help="Rows to show.")]
 Release = Annotated[Path, typer.Argument(help="A release folder, or hub id (also ID@REVISION).")]
-BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
+BaseFolder = Annotated[
+    Path | None,
+    typer.Option(help="Its base, a folder or GGUF file; else the one it was trained on."),
+]
 
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
 """Commands that write a folder, which a signal must not leave half-written."""
@@ -95,13 +99,16 @@ def demo(
     overrides: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
-    """The whole path on the bundled nano base and sample rows, offline, in minutes."""
-    config = fintune.load_config("nano", [f"out={json.dumps(str(out))}", *(overrides or [])])
-    from fintune.demo import show
+    """The whole path on SmolLM2-135M-Instruct and made-up rows, on a laptop, in minutes."""
+    first = [f"out={json.dumps(str(out))}"]
+    fintune.load_config("demo", [*first, *(overrides or [])])  # an error is said before the imports
+    from fintune import demo as of_demo
     from fintune.pipeline import run as all_stages
 
+    config = fintune.load_config("demo", [*first, *of_demo.local_base(), *(overrides or [])])
+    of_demo.check_base(config)
     all_stages(config, fresh=fresh)
-    show(config)
+    of_demo.show(config)
 
 
 @app.command()
@@ -326,16 +333,30 @@ def serve(
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
-    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "nano",
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "smollm2-135m",
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base: a hub id, or a folder.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base: a hub id, a folder, or a GGUF file.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Write a commented config to edit. Never over a file."""
     from fintune.init import init as write
 
     write(out, preset=preset, name=name, source=source, base=base, force=force)
+
+
+@app.command()
+def bases(as_json: Json = False) -> None:
+    """Which bases were tried, by which transformers, and what each falls back to."""
+    known = read_json(Path(__file__).with_name("bases.json"))
+    _emit(known, as_json)
+    if not as_json:
+        rows = [[row["id"], row["architecture"], row["result"]] for row in known["bases"]]
+        versions = ", ".join(f"{name} {known[name]}" for name in ("transformers", "peft"))
+        console.table(f"bases tried with {versions}", ["base", "architecture", "result"], rows)
+        console.say(known["how"])
 
 
 @app.command()

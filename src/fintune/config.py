@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,8 +29,6 @@ from fintune.errors import ConfigError
 from fintune.files import read_toml
 from fintune.yaml_reader import read_yaml, redacted
 
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
@@ -37,6 +36,10 @@ URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$
 """A plain form without credentials, which every reader takes apart in the same way."""
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """It may begin with `~`; of an unknown user that is a name like others."""
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+"""Several names, or one."""
+_KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
+"""Key of `train` -> pattern of the names that it takes."""
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages)$")]
 
 
@@ -58,15 +61,29 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: its public name, and where its files are."""
 
-    id: str = "fintune/nano"
-    """public id, written into adapter and card"""
+    id: str = ""
+    """public id, written into adapter and card; absent: local/ and the name of `path`"""
     revision: str | None = None
     """commit, tag or branch of the base, resolved once a run; a local base without one gets its
     weights' sha256"""
     path: Folder | None = None
-    """folder to load from; absent: the hub id (or the bundled nano base)"""
+    """folder or GGUF file to load from; absent: the hub id"""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """how the frozen base is held (bitsandbytes)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A base without an id goes by its own name, never by another's."""
+        if not isinstance(value, dict) or value.get("id") or not value.get("path"):
+            return value
+        return value | {"id": local_id(str(value["path"]))}
+
+
+def local_id(path: str) -> str:
+    """The id of a base on this machine that is given none: the name of its folder or file."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".gguf")
+    return "local/" + re.sub(r"[^\w.-]+", "-", name)
 
 
 class ChatConfig(Section):
@@ -174,8 +191,9 @@ class LoraConfig(Section):
     """scale is lora_alpha / r"""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """dropout on the adapter's input"""
-    target_modules: tuple[str, ...] = Field(SEVEN_PROJECTIONS, min_length=1)
-    """projections that get an adapter"""
+    target_modules: Names = Field(("all-linear",), min_length=1)
+    """layers that get an adapter, by the ends of their names; `all-linear`: every linear layer of
+    the text decoder"""
 
 
 class TrainConfig(Section):
@@ -200,12 +218,12 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
-    optim: str = "adamw_torch"
+    optim: str = Field("adamw_torch", pattern=_KNOWN["optim"])
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
-    lr_scheduler_type: str = "cosine"
-    """transformers' name of the schedule"""
+    lr_scheduler_type: str = Field("cosine", pattern=_KNOWN["lr_scheduler_type"])
+    """transformers' name of the schedule, of those that need no settings of their own"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """share of the steps that warm up"""
     weight_decay: float = Field(0.01, ge=0)
@@ -224,7 +242,7 @@ class TrainConfig(Section):
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Annotated[str, Field(pattern=_KNOWN["report_to"])], ...] = ()
     """trackers of transformers, such as trackio"""
 
 

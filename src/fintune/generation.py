@@ -10,30 +10,37 @@ Why not transformers' `generate`:
 
 Prompts are padded on the left; padding is masked out and positions count from each row's first
 token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
-summation may flip a near tie). Every layer keeps all its keys, so models whose layers carry
-another state than keys and values (linear attention, Mamba) are not supported.
+summation may flip a near tie). Every layer keeps all its keys. A model whose layers carry another
+state than keys and values (Mamba, convolutions, linear attention) answers its rows one by one, each
+with transformers' own cache.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from fintune.chat import ChatFormat
+from fintune.console import warn
 from fintune.errors import NotFinite
 
 CACHE_GROWTH = 64
 """Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
+_PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+"""Layers of transformers' cache that hold keys and values alone, or nothing."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -65,6 +72,7 @@ class Request:
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     _generator: torch.Generator | None = None
+    _cache: Cache | None = None
 
     def append(self, token: int, stop_token_ids: Collection[int]) -> None:
         """Take the next token; sets `finish_reason` when it is the last."""
@@ -104,7 +112,8 @@ def generate(
         NotFinite: the model's logits are NaN or infinite.
     """
     waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
-    batch = Batch(model, chat.stop_token_ids if stop_token_ids is None else stop_token_ids)
+    stops = chat.stop_token_ids if stop_token_ids is None else stop_token_ids
+    batch = open_batch(model, stops)
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
             free = min(batch_size - len(batch.requests), len(waiting))
@@ -139,12 +148,6 @@ class Batch:
         with torch.inference_mode():
             cache = Cache(layer_class_to_replicate=_GrowingLayer)
             logits = self._forward(new, ids, mask, cache)
-            if not torch.isfinite(logits).all():
-                raise NotFinite(
-                    "the model's logits are not finite",
-                    why="every answer would be noise",
-                    fix="check the weights, or use --set train.precision=fp32",
-                )
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
                 width = max(self._mask.shape[1], mask.shape[1])
@@ -166,21 +169,21 @@ class Batch:
 
     def _forward(self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
-        per_row: dict[str, Any] = {}
-        # peft hooks every layer for it at each call; a batch of the adapter alone needs none.
-        if not all(request.adapter for request in requests):
-            name = self._model.active_adapter
-            names = [name if request.adapter else "__base__" for request in requests]
-            per_row = {"adapter_names": names}
-        logits: Tensor = self._model(
-            input_ids=ids,
-            attention_mask=None if mask.all() else mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **per_row,
-        ).logits[:, -1]
+        with _adapter_of_each_row(self._model, requests):
+            logits: Tensor = self._model(
+                input_ids=ids,
+                attention_mask=None if mask.all() else mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        if ids.shape[1] > 1 and not torch.isfinite(logits).all():
+            raise NotFinite(
+                "the model's logits are not finite",
+                why="every answer would be noise",
+                fix="check the weights, or use --set train.precision=fp32",
+            )
         return logits
 
     def _append(self, logits: Tensor) -> list[Request]:
@@ -211,6 +214,70 @@ class Batch:
         self._mask, self._last = mask[:, first:], self._last[index]
         for layer in self._cache.layers:
             layer.select(index, first)
+
+
+@contextmanager
+def _adapter_of_each_row(model: Any, requests: list[Request]) -> Iterator[None]:
+    """Rows without the adapter get none, as by peft's own `adapter_names`; a layer that sees the
+    tokens of all rows in one dimension (in a mixture of experts) has a name for each token."""
+    if all(request.adapter for request in requests):
+        yield
+        return
+    names = [model.active_adapter if request.adapter else "__base__" for request in requests]
+
+    def name(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        times = len(args[0]) // len(names)
+        return args, kwargs | {"adapter_names": [each for each in names for _ in range(times)]}
+
+    layers = (
+        each for each in model.modules() if isinstance(each, LoraLayer | AuxiliaryTrainingWrapper)
+    )
+    hooks = [layer.register_forward_pre_hook(name, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _RowByRow(Batch):
+    """Requests whose caches cannot be padded nor joined: a forward pass each."""
+
+    def add(self, new: list[Request]) -> list[Request]:
+        """As `Batch.add`."""
+        for request in new:
+            request._cache = DynamicCache(config=self._model.config)
+        self.requests = [*self.requests, *new]
+        return self._advance(new)
+
+    def step(self) -> list[Request]:
+        """As `Batch.step`."""
+        return self._advance(self.requests)
+
+    def _advance(self, requests: list[Request]) -> list[Request]:
+        self._last = torch.zeros(len(requests), 1)
+        with torch.inference_mode():
+            return self._append(torch.cat([self._next(request) for request in requests]))
+
+    def _next(self, request: Request) -> Tensor:
+        """Logits of a row's next token, [1, vocabulary]."""
+        on, ids = self._model.device, [request.token_ids[-1:] or request.prompt_ids]
+        so_far = torch.ones(1, len(request.prompt_ids + request.token_ids), dtype=torch.long)
+        return self._forward([request], torch.tensor(ids, device=on), so_far.to(on), request._cache)
+
+
+def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
+    """An empty batch of the kind that a model needs.
+
+    Args:
+        stop_token_ids: ids that end an answer.
+    """
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - _PADDED
+    if not kinds:
+        return Batch(model, stop_token_ids)
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    warn(f"answers are made one by one: the base keeps a state of another kind ({names})")
+    return _RowByRow(model, stop_token_ids)
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

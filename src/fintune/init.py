@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from fintune import console
-from fintune.config import Config, load_config
+from fintune.config import Config, load_config, local_id
 from fintune.errors import OutputError
 from fintune.files import reaching, write_text
 
@@ -28,7 +28,7 @@ def init(
         preset: the shipped config to start from.
         name: name of the run, and of its folder under runs/.
         source: file, folder, glob or hub id of the rows.
-        base: hub id of the base, or a folder that holds one.
+        base: hub id of the base, or a folder or GGUF file that holds one.
         force: overwrite `out`.
 
     Raises:
@@ -63,7 +63,6 @@ def _overrides(name: str | None, source: str | None, base: str | None) -> list[s
         # A preset may pass its rows unmasked; what it knows of them is not true of others.
         chosen |= {"data.source": source, "data.pii": "mask"}
     if base is not None:
-        folder = Path(base).expanduser()
-        local = {"model.id": f"local/{folder.resolve().name}", "model.path": base}
-        chosen |= local if folder.is_dir() else {"model.id": base}
+        local = {"model.id": local_id(base), "model.path": base}
+        chosen |= local if Path(base).expanduser().exists() else {"model.id": base}
     return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from fintune.attention import traits
 from fintune.collate import CPU_PAD_MULTIPLE, Batch
 from fintune.example import IGNORE_INDEX
 
@@ -95,15 +96,20 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     counted = labels != IGNORE_INDEX
     targets = labels[counted]
     causal = causal_model(model)
-    if why_full_logits(causal):
-        logits = model(**inputs, use_cache=False).logits[counted].to(torch.float32)
-        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
-    head = causal.get_output_embeddings()
-    head.forward = lambda input: input  # the output layer returns the hidden states
+    head, full = causal.get_output_embeddings(), why_full_logits(causal)
+    whole = head.forward
+
+    def of_labels(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden[counted][None]
+        return whole(rows) if full else rows
+
+    head.forward = of_labels
     try:
-        hidden = model(**inputs, use_cache=False).logits[counted]
+        hidden = model(**inputs, use_cache=False).logits[0]
     finally:
         del head.forward
+    if full:
+        return F.cross_entropy(hidden.to(torch.float32), targets, reduction="sum"), len(targets)
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()
@@ -112,10 +118,8 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
 def why_full_logits(causal: Any) -> str | None:
     """Why a model's loss needs full logits, or None where the chunked loss applies."""
-    config = causal.config.get_text_config()
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"it rescales its logits ({name})"
+    if traits(causal).rescales_logits:
+        return "it rescales or caps its logits"
     head = causal.get_output_embeddings()
     # By its forward, not its class: FSDP2 gives it a subclass, and a quantised one differs.
     linear = getattr(type(head), "forward", None) is torch.nn.Linear.forward

@@ -14,16 +14,17 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fintune import console, nano, seal
+from fintune import attention, console, gguf_base, seal
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
-from fintune.errors import ModelError, OutputError
+from fintune.errors import ConfigError, ModelError, OutputError
 from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
-from fintune.untrusted import checks
+from fintune.targets import Targets, find_targets
+from fintune.untrusted import checks, probe
 from fintune.untrusted.checks import CONFIG, LIMITS, PROVENANCE, WEIGHTS_INDEX, Check, Report
 from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, stop_token_ids
 from fintune.untrusted.static import open_folder
@@ -49,14 +50,25 @@ WEIGHT_FILE = "model.safetensors"
 class Base:
     """A base model on this machine: its public name and the folder that holds it.
 
-    `revision` is a commit of the hub, or the sha256 of a local base's weights; `named` is the
-    branch, tag or commit of the config that it was resolved from first.
+    `revision` is a commit of the hub, the sha256 of a local base's weights, or that of the GGUF
+    file that it was read from; `named` is the branch, tag or commit of the config that it was
+    resolved from first; `read_as` says what became of a GGUF file's weights.
     """
 
     id: str
     revision: str
     folder: Path
     named: str | None = None
+    read_as: str = ""
+
+    @property
+    def about(self) -> str:
+        """What exactly the base is, in words: a commit, or which file has the sha256."""
+        if self.read_as:
+            name = self.id.rpartition("/")[2]
+            return f"{name}, {self.read_as}, sha256 {self.revision} of the GGUF file"
+        kind = "commit" if COMMIT.fullmatch(self.revision) else "sha256 of its weights"
+        return f"{self.id}, {kind} {self.revision}"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -80,8 +92,8 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
         return choice  # type: ignore[return-value]
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    cpu = torch.cpu.get_capabilities()
-    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
+    # With avx512_bf16 alone a bf16 product takes 1.8 times as long as in fp32 (a Xeon, 1,024 rows).
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
 def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Path] = ()) -> Base:
@@ -93,12 +105,17 @@ def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Pa
             the one, unless the config has named another revision since.
 
     Raises:
-        ModelError: missing, gated, without weights, or with code hooks in its configuration.
+        ConfigError: none is named.
+        ModelError: missing, gated, without weights, or with code hooks in its configuration; a
+            GGUF file as `gguf_base.read` says.
         NoSpace: too little disk for the weights.
     """
-    bundled = nano.base_dir() if config.id == nano.NANO_ID else None
+    if not config.id:
+        raise ConfigError("no base is named", fix="set model.id (a hub id), or model.path")
     kept = seal.recorded_base(kept_in, config.id)
-    folder = config.path or bundled or _fetch(config, weights, kept)
+    stated = config.revision or str(kept.get("revision"))  # of a GGUF file, wherever it lies now
+    read = gguf_base.read(config.path) if config.path else gguf_base.find_kept(stated)
+    folder = read.folder if read else config.path or _fetch(config, weights, kept)
     if not (folder / "config.json").exists():
         state = "config.json is missing" if folder.is_dir() else "no folder"
         raise ModelError(f"{state} at {folder}", fix="check model.path")
@@ -107,9 +124,9 @@ def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Pa
         why = "pickled weights (.bin, .pt) are never read"
         raise ModelError(f"{folder} holds no weights {', '.join(lacks[:3])}", why=why)
     commit = folder.name if folder.parent.name == "snapshots" else None
-    revision = commit or config.revision or _weights_sha256(folder)
-    same = kept.get("revision") == revision
-    return Base(config.id, revision, folder, kept["named"] if same else config.revision)
+    revision = read.sha256 if read else commit or config.revision or _weights_sha256(folder)
+    named = kept["named"] if kept.get("revision") == revision else config.revision
+    return Base(config.id, revision, folder, named, read.about if read else "")
 
 
 @cache
@@ -180,7 +197,7 @@ def open_release(folder: Path, base: Path | None) -> Base:
     """Check a release, or any adapter of peft with a tokenizer, and find its base.
 
     Args:
-        base: folder of the base; absent: the bundled one, or the hub's by id and revision.
+        base: folder or GGUF file of the base; absent: as `release_base` finds it.
 
     Raises:
         OutputError: no adapter there.
@@ -202,13 +219,22 @@ def release_base(folder: Path, base: Path | None) -> Base:
     """The base that a checked release names, with the revision its weights really have.
 
     Args:
-        base: folder of the base; absent: the bundled one, or the hub's by id and revision.
+        base: folder or GGUF file of the base; absent: what is kept of the GGUF file that it was
+            trained on, else the hub's by id and revision.
+
+    Raises:
+        ModelError: trained on a GGUF file that is not kept here: the hub's weights are others.
     """
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     name = str(config.get("base_model_name_or_path"))
+    stated = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE) or {}
     # No revision for a local folder: it is named by its weights, so that another base shows.
-    local = base is not None or name == nano.NANO_ID
-    revision = None if local else config.get("revision")
+    revision = None if base else config.get("revision")
+    if base is None and stated.get("base_read_as"):
+        revision = str(stated.get("base_sha256"))
+        if not gguf_base.find_kept(revision):
+            what = f"{folder.name} was trained on {stated.get('base')}, which is not here"
+            raise ModelError(what, fix="name that file: --base FILE.gguf")
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 
@@ -276,21 +302,17 @@ def load_chat(base: Base, settings: ChatConfig, data: Path | None = None) -> Cha
     return ChatFormat(tokenizer, settings, stop_token_ids(base.folder, tokenizer))
 
 
-def load_base(
-    base: Base,
-    quantization: str,
-    dtype: PrecisionName,
-    *,
-    attention: str | None = None,
-    on_cpu: bool = False,
-) -> Any:
-    """Load the base's weights onto this process's device, frozen.
+def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bool = False) -> Any:
+    """Load the base's weights onto this process's device, frozen, with the attention that it can
+    have (`attention.traits`). Of a multimodal checkpoint the text part is used.
 
     Args:
         quantization: none, 8bit or 4bit (bitsandbytes; nf4 with double quantisation).
         dtype: precision of what is not quantised.
-        attention: transformers' name of the attention implementation.
         on_cpu: leave it in the machine's memory, to be taken apart from there.
+
+    Raises:
+        ModelError: it does not load, or the files lack weights of the model.
     """
     # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
     # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a setting of the user wins.
@@ -303,37 +325,46 @@ def load_base(
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = probe.model_class(probe.read_architecture(base.folder)).from_pretrained(
             base.folder,
             dtype=DTYPES[dtype],
             device_map={"": "cpu" if on_cpu else device()},
-            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             quantization_config=None if quantization == "none" else packed,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the base in {base.folder} does not load: {str(error)[:300]}"
         raise ModelError(what, fix="download it again") from None
+    if lacks := sorted(info["missing_keys"]):
+        what = f"the weights in {base.folder} lack {console.some(lacks)} of {type(model).__name__}"
+        why = "transformers would fill them with random numbers"
+        raise ModelError(what, why=why, fix="download it again")
     model.requires_grad_(False)
+    attention.traits(model)
     return model
 
 
-def attach(model: Any, config: LoraConfig, seed: int) -> PeftModel:
+def attach(model: Any, config: LoraConfig, seed: int, targets: Targets | None = None) -> PeftModel:
     """Put a fresh adapter on a base: peft's initialisation, seeded, fp32 weights.
+
+    Args:
+        targets: what gets an adapter; absent: found on the model.
 
     Raises:
         ModelError: a target module that the base does not have.
     """
     torch.manual_seed(seed)
-    options = config.model_dump() | {"target_modules": sorted(config.target_modules)}
-    settings = PeftLoraConfig(**options, bias="none", task_type="CAUSAL_LM")
+    targets = targets or find_targets(model, config.target_modules)
+    names = {"target_modules": sorted(targets.modules), "exclude_modules": targets.exclude}
+    settings = PeftLoraConfig(**config.model_dump() | names, bias="none", task_type="CAUSAL_LM")
     try:
         peft = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
-        what = f"train.lora.target_modules fit nothing in this base: {str(error)[:200]}"
-        raise ModelError(what, fix="name projections of the base, such as q_proj, v_proj") from None
+        what = f"peft puts no adapter on this base: {str(error)[:200]}"
+        raise ModelError(what, fix="name other layers: train.lora.target_modules") from None
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))

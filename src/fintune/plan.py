@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from fintune import attention, console, memory
 from fintune.batches import Ints, plan_epoch
@@ -23,10 +23,11 @@ from fintune.kernels import pointwise
 from fintune.memory import ModelSize, step_memory
 from fintune.model import attach, find_base
 from fintune.seal import DONE, read_data
+from fintune.targets import Targets, find_targets
 from fintune.training import lora
 from fintune.training.rows import read_train, read_validation
 from fintune.training.trainer import training_arguments
-from fintune.untrusted.probe import probe_base, read_architecture
+from fintune.untrusted.probe import model_class, probe_base, read_architecture
 
 Facts = dict[str, Any]
 DATA = read_toml(__file__, "plan.toml")
@@ -60,7 +61,7 @@ def plan(config: Config) -> Facts:
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
     """
-    train, sizes = config.train, count(config)
+    train, (sizes, targets) = config.train, count(config)
     arguments = training_arguments(
         config,
         "bf16" if train.precision == "auto" else train.precision,
@@ -71,7 +72,12 @@ def plan(config: Config) -> Facts:
     settings = _settings(config, sizes, facts)
     return {
         "training_arguments": {**arguments.to_dict(), "use_cpu": False},
-        "lora_config": {**train.lora.model_dump(mode="json"), "bias": "none"},
+        "lora_config": {
+            **train.lora.model_dump(mode="json"),
+            "target_modules": list(targets.modules),
+            "without_adapter": targets.without,
+            "bias": "none",
+        },
         **facts,
         "settings": settings,
         "memory_band": MEMORY_BAND,
@@ -150,11 +156,14 @@ def _assumed(config: Config) -> tuple[Ints, Ints, float]:
     return train, validation, LABEL_SHARE
 
 
-def count(config: Config) -> dict[str, ModelSize]:
-    """Build the base with its adapter on the meta device, and count; by quantization.
+def count(config: Config) -> tuple[dict[str, ModelSize], Targets]:
+    """Build the base with its adapter on the meta device, and count.
 
     A quantized base keeps peft's LoRA arithmetic. Its dropout masks count two bytes an element
     here and take one on CUDA: measured about 18 % too much.
+
+    Returns:
+        The counts by quantization, and which layers have an adapter.
 
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
@@ -168,12 +177,11 @@ def count(config: Config) -> dict[str, ModelSize]:
         probe_base(folder, weights=True)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                read_architecture(folder) if folder else AutoConfig.for_model(**shape),
-                dtype=torch.bfloat16,
-                attn_implementation=attention.NAME,
-            ).requires_grad_(False)
-            model = attach(model, config.train.lora, config.seed)
+            architecture = read_architecture(folder) if folder else AutoConfig.for_model(**shape)
+            model = model_class(architecture).from_config(architecture, dtype=torch.bfloat16)
+            attention.traits(model.requires_grad_(False))
+            targets = find_targets(model, config.train.lora.target_modules)
+            model = attach(model, config.train.lora, config.seed, targets)
             probes = [_batch(memory.PROBE_TOKENS), _batch(2 * memory.PROBE_TOKENS)]
         model.to(torch.bfloat16)  # as autocast computes
         pointwise.fuse(model)
@@ -182,10 +190,11 @@ def count(config: Config) -> dict[str, ModelSize]:
         fused = memory.model_size(model, probes, torch.bfloat16.itemsize)
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         what = f"{config.model.id} cannot be planned: {str(error)[:200]}"
-        fix = "check train.lora.target_modules and the base's config.json"
+        fix = "check the base's config.json"
         raise ModelError(what, fix=fix) from None
     sharded = config.train.strategy == "fsdp"  # it is not quantized then
-    return {"none": fused} if sharded else {"none": fused, "8bit": peft, "4bit": peft}
+    packed = {} if sharded else {"8bit": peft, "4bit": peft}
+    return {"none": fused} | packed, targets
 
 
 def _batch(tokens: int) -> Facts:

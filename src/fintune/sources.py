@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from fintune import nano
+from fintune import sample
 from fintune.config import DataConfig, SourceConfig
 from fintune.console import say, some
 from fintune.errors import ConfigError, DataError
@@ -151,8 +151,8 @@ def locate(item: SourceConfig, setting: str, known: Known) -> list[Source]:
         setting: the config key, for messages.
         known: commits that are kept; gets the ones that are resolved now.
     """
-    # The bundled sample rows go by the bundled base's name.
-    path = nano.rows_path() if item.path == nano.NANO_ID else Path(item.path).expanduser()
+    made_up = item.path == sample.SAMPLE
+    path = sample.rows_path() if made_up else Path(item.path).expanduser()
     if path.is_file():
         return [_local(path, path.name, item)]
     if path.is_dir():

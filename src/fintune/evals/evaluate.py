@@ -125,6 +125,8 @@ def _summarize(folder: Path) -> dict[str, Any]:
     accuracy, loss = test_results["accuracy"], test_results["loss"]
     for name in VARIANTS:
         say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    if loss["adapter"] >= loss["base"]:
+        warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
     for name, cut in test_results["n"]["thoughts_cut"].items():
         if cut:
             fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
@@ -167,6 +169,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": base.revision,
+        "base_about": base.about,
         "quantization": config.model.quantization,
         "chat": config.chat.model_dump(mode="json"),
         "precision": config.train.precision,
@@ -191,9 +194,9 @@ def _answer(
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
     dtype = model.precision(precision, device)
-    base_model = model.load_base(base, config.model.quantization, dtype, attention=attention.NAME)
+    base_model = model.load_base(base, config.model.quantization, dtype)
     peft_model = model.load_adapter(base_model, config.run_dir / "best")
-    context = base_model.config.max_position_embeddings
+    context = base_model.config.get_text_config().max_position_embeddings
     prompts, run_info = _choose(config, rows, asked, chat, context)
     run_info["provenance"] = {
         **inputs,
@@ -230,7 +233,9 @@ def _choose(
     train = pq.ParquetFile(config.data_dir / "train.parquet")
     batches = train.iter_batches(1024, columns=["messages", "group"])
     reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
-    test_items = by_hash([reader.item(row) for row in rows if row["messages"]])
+    # Of a row with an example an answer one line holds the messages; a call is no answer to grade.
+    whole = [row for row in rows if row["messages"] and not row["messages"][-1].get("tool_calls")]
+    test_items = by_hash([reader.item(row) for row in whole])
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]

@@ -123,8 +123,9 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         "release": config.release.model_dump(mode="json", exclude={"out"}),
         "accepted": accepted,
     }
+    provenance["base"] = base.about
     if model.WEIGHTS.fullmatch(base.revision):
-        provenance["base_sha256"] = base.revision
+        provenance |= {"base_sha256": base.revision, "base_read_as": base.read_as}
     train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
     of_run, of_eval = trained["inputs"], tested["inputs"]
     compared = [

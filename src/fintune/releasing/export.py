@@ -36,7 +36,10 @@ exports = typer.Typer()
 _RELEASE = "A release folder, or hub id (also ID@REVISION)."
 Folder = Annotated[Path, typer.Argument(help=_RELEASE, callback=find_release)]
 Out = Annotated[Path, typer.Option(help="What to write; nothing may be there yet.")]
-BaseFolder = Annotated[Path | None, typer.Option(help="Its base; else the bundled or the hub's.")]
+BaseFolder = Annotated[
+    Path | None,
+    typer.Option(help="Its base, a folder or GGUF file; else the one it was trained on."),
+]
 DType = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the weights.")]
 GgufType = Annotated[Literal["f16", "f32"], typer.Option(help="Of matrices; vectors are f32.")]
 

@@ -142,7 +142,7 @@ def verify(
 
     Args:
         folder: the release, or the hub id of one (`model.find_release`).
-        base: folder of its base; absent: the bundled one, or the hub's by id and revision.
+        base: folder or GGUF file of its base; absent: as `model.release_base` finds it.
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed by name and
             checksum and never opened.
         server: URL of a running OpenAI-compatible server that serves this release.
@@ -178,7 +178,7 @@ def _check_loaded(folder: Path, base: model.Base) -> Iterator[Check]:
     except FintuneError as error:
         yield Check("load", "failed", error.what)
         return
-    yield Check("load", "ok", f"peft loads it on {base.id} ({dtype})")
+    yield Check("load", "ok", f"peft loads it on {base.about} ({dtype})")
     if golden := read_object(folder, FIXTURE, absent=True):
         yield check_answers(golden, peft_model, dtype)
 

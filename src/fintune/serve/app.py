@@ -27,7 +27,7 @@ from fintune import console
 from fintune.errors import ConfigError, FintuneError
 from fintune.model import LoadedRelease, find_release, load_release, open_release
 from fintune.serve import protocol
-from fintune.serve.engine import Engine, StreamedRequest
+from fintune.serve.engine import MAX_SCORED, Engine, Scored, StreamedRequest
 from fintune.serve.protocol import ApiError
 from fintune.untrusted.checks import JUDGED, RESULTS, read_object
 
@@ -39,6 +39,7 @@ SHORTEST_KEY = 22
 MAX_BODY = 1 << 20
 """Bytes; a larger body is refused (413) before it is read."""
 DEFAULT_TOKENS = 256
+LEAST_TEMPERATURE = 1e-3
 EXAMPLES = 4
 """Held-out questions that the page proposes."""
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -53,8 +54,10 @@ SECURITY_HEADERS = {
 
 
 async def _check_key(request: Request) -> None:
-    given, key = request.headers.get("authorization", ""), request.app.state.key
-    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    key = request.app.state.key
+    same = key and hmac.compare_digest(given.encode(), key.encode())
+    if key and not (same and scheme.lower() == "bearer"):
         message = "a valid API key is required (Authorization: Bearer)"
         raise ApiError(401, message, "invalid_api_key")
 
@@ -90,7 +93,7 @@ async def run(request: Request) -> Response:
     shortest = sorted(examples.items(), key=lambda pair: len(pair[1]))[:EXAMPLES]
     tree = {
         "name": f"{folder.parent.name}/{folder.name}",
-        "base": {"id": base.id, "revision": base.revision},
+        "base": {"id": base.id, "revision": base.revision, "about": base.about},
         "results": read_object(folder, RESULTS, absent=True) or None,
         "examples": [{"question": question, "reference": text} for text, question in shortest],
         "metrics": list(_objects(folder.parent / "run" / "metrics.jsonl")),
@@ -134,25 +137,30 @@ async def tokenize(request: Request, body: protocol.Conversation) -> dict[str, A
 async def chat(request: Request, body: protocol.ChatRequest) -> Response:
     """An answer through the release's chat template."""
     limit = body.max_completion_tokens or body.max_tokens
-    return await _answer(request, body, await _prompt_ids(request, body), limit)
+    return await _answer(request, body, [await _prompt_ids(request, body)], limit)
 
 
 @guarded.post("/v1/completions")
 async def completion(request: Request, body: protocol.CompletionRequest) -> Response:
-    """A continuation of text or token ids."""
-    tokenizer, ids = request.app.state.loaded.chat.tokenizer, body.prompt
-    if isinstance(ids, str):
-        # A prompt that begins with BOS, as a rendered chat does, gets no second one.
-        special = not ids.startswith(tokenizer.bos_token or "\0")
-        ids = await asyncio.to_thread(tokenizer.encode, ids, add_special_tokens=special)
-    assert isinstance(ids, list)
-    if not ids or not all(0 <= number < len(tokenizer) for number in ids):
-        raise _invalid("an empty prompt, or a token id outside the vocabulary", "prompt")
-    return await _answer(request, body, ids, body.max_tokens)
+    """Continuations of texts or token ids."""
+    tokenizer, prompts = request.app.state.loaded.chat.tokenizer, []
+    for given in body.prompts():
+        if isinstance(given, str):
+            # A prompt that begins with BOS, as a rendered chat does, gets no second one.
+            special = not given.startswith(tokenizer.bos_token or "\0")
+            ids = await asyncio.to_thread(tokenizer.encode, given, add_special_tokens=special)
+        else:
+            ids = given
+        if not ids or not all(0 <= number < len(tokenizer) for number in ids):
+            raise _invalid("an empty prompt, or a token id outside the vocabulary", "prompt")
+        prompts.append(ids)
+    if body.max_tokens == 0 and not body.echo:
+        raise _invalid(f"max_tokens: {protocol.RULES['max_tokens']}", "max_tokens")
+    return await _answer(request, body, prompts, body.max_tokens)
 
 
 async def _prompt_ids(request: Request, body: protocol.Conversation) -> list[int]:
-    messages = [message.as_message() for message in body.messages]
+    messages = body.conversation()
     turns = [m.role for m in messages[messages[0].role == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         rule = "after an optional system message, user and assistant alternate; user comes last"
@@ -168,31 +176,50 @@ def _invalid(message: str, param: str) -> ApiError:
 
 
 async def _answer(
-    request: Request, body: protocol.SamplingRequest, ids: list[int], limit: int | None
+    request: Request, body: protocol.SamplingRequest, prompts: list[list[int]], limit: int | None
 ) -> Response:
     engine, chat = request.app.state.engine, request.app.state.loaded.chat
-    context, remaining = engine.max_context, engine.max_context - len(ids)
-    if remaining < (limit or 1):
-        message = f"{len(ids)} prompt tokens and {limit or 1} more exceed the context of {context}"
-        raise ApiError(400, message, "context_length_exceeded")
+    completion = body if isinstance(body, protocol.CompletionRequest) else None
+    asked = getattr(body, "logprobs", None)
+    scores = asked not in (None, False) or (completion and completion.prompt_logprobs is not None)
+    if body.stream and (scores or len(prompts) > 1 or (completion and completion.echo)):
+        raise _invalid("a stream has one prompt, no echo and no logprobs", "stream")
+    for ids in prompts:
+        wanted, context = 1 if limit is None else limit, engine.max_context
+        if context - len(ids) < wanted:
+            said = f"{len(ids)} prompt tokens and {wanted} more exceed the context of {context}"
+            raise ApiError(400, said, "context_length_exceeded")
+        if scores and len(ids) + wanted > MAX_SCORED:
+            raise _invalid(f"logprobs: of at most {MAX_SCORED} tokens", "logprobs")
     if engine.closed:
         raise ApiError(503, "the model failed; restart the server", "server_error")
-    chats = isinstance(body, protocol.ChatRequest)
-    kind = "chatcmpl-" if chats else "cmpl-"
-    streamed = StreamedRequest(
-        kind + secrets.token_hex(12),
-        ids,
-        min(limit or DEFAULT_TOKENS, remaining),
-        adapter=body.model == "adapter",
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        tokenizer=chat.tokenizer.backend_tokenizer,
-        reader=chat.reader(thoughts=not chats),
-        stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-    )
-    engine.submit(streamed)
-    answer = protocol.Answer(streamed, body)
+
+    async def score(ids: list[int]) -> list[Scored]:
+        return await asyncio.wrap_future(engine.score(ids, adapter=body.model == "adapter"))
+
+    parts = []
+    for ids in prompts:
+        most = min(DEFAULT_TOKENS if limit is None else limit, engine.max_context - len(ids))
+        streamed = StreamedRequest(
+            ("cmpl-" if completion else "chatcmpl-") + secrets.token_hex(12),
+            ids,
+            most,
+            adapter=body.model == "adapter",
+            # The smallest numbers overflow the logits that they divide, and sample nothing else.
+            temperature=body.temperature if body.temperature > LEAST_TEMPERATURE else 0.0,
+            top_p=body.top_p,
+            seed=body.seed,
+            tokenizer=chat.tokenizer.backend_tokenizer,
+            reader=chat.reader(thoughts=completion is not None),
+            stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        )
+        echo = chat.tokenizer.decode(ids) if completion and completion.echo else ""
+        parts.append(
+            protocol.Part(streamed, score if scores else None, chat.tokenizer.decode, echo)
+        )
+        if most:
+            engine.submit(streamed)
+    answer = protocol.Answer(parts, body)
     if body.stream:
         return StreamingResponse(answer.events(), media_type="text/event-stream")
     return JSONResponse(await answer.whole(request))
@@ -247,7 +274,7 @@ def serve(
 
     Args:
         folder: a release folder; the page shows the curves of the `run` beside it.
-        base: folder of its base; absent: the bundled one, or the hub's.
+        base: folder or GGUF file of its base; absent: as `model.release_base` finds it.
         host: address to bind; anything but loopback needs FINTUNE_API_KEY.
 
     Raises:

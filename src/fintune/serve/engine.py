@@ -5,16 +5,18 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from tokenizers.decoders import DecodeStream
 
 from fintune.chat import AnswerReader
 from fintune.errors import ModelError
-from fintune.generation import Batch, FinishReason, Request
-from fintune.model import LoadedRelease
+from fintune.generation import FinishReason, Request, open_batch
+from fintune.model import LoadedRelease, adapter_set
 
 MAX_ROWS = 64
 """Rows of the running batch."""
@@ -23,6 +25,18 @@ PREFILL_TOKENS = 8192
 MAX_CONTEXT = 8192
 """Most tokens of prompt and answer, also where the base takes more: keys and values of MAX_ROWS
 requests are in the memory of one process."""
+
+MAX_SCORED = 2048
+"""Tokens of a text whose log-probabilities are asked for: all its logits are in memory at once."""
+
+
+class Scored(NamedTuple):
+    """A token's log-probability (nats), its rank among all, and the likeliest tokens there."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
 
 Piece = tuple[str, FinishReason | Literal["error"] | None]
 
@@ -92,10 +106,13 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedRelease) -> None:
-        self.max_context = min(loaded.model.config.max_position_embeddings, MAX_CONTEXT)
-        self._batch = Batch(loaded.model, loaded.chat.stop_token_ids)
+        config = loaded.model.config.get_text_config()
+        self.max_context = min(config.max_position_embeddings, MAX_CONTEXT)
+        self._batch = open_batch(loaded.model, loaded.chat.stop_token_ids)
+        self._model = loaded.model
         self._wake = threading.Condition()
         self._waiting: deque[StreamedRequest] = deque()
+        self._jobs: deque[tuple[Future[list[Scored]], list[int], bool]] = deque()
         self.closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -105,6 +122,24 @@ class Engine:
         with self._wake:
             self._waiting.append(request)
             self._wake.notify()
+
+    def score(self, ids: list[int], *, adapter: bool) -> Future[list[Scored]]:
+        """Queue the scoring of a text: of each of its tokens from the second on."""
+        future: Future[list[Scored]] = Future()
+        with self._wake:
+            self._jobs.append((future, ids, adapter))
+            self._wake.notify()
+        return future
+
+    def _score(self, future: Future[list[Scored]], ids: list[int], adapter: bool) -> None:
+        with torch.inference_mode(), adapter_set(self._model, adapter):
+            tensor = torch.tensor([ids], device=self._model.device)
+            logprobs = self._model(input_ids=tensor).logits[0, :-1].float().log_softmax(-1)
+            own = logprobs.gather(-1, tensor[0, 1:, None])
+            ranks = (logprobs > own).sum(-1) + 1
+            values, tokens = (part.tolist() for part in logprobs.topk(20))
+        rows = zip(own[:, 0].tolist(), ranks.tolist(), tokens, values, strict=True)
+        future.set_result([Scored(o, r, list(zip(t, v, strict=True))) for o, r, t, v in rows])
 
     @property
     def load(self) -> tuple[int, int]:
@@ -123,10 +158,13 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: self.closed or any(self.load))
+                    self._wake.wait_for(lambda: self.closed or self._jobs or any(self.load))
                     if self.closed:
                         return
                     new = self._admit()
+                    job = self._jobs.popleft() if self._jobs else None
+                if job:
+                    self._score(*job)
                 if new:
                     self._batch.add([*new])
                 elif self._batch.requests:
@@ -139,6 +177,8 @@ class Engine:
                     if isinstance(request, StreamedRequest) and request.finish_reason is None:
                         request.send("", "error")
                 self._batch.requests, self._waiting = [], deque()
+                for future, *_ in self._jobs:
+                    future.set_exception(ModelError("the model failed; restart the server"))
 
     def _admit(self) -> list[StreamedRequest]:
         """Take waiting requests up to MAX_ROWS and PREFILL_TOKENS; cancelled ones are dropped."""

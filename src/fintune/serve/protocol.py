@@ -6,29 +6,100 @@ FastAPI validates the bodies: strict types, no unknown field, bounded numbers.
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 
 from fintune.console import printable
 from fintune.errors import ModelError
-from fintune.example import Message
-from fintune.serve.engine import StreamedRequest
+from fintune.example import Message, Role
+from fintune.serve.engine import Scored, StreamedRequest
 
 MAX_TOKENS = 4096
 ModelName = Literal["base", "adapter"]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), (0,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("logit_bias", "metadata"), ({},)),
+    **dict.fromkeys(("store", "ignore_eos"), (False,)),
+    "best_of": (1,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+    "top_k": (-1, 0),
+}
+"""Values that ask for nothing: they are left out, as every null is."""
+TOOLS, PENALTIES = "this server calls no tools", "this server has no penalties and no biases"
+ABSENT = {
+    "response_format": "this server has no structured output",
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), TOOLS),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "logit_bias"), PENALTIES),
+    "best_of": "one answer a prompt",
+}
+"""What the server lacks, in words, by the field that asks for it."""
+RULES = {
+    "model": "base or adapter",
+    "messages": "1 to 256 messages of system, developer, user or assistant; content is a string or"
+    " a list of 1 to 64 text parts; other parts, such as images, are not taken",
+    "prompt": "a string, token ids, or a list of either: at most 64 prompts",
+    "max_tokens": f"a whole number from 1 to {MAX_TOKENS}; 0 with echo",
+    "max_completion_tokens": f"a whole number from 1 to {MAX_TOKENS}",
+    "temperature": "a number from 0 to 2",
+    "top_p": "a number above 0, at most 1",
+    "seed": "a whole number of 64 bits",
+    "stop": "a string of 1 to 128 characters, or at most 8 of them",
+    "n": "one answer a prompt",
+    "logprobs": "true or false in a chat; 0 to 20 in a completion",
+    "top_logprobs": "0 to 20",
+}
+"""What a field takes."""
+
+
 class Body(BaseModel):
-    """Base of every body: unknown fields, other types and NaN are refused."""
+    """Base of every body: nulls and neutral values are left out; unknown fields, other types and
+    NaN are refused. Half a character (a lone surrogate) is replaced."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        known = cls.model_fields
+        return {
+            key: _whole(value)
+            for key, value in tree.items()
+            if value is not None and (key in known or value not in NEUTRAL.get(key, ()))
+        }
+
+
+def _whole(value: Any) -> Any:
+    """Texts without halves of characters, as `prepare` repairs them."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [_whole(each) for each in value] if isinstance(value, list) else value
 
 
 class TextPart(Body):
@@ -39,16 +110,18 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """One message of a conversation."""
+    """One message of a conversation, also as the openai client dumps an answer."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    annotations: Annotated[list[Any], Field(max_length=0)] = []
 
     def as_message(self) -> Message:
         """The message as the chat format knows it."""
+        role: Role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
-            return Message(self.role, self.content)
-        return Message(self.role, "".join(part.text for part in self.content))
+            return Message(role, self.content)
+        return Message(role, "".join(part.text for part in self.content))
 
 
 class Conversation(Body):
@@ -56,6 +129,14 @@ class Conversation(Body):
 
     model: ModelName = "adapter"
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+
+    def conversation(self) -> list[Message]:
+        """The messages; several system texts at the start are joined."""
+        messages = [message.as_message() for message in self.messages]
+        while len(messages) > 1 and messages[0].role == messages[1].role == "system":
+            texts = [message.content for message in messages[:2]]
+            messages[:2] = [Message("system", "\n\n".join(texts))]
+        return messages
 
 
 class StreamOptions(Body):
@@ -83,12 +164,34 @@ class ChatRequest(SamplingRequest, Conversation):
     """Body of /v1/chat/completions."""
 
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+
+Ids = Annotated[list[int], Field(min_length=1, max_length=1 << 17)]
 
 
 class CompletionRequest(SamplingRequest):
-    """Body of /v1/completions: text, or token ids."""
+    """Body of /v1/completions: a text, token ids, or several of either.
 
-    prompt: str | Annotated[list[int], Field(min_length=1, max_length=1 << 17)]
+    `echo` with `logprobs` gives the log-probabilities of the prompt, as lm-eval asks for them.
+    """
+
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, of which there may be one alone."""
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else self.prompt  # type: ignore[list-item,return-value]
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value is False else value
 
 
 class ApiError(HTTPException):
@@ -119,36 +222,106 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The error of the first invalid field."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON", "invalid_json")
-    where = printable(".".join(map(str, first["loc"][1:]))[:100])
-    if where == "model" and isinstance(first.get("input"), str):
+    """Every field that is wrong, with what it takes or why the server has no such thing."""
+    said, unknown = dict[str, str](), False
+    for each in error.errors():
+        if each["type"] == "json_invalid":
+            return ApiError(400, "the body is not JSON", "invalid_json")
+        field = printable(str((*each["loc"][1:2], "the body")[0])[:100])
+        unknown = field == "model" and isinstance(each.get("input"), str)
+        if each["type"] == "extra_forbidden" and len(each["loc"]) == 2:
+            said[field] = ABSENT.get(field, "no such field")
+        elif each["type"] == "missing" and len(each["loc"]) == 2:
+            said[field] = f"is missing; it is {RULES.get(field, 'needed')}"
+        else:
+            said.setdefault(field, RULES.get(field, printable(str(each["msg"])[:200])))
+    where = next(iter(said))
+    if said.keys() == {"model"} and unknown:
         return ApiError(404, "no such model; there are base and adapter", "model_not_found", where)
-    message = printable(f"{where or 'the body'}: {first['msg']}"[:300])
-    return ApiError(400, message, "invalid_value", where)
+    message = "; ".join(f"{field}: {rule}" for field, rule in said.items())
+    return ApiError(400, message[:1000], "invalid_value", where)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One answer of a response.
+
+    Attributes:
+        request: its ids, and its text as it comes.
+        scored: log-probabilities of prompt and answer, where they are asked for: of each token
+            from the second on, its own, its rank, and the likeliest tokens with theirs.
+        prompt: text of the prompt, where it is given back.
+    """
+
+    request: StreamedRequest
+    scored: Callable[[list[int]], Awaitable[list[Scored]]] | None
+    decode: Callable[[int], str]
+    prompt: str = ""
 
 
 class Answer:
     """The response to a request, in the format of a chat or a text completion."""
 
-    def __init__(self, request: StreamedRequest, body: SamplingRequest) -> None:
-        self._request, self._chat = request, isinstance(body, ChatRequest)
+    def __init__(self, parts: list[Part], body: SamplingRequest) -> None:
+        self._parts, self._body, self._chat = parts, body, isinstance(body, ChatRequest)
+        self._request = parts[0].request
         self._include_usage = body.stream_options.include_usage
-        self._head = {"id": request.id, "created": int(time.time()), "model": body.model}
+        self._head = {"id": self._request.id, "created": int(time.time()), "model": body.model}
 
     async def whole(self, client: Request) -> dict[str, Any]:
-        """The response as one JSON object, when the answer is complete or the client is gone."""
-        text, finish_reason = "", None
-        async with contextlib.aclosing(self._request.pieces()) as pieces:
-            async for piece, reason in pieces:
-                text, finish_reason = text + piece, reason
-                if await client.is_disconnected():
-                    break
-        message = {"message": {"role": "assistant", "content": text}}
-        content = message if self._chat else {"text": text}
-        return self._tree(content, finish_reason) | {"usage": self._usage()}
+        """The response as one JSON object, when the answers are complete or the client is gone."""
+        choices = []
+        for index, part in enumerate(self._parts):
+            text, finish_reason = "", "length"
+            if part.request.max_new_tokens:
+                async with contextlib.aclosing(part.request.pieces()) as pieces:
+                    async for piece, reason in pieces:
+                        text, finish_reason = text + piece, reason or "length"
+                        if await client.is_disconnected():
+                            return {}
+            message = {"message": {"role": "assistant", "content": text}}
+            content = message if self._chat else {"text": part.prompt + text}
+            (choice,) = self._tree(content, finish_reason)["choices"]
+            choices.append({**choice, "index": index, **await self._logprobs(part)})
+        return self._tree({}, None) | {"choices": choices, "usage": self._usage()}
+
+    async def _logprobs(self, part: Part) -> dict[str, Any]:
+        """The fields of a choice that hold log-probabilities, in the format of either endpoint."""
+        if part.scored is None:
+            return {}
+        prompt, body = part.request.prompt_ids, self._body
+        ids = [*prompt, *part.request.token_ids]
+        names = [part.decode(token) for token in ids]
+        scored: list[Any] = [None, *await part.scored(ids)]
+
+        def top(at: int, count: int) -> dict[str, float] | None:
+            likely = scored[at]
+            return likely and {part.decode(token): value for token, value in likely.top[:count]}
+
+        if isinstance(body, ChatRequest):
+            rows = []
+            for at in range(len(prompt), len(ids)):
+                likely = [_token(*pair) for pair in (top(at, body.top_logprobs) or {}).items()]
+                rows.append(_token(names[at], scored[at].logprob) | {"top_logprobs": likely})
+            return {"logprobs": {"content": rows}}
+        assert isinstance(body, CompletionRequest)
+        found: dict[str, Any] = {}
+        if body.logprobs is not None:
+            kept = range(0 if body.echo else len(prompt), len(ids))
+            starts = [0, *accumulate(len(names[at]) for at in kept)]
+            found["logprobs"] = {
+                "tokens": [names[at] for at in kept],
+                "token_logprobs": [scored[at] and scored[at].logprob for at in kept],
+                "top_logprobs": [top(at, max(body.logprobs, 1)) for at in kept],
+                "text_offset": starts[:-1],
+            }
+        if body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = [
+                each
+                and {str(t): {"logprob": each.logprob, "rank": each.rank, "decoded_token": name}}
+                for each, t, name in zip(scored, prompt, names, strict=False)
+            ]
+        return found
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; an error after the first byte is an event too."""
@@ -173,9 +346,14 @@ class Answer:
         return {**self._head, "object": kind, "choices": [choice]}
 
     def _usage(self) -> dict[str, int]:
-        prompt, completion = len(self._request.prompt_ids), len(self._request.token_ids)
+        prompt = sum(len(part.request.prompt_ids) for part in self._parts)
+        completion = sum(len(part.request.token_ids) for part in self._parts)
         total = prompt + completion
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _line(tree: dict[str, Any]) -> str:

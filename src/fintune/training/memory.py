@@ -106,7 +106,7 @@ def retain_heap() -> None:
 
 def trim_heap() -> None:
     """Return free memory to the system: a run's allocations come in many sizes, and glibc keeps
-    the holes between them (a sixth of the process after a few steps of the nano run)."""
+    the holes between them (a sixth of the process after a few steps of a tiny base)."""
     gc.collect()
     # glibc has it, musl does not.
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fintune import attention, files, seal
+from fintune import files, seal
+from fintune.attention import why_padded
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
@@ -20,6 +21,7 @@ from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
 from fintune.stop import STOP
+from fintune.targets import find_targets, resolve_targets
 from fintune.training import distributed, lora, memory
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
@@ -40,6 +42,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
 
     Raises:
         OutputError: no prepared data, a run of other inputs in the folder, or one under way.
+        ModelError: a target module that the base does not have.
         NotFinite: a loss or gradient; the last checkpoint is intact.
         NoSpace: the volume is full; nothing is half-written.
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
@@ -57,8 +60,10 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
                 there = config.model.model_copy(update={"revision": base.revision})
                 base = replace(base, folder=find_base(there).folder)
             chat = load_chat(base, config.chat, config.data_dir)
+            config, targets = resolve_targets(base.folder, config)
             fingerprint = run_fingerprint(config, base, chat)
             state = RunState.open(config, fingerprint, fresh=fresh, force_resume=force_resume)
+            state.targets = targets
             if state.finished:
                 say(f"train: unchanged, kept {run}")
             else:
@@ -69,7 +74,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
 def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
     """The stage, by the only run that writes its folder."""
     rows, epochs = read_train(config.data_dir), config.train.num_train_epochs
-    heading(f"train: {len(rows):,} rows, {epochs} epochs, base {base.id}")
+    heading(f"train: {len(rows):,} rows, {epochs} epochs, {base.about}")
     trainer = build(config, base, tokenizer, rows, state)
     _fit(trainer, config, state)
     distributed.from_rank0(lambda: _finish(trainer, rows, state))
@@ -104,16 +109,21 @@ def _model(config: Config, base: Base, state: RunState) -> tuple[Any, str, bool]
     name, sharded = config.train.precision, config.train.strategy == "fsdp"
     name = state.resolve("precision", lambda: precision(name, device()))
     packed = config.model.quantization
-    model = load_base(base, packed, name, attention=attention.NAME, on_cpu=sharded)
-    padded, full = attention.why_padded(model), why_full_logits(model)
-    if padded:
-        warn(f"batches are padded: {padded}")
-    if full:
-        warn(f"the loss builds full logits: {full}")
-    peft = attach(model, config.train.lora, config.seed)
+    model = load_base(base, packed, name, on_cpu=sharded)
+    padded, full = why_padded(model), why_full_logits(model)
+    targets = state.targets or find_targets(model, config.train.lora.target_modules)
+    say(f"{targets}")
+    peft = attach(model, config.train.lora, config.seed, targets)
     pointwise.fuse(peft)
-    if left := lora.fuse(peft):
-        warn(f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias")
+    left = lora.fuse(peft)
+    fallbacks = {
+        f"batches are padded: {padded}": padded,
+        f"the loss builds full logits: {full}": full,
+        f"{left} LoRA layers keep peft's arithmetic: quantized, or with a bias": left,
+    }
+    for fallback in state.record("fallbacks", [said for said in fallbacks if fallbacks[said]]):
+        warn(fallback)
+    state.record("without_adapter", targets.without)
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
@@ -199,6 +209,6 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "steps": trainer.state.global_step,
         "trained_tokens": int(np.sum(rows.lengths) * epochs),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "out_of_memory": state.resolved["out_of_memory"],
+        **{k: state.resolved[k] for k in ("out_of_memory", "fallbacks", "without_adapter")},
         "accepted_changes": state.accepted,
     }

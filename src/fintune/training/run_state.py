@@ -25,6 +25,7 @@ from fintune.config import Config, dump_yaml
 from fintune.console import say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
 from fintune.model import Base
+from fintune.targets import Targets
 from fintune.training import distributed, memory
 from fintune.training.distributed import world_size
 from fintune.training.rows import Order
@@ -80,6 +81,7 @@ class RunState:
         resolved: what `record.json` holds; `out_of_memory` has an entry for each such error: the
             `step`, and the `micro_batches` of an optimizer step since then.
         finished: whether there is nothing left to do.
+        targets: what gets an adapter; None: to be found on the model.
     """
 
     folder: Path
@@ -87,6 +89,7 @@ class RunState:
     accepted: list[dict[str, Any]] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
+    targets: Targets | None = None
 
     def __post_init__(self) -> None:
         self.sha256 = files.sha256_json(self.fingerprint)

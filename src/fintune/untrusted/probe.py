@@ -26,6 +26,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText,
+)
 
 from fintune import errors, files
 from fintune.chat import ChatFormat
@@ -190,7 +194,7 @@ def _work_and_exit(work: Callable[[], Any], pipe: Connection) -> None:
 def _try_base(folder: Path, weights: bool) -> None:
     architecture = read_architecture(folder)
     if weights:
-        _empty_model(architecture)
+        empty_model(architecture)
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         _try_tokenizer(read_tokenizer(folder))
 
@@ -205,9 +209,16 @@ def _try_tokenizer(tokenizer: Any) -> None:
                 tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
 
 
-def _empty_model(architecture: Any) -> Any:
+def model_class(architecture: Any) -> Any:
+    """The auto class of an architecture: causal, or of a multimodal model that has no other."""
+    causal = type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def empty_model(architecture: Any) -> Any:
+    """A model of the meta device: names and shapes without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+        return model_class(architecture).from_config(architecture, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -291,7 +302,7 @@ def _check_stop_tokens(of: _Release) -> str:
 def _check_golden_prompts(of: _Release) -> str:
     """Every conversation renders to the recorded text, ids and labels."""
     golden, rows = of.golden, of.golden.get("conversations", [])
-    chat, words = of.chat, range(len(of.tokenizer))
+    chat, words = of.chat, range(read_architecture(of.base).get_text_config().vocab_size)
     if golden["decoding"]["dtype"] not in ("fp32", "bf16", "fp16") or not 3 <= len(rows) <= 100:
         raise Unreadable("no recorded answers of a known precision")
     for row in rows:
@@ -310,7 +321,7 @@ def _check_golden_prompts(of: _Release) -> str:
 
 def _check_keys(of: _Release) -> str:
     """The adapter's tensors have the names and shapes that peft gives them on this base."""
-    model = _empty_model(read_architecture(of.base))
+    model = empty_model(read_architecture(of.base))
     peft = get_peft_model(model, LoraConfig.from_pretrained(of.folder), low_cpu_mem_usage=True)
     state = get_peft_model_state_dict(peft, save_embedding_layers=False)
     needed = {name: tuple(value.shape) for name, value in state.items()}

@@ -1,13 +1,12 @@
-"""Made-up companies and figures, and the sentences that state them: the material of the prose
-and of the rows.
-"""
+"""Made-up companies and figures, and the sentences and tables that state them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from build_nano.words import (
+from fintune.files import read_toml
+from sample_rows.words import (
     LEGAL_FORMS,
     METRICS,
     NAME_HEADS,
@@ -17,9 +16,8 @@ from build_nano.words import (
     Kind,
     Metric,
 )
-from fintune.files import read_toml
 
-TEXTS: Final[dict[str, list[str]]] = read_toml(__file__, "prose.toml")
+TEXTS: Final[dict[str, list[str]]] = read_toml(__file__, "sentences.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,7 @@ def _draw_money(rng: Random, symbol: str, unit: str) -> Amount:
         tenths = rng.randrange(11, 999)
         cell = f"{tenths // 10}.{tenths % 10}"
         return Amount(f"{symbol}{cell} billion", cell, tenths)
-    # Three digits are one token, so most amounts have two or three; every eighth has a thousands
-    # group.
+    # Most amounts have two or three digits; every eighth has a thousands group.
     shape = rng.randrange(8)
     low, high = (1000, 10000) if shape == 0 else (10, 1000) if shape < 3 else (100, 1000)
     value = rng.randrange(low, high)
@@ -171,8 +168,9 @@ def fill(
 
 def state(rng: Random, report: Report, line: Line) -> tuple[str, tuple[int, ...]]:
     """Say one line in a sentence; also return the positions of the years whose amounts it gives."""
-    if len(line.amounts) > 1 and rng.randrange(3):
-        return fill(rng, TEXTS["risen"] if line.rose else TEXTS["fallen"], report, line), (0, 1)
+    if len(line.amounts) > 1 and rng.randrange(4):
+        verb = "risen" if line.rose else "fallen"
+        return fill(rng, TEXTS[rng.choice(("both", verb, verb))], report, line), (0, 1)
     return fill(rng, TEXTS["stated"], report, line), (0,)
 
 
