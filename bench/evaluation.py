@@ -1,8 +1,14 @@
 """Figures of the stage `eval`, each beside its goal.
 
-    python bench/evaluation.py numbers|power|faults|wall|kills|rescore|generation ...      or: all
+    python bench/evaluation.py numbers|controls|human|power|faults|wall|kills|rescore|generation ...
+    or: all
 
 numbers     the grader on the case table and on the benchmarks' gold answers, reworded and spoilt
+controls    replies that know nothing (babble, the last 18 amounts, all labels) on every benchmark
+            file, beside chance: 1/k of k labels, one amount of the passage drawn at random
+human       the grader beside human labels: 832 answers of FinanceBench, a checkout of which
+            (patronus-ai/financebench) is named by the variable FINANCEBENCH; `all` leaves it out
+            without
 power       error rates of the verdict's interval: 1,000 simulated evaluations of 200 questions
 faults      the judge: 24 kinds of fault met by the first request of each of 50 items
 wall        the judge: 50 items in both orders, 8 at once, answers of 2 seconds
@@ -36,6 +42,8 @@ RESULTS = ROOT / "bench" / "results" / "evaluation.json"
 sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "bench", "tools")]
 
 import test_numbers  # noqa: E402
+from controls import controls  # noqa: E402
+from controls import human as agreement  # noqa: E402
 from fake_judge import ASKED_AGAIN, FINE, RETRIED, STOPPED, UNSCORED, FakeJudge, serve  # noqa: E402
 from prepare import BENCHMARKS, machine  # noqa: E402
 from tiny_eval import eval_config  # noqa: E402
@@ -298,12 +306,19 @@ def _prompts(chat: ChatFormat, count: int) -> list[Request]:
     return list(found.values())
 
 
-FIGURES = {f.__name__: f for f in (numbers, power, faults, wall, kills, rescore, generation)}
+def human() -> dict[str, Any]:
+    """Agreement with FinanceBench's human labels."""
+    return agreement(Path(os.environ["FINANCEBENCH"]))
+
+
+MEASURED = (numbers, controls, human, power, faults, wall, kills, rescore, generation)
+FIGURES = {f.__name__: f for f in MEASURED}
 
 
 def main(wanted: list[str]) -> None:
     """Measure the figures named, or all; print each and keep them in the results file."""
-    for name in FIGURES if wanted == ["all"] else wanted:
+    every = [name for name in FIGURES if name != "human" or "FINANCEBENCH" in os.environ]
+    for name in every if wanted == ["all"] else wanted:
         found = {**FIGURES[name](), "machine": machine()}
         result(f"{name}: {json.dumps(found, indent=1)}")
         kept = read_json(RESULTS) if RESULTS.is_file() else {}

@@ -54,6 +54,17 @@ def test_listed_choices(prompt, choices):
     assert listed_choices(prompt) == choices
 
 
+def test_the_page_of_examples_is_graded_as_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "grading.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in page.splitlines()
+            if line.startswith("| ") and not line.startswith("| kind")]  # fmt: skip
+    assert len(rows) >= 20
+    for kind, reference, reply, outcome in rows:
+        name, _, choices = kind.partition(": ")
+        offered = tuple(choices.split(", ")) if choices else ()
+        assert grade(name, reference, reply.replace("`", ""), offered).outcome == outcome, reply
+
+
 @pytest.mark.parametrize(
     ("reference", "answer", "outcome", "miss"),
     [

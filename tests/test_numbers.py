@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fintune import grade
 from fintune.errors import DataError
 from fintune.evals.amounts import Amount, scan
 from fintune.evals.numbers import compare, is_number_answer, ungrounded
@@ -51,7 +52,11 @@ def outcome(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: json.dumps(case, ensure_ascii=False)[:60])
 def test_case(case: dict[str, Any]) -> None:
-    if "read" in case:
+    if "outcome" in case:
+        choices, asked = tuple(case["choices"]), case.get("question", "")
+        graded = grade(case["kind"], case["reference"], case["reply"], choices, asked)
+        assert graded is not None and graded.outcome == case["outcome"]
+    elif "read" in case:
         assert [shown(a) for a in read_amounts(case["read"])] == list(map(normal, case["want"]))
     elif "gold" in case:
         assert outcome(case) == case["want"]

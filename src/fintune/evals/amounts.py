@@ -10,6 +10,7 @@ Every pattern is anchored or bounded, so reading is linear in the length of the 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -99,7 +100,9 @@ def clean(text: str) -> str:
 
     def plain(match: re.Match[str]) -> str:
         new = _SIGNS.get(match["sign"] or "", "")
-        if match["over"]:
+        if match["half"]:
+            new = f"{match['half']}⁄{match['one']}"
+        elif match["over"]:
             over, under = (markup.sub(plain, match[part]) for part in ("over", "under"))
             new = f"{over} ⁄{under} "
         elif match["math"]:
@@ -149,7 +152,7 @@ def scan(text: str) -> tuple[str, list[Amount]]:
 
 
 def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> Amount:
-    mantissa = _mantissa(match)
+    mantissa, decimals = _mantissa(match)
     before = ends_with(_GRAMMAR["prefix"], text, match.start(), 10)
     after = _GRAMMAR["suffix"].match(text, match.end())
     assert before and after  # the two patterns also match an empty string
@@ -162,7 +165,6 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
     if after["duration"] and re.fullmatch("(?:19|20)[0-9]{2}", match[0]):  # "the 2019 quarter"
         unit, end = "plain", match.end()
     sign, begin = _sign(text, before, match.start())
-    decimals = max(0, -int(mantissa.as_tuple().exponent))
     rich = bool(word or mark or decimals or sign < 0 or unit != "plain")
     role = _role(text, match, begin, end, rich)
     cue: Cue = ""
@@ -182,20 +184,31 @@ def _amount(text: str, match: re.Match[str], nearest: re.Match[str] | None) -> A
             unit = "percent" if closed["percent"] and unit == "plain" else unit
     if not role and not cue:
         cue = _cue(text, nearest, begin, end)
+    if sign > 0 and not role and _AROUND["ledger"].match(text, end):
+        sign, end = -1, end + 1
     currency = _CURRENCIES.get(mark, mark.upper())
     return Amount(sign, mantissa, scale, unit, currency, decimals, begin, end, role, cue)
 
 
-def _mantissa(match: re.Match[str]) -> Decimal:
-    """What the matched digits or words say, unsigned and without a scale."""
+def _mantissa(match: re.Match[str]) -> tuple[Decimal, int]:
+    """What the matched digits or words say, unsigned and without a scale, and its decimals."""
     if match.lastgroup == "words":
-        return Decimal(sum(_WORDS[word] for word in re.split("[ -]", match[0].lower())))
-    token = re.sub("[ \u00a0'{}]", "", match[0])
+        return Decimal(sum(_WORDS[word] for word in re.split("[ -]", match[0].lower()))), 0
+    if match.lastgroup == "fraction":
+        over, under = re.split(" *[/\u2044] ?", unicodedata.normalize("NFKC", match["part"]))
+        value = Decimal(match["whole"] or 0) + Decimal(over) / Decimal(under)
+        endless = _decimals(value) > 20
+        return value, max(2, 1 - value.adjusted()) if endless else _decimals(value)
+    token = re.sub(r"[ \u00a0'{}\\!;:]", "", match[0])
     if match.lastgroup == "us":
         token = token.replace(",", "")
     elif match.lastgroup == "eu":
         token = token.replace(".", "").replace(",", ".")
-    return Decimal(token)
+    return Decimal(token), _decimals(Decimal(token))
+
+
+def _decimals(value: Decimal) -> int:
+    return max(0, -int(value.as_tuple().exponent))
 
 
 def _sign(text: str, before: re.Match[str], start: int) -> tuple[int, int]:

@@ -9,10 +9,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from fintune.evals import numbers
+from fintune.evals.amounts import clean
 from fintune.example import Message
 from fintune.files import read_jsonl, read_toml, sha256_bytes
 
@@ -21,6 +23,8 @@ UNREFERENCED: tuple[Kind, ...] = ("unanswerable", "refuse", "comply")
 """Kinds without a reference: right is to abstain, to refuse, or to answer without refusing."""
 Outcome = Literal["correct", "wrong", "abstained", "unparsed"]
 
+_YES_NO = ("yes", "no")
+_OUTER = " \t\n.,;:!?\"'`*()[]{}"
 VARIANTS = ("base", "adapter")
 LABEL_ROWS = 5
 """A short answer that this many training rows share is a label."""
@@ -32,7 +36,10 @@ _QUESTION = re.compile(r"(?im)(?:^|(?<=\s))(?:question|q|user)\s*:(?=\s)")
 _ABSTAINS = re.compile(PHRASES["abstains"])
 _REFUSES = re.compile(PHRASES["refuses"])
 _LISTS = re.compile(PHRASES["lists"])
-_NOT = re.compile(PHRASES["negates"])
+_NOT, _SAYS, _ALONE = (re.compile(PHRASES[name]) for name in ("negates", "says", "alone"))
+_THOUGHTS = re.compile(PHRASES["thoughts"])
+_JOINT = re.compile(r"\W*(?:(?:and|or|then)\W+)?")
+_BUT = re.compile(r"(?i)\b(?:but|though|still)\b[^.\n]{0,80}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +89,27 @@ def grade(
     Raises:
         DataError: the reference of a number holds no number.
     """
+    answer = _THOUGHTS.sub("", answer).strip()
     if kind == "text":
         return None
     if kind == "number":
         return _grade_number(reference, answer, question, context)
     if kind in UNREFERENCED:
-        pattern = _ABSTAINS if kind == "unanswerable" else _REFUSES
-        match = pattern.search(answer)
+        match = (_ABSTAINS if kind == "unanswerable" else _REFUSES).search(answer)
         right = bool(match) == (kind != "comply") and bool(answer)
+        if kind == "unanswerable" and right:
+            right = not numbers.ungrounded(answer, question, context, derived=False)
         return Graded("correct" if right else "wrong", right, match[0] if match else None)
+    if kind == "span" and plain(reference) in _YES_NO:
+        kind, choices = "label", _YES_NO
     if kind == "label":
         read = read_label(answer, choices)
-        right = read is not None and plain(read) == plain(reference)
+        right = read is not None and _words(read) == _words(reference)
     elif kind == "tags":
         wanted, given = ([tag.strip() for tag in text.split(",")] for text in (reference, answer))
         read, right = answer.split("\n")[0][:400] or None, wanted == given
     else:
-        span = plain(reference)
-        read = answer[:400] if span in plain(answer) else None
-        right = read is not None and len(plain(answer)) <= 4 * len(span) + 80
+        read, right = _read_span(reference, answer)
     if right:
         return Graded("correct", True, read)
     if _ABSTAINS.search(answer):
@@ -112,28 +121,77 @@ def _grade_number(reference: str, answer: str, question: str, context: str) -> G
     verdict = numbers.compare(reference, answer, question=question, context=context)
     amounts = numbers.ungrounded(answer, context, question, reference)
     ungrounded = tuple(answer[amount.start : amount.end] for amount in amounts)
-    if verdict.read is None or (not verdict.lenient and _ABSTAINS.search(answer)):
-        outcome: Outcome = "abstained" if _ABSTAINS.search(answer) else "unparsed"
-        return Graded(outcome, False, ungrounded=ungrounded)
-    read = answer[verdict.read.start : verdict.read.end]
-    outcome = "correct" if verdict.correct else "wrong"
-    return Graded(outcome, verdict.lenient, read, verdict.miss, ungrounded)
+    gives_up = [*_ABSTAINS.finditer(answer)]
+    if (at := verdict.read) is None or (gives_up and not verdict.lenient):
+        # Given up is the question, or only something else ("Segment data is not provided.").
+        whole = [min(match.end(), at.start) for match in gives_up if at and match["whole"]]
+        but = at and whole and _BUT.search(answer, whole[0], at.start)
+        if at is None or not verdict.stated or (whole and not but):
+            return Graded("abstained" if gives_up else "unparsed", False, ungrounded=ungrounded)
+    outcome: Outcome = "correct" if verdict.correct else "wrong"
+    return Graded(outcome, verdict.lenient, answer[at.start : at.end], verdict.miss, ungrounded)
+
+
+def _read_span(reference: str, answer: str) -> tuple[str | None, bool]:
+    """What an answer says instead of a name or phrase, and whether it is that: in whole words, in
+    its last statement or the whole answer: behind a verb, at the end of a sentence, or almost
+    alone, with few other words and numbers."""
+    text = next((answer[start:] for start, _ in numbers.statements(answer)), answer)
+    span, said = plain(reference), plain(text)
+    found = re.search(rf"(?<!\w){re.escape(span)}(?!\w)", said)
+    if not found or _NOT.search(before := _before(said, found)):
+        return None, False
+    figures = [len(re.findall(r"[0-9][0-9.,]*", text)) for text in (said, span)]
+    placed = _SAYS.search(before.lstrip(_OUTER)) or re.match(r"\W*(?:\Z|[.;])", said[found.end() :])
+    near = len(said) <= len(span) + 40 or (placed and len(said) <= 2 * len(span) + 80)
+    return text[:400], bool(near) and figures[0] <= figures[1] + 2
 
 
 def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
-    """The one choice that an answer names, or None where it names none or several.
+    """The one choice that an answer says, or None where it says none, or several.
 
-    The first line is tried, then the whole text. A longer choice has precedence over a shorter
-    one inside it ("mildly positive", "positive"); a negated one ("not positive") does not count.
+    It is said in the last statement ("the answer is yes"), else in the first sentence, else in
+    the last one that says one: at its beginning or behind a verb or colon. A longer choice has
+    precedence over a shorter one inside it ("mildly positive", "positive"); one that is denied
+    ("isn't positive", "non-negative") or stands in a list ("positive or negative") does not
+    count, and none where the same sentence is said of several.
     """
-    words = [rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in sorted(choices, key=len)[::-1]]
-    pattern = re.compile("|".join(words) or r"(?!)", re.IGNORECASE)
-    for text in (answer.split("\n", 1)[0], answer):
-        matches = [at for at in pattern.finditer(text) if not _NOT.search(text[: at.start()])]
-        named = {match[0].casefold() for match in matches}
-        if len(named) == 1:
-            return next(choice for choice in choices if choice.casefold() in named)
+    names = {_words(choice): choice for choice in choices}
+    words = (re.escape(name).replace(r"\ ", "[ _-]") for name in sorted(names, key=len)[::-1])
+    pattern = re.compile(rf"(?i)(?<!\w)(?<!\w-)(?:{'|'.join(words) or '(?!)'})(?!\w|-\w)")
+    answer = clean(answer)
+    first, *others = numbers.sentences(answer) or [""]
+    parts = [*(answer[slice(*part)] for part in numbers.statements(answer)), first, *others[::-1]]
+    for part in parts:
+        if said := _said(part, pattern):
+            frame = plain(pattern.sub("_", part))
+            same = {plain(one) for one in parts if plain(pattern.sub("_", one)) == frame}
+            return names[said] if len(same) == 1 else None
     return None
+
+
+def _said(text: str, pattern: re.Pattern[str]) -> str | None:
+    """The one label that a sentence says, in words, or None."""
+    matches = [at for at in pattern.finditer(text) if not _NOT.search(_before(text, at))]
+    gaps = [_JOINT.fullmatch(text, a.end(), b.start()) for a, b in pairwise(matches)]
+    said: dict[str, int] = {}
+    for at, match in enumerate(matches):
+        name, listed = _words(match[0]), any(gaps[max(0, at - 1) : at + 1])
+        inner = (name in _YES_NO or len(name) == 1) and not _ALONE.match(text, match.end())
+        if not listed and not inner and _SAYS.search(_before(text, match).lstrip(_OUTER)):
+            said.setdefault(name, len(text[: match.start()].strip(_OUTER)))
+    first = next(iter(said), None)  # "Positive, as ...": what follows are reasons
+    return first if len(said) == 1 or (first and not said[first]) else None
+
+
+def _before(text: str, match: re.Match[str]) -> str:
+    """The part of a text that may bear on a match; all of it would take the length's square."""
+    return text[max(0, match.start() - 80) : match.start()]
+
+
+def _words(label: str) -> str:
+    """A label in words, as it is compared: card_arrival is "card arrival"."""
+    return re.sub(r"(?<=\w)[ _-]+(?=\w)", " ", plain(label))
 
 
 def listed_choices(prompt: str) -> tuple[str, ...]:
@@ -149,7 +207,7 @@ def listed_choices(prompt: str) -> tuple[str, ...]:
 
 def plain(text: str) -> str:
     """A label without case, outer punctuation and extra spaces, as it is compared."""
-    return " ".join(text.casefold().strip(" \t\n.,;:!?\"'`*()[]{}").split())
+    return " ".join(text.casefold().strip(_OUTER).split())
 
 
 @dataclass(frozen=True, slots=True)
