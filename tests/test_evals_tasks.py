@@ -9,6 +9,7 @@ import pytest
 from fintune import grade
 from fintune.config import DatasetConfig
 from fintune.errors import DataError
+from fintune.evals.amounts import scan
 from fintune.evals.grading import HeldOutItems, Item, listed_choices
 from fintune.evals.tasks import TASKS, Task, find_questions, task, task_items
 
@@ -192,6 +193,22 @@ def test_gold_answers_of_the_benchmarks_are_right():
         found = items_of(name, str(BENCHMARKS / f"{file}.jsonl"), 60)
         wrong = [entry.id for entry in found if not entry.grade(entry.reference).correct]
         assert not wrong, f"{name}: {wrong[:3]}"
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the shared benchmark files are not here")
+def test_a_list_of_all_amounts_or_labels_is_no_answer():
+    """All files and more forms: bench/evaluation.py controls."""
+    asked = items_of("convfinqa", str(BENCHMARKS / "convfinqa_dev_turn.jsonl"), 60)
+    right = 0
+    for item in asked:
+        text = "\n".join(item.parts()[::-1])
+        last = [text[one.start : one.end] for one in scan(text)[1] if not one.role][-18:]
+        right += item.grade("".join(f"It was {one}. " for one in last)).correct
+        right += item.grade(" and ".join(last)).correct
+    assert right <= 0.03 * 2 * len(asked)
+    for item in items_of("fpb", str(BENCHMARKS / "fpb_test.jsonl"), 60):
+        assert not item.grade(", ".join(item.choices)).correct
+        assert not item.grade("".join(f"{choice}.\n" for choice in item.choices)).correct
 
 
 def test_a_folder_is_read_with_the_columns_of_its_task(tmp_path):

@@ -111,6 +111,9 @@ HOSTILE = [
     "\\frac{" * 8_000,
     "**" * 25_000,
     "the answer is " * 3_500,
+    "the answer is 5 " * 3_500,
+    "1 1/2 " * 8_000,
+    "<think>" * 7_000,
     "#### 5\n" * 7_000,
     "12.5% " * 8_000,
     "Jan 1 " * 8_000,
@@ -131,6 +134,7 @@ def test_hostile_text_is_read_in_linear_time(text: str) -> None:
     compare("5", part, question=text, context=part)
     is_number_answer(part)
     ungrounded(part, part)
+    grade("label", "answer", text, ("answer", "5", "a"))
     assert time.process_time() - started < 10
 
 

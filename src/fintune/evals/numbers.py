@@ -43,6 +43,8 @@ _CROWD = 6
 """A sentence with more amounts than this is a list, and only its leading amount counts."""
 _MANY = 12
 """A reply with more amounts retells a passage: without a result in it, it has no answer."""
+_LONGEST = 400
+"""Most characters of a statement; without a limit many of them take the square of the length."""
 _NEAR = 60
 """Characters around an amount among which a year, or words that repeat in a list, belong to it."""
 _MOST_FACTS = 500
@@ -81,7 +83,7 @@ def statements(text: str) -> Iterator[tuple[int, int]]:
         at = bisect_left(ends, marker.end() + 1)
         if at + 1 < len(ends) and not text[marker.end() : ends[at]].strip("*: \n"):
             at += 1  # "Answer:" alone on a line
-        stop = ends[min(at, len(ends) - 1)]
+        stop = min(ends[min(at, len(ends) - 1)], marker.end() + _LONGEST)
         because = _REPLY["because"].search(text, marker.end(), stop)
         yield marker.end(), because.start() if because else stop
 
