@@ -44,14 +44,15 @@ import tiny_made  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import ChatConfig, Config, DataConfig, SourceConfig, dump_yaml  # noqa: E402
 from fintune.console import result  # noqa: E402
-from fintune.data.decontaminate import contaminated, read_benchmarks  # noqa: E402
+from fintune.data.decontaminate import read_benchmarks  # noqa: E402
 from fintune.data.filters import not_english  # noqa: E402
-from fintune.data.ngrams import asked, hash64, normal, passage  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.data.texts import mask  # noqa: E402
 from fintune.example import IGNORE_INDEX, Example, Message  # noqa: E402
 from fintune.files import read_json, sha256_file, sha256_json, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
+from fintune.ngrams import asked, hash64, normal, passage  # noqa: E402
+from fintune.rewording import contaminated  # noqa: E402
 from fintune.sources import named  # noqa: E402
 
 SCALE_ROWS, KILLS, HUB_RUNS = 518_185, 20, 2

@@ -168,6 +168,7 @@ def regraded(folder: Path, item: dict[str, Any], answer: str) -> tuple[str, str]
     """
     folder.mkdir(exist_ok=True)
     facts = {"primary": "accuracy", "seed": 0, "judged": [], "contaminated": [], "provenance": {}}
+    facts |= {"max_task_drop": 0.05, "looks": 1}
     (folder / "run.json").write_text(json.dumps({"format": 1, **facts}))
     loss = {"source": "x", "length": "<= 128", "rows": 1, "tokens": 1, "base": 1.0, "adapter": 1.0}
     (folder / "heldout.jsonl").write_text(json.dumps(loss) + "\n")

@@ -75,10 +75,17 @@ def test_a_shared_config_gets_no_key_and_harms_no_evaluation(
 # ---- the rules -----------------------------------------------------------------------------------
 
 
+def says(low, high, n=200, effective=100.0, p=None):
+    """A paired difference as `stats.paired` gives it."""
+    p = p if p is not None else 0.01 if low > 0 or high < 0 else 0.5
+    middle = (low + high) / 2
+    counts = {"n": n, "clusters": n, "effective": effective, "df": 60.0}
+    return {"value": middle, "ci95": [low, high], "p": p, **counts, "mde80": 0.1}
+
+
 def judge_says(low, high, n=60, unscored=0.0, failed=()):
-    difference = {"value": 0, "ci95": [low, high], "n": n, "mde80": 0.1}
     return {
-        "win_rate": {"difference": difference},
+        "win_rate": {"difference": says(low, high, n, min(n, 60))},
         "control_items": {"failed": list(failed)},
         "unscored": {"value": unscored},
     }
@@ -90,14 +97,23 @@ def judge_says(low, high, n=60, unscored=0.0, failed=()):
         ({}, "better"),
         ({"low": -0.01}, "no_detectable_difference"),
         ({"low": 0.0}, "no_detectable_difference"),
+        ({"p": 0.06}, "no_detectable_difference"),
         ({"low": -0.2, "high": -0.1}, "worse"),
+        ({"low": -0.2, "high": -0.1, "p": 0.06}, "no_detectable_difference"),
         ({"loss": (1.0, 1.1)}, "no_detectable_difference"),
+        ({"over": (-0.01, 0.2)}, "no_detectable_difference"),
+        ({"over": (-0.01, 0.2), "low": -0.2, "high": -0.1}, "worse"),
+        ({"lost": True}, "better_with_losses"),
+        ({"lost": True, "low": -0.01}, "no_detectable_difference"),
+        ({"macro": (-0.2, -0.1)}, "better"),
+        ({"macro": (-0.2, -0.1), "primary": "macro_accuracy"}, "worse"),
         ({"contaminated": ["x"]}, "invalid"),
-        ({"n": 49}, "invalid"),
-        ({"checked": 99}, "invalid"),
-        ({"checked": 99, "judged": judge_says(0.1, 0.2)}, "better"),
-        ({"checked": 99, "judged": judge_says(-0.2, -0.1)}, "worse"),
-        ({"checked": 99, "judged": judge_says(0.1, 0.2, n=40)}, "invalid"),
+        ({"effective": 19.9}, "invalid"),
+        ({"n": 49, "judged": judge_says(0.1, 0.2, n=49)}, "invalid"),
+        ({"n": 99}, "invalid"),
+        ({"n": 99, "judged": judge_says(0.1, 0.2)}, "better"),
+        ({"n": 99, "judged": judge_says(-0.2, -0.1)}, "worse"),
+        ({"n": 99, "judged": judge_says(0.1, 0.2, n=40)}, "invalid"),
         ({"judged": judge_says(-0.2, -0.1)}, "better"),
         ({"judged": judge_says(0, 0, unscored=0.03)}, "invalid"),
         ({"judged": judge_says(0, 0, failed=["sign"])}, "invalid"),
@@ -106,12 +122,16 @@ def judge_says(low, high, n=60, unscored=0.0, failed=()):
     ],
 )
 def test_verdict_rules(case, wanted):
-    low, high = case.get("low", 0.1), case.get("high", 0.2)
-    n, checked = case.get("n", 200), case.get("checked", 200)
-    difference = {"value": (low + high) / 2, "ci95": [low, high], "n": n, "mde80": 0.1}
+    low, high, n = case.get("low", 0.1), case.get("high", 0.2), case.get("n", 200)
     base, adapter = case.get("loss", (2.0, 1.0))
-    contaminated = case.get("contaminated", [])
-    run = {"primary": case.get("primary", "accuracy"), "contaminated": contaminated}
+    run = {"primary": case.get("primary", "accuracy"), "looks": 1}
+    run["contaminated"] = case.get("contaminated", [])
+    accuracy = {
+        "difference": says(low, high, n, case.get("effective", 100.0), case.get("p")),
+        "macro": says(*case.get("macro", (low, high))),
+        "over_majority": says(*case.get("over", (0.1, 0.2))),
+    }
+    tasks = {"ner": {"lost": case.get("lost", False), "small": False}}
     losses, judged = {"base": base, "adapter": adapter}, case.get("judged")
-    found = results._verdict(run, checked, losses, {"difference": difference}, judged)
+    found = results._verdict(run, losses, accuracy, tasks, judged)
     assert found["verdict"] == wanted

@@ -270,14 +270,16 @@ class EvalConfig(Section):
 
     out: Folder | None = None
     """folder of the evaluation; absent: OUT/eval"""
-    primary: Literal["accuracy", "win_rate"] = "accuracy"
-    """the one measure that decides, named before the run"""
+    primary: Literal["accuracy", "macro_accuracy", "win_rate"] = "accuracy"
+    """the one measure that decides, named before the run; macro: the mean of the tasks"""
+    max_task_drop: float = Field(0.05, ge=0, lt=1)
+    """a task that certainly fell by more is lost, and the verdict is not `better`"""
     max_items: int = Field(400, ge=1)
     """most items of the checkable test rows, and of each task"""
     tasks: dict[str, DatasetConfig] = {}
     """finance tasks by name: a path (empty if bundled), or path, revision, subset, split (test)"""
-    judged_items: int = Field(50, ge=1)
-    """items of the judged set, by hash: 50 to smoke-test, 200 to decide"""
+    judged_items: int = Field(60, ge=1)
+    """items of the judged set, by hash: 60 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)
     """longest answer"""
     per_device_eval_batch_size: int = Field(32, ge=1)

@@ -39,7 +39,8 @@ def show(config: Config) -> None:
 
 def _share(pairs: list[Pair], variant: str) -> str:
     """Share of answers of a variant that are right, with its 95 % interval."""
-    right = rate(sum(pair.passes(variant, lambda g: g.correct) for pair in pairs), len(pairs))
+    passed = [pair.passes(variant, lambda g: g.correct) for pair in pairs]
+    right = rate(passed, [pair.item.group for pair in pairs])
     low, high = right["ci95"]
     return f"{right['value']:.1%} ({low:.0%} to {high:.0%})"
 

@@ -15,10 +15,10 @@ from random import Random
 from typing import Final, Literal, NamedTuple
 
 from fintune.config import load_config
-from fintune.data.ngrams import hash64, passage
 from fintune.data.split import part_of
 from fintune.example import Example, Message
 from fintune.files import read_toml
+from fintune.ngrams import hash64, passage
 from sample_rows.facts import (
     Line,
     Report,

@@ -20,9 +20,9 @@ from fintune.chat import ChatFormat
 from fintune.config import Config, DataConfig, SourceConfig
 from fintune.console import heading, meter, say, warn
 from fintune.data import WORDS
-from fintune.data.decontaminate import contaminated, read_benchmarks
+from fintune.data.decontaminate import read_benchmarks
 from fintune.data.filters import MEANINGS
-from fintune.data.report import PARTS, Ledger, Parts, Selected, Tokenized, write_account
+from fintune.data.report import PARTS, Ledger, Part, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
 from fintune.data.split import near_duplicates, split
 from fintune.data.texts import mask_messages
@@ -30,6 +30,7 @@ from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example, Message
 from fintune.files import read_json, sha256_file, staged_folder
 from fintune.model import Base, find_base, load_chat
+from fintune.rewording import contaminated
 from fintune.sources import Source, find_sources, named, recorded_commits
 from fintune.template import Refused
 
@@ -176,6 +177,7 @@ def _select(
         rows = [row for at, row in enumerate(rows) if at not in repeats]
         parts, full = _fill(rows, sources, data, ledger)
         if full or complete:
+            parts["train"] = _unrepeated(parts["train"], parts["test"], ledger)
             _check_left(Ledger.beside(config.data_dir), ledger, parts)
             record = chat.template.record
             return Selected(ledger, [*hits.values()], lengths, max_length, parts, record)
@@ -278,6 +280,16 @@ def _fill(
             taken[id(source)] += 1
             parts[part].append((group, row))
     return parts, all(len(parts[part]) == cap for part, cap in caps.items())
+
+
+def _unrepeated(train: Part, test: Part, ledger: Ledger) -> Part:
+    """The training rows that repeat no test row, by the measure of benchmarks' questions."""
+    examples = [row.example for _, row in train]
+    hits = contaminated(examples, [row.example for _, row in test])
+    for at, hit in sorted(hits.items()):
+        said = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
+        ledger.drop(examples[at], "repeats_test_row", said)
+    return [placed for at, placed in enumerate(train) if at not in hits]
 
 
 def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:

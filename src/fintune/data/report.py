@@ -58,7 +58,8 @@ class Tokenized:
         return sum(len(ids) for ids, _ in self.encoded[:-1])
 
 
-Parts = dict[str, list[tuple[str, Tokenized]]]
+Part = list[tuple[str, Tokenized]]
+Parts = dict[str, Part]
 """train, validation and test -> rows with the key of their group of related rows."""
 
 

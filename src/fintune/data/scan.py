@@ -18,13 +18,13 @@ import numpy as np
 
 from fintune.config import DataConfig
 from fintune.data.filters import check_filters
-from fintune.data.ngrams import hash64, normal
 from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
 from fintune.data.texts import repair
 from fintune.example import Example
 from fintune.files import sha256_bytes, sha256_json
 from fintune.formats import Row, Unreadable, parse
+from fintune.ngrams import hash64, normal
 from fintune.sources import Source
 
 LABEL_CHARACTERS = 40

@@ -12,15 +12,13 @@ out choose the checkpoint (validation), and only groups wholly held out for it d
 """
 
 import re
-from typing import Any
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from scipy.sparse import coo_matrix, csr_matrix
-from scipy.sparse.csgraph import connected_components
 
-from fintune.data.ngrams import Integers, asked, fixed, hash64, jaccard, passage, sequences, words
+from fintune.documents import components
 from fintune.example import Example
+from fintune.ngrams import asked, fixed, hash64, jaccard, passage, sequences, words
 
 NEAR_WORDS = 3
 PERMUTATIONS = 128
@@ -28,16 +26,6 @@ INSTRUCTION_ROWS = 4
 """A sentence in more rows than this is an instruction."""
 
 _SENTENCE = re.compile(r"\n+|(?<=[.?!:;])\s+")
-
-RELATED_WORDS = 8
-"""Words of a sequence that relates two rows: long enough that two authors rarely share one by
-chance."""
-
-INSTRUCTION_SPREAD = 4
-"""A sequence in more passages than this is an instruction or a set phrase, not a shared text."""
-
-RELATED_SHARE = 0.75
-"""Share of the smaller passage's sequences that makes two passages related."""
 
 
 def part_of(passage_hash: int, validation: float, test: float) -> str:
@@ -55,7 +43,7 @@ def split(examples: list[Example], validation: float, test: float) -> list[tuple
         return []
     hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
     passages, passage_of = np.unique(hashes, return_inverse=True)
-    groups = _components(examples, passage_of, len(passages))
+    groups = components(examples, passage_of, len(passages))
     parts = [part_of(int(each), validation, test) for each in passages]
     of_group: dict[int, set[str]] = {}
     for at in passage_of:
@@ -66,46 +54,6 @@ def split(examples: list[Example], validation: float, test: float) -> list[tuple
         part = "validation" if mixed else parts[at]
         placed.append((f"{passages[groups[at]]:016x}", part))
     return placed
-
-
-def _components(examples: list[Example], passage_of: Integers, count: int) -> Integers:
-    """Connected components of passages that share sequences.
-
-    Args:
-        passage_of: the passage of every example, as a number below `count`.
-
-    Returns:
-        For every passage the smallest one of its component, shape (count,).
-    """
-    # 32 bits of a sequence's hash and a passage in one number: tens of millions of them at the
-    # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
-    low = np.uint64(2**32 - 1)
-    keyed = [
-        sequences(words(asked(example)), RELATED_WORDS) & ~low | np.uint64(at)
-        for example, at in zip(examples, passage_of.tolist(), strict=True)
-    ]
-    pairs = np.concatenate(keyed)
-    del keyed
-    pairs.sort()  # in place: each copy of the pairs is 0.1 GB at the caps
-    pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
-    where = (pairs & low).astype(np.int32)
-    what = np.append(False, (pairs[1:] ^ pairs[:-1]) > low).cumsum(dtype=np.int32)
-    del pairs
-    spread = np.bincount(what).astype(np.int32)[what]
-    size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
-    shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
-    ones = np.ones(int(shared.sum()), np.int32)
-    matrix: Any = csr_matrix(
-        (ones, (where[shared], what[shared])), shape=(count, int(what.max()) + 1)
-    )
-    common: Any = (matrix @ matrix.T).tocoo()  # sequences that two passages have in common
-    row, column = common.row, common.col
-    near = common.data >= RELATED_SHARE * np.minimum(size[row], size[column])
-    links = coo_matrix((common.data[near], (row[near], column[near])), shape=(count, count))
-    _, labels = connected_components(links, directed=False)
-    smallest = np.full(labels.max() + 1, count)
-    np.minimum.at(smallest, labels, np.arange(count))
-    return smallest[labels]
 
 
 def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]:

@@ -6,9 +6,12 @@ from these files alone (`results.rescore`).
 """
 
 import math
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +24,23 @@ from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
 from fintune.console import meter, say, warn
+from fintune.documents import document_keys
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import judge, results
+from fintune.evals import history, judge, results
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
 from fintune.evals.tasks import find_questions, identity, task_items
+from fintune.example import Example, Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.loss import causal_model, sum_loss
+from fintune.rewording import contaminated
 from fintune.sources import Source, recorded_commits
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
 PACKAGES = ("fintune", "torch", "transformers", "peft")
+ROWS_AT_ONCE = 20_000
+"""Training rows that are compared with the questions at once: 0.3 GB of rows of 300 words."""
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -64,8 +72,10 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
             most = config.eval.max_items
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             seal.start(folder, inputs)
-            _answer(config, base, folder, inputs, asked)
+            looks = history.looks(config.data_dir, inputs)
+            _answer(config, base, folder, inputs, asked, looks)
             _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
+            history.note(config.data_dir, inputs, read_json(folder / results.RESULTS))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
             _judge(config, folder, inputs, judge_host)
@@ -192,7 +202,12 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
 
 
 def _answer(
-    config: Config, base: model.Base, folder: Path, inputs: dict[str, Any], asked: list[Item]
+    config: Config,
+    base: model.Base,
+    folder: Path,
+    inputs: dict[str, Any],
+    asked: list[Item],
+    looks: int,
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
@@ -215,6 +230,7 @@ def _answer(
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
+    run_info["looks"] = looks
     write_json(folder / "run.json", run_info)
     _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
     answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
@@ -240,12 +256,12 @@ def _choose(
     def by_hash(items: list[Item], salt: str = "") -> list[Item]:
         return sorted(items, key=lambda item: sha256_bytes(f"{salt}{item.id}".encode()))
 
-    train = pq.ParquetFile(config.data_dir / "train.parquet")
-    batches = train.iter_batches(1024, columns=["messages", "group"])
-    reader = HeldOutItems(row for batch in batches for row in batch.to_pylist())
+    reader = HeldOutItems(_training_rows(config))
     # Of a row with an example an answer one line holds the messages; a call is no answer to grade.
     whole = [row for row in rows if row["messages"] and not row["messages"][-1].get("tool_calls")]
     test_items = by_hash([reader.item(row) for row in whole])
+    repeated = _repeated(config, asked)
+    asked = [item for item in asked if item.id not in repeated]
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
@@ -254,14 +270,70 @@ def _choose(
     longest = context - config.eval.max_new_tokens
     encoded = [(item, chat.prompt_ids(item.messages)) for item in items]
     prompts = [(item, ids) for item, ids in encoded if len(ids) <= longest]
+    prompts, contaminated_ids = _by_document(config, prompts)
     fitting, test_ids = [item for item, _ in prompts], {item.id for item in test_items}
+    _warn_of_no_documents(fitting, test_ids)
     pool = [item for item in fitting if item.id in test_ids or item.kind == "text"]
     return prompts, {
         "primary": config.eval.primary,
+        "max_task_drop": config.eval.max_task_drop,
         "seed": config.seed,
         "judged": [item.id for item in by_hash(pool, "judged:")[: config.eval.judged_items]],
-        "contaminated": [item.id for item in fitting if reader.contaminated(item)],
+        "repeated": sorted(repeated),
+        "contaminated": contaminated_ids,
     }
+
+
+def _training_rows(config: Config) -> Iterator[dict[str, Any]]:
+    train = pq.ParquetFile(config.data_dir / "train.parquet")
+    for batch in train.iter_batches(ROWS_AT_ONCE, columns=["messages"]):
+        yield from batch.to_pylist()
+
+
+def _asked(item: Item) -> Example:
+    """A question with its reference, as training rows are compared with it."""
+    answer = Message("assistant", item.reference)
+    return Example(item.task, 0, item.id, (*item.messages, answer))
+
+
+def _repeated(config: Config, asked: list[Item]) -> set[str]:
+    """Ids of the tasks' questions that a training row repeats, verbatim or reworded."""
+    questions, found = [_asked(item) for item in asked], set[str]()
+    rows = (row for row in _training_rows(config) if row["messages"])
+    while questions and (batch := list(islice(rows, ROWS_AT_ONCE))):
+        turns = (tuple(map(Message.of, row["messages"])) for row in batch)
+        known = [Example("train", at, "", messages) for at, messages in enumerate(turns)]
+        found |= {hit["benchmark_sha256"] for hit in contaminated(known, questions).values()}
+    if found:
+        names = Counter(item.task for item in asked if item.id in found)
+        counts = ", ".join(f"{count} of {name}" for name, count in sorted(names.items()))
+        warn(f"training rows repeat questions, which are not asked: {counts}")
+    return found
+
+
+def _by_document(config: Config, prompts: Prompts) -> tuple[Prompts, list[str]]:
+    """The prompts with one key a document for all tasks, and the ids of those whose group of
+    related rows was trained on."""
+    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
+    trained = set(groups.to_pylist())
+    met = [item.id for item, _ in prompts if item.group in trained]
+    keys = document_keys([_asked(item) for item, _ in prompts], [item.group for item, _ in prompts])
+    keyed = zip(prompts, keys, strict=True)
+    return [(replace(item, group=key), ids) for (item, ids), key in keyed], met
+
+
+def _warn_of_no_documents(items: list[Item], test_ids: set[str]) -> None:
+    """Say which tasks' questions count as independent, as nothing tells their documents."""
+    spread: dict[str, Counter[str]] = {}
+    for item in items:
+        if item.id not in test_ids:
+            spread.setdefault(item.task, Counter())[item.group] += 1
+    alone = [name for name, groups in spread.items() if max(groups.values()) == 1]
+    if alone:
+        warn(
+            f"{', '.join(alone)}: no two questions share a document, so they count as independent; "
+            "where some do, name it in each line: context_id"
+        )
 
 
 def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fintune.evals import numbers
 from fintune.evals.amounts import clean
 from fintune.example import Message
-from fintune.files import read_jsonl, read_toml, sha256_bytes
+from fintune.files import read_jsonl, read_toml
 
 Kind = Literal["number", "label", "span", "tags", "text", "unanswerable", "refuse", "comply"]
 UNREFERENCED: tuple[Kind, ...] = ("unanswerable", "refuse", "comply")
@@ -216,7 +216,7 @@ class Item:
 
     Attributes:
         task: a key of `eval.tasks`, or source and kind of a test row.
-        group: the document or group of related rows it is of, the unit of resampling.
+        group: the document that it is about, the unit of every interval.
         messages: the prompt.
         choices: of a label.
         majority: the most frequent answer of its kind in the training rows, if there is one.
@@ -255,24 +255,21 @@ class Item:
 
 
 class HeldOutItems:
-    """Makes items of test rows, and finds which of them are contaminated.
+    """Makes items of test rows.
 
     The training rows decide which short answers are labels: LABEL_ROWS of them share it, or a
     prompt lists it. An answer that is a number is graded as a number, any other is `text`.
 
     Args:
-        train: rows of train.parquet with `messages` and `group`.
+        train: rows of train.parquet with `messages`.
     """
 
     def __init__(self, train: Iterable[dict[str, Any]]) -> None:
-        self._prompts, self._groups = set[str](), set[str]()
         shared, short = Counter[str](), list[tuple[str, str]]()
         for row in train:
-            self._groups.add(row["group"])
             if not row["messages"]:
                 continue
             *prompt, last = map(Message.of, row["messages"])
-            self._prompts.add(_prompt_hash(prompt))
             answer = last.content.strip()
             if len(answer.split()) <= LABEL_WORDS:
                 short.append((prompt[-1].content, answer))
@@ -285,10 +282,6 @@ class HeldOutItems:
             elif plain(answer) in self._labels:
                 self._answers[_label_set(text)][answer] += 1
                 self._answers["label",][answer] += 1
-
-    def contaminated(self, item: Item) -> bool:
-        """Whether a training row has the item's prompt or is of its group."""
-        return item.group in self._groups or _prompt_hash(item.messages) in self._prompts
 
     def item(self, row: dict[str, Any]) -> Item:
         """The item of a row of test.parquet; kind `text` where only a judge can check it."""
@@ -318,12 +311,6 @@ class HeldOutItems:
 def _label_set(prompt: str) -> tuple[str, ...]:
     """The labels that a prompt lists, or ()."""
     return tuple(sorted({plain(choice) for choice in listed_choices(prompt)}))
-
-
-def _prompt_hash(messages: Iterable[Message]) -> str:
-    """Hash of a prompt that ignores case and spacing."""
-    text = "\n".join(f"{message.role} {message.content}" for message in messages)
-    return sha256_bytes(" ".join(text.casefold().split()).encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True, slots=True)

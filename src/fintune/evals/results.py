@@ -18,7 +18,7 @@ from fintune import seal
 from fintune.errors import GateRefused
 from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
-from fintune.files import json_text, read_json, read_jsonl, write_json
+from fintune.files import json_text, read_json, read_jsonl, sha256_bytes, write_json
 from fintune.page import save_page
 
 Json = dict[str, Any]
@@ -31,6 +31,14 @@ FEWEST_CHECKABLE = 100
 """With fewer checkable items than this the judge's win rate decides instead of accuracy."""
 FEWEST_ITEMS = 50
 """With fewer items the verdict is `invalid`: 50 detect differences of 18 points and more only."""
+FEWEST_DOCUMENTS = 20
+"""With fewer effective documents the verdict is `invalid`: with five of them an interval of 95 %
+covers 85 %, and one in twelve comparisons of equals would be called `better`."""
+MOST_A_DOCUMENT = 10
+"""Questions of one document that decide, drawn by hash: more tell little, and one large document
+would decide alone."""
+SMALL_TASK = 0.1
+"""A task whose minimum detectable effect is larger is too small to guard."""
 MOST_UNSCORED = 0.02
 """Share of judge calls without a readable verdict above which the verdict is `invalid`."""
 CHECKED = ("number", "label", "span", "tags")
@@ -58,28 +66,31 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
+    deciding = _deciding(checked)
     answers = read_jsonl(folder / "predictions.jsonl")
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
-    judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known, run["seed"])
-    accuracy, measures = _accuracy(checked, run["seed"]), _measures(pairs, run["seed"])
+    judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
+    tasks = _tasks(checked, deciding, run["max_task_drop"])
+    accuracy, measures = _accuracy(deciding, len(tasks)), _measures(pairs)
     if judged:
         measures["judge_win_rate"] = judged["win_rate"]
-    adjusted = stats.holm({name: measure["p"] for name, measure in measures.items()})
+    adjusted = stats.holm({name: one["difference"]["p"] for name, one in measures.items()})
     for name, measure in measures.items():
         measure["p_holm"] = adjusted[name]
     return {
-        **_verdict(run, len(checked), loss, accuracy, judged),
+        **_verdict(run, loss, accuracy, tasks, judged),
         "loss": loss,
         "accuracy": accuracy,
-        "tasks": _tasks(checked),
+        "tasks": tasks,
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
         "judge": judged,
         "n": {
             "items": len(pairs),
             "checkable": len(checked),
+            "deciding": len(deciding),
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
             "thoughts_cut": {name: cut[name] for name in VARIANTS},
@@ -111,7 +122,7 @@ def loss_summary(cells: list[Json]) -> Json:
     return {**mean(cells), "by_source": by_source}
 
 
-def judge_summary(rows: list[Json], known: Known, seed: int) -> Json | None:
+def judge_summary(rows: list[Json], known: Known) -> Json | None:
     """Win rate, reliability and cost of the judge; None where no judge was asked.
 
     Args:
@@ -124,102 +135,172 @@ def judge_summary(rows: list[Json], known: Known, seed: int) -> Json | None:
     pairs = [row for row in calls if row["control"] is None]
     controls = [row for row in calls if row["control"] is not None]
     failed = [row["control"] for row in controls if row["outcome"] != row["expect"]]
-    labelled = [(row["outcome"], row["human"]) for row in pairs if row["human"] and row["outcome"]]
     return {
         "model": calls[0]["model"],
         "calls": len(calls),
-        "unscored": stats.rate(sum(row["outcome"] is None for row in calls), len(calls)),
+        "unscored": stats.rate([row["outcome"] is None for row in calls]),
         "control_items": {"ok": len(controls) - len(failed), "of": len(controls), "failed": failed},
         "usd": round(sum(row["usage"]["usd"] for row in calls), 6),
-        "human": stats.agreement(labelled),
-        **_pairwise(pairs, known, seed),
+        **_pairwise(pairs, known),
     }
 
 
-def _pairwise(rows: list[Json], known: Known, seed: int) -> Json:
+def _pairwise(rows: list[Json], known: Known) -> Json:
     """Win rate and position bias, from two calls an item, one in each order of the candidates.
 
     Two orders with different outcomes are a tie; where `known` names a variant, it wins.
     """
     orders: dict[str, list[str | None]] = {}
+    human: dict[str, str] = {}
     for row in rows:
         orders.setdefault(row["id"], []).append(row["outcome"])
-    wins: dict[str, str] = {}
-    consistent = against = 0
+        human |= {row["id"]: row["human"]} if row["human"] else {}
+    wins, opinions = dict[str, str](), dict[str, str]()
+    against = 0
     for key, (first, second) in orders.items():
-        opinion = None if not (first and second) else first if first == second else "tie"
-        consistent += opinion is not None and first == second
-        exact, _ = known[key]
+        if first and second:
+            opinions[key] = first if first == second else "tie"
+        exact, opinion = known[key][0], opinions.get(key)
         against += exact is not None and opinion not in (None, "tie", exact)
         if exact or opinion:
             wins[key] = exact or opinion or ""
     scores = [judge.SCORE[winner] for winner in wins.values()]
-    difference = stats.paired([s - 0.5 for s in scores], [known[key][1] for key in wins], seed=seed)
+    groups = [known[key][1] for key in wins]
     chosen = [row for row in rows if row["outcome"] in VARIANTS]
-    chose_first = sum(row["outcome"] == row["positions"][0] for row in chosen)
+    chose_first = [row["outcome"] == row["positions"][0] for row in chosen]
     won, tied, lost = (scores.count(score) for score in (1.0, 0.5, 0.0))
-    value = round(sum(scores) / len(scores), 6) if scores else None
-    p = round(stats.mcnemar_midp(won, lost), 6)
-    shares = {"value": value, "difference": difference, "won": won, "tied": tied, "lost": lost}
     return {
-        "win_rate": {**shares, "p": p},
-        "position_consistency": stats.rate(consistent, len(orders)),
-        "first_position": stats.rate(chose_first, len(chosen)),
+        "win_rate": {
+            "value": round(sum(scores) / len(scores), 6) if scores else None,
+            "difference": stats.paired([s - 0.5 for s in scores], groups, unit=0.5),
+            "won": won,
+            "tied": tied,
+            "lost": lost,
+        },
+        "position_consistency": stats.rate([a is not None and a == b for a, b in orders.values()]),
+        "first_position": stats.rate(chose_first, [row["id"] for row in chosen]),
         "against_arithmetic": against,
+        "human": stats.agreement([(opinions[key], human[key]) for key in opinions if key in human]),
         "items": wins,
     }
 
 
-def _compare(pairs: list[Pair], test: Callable[[Graded], bool], seed: int) -> Json:
+def _deciding(checked: list[Pair]) -> list[Pair]:
+    """Of every document at most MOST_A_DOCUMENT pairs, by hash, in their order."""
+    taken: Counter[str] = Counter()
+    chosen = set[str]()
+    for pair in sorted(checked, key=lambda pair: sha256_bytes(f"decides:{pair.item.id}".encode())):
+        taken[pair.item.group] += 1
+        if taken[pair.item.group] <= MOST_A_DOCUMENT:
+            chosen.add(pair.item.id)
+    return [pair for pair in checked if pair.item.id in chosen]
+
+
+def _correct(graded: Graded) -> bool:
+    return graded.correct
+
+
+def _change(pairs: list[Pair], test: Callable[[Graded], bool] = _correct) -> list[int]:
+    """Of every pair 1 where the adapter alone passes a test, -1 where the base alone does."""
+    return [pair.passes("adapter", test) - pair.passes("base", test) for pair in pairs]
+
+
+def _groups(pairs: list[Pair]) -> list[str]:
+    return [pair.item.group for pair in pairs]
+
+
+def _compare(pairs: list[Pair], test: Callable[[Graded], bool]) -> Json:
     """Share of answers that pass a test, of base and adapter, and the paired difference."""
-    flags = {name: [pair.passes(name, test) for pair in pairs] for name in VARIANTS}
-    change = [a - b for b, a in zip(flags["base"], flags["adapter"], strict=True)]
-    gained, lost = change.count(1), change.count(-1)
-    groups = [pair.item.group for pair in pairs]
+    groups, change = _groups(pairs), _change(pairs, test)
     return {
-        **{name: stats.rate(sum(flags[name]), len(pairs)) for name in VARIANTS},
-        "difference": stats.paired(change, groups, seed=seed),
-        "p": round(stats.mcnemar_midp(gained, lost), 6),
-        "gained": gained,
-        "lost": lost,
+        **{name: stats.rate([p.passes(name, test) for p in pairs], groups) for name in VARIANTS},
+        "difference": stats.paired(change, groups),
+        "gained": change.count(1),
+        "lost": change.count(-1),
     }
 
 
-def _accuracy(checked: list[Pair], seed: int) -> Json:
-    accuracy = _compare(checked, lambda graded: graded.correct, seed)
-    known = [pair.item for pair in checked if pair.item.majority is not None]
-    majority = sum(bool((g := item.grade(item.majority or "")) and g.correct) for item in known)
+def _majority_flags(pairs: list[Pair]) -> list[bool]:
+    """For every pair whether the commonest answer is right: of its kind in the training rows, of a
+    task without any the one that most of these questions have."""
+    common: dict[str, Counter[str]] = {}
+    for pair in pairs:
+        if pair.item.kind == "label":
+            common.setdefault(pair.item.task, Counter())[pair.item.reference] += 1
+    flags = []
+    for pair in pairs:
+        answer = pair.item.majority
+        if answer is None and pair.item.task in common:
+            answer = common[pair.item.task].most_common(1)[0][0]
+        graded = pair.item.grade(answer) if answer is not None else None
+        flags.append(graded is not None and graded.correct)
+    return flags
+
+
+def _over_majority(pairs: list[Pair]) -> Json:
+    """The majority-class baseline over the same questions, and the adapter's gain over it."""
+    groups, constant = _groups(pairs), _majority_flags(pairs)
+    gain = [pair.passes("adapter", _correct) - c for pair, c in zip(pairs, constant, strict=True)]
+    majority, over = stats.rate(constant, groups), stats.paired(gain, groups)
+    return {"majority_class": majority, "over_majority": over}
+
+
+def _accuracy(deciding: list[Pair], tasks: int) -> Json:
+    """Accuracy over the deciding questions, and as the mean of the tasks' accuracies (`macro`)."""
+    accuracy = _compare(deciding, _correct)
+    size = Counter(pair.item.task for pair in deciding)
+    weights = [len(deciding) / (tasks * size[pair.item.task]) for pair in deciding]
+    weighted = [w * each for w, each in zip(weights, _change(deciding), strict=True)]
     return {
         **accuracy,
         **{name: accuracy[name]["value"] for name in VARIANTS},
         "ci95": {name: accuracy[name]["ci95"] for name in VARIANTS},
-        "majority_class": stats.rate(majority, len(known)),
+        "macro": stats.paired(weighted, _groups(deciding)),
+        **_over_majority(deciding),
     }
 
 
-def _measures(pairs: list[Pair], seed: int) -> Json:
+def _measures(pairs: list[Pair]) -> Json:
     measures = {}
     for name, (kinds, test) in MEASURES.items():
         if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
-            measures[name] = _compare(chosen, test, seed)
+            measures[name] = _compare(chosen, test)
     return measures
 
 
-def _tasks(checked: list[Pair]) -> Json:
-    """Counts of the four outcomes by task and variant, and scores that penalise wrong answers."""
+def _tasks(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
+    """By task: the paired difference of its deciding questions, whether the task is lost or too
+    small to tell, the majority class, and of all questions the outcomes and what wrong ones cost.
+
+    Args:
+        drop: a task is lost where the Holm-corrected interval lies below minus this.
+    """
     table: Json = {}
+    p_values: dict[str, float] = {}
     for name in dict.fromkeys(pair.item.task for pair in checked):
         chosen = [pair for pair in checked if pair.item.task == name]
+        decide = [pair for pair in deciding if pair.item.task == name]
+        change, groups = _change(decide), _groups(decide)
+        p_values[name] = 2 * stats.cluster_mean(change, groups, (1.0, -1.0)).below(-drop)
         table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
-        for variant in VARIANTS:
-            counts = Counter(graded.outcome for pair in chosen if (graded := pair.graded[variant]))
-            right, wrong = counts["correct"], counts["wrong"]
-            table[name][variant] = {
-                **{key: counts[key] for key in PHRASES["outcomes"]},
-                "correct_less_wrong": round((right - wrong) / len(chosen), 6),
-                "correct_less_3_wrong": round((right - 3 * wrong) / len(chosen), 6),
-            }
+        table[name] |= {"difference": stats.paired(change, groups), **_over_majority(decide)}
+        table[name] |= {variant: _outcomes(chosen, variant) for variant in VARIANTS}
+    for name, p in stats.holm(p_values).items():
+        task = table[name]
+        task["p_lost"], task["lost"] = p, p < stats.LEVEL
+        task["small"] = not task["lost"] and task["difference"]["mde80"] > SMALL_TASK
     return table
+
+
+def _outcomes(pairs: list[Pair], variant: str) -> Json:
+    """Counts of a variant's four outcomes, and scores that penalise wrong answers."""
+    counts = Counter(graded.outcome for pair in pairs if (graded := pair.graded[variant]))
+    right, wrong = counts["correct"], counts["wrong"]
+    return {
+        **{key: counts[key] for key in PHRASES["outcomes"]},
+        "correct_less_wrong": round((right - wrong) / len(pairs), 6),
+        "correct_less_3_wrong": round((right - 3 * wrong) / len(pairs), 6),
+    }
 
 
 def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
@@ -227,18 +308,28 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
     return dict(Counter(misses).most_common())
 
 
-def _verdict(run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json | None) -> Json:
-    """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`."""
-    primary, difference, invalid = "accuracy", accuracy["difference"], []
-    reason = "eval.primary is win_rate" if run["primary"] == "win_rate" else ""
-    if checkable < FEWEST_CHECKABLE:
-        reason = f"{checkable} checkable items (fewer than {FEWEST_CHECKABLE})"
+def _verdict(run: Json, loss: Json, accuracy: Json, tasks: Json, judged: Json | None) -> Json:
+    """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`,
+    `lost_tasks`, `small_tasks`, `looks`."""
+    by_name = {"accuracy": accuracy["difference"], "macro_accuracy": accuracy["macro"]}
+    primary, invalid = run["primary"], list[str]()
+    reason = "eval.primary is win_rate" if primary == "win_rate" else ""
+    if accuracy["difference"]["n"] < FEWEST_CHECKABLE:
+        count = accuracy["difference"]["n"]
+        reason = f"{count} checkable items (fewer than {FEWEST_CHECKABLE})"
     if reason and judged:
-        primary, difference = "win_rate", judged["win_rate"]["difference"]
+        primary, by_name["win_rate"] = "win_rate", judged["win_rate"]["difference"]
     elif reason:
+        primary = "accuracy"
         invalid.append(f"{reason} and no judge was asked")
+    difference = by_name[primary]
     if difference["n"] < FEWEST_ITEMS:
         invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
+    elif difference["effective"] < FEWEST_DOCUMENTS:
+        invalid.append(
+            f"{difference['effective']:g} effective documents; "
+            f"fewer than {FEWEST_DOCUMENTS} decide nothing"
+        )
     if judged and (failed := judged["control_items"]["failed"]):
         invalid.append(f"control items failed: {', '.join(failed)}")
     if judged and (unscored := judged["unscored"]["value"] or 0) > MOST_UNSCORED:
@@ -246,31 +337,56 @@ def _verdict(run: Json, checkable: int, loss: Json, accuracy: Json, judged: Json
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
     guards = {"held_out_loss": loss["adapter"] <= loss["base"]}
+    if primary != "win_rate":
+        guards["majority_class"] = accuracy["over_majority"]["ci95"][0] > 0
+    lost = [name for name, task in tasks.items() if task["lost"]]
+    return {
+        "verdict": "invalid" if invalid else _word(difference, all(guards.values()), bool(lost)),
+        "primary": {"measure": primary, **difference},
+        "guards": guards,
+        "invalid_reasons": invalid,
+        "lost_tasks": lost,
+        "small_tasks": [name for name, task in tasks.items() if task["small"]],
+        "looks": run["looks"],
+    }
+
+
+def _word(difference: Json, passed: bool, lost: bool) -> str:
+    """The verdict of a valid comparison; interval and sign flip test must both leave out 0."""
     low, high = difference["ci95"]
-    if invalid:
-        verdict = "invalid"
-    elif low > 0 and all(guards.values()):
-        verdict = "better"
-    else:
-        verdict = "worse" if high < 0 else "no_detectable_difference"
-    decided = {"measure": primary, **difference}
-    return {"verdict": verdict, "primary": decided, "guards": guards, "invalid_reasons": invalid}
+    if difference["p"] >= stats.LEVEL or low <= 0 <= high or (low > 0 and not passed):
+        return "no_detectable_difference"
+    if low > 0:
+        return "better_with_losses" if lost else "better"
+    return "worse"
 
 
 def summary(results: Json) -> list[str]:
     """The verdict and its reasons in sentences, for the terminal and the head of the report."""
-    primary = results["primary"]
+    primary, verdict = results["primary"], PHRASES["verdicts"][results["verdict"]]
     low, high = (f"{100 * end:+.1f}" for end in primary["ci95"])
-    name = "accuracy" if primary["measure"] == "accuracy" else "the judge's win rate over one half"
-    gain = f"{name}: {100 * primary['value']:+.1f} points ({low} to {high}, {primary['n']} items)"
-    power = f"a difference below {100 * primary['mde80']:.1f} points would usually be missed"
     failed = [PHRASES["guards"][guard] for guard, passed in results["guards"].items() if not passed]
-    return [
-        PHRASES["verdicts"][results["verdict"]],
+    if results["verdict"] == "no_detectable_difference" and failed and primary["ci95"][0] > 0:
+        verdict = PHRASES["verdicts"]["guarded"]
+    if lost := results["lost_tasks"]:
+        points = {name: 100 * results["tasks"][name]["difference"]["value"] for name in lost}
+        named = ", ".join(f"{name} ({points[name]:+.0f})" for name in lost)
+        verdict = f"{verdict} Worse on {named}."
+    text = [
+        verdict,
         *(f"Reason: {reason}." for reason in results["invalid_reasons"]),
         *(f"Guard failed: {guard}." for guard in failed),
-        f"{gain[0].upper()}{gain[1:]}; {power}.",
+        f"{PHRASES['primaries'][primary['measure']]}: {100 * primary['value']:+.1f} points "
+        f"({low} to {high}; {primary['n']} questions of {primary['clusters']} documents); "
+        f"a gain below {100 * primary['mde80']:.1f} points would usually be missed.",
     ]
+    if (looks := results["looks"]) > 1:
+        ends = stats.corrected(primary, looks)
+        wide = " to ".join(f"{100 * end:+.1f}" for end in ends)
+        text.append(f"Evaluation {looks} of these questions: corrected for that, {wide} points.")
+    if small := results["small_tasks"]:
+        text.append(f"Too small to see a loss of 10 points: {', '.join(small)}.")
+    return text
 
 
 def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:

@@ -1,92 +1,213 @@
 """Statistics of a paired comparison: intervals, tests, minimum detectable effect.
 
-The unit is the item, or the document where several items share one; never the judge's call.
-Sources: Wilson 1927 for rates; Fagerland, Lydersen and Laake 2013 (BMC Med Res Methodol 13:91)
-for the mid-p McNemar test; Efron and Tibshirani 1993 for the bootstrap; Holm 1979.
+The unit is the document; a question that shares none is one by itself. Sources: Pustejovsky and
+Tipton 2018 (JBES 36:672) for CR2 and its degrees of freedom, after Bell and McCaffrey 2002; Bonett
+and Price 2012 (Stat Methods Med Res 21:479) for the two added questions; Dean and Pagano 2015
+(JSSAM 3:484) for rates over documents; Holm 1979; Cohen 1960 for kappa.
 """
 
-import math
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 9_999
-POWER_FACTOR = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
-"""Standard errors of a difference that is detected with 80 % power at two-sided 5 % (2.80)."""
+LEVEL = 0.05
+"""Two-sided error of every interval and test."""
+POWER, SIMULATED = 0.8, 4_000
+"""Power at the minimum detectable effect; the simulated comparisons that it is found by."""
+FINEST = 4_000
+"""Most steps on which a sign flip test places the sums of documents."""
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def rate(count: int, n: int) -> dict[str, Any]:
-    """A rate with its 95 % Wilson interval, as in test_results.json.
+@dataclass(frozen=True, slots=True)
+class ClusterMean:
+    """A mean over documents with its cluster-robust error (CR2).
 
-    Without observations (n = 0) the rate is None and the interval 0 to 1.
+    Attributes:
+        value: the mean of all values.
+        centre, error, df: of the interval, from the values and one added question either way.
+        design_effect: variance over that of as many independent questions; 1 or more.
+        sums, sizes: sum and number of the values of each document.
     """
-    low, high = 0.0, 1.0
-    if n:
-        low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
-    interval = [round(float(low), 6), round(float(high), 6)]
-    return {"value": round(count / n, 6) if n else None, "k": count, "n": n, "ci95": interval}
+
+    value: float
+    centre: float
+    error: float
+    df: float
+    design_effect: float
+    sums: Floats
+    sizes: Floats
+
+    def interval(self, most: float) -> list[float]:
+        """95 % interval of the mean, within `most` either way."""
+        reach = stats.t.ppf(1 - LEVEL / 2, self.df) * self.error
+        ends = (max(-most, self.centre - reach), min(most, self.centre + reach))
+        return [round(float(end), 6) for end in ends]
+
+    def below(self, bound: float) -> float:
+        """One-sided p value of "the mean is at least `bound`"."""
+        return float(stats.t.cdf((self.centre - bound) / self.error, self.df))
 
 
-def mcnemar_midp(gained: int, lost: int) -> float:
-    """Two-sided mid-p of McNemar's test.
+def cluster_mean(
+    values: Sequence[float], documents: Sequence[str] | None, added: tuple[float, float]
+) -> ClusterMean:
+    """The mean of values that come in documents.
 
     Args:
-        gained: items that only the adapter has right.
-        lost: items that only the base has right.
+        documents: the document of every value; None: each value is one.
+        added: values of two more questions, each a document by itself. They keep the error above 0
+            where all values are equal, and small samples covered.
     """
-    discordant = gained + lost
-    null = stats.binom(discordant, 0.5)
-    smaller = min(gained, lost)
-    return float(min(1.0, 2 * null.cdf(smaller) - null.pmf(smaller)))
+    names = documents if documents is not None else [str(at) for at in range(len(values))]
+    number = {name: at for at, name in enumerate(dict.fromkeys(names))}
+    at = [number[name] for name in names]
+    sums = np.bincount(at, weights=np.asarray(values, dtype=float)).astype(float)
+    sizes = np.bincount(at).astype(float)
+    total, size = np.append(sums, added), np.append(sizes, (1.0, 1.0))
+    centre, error, df = cr2(total, size)
+    n = size.sum()
+    spread = float(((np.append(values, added) - centre) ** 2).mean()) / (n - 1)
+    effect = max(1.0, float(error) ** 2 / spread)
+    value = float(np.mean(values))
+    return ClusterMean(value, float(centre), float(error), float(df), effect, sums, sizes)
+
+
+def cr2(sums: Floats, sizes: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, CR2 standard error and Satterthwaite's degrees of freedom, with independence as the
+    working model.
+
+    Args:
+        sums, sizes: sum and number of the values of each document, shape (..., documents).
+    """
+    n = sizes.sum(axis=-1)
+    share = sizes / n[..., None]
+    mean = sums.sum(axis=-1) / n
+    factor = 1 / (1 - share)
+    variance = (factor * (sums - mean[..., None] * sizes) ** 2).sum(axis=-1) / n**2
+    own = (factor**2 * sizes**2 * (1 - 2 * share)).sum(axis=-1)
+    across = ((factor * sizes**2).sum(axis=-1) / n) ** 2
+    return mean, np.sqrt(variance), n**2 / (own + across)
+
+
+def effective(sizes: Floats) -> float:
+    """The number of documents of equal size that tell as much: n² / Σ nᵢ²."""
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
+
+
+def rate(passed: Sequence[bool], documents: Sequence[str] | None = None) -> dict[str, Any]:
+    """A rate with its 95 % interval (Wilson's, of the effective number), as in test_results.json.
+
+    Without observations the rate is None and the interval 0 to 1.
+    """
+    n, count = len(passed), sum(passed)
+    if not n:
+        return {"value": None, "k": 0, "n": 0, "ci95": [0.0, 1.0]}
+    mean = cluster_mean([float(each) for each in passed], documents, (0.0, 1.0))
+    independent = len(mean.sizes) == n
+    z = stats.norm.ppf(1 - LEVEL / 2) if independent else stats.t.ppf(1 - LEVEL / 2, mean.df)
+    p, size = count / n, n / (1 if independent else mean.design_effect)
+    middle = (p + z**2 / (2 * size)) / (1 + z**2 / size)
+    reach = z * np.sqrt(p * (1 - p) / size + (z / (2 * size)) ** 2) / (1 + z**2 / size)
+    ends = (max(0.0, float(middle - reach)), min(1.0, float(middle + reach)))
+    return {"value": round(p, 6), "k": count, "n": n, "ci95": [round(end, 6) for end in ends]}
 
 
 def paired(
-    differences: Sequence[float], clusters: Sequence[str] | None = None, *, seed: int
+    differences: Sequence[float], documents: Sequence[str] | None = None, *, unit: float = 1.0
 ) -> dict[str, Any]:
-    """Mean paired difference with its 95 % interval, percentile bootstrap over clusters of items.
+    """Mean paired difference, its interval and test, over documents.
 
     Args:
         differences: adapter minus base of every item.
-        clusters: the document of every item; None: each item is a cluster.
-        seed: of the resampling, so that the same answers give the same interval.
+        documents: the document of every item; None: each item is one.
+        unit: the difference of an item that is gained.
 
     Returns:
-        As in test_results.json: `value`, `ci95`, `n`, `clusters` (their number) and `mde80`, the
-        smallest difference that a comparison of this size and spread detects with 80 % power.
+        As in test_results.json: `value`, `ci95`, `p` (sign flip), `n`, `clusters` (documents),
+        `effective` (see `effective`), `df` of the interval, and `mde80`, the smallest gain that a
+        comparison of this size, with as many losses as here, finds with a power of 80 %.
     """
-    values = np.asarray(differences, dtype=float)
-    n = len(values)
-    if n == 0:
-        return {"value": 0.0, "ci95": [-1.0, 1.0], "n": 0, "clusters": 0, "mde80": 1.0}
-    names = clusters if clusters is not None else [str(at) for at in range(n)]
-    number = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    cluster = [number[name] for name in names]
-    sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster).astype(float)
-    mean = float(values.mean())
-    # Equal differences do not prove a spread of 0: 3 of n items may still differ (rule of three).
-    low, high, error = mean - 3 / n, mean + 3 / n, math.sqrt(3) / n
-    if np.ptp(sums / sizes) > 0:
-        resampled = stats.bootstrap(
-            (sums, sizes),
-            lambda total, size, axis: total.sum(axis=axis) / size.sum(axis=axis),
-            paired=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            batch=500,
-            rng=np.random.default_rng(seed),
-        )
-        low, high = resampled.confidence_interval
-        error = max(error, float(resampled.standard_error))
+    if not len(differences):
+        nothing = {"value": 0.0, "ci95": [-unit, unit], "p": 1.0}
+        return nothing | {"n": 0, "clusters": 0, "effective": 0.0, "df": 1.0, "mde80": unit}
+    mean = cluster_mean(differences, documents, (unit, -unit))
+    lost = sum(each < 0 for each in differences) / len(differences)
     return {
-        "value": round(mean, 6),
-        "ci95": [round(float(low), 6), round(float(high), 6)],
-        "n": n,
-        "clusters": len(number),
-        "mde80": round(POWER_FACTOR * error, 6),
+        "value": round(mean.value, 6),
+        "ci95": mean.interval(unit),
+        "p": round(sign_flip(mean.sums), 6),
+        "n": len(differences),
+        "clusters": len(mean.sums),
+        "effective": round(effective(mean.sizes), 1),
+        "df": round(mean.df, 3),
+        "mde80": round(unit * detectable(lost, len(differences) / mean.design_effect, mean.df), 6),
     }
+
+
+def corrected(difference: dict[str, Any], looks: int) -> list[float]:
+    """The interval of a paired difference that was looked at several times (Bonferroni)."""
+    low, high = difference["ci95"]
+    usual, wide = (stats.t.ppf(1 - LEVEL / 2 / k, difference["df"]) for k in (1, looks))
+    middle, reach = (low + high) / 2, (high - low) / 2 * wide / usual
+    return [round(float(middle + sign * reach), 6) for sign in (-1, 1)]
+
+
+def sign_flip(sums: Sequence[float] | Floats) -> float:
+    """Two-sided mid-p value of the sign flip test of whole documents.
+
+    Where base and adapter are alike they could change places in any document, which flips the sign
+    of its sum. All flips are counted, by convolution; sums that are no multiples of 1/2 are placed
+    on a grid of `FINEST` steps. With one question a document it is McNemar's mid-p test.
+    """
+    exact = np.asarray(sums, dtype=float)
+    halves = np.allclose(2 * exact, np.round(2 * exact))
+    scaled = exact * (2 if halves else FINEST / max(np.abs(exact).sum(), 1e-12))
+    steps = np.abs(np.round(scaled)).astype(int)
+    steps //= max(1, np.gcd.reduce(steps))
+    chance = np.zeros(int(steps.sum()) + 1)  # of every sum of those that are not flipped
+    chance[0] = 1.0
+    top = 0
+    for step in steps[steps > 0].tolist():
+        kept = chance[: top + 1] / 2
+        chance[: top + 1] = kept
+        chance[step : step + top + 1] += kept
+        top += step
+    reached = np.abs(2 * np.arange(top + 1) - top)
+    seen = abs(int((np.sign(exact) * steps).sum()))
+    beyond = chance[reached > seen].sum() + chance[reached == seen].sum() / 2
+    return float(beyond) if seen else 1.0
+
+
+def detectable(lost: float, n: float, df: float) -> float:
+    """The smallest gain that is found with a power of 80 %, as a share of the questions.
+
+    Simulated: of `n` independent questions the share `lost` is lost, and as many and the gain on
+    top are gained.
+
+    Args:
+        n: the effective number of questions.
+        df: degrees of freedom of the interval.
+    """
+    low, high, count = 0.0, 1 - 2 * lost, max(1, round(n))
+    reach = stats.t.ppf(1 - LEVEL / 2, df)
+    for _ in range(12):
+        gain = (low + high) / 2
+        shares = [lost + gain, lost, max(0.0, 1 - 2 * lost - gain)]
+        rng = np.random.default_rng(0)  # the same draws at every gain
+        gained, losing, _same = rng.multinomial(count, shares, SIMULATED).T
+        mean = (gained - losing) / (count + 2)
+        error = np.sqrt(((gained + losing + 2) / (count + 2) - mean**2) / (count + 1))
+        null = stats.binom(gained + losing, 0.5)
+        tail = null.cdf(losing) - null.pmf(losing) / 2
+        if np.mean((mean > reach * error) & (2 * tail < LEVEL)) < POWER:
+            low = gain
+        else:
+            high = gain
+    return float(high)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -100,14 +221,29 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def agreement(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Share of equal verdicts of two graders and Cohen's kappa; None without any.
+    """Share of equal verdicts of two graders, and Cohen's kappa with its 95 % interval (percentiles
+    of 9,999 resamples of the items).
 
-    Kappa is 1.0 where each says one and the same word throughout.
+    None without any. Kappa is None where a grader says one and the same word throughout.
     """
     if not pairs:
         return None
-    n, equal = len(pairs), sum(first == second for first, second in pairs)
-    first, second = (Counter(pair[at] for pair in pairs) for at in (0, 1))
-    expected = sum(first[word] * second[word] for word in first) / n**2
-    kappa = 1.0 if expected == 1 else (equal / n - expected) / (1 - expected)
-    return {"kappa": round(kappa, 6), "agreement": rate(equal, n)}
+    words = {word: at for at, word in enumerate(sorted({word for pair in pairs for word in pair}))}
+    k, n = len(words), len(pairs)
+    table = np.bincount([words[a] * k + words[b] for a, b in pairs], minlength=k * k)
+    drawn = np.random.default_rng(0).multinomial(n, table / n, 9_999)
+    tables = np.vstack([table, drawn]).reshape(-1, k, k) / n
+    equal = np.trace(tables, axis1=1, axis2=2)
+    expected = (tables.sum(axis=1) * tables.sum(axis=2)).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kappa = (equal - expected) / (1 - expected)
+    constant = (table.reshape(k, k).sum(axis=0) == n).any() or (
+        table.reshape(k, k).sum(axis=1) == n
+    ).any()
+    ends = np.nanpercentile(kappa[1:], [2.5, 97.5]) if not constant else ()
+    return {
+        "kappa": None if constant else round(float(kappa[0]), 6),
+        "ci95": [round(float(end), 6) for end in ends] or None,
+        "n": n,
+        "agreement": rate([first == second for first, second in pairs]),
+    }

@@ -148,7 +148,7 @@ def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
         id=f"{name}/{key}",
         task=name,
         kind=kind,
-        group=f"{name}/{row.get('context_id') or key}",
+        group=_document(row) or f"{name}/{key}",
         messages=(Message("user", prompt),),
         reference="" if kind in UNREFERENCED else reference,
         choices=choices or listed_choices(prompt) if kind == "label" else (),
@@ -162,6 +162,12 @@ def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
             fix="write it as a model would say it: a label by its words, not by an index",
         )
     return item
+
+
+def _document(row: Row) -> str:
+    """The document that a row names, the same for all tasks."""
+    named = row.get("context_id")
+    return "" if named in (None, "") else f"document {named}"
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fintune.data import WORDS
 from fintune.example import Example
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -20,8 +19,15 @@ OPENING_CHARACTERS = 40
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 _WORD = re.compile(r"\w+")
+_KEPT_WORDS = """
+one two three four five six seven eight nine ten first second third fourth fifth not no never
+increase increases increased decrease decreases decreased more less highest lowest most least
+before after above below over under up down higher lower
+rise rises rose risen fall falls fell fallen gain gains gained loss losses lost
+profit profits beat beats miss misses missed buy sell bought sold positive negative
+"""
 _FIXED = re.compile(
-    r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*|\b(?:" + "|".join(WORDS["fixed"].split()) + r")\b"
+    r"-?\d[\d,]*(?:\.\d+)?%?|\b[A-Z][\w&.-]*|\b(?:" + "|".join(_KEPT_WORDS.split()) + r")\b"
 )
 _LABEL = re.compile(r"^(?:context|text|input|question|sentence|headline|tweet|news)\s*:\s*", re.I)
 _ODD = np.random.default_rng(0).integers(1, 2**63, 64, np.uint64) * np.uint64(2) + np.uint64(1)
