@@ -35,7 +35,7 @@ from sample_rows.words import METRICS, RATIOS, TERMS, TONES
 
 SEED: Final = 29
 
-Task = Literal["amount", "direction", "tone", "ratio", "define", "company"]
+Task = Literal["amount", "missing", "direction", "tone", "ratio", "define", "company"]
 Dirt = Literal[
     "",
     "assistant_absent",
@@ -143,7 +143,7 @@ def _missing(rng: Random, document: Document, *, again: bool = False) -> Asked:
     """A figure that is not in the document: another line, or a line of another year."""
     report = document.report
     line = rng.choice(report.lines)
-    if rng.randrange(3):
+    if rng.randrange(4):
         known = {name for each in report.lines for name in (each.metric.name, each.metric.alias)}
         others = [m for m in METRICS if not known & {m.name, m.alias}]
         line = replace(line, metric=rng.choice(others))
@@ -152,11 +152,14 @@ def _missing(rng: Random, document: Document, *, again: bool = False) -> Asked:
         report = replace(report, years=(year, year - 1))
     templates = _QUESTIONS["again" if again else "figure"]
     question = fill(rng, templates, report, line, named=True)
-    return Asked("amount", question, NOT_STATED, rng.choice((_MISSING, _FIGURE)))
+    return Asked("missing", question, NOT_STATED, _MISSING)
 
 
 def _directions(rng: Random, document: Document, most: int) -> list[Asked]:
     """Whether lines of two years rose or fell."""
+    # A table does not say the direction: two amounts must be compared, which is asked less often.
+    if "\n\n" in document.text and rng.randrange(3):
+        return []
     known = [line for line, at in document.stated if at == 1]
     asked = []
     for line in rng.sample(known, min(most, len(known))):
@@ -192,7 +195,7 @@ def _ratio(rng: Random) -> tuple[str, list[Asked]]:
     """One amount as a percentage of a round one."""
     name, top, bottom = rng.choice(RATIOS)
     company = draw_company(rng).short
-    percent, whole = rng.choice((5, 10, 20, 25, 50)), rng.choice((100, 200, 1000))
+    percent, whole = rng.choice((10, 20, 25, 40, 50)), rng.choice((100, 1000))
     parts = [f"{top} of ${percent * whole // 100} million", f"{bottom} of ${whole:,} million"]
     text = f"{company} reported {' and '.join(rng.sample(parts, 2))}."
     question = rng.choice(_QUESTIONS["ratio"]).format(n=name, t=top, b=bottom, C=company)
@@ -203,7 +206,7 @@ def _of_report(rng: Random, document: Document) -> list[Asked]:
     """Three or four different questions about a document, of which one may have no answer."""
     facts = rng.sample(document.stated, min(len(document.stated), 2 + (rng.randrange(3) == 0)))
     asked = [_amount(rng, document, fact) for fact in facts] + _directions(rng, document, 1)
-    return asked if len(facts) == 3 else [*asked, _missing(rng, document)]
+    return asked if len(facts) == 3 or rng.randrange(3) == 0 else [*asked, _missing(rng, document)]
 
 
 def _who(rng: Random, document: Document) -> Asked:
@@ -227,7 +230,7 @@ def _row(rng: Random, text: str, asked: Asked) -> SampleRow:
         system = rng.choice(_PERSONAS)
         if brief and rng.randrange(2):
             system, brief = f"{system} {rng.choice(brief)}", ()
-    if brief and rng.randrange(2):
+    if brief and (asked.task == "missing" or rng.randrange(2)):
         question = f"{question} {rng.choice(brief)}"
     # Below its first line a document must have one that is longer than the question: the longest
     # line decides the part of the split, and all rows of a document belong into one.
@@ -237,10 +240,11 @@ def _row(rng: Random, text: str, asked: Asked) -> SampleRow:
     return SampleRow(system, ((user, asked.answer),), (asked.task,))
 
 
-def _talk(rng: Random, asked: list[Asked]) -> SampleRow:
-    """Questions one after another in one conversation."""
+def _talk(rng: Random, asked: list[Asked], rule: str = "") -> SampleRow:
+    """Questions one after another in one conversation; `rule` is added to the system text."""
     turns = tuple((each.question, each.answer) for each in asked)
-    return SampleRow(rng.choice(_PERSONAS), turns, tuple(each.task for each in asked))
+    system = f"{rng.choice(_PERSONAS)} {rule}".strip()
+    return SampleRow(system, turns, tuple(each.task for each in asked))
 
 
 def _report_talk(rng: Random) -> SampleRow:
@@ -254,7 +258,7 @@ def _report_talk(rng: Random) -> SampleRow:
     asked.sort(key=_goes_on)
     asked.append(Asked("company", rng.choice(_QUESTIONS["who"]), document.report.company.short))
     first = asked[0]._replace(question=f"{document.text}\n\n{asked[0].question}")
-    return _talk(rng, [first, *asked[1:]])
+    return _talk(rng, [first, *asked[1:]], rng.choice(_MISSING))
 
 
 def _goes_on(asked: Asked) -> bool:
