@@ -1,6 +1,6 @@
 """Figures of the stage `eval`, each beside its goal.
 
-    python bench/evaluation.py numbers|controls|human|power|faults|wall|kills|rescore|generation ...
+    python bench/evaluation.py numbers|controls|human|faults|wall|kills|rescore|generation ...
     or: all
 
 numbers     the grader on the case table and on the benchmarks' gold answers, reworded and spoilt
@@ -9,7 +9,6 @@ controls    replies that know nothing (babble, the last 18 amounts, all labels) 
 human       the grader beside human labels: 832 answers of FinanceBench, a checkout of which
             (patronus-ai/financebench) is named by the variable FINANCEBENCH; `all` leaves it out
             without
-power       error rates of the verdict's interval: 1,000 simulated evaluations of 200 questions
 faults      the judge: 24 kinds of fault met by the first request of each of 50 items
 wall        the judge: 50 items in both orders, 8 at once, answers of 2 seconds
 kills       the judge: a run of 400 calls killed (-9) at 100 random moments
@@ -34,7 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +52,7 @@ from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import JudgeConfig, load_config  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.errors import ModelError  # noqa: E402
-from fintune.evals import judge, stats  # noqa: E402
+from fintune.evals import judge  # noqa: E402
 from fintune.evals.evaluate import evaluate  # noqa: E402
 from fintune.evals.grading import Item, Pair  # noqa: E402
 from fintune.evals.numbers import compare, is_number_answer  # noqa: E402
@@ -64,7 +62,6 @@ from fintune.generation import Request, generate  # noqa: E402
 from fintune.sample import local_base  # noqa: E402
 from fintune.untrusted.probe import stop_token_ids  # noqa: E402
 
-ITEMS, DISCORDANT = 200, 0.3
 PAID_AGAIN = ("timeout", "drip")
 """The server made a completion that did not arrive, so the repeated request makes another."""
 LIMIT, BATCH = 64, 64
@@ -99,29 +96,6 @@ def numbers() -> dict[str, Any]:
         "cases": {"n": cases, "right": cases - failed},
         **{name: {"n": asked[name], "right": right[name]} for name in asked},
     }
-
-
-def power(runs: int = 1000) -> dict[str, Any]:
-    """The share of better and worse verdicts for both plants."""
-    rng = np.random.default_rng(20260101)
-    found: dict[str, Any] = {
-        "runs": runs,
-        "questions": ITEMS,
-        "share_differing": DISCORDANT,
-        "gain_found_4_times_in_5": {
-            str(count): round(stats.POWER_FACTOR * (DISCORDANT / count) ** 0.5, 4)
-            for count in (50, 100, 200, 400)
-        },
-    }
-    for gain in (0.2, 0.0):
-        shares = [(DISCORDANT + gain) / 2, 1 - DISCORDANT, (DISCORDANT - gain) / 2]
-        seen = [
-            stats.paired(rng.choice([1, 0, -1], size=ITEMS, p=shares), seed=42) for _ in range(runs)
-        ]
-        better = sum(one["ci95"][0] > 0 for one in seen) / runs
-        worse = sum(one["ci95"][1] < 0 for one in seen) / runs
-        found[f"planted_{gain:.0%}"] = {"better": better, "worse": worse}
-    return found
 
 
 def items(count: int) -> list[Pair]:
@@ -311,7 +285,7 @@ def human() -> dict[str, Any]:
     return agreement(Path(os.environ["FINANCEBENCH"]))
 
 
-MEASURED = (numbers, controls, human, power, faults, wall, kills, rescore, generation)
+MEASURED = (numbers, controls, human, faults, wall, kills, rescore, generation)
 FIGURES = {f.__name__: f for f in MEASURED}
 
 

@@ -254,8 +254,9 @@ def near(tmp_path: Path, found: list[tuple[str, str]], threshold: float = 0.8) -
     """Lines that are dropped as near duplicates of an earlier line or of which one is."""
     made = [{"user": user, "assistant": answer} for user, answer in found]
     done = read(write(tmp_path / "rows.jsonl", made), near_duplicates=threshold)
-    assert set(done.dropped().values()) <= {"near_duplicate"}
-    return list(done.dropped())
+    # So few rows have no templates that are known as such: some repeat what is held out.
+    assert set(done.dropped().values()) <= {"near_duplicate", "repeats_test_row"}
+    return [line for line, reason in done.dropped().items() if reason == "near_duplicate"]
 
 
 def test_near_duplicates_need_the_same_numbers_and_names(tmp_path: Path) -> None:

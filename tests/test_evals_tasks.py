@@ -148,18 +148,19 @@ def test_a_task_is_one_entry(tmp_path, monkeypatch):
     columns = {"prompt": "text", "answer": "tone"}
     monkeypatch.setitem(TASKS, "tone", Task("label", SENTIMENT, columns=columns))
     path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "up", "tone": "positive"}\n{"text": "down", "tone": ""}\n')
+    path.write_text(line := '{"text": "up", "tone": "positive"}\n')
     (found,) = items_of("tone", str(path), 1)
     assert (found.messages[0].content, found.kind, found.choices, found.reference) == (
         "up", "label", SENTIMENT, "positive"
     )  # fmt: skip
+    path.write_text(line + '{"text": "down", "tone": ""}\n')
     with pytest.raises(DataError, match=r"tone, line 2: no prompt or no answer"):
         items_of("tone", str(path), 2)
 
 
 def test_a_function_is_a_task_too(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "It rose.", "up": true}\n{"text": "It fell."}\n')
+    path.write_text(line := '{"text": "It rose.", "up": true}\n')
 
     @task("direction", "label", choices=("up", "down"))
     def direction(row):
@@ -168,6 +169,7 @@ def test_a_function_is_a_task_too(tmp_path):
     try:
         (item,) = items_of("direction", str(path), 1)
         assert (item.messages[0].content, item.reference) == ("Up or down? It rose.", "up")
+        path.write_text(line + '{"text": "It fell."}\n')
         with pytest.raises(DataError, match=r"direction: t.jsonl, line 2: columns are missing"):
             items_of("direction", str(path), 2)
     finally:
@@ -216,5 +218,7 @@ def test_a_folder_is_read_with_the_columns_of_its_task(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "train.jsonl").write_text("{}\n")
     found = items_of("fpb", str(tmp_path), 3)
-    assert [item.messages[-1].content for item in found] == [line["query"] for line in lines[:3]]
+    asked = [item.messages[-1].content for item in found]
+    assert len(asked) == 3 and asked == sorted(asked), "by hash, in the order of the file"
+    assert asked != [line["query"] for line in lines[:3]]
     assert {(item.kind, item.reference) for item in found} == {("label", "positive")}

@@ -36,7 +36,10 @@ def test_the_ledger_names_the_reason_of_each_line(chain: tiny.Chain) -> None:
     found = {row["line"]: row["reason"] for row in ledger}
     planted = tiny.planted()
     assert {line: found[line] for line in planted} == planted
-    assert {reason for line, reason in found.items() if line not in planted} == {"over_cap"}
+    assert {reason for line, reason in found.items() if line not in planted} == {
+        "over_cap",
+        "repeats_test_row",
+    }
     details = {row["line"]: row["detail"] for row in ledger}
     assert [details[line] for line, reason in planted.items() if reason == "duplicate"] == [
         "of rows.jsonl:1",
@@ -53,7 +56,7 @@ def test_the_rows_are_the_frozen_ones(chain: tiny.Chain) -> None:
 def test_ids_are_those_of_the_template_and_labels_those_of_the_answers(chain: tiny.Chain) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.base())
     rows = [row for part in frozen.PARTS for row in frozen.prepared(chain.data, part)]
-    assert len(rows) == 90
+    assert len(rows) == 87
     for row in rows:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         assert tokenizer.encode(text, add_special_tokens=False) == row["input_ids"]
@@ -231,6 +234,7 @@ def test_every_stage_seals_its_files(chain: tiny.Chain) -> None:
         done = frozen.read_json(folder / "done.json")
         found = tiny.tree_sha256(folder)
         del found["done.json"]
+        found.pop("evaluations.jsonl", None)  # grows when the data are sealed
         assert {name: fact["sha256"] for name, fact in done["files"].items()} == found
         sizes = {name: (folder / name).stat().st_size for name in found}
         assert {name: fact["bytes"] for name, fact in done["files"].items()} == sizes

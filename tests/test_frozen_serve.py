@@ -159,7 +159,7 @@ def test_the_page_and_its_data(server: tiny.Server) -> None:
     assert status == 200
     assert page.lstrip().lower().startswith("<!doctype html>")
     run = server.get("/run.json")
-    assert run["results"]["verdict"] == "better"
+    assert run["results"]["verdict"] == "no_detectable_difference"
     assert run["base"]["id"] == tiny.BASE_ID
     assert [row["step"] for row in run["metrics"] if "loss" in row] == [*range(1, 25)]
     assert all(set(example) == {"question", "reference"} for example in run["examples"])

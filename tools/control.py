@@ -48,8 +48,9 @@ def main() -> None:
     if not (control.data_dir / seal.DONE).is_file():
         shuffle_answers(demo, control)
     train(control)
-    evaluate(control)
+    verdict = evaluate(control)["verdict"]
     found = compare(load_pairs(demo.eval_dir), load_pairs(control.eval_dir), demo)
+    found["control"]["verdict"] = verdict
     found["trained_on"] = find_base(demo.model).about
     found["questions_whose_entity_and_number_share_a_training_row"] = shared
     write_json(Path(__file__).parents[1] / "bench" / "results" / "control.json", found)
@@ -135,11 +136,12 @@ def compare(adapter: list[Pair], control: list[Pair], demo: Config) -> dict[str,
     lines = []
     for who, own in scores.items():
         share = sum(own) / len(own)
-        gain = paired(
-            [a - b for a, b in zip(scores["adapter"], own, strict=True)], groups, seed=demo.seed
-        )
+        gain = paired([a - b for a, b in zip(scores["adapter"], own, strict=True)], groups)
         low, high = gain["ci95"]
-        found[who] = {"accuracy": round(share, 4), "ci95": rate(int(sum(own)), len(own))["ci95"]}
+        found[who] = {
+            "accuracy": round(share, 4),
+            "ci95": rate(list(map(bool, own)), groups)["ci95"],
+        }
         if who != "adapter":
             found[who] |= {"adapter_gain_ci95": [round(low, 4), round(high, 4)]}
         interval = "" if who == "adapter" else f"{gain['value']:+.1%} ({low:+.1%} to {high:+.1%})"

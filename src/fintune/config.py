@@ -39,7 +39,7 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key -> pattern of the names that it takes."""
-ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history)$")]
+ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history|context_id)$")]
 
 
 class Section(BaseModel):

@@ -1,27 +1,30 @@
 """Which questions are about the same document: related passages, and documents named by rows."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from scipy.sparse import bmat, coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix, hstack
 from scipy.sparse.csgraph import connected_components
 
 from fintune.example import Example
-from fintune.ngrams import Integers, asked, hash64, passage, sequences, words
+from fintune.ngrams import Integers, asked, document, passage, sequences, words
 
-RELATED_WORDS = 8
-"""Words of a sequence that relates two rows: long enough that two authors rarely share one by
-chance."""
+RELATED_WORDS, INSTRUCTION_SPREAD = 8, 4
+"""Words of a sequence that relates two passages, long enough that two authors rarely share one by
+chance; in more passages than this it is an instruction or a set phrase, not a shared text."""
 
-INSTRUCTION_SPREAD = 16
-"""A sequence in more passages than this is an instruction or a set phrase, not a shared text."""
+EXCERPT_WORDS, EXCERPTS, MOST_SHARED = 24, 64, 0.25
+"""Longer sequences, of the passage without its instruction, tell excerpts of one report from rows
+of one template, whose names and figures break every long sequence. So they count in as many
+passages, up to this share of all."""
 
 RELATED_SHARE = 0.75
 """Share of the smaller passage's sequences that makes two passages related."""
 
 
 def components(examples: list[Example], passage_of: Integers, count: int) -> Integers:
-    """Connected components of passages that share sequences.
+    """Connected components of passages that share most of the smaller one's sequences.
 
     Args:
         passage_of: the passage of every example, as a number below `count`.
@@ -29,12 +32,25 @@ def components(examples: list[Example], passage_of: Integers, count: int) -> Int
     Returns:
         For every passage the smallest one of its component, shape (count,).
     """
+    excerpts = max(INSTRUCTION_SPREAD, min(EXCERPTS, int(MOST_SHARED * count)))
+    texts, bodies = map(asked, examples), map(passage, examples)
+    links = _links(texts, passage_of, count, RELATED_WORDS, INSTRUCTION_SPREAD)
+    links += _links(bodies, passage_of, count, EXCERPT_WORDS, excerpts)
+    _, labels = connected_components(links, directed=False)
+    smallest = np.full(labels.max() + 1, count)
+    np.minimum.at(smallest, labels, np.arange(count))
+    return smallest[labels]
+
+
+def _links(texts: Iterable[str], passage_of: Integers, count: int, length: int, most: int) -> Any:
+    """The pairs of passages that share at least RELATED_SHARE of the smaller one's sequences of
+    `length` words, of which those in more than `most` passages do not count: a sparse matrix."""
     # 32 bits of a sequence's hash and a passage in one number: tens of millions of them at the
     # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
     low = np.uint64(2**32 - 1)
     keyed = [
-        sequences(words(asked(example)), RELATED_WORDS) & ~low | np.uint64(at)
-        for example, at in zip(examples, passage_of.tolist(), strict=True)
+        sequences(words(text), length) & ~low | np.uint64(at)
+        for text, at in zip(texts, passage_of.tolist(), strict=True)
     ]
     pairs = np.concatenate(keyed)
     del keyed
@@ -44,27 +60,23 @@ def components(examples: list[Example], passage_of: Integers, count: int) -> Int
     what = np.append(False, (pairs[1:] ^ pairs[:-1]) > low).cumsum(dtype=np.int32)
     del pairs
     spread = np.bincount(what).astype(np.int32)[what]
-    size = np.bincount(where[spread <= INSTRUCTION_SPREAD], minlength=count)
-    shared = (spread > 1) & (spread <= INSTRUCTION_SPREAD)
+    size = np.bincount(where[spread <= most], minlength=count)
+    shared = (spread > 1) & (spread <= most)
     ones = np.ones(int(shared.sum()), np.int32)
-    matrix: Any = csr_matrix(
-        (ones, (where[shared], what[shared])), shape=(count, int(what.max()) + 1)
-    )
+    shape = (count, int(what.max()) + 1)
+    matrix: Any = csr_matrix((ones, (where[shared], what[shared])), shape=shape)
     common: Any = (matrix @ matrix.T).tocoo()  # sequences that two passages have in common
     row, column = common.row, common.col
     near = common.data >= RELATED_SHARE * np.minimum(size[row], size[column])
-    links = coo_matrix((common.data[near], (row[near], column[near])), shape=(count, count))
-    _, labels = connected_components(links, directed=False)
-    smallest = np.full(labels.max() + 1, count)
-    np.minimum.at(smallest, labels, np.arange(count))
-    return smallest[labels]
+    return csr_matrix((common.data[near], (row[near], column[near])), shape=(count, count))
 
 
 def document_keys(examples: list[Example], named: list[str]) -> list[str]:
     """The document of every question, one key for all tasks.
 
-    Two questions are about the same one where they name the same, or where their passages are
-    related, and so are those that a chain of such pairs joins.
+    Two questions are about the same one where they name the same, have one passage or related
+    texts, and so are those that a chain of such pairs joins. A passage of more questions than
+    EXCERPTS, or than MOST_SHARED of all, is an instruction.
 
     Args:
         named: the document that each question names; one by itself names a text of its own.
@@ -74,15 +86,19 @@ def document_keys(examples: list[Example], named: list[str]) -> list[str]:
     """
     if not examples:
         return []
-    hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
-    passages, of = np.unique(hashes, return_inverse=True)
-    related = components(examples, of, len(passages))[of]
-    _, name = np.unique(np.array(named), return_inverse=True)
-    shape = (len(passages), int(name.max()) + 1)
-    links: Any = csr_matrix((np.ones(len(name)), (related, name)), shape=shape)
-    both = bmat([[None, links], [links.T, None]])
-    _, labels = connected_components(both, directed=False)
+    most = max(INSTRUCTION_SPREAD, min(EXCERPTS, int(MOST_SHARED * len(examples))))
+    hashes = np.array([document(example) for example in examples], np.uint64)
+    _, of, often = np.unique(hashes, return_inverse=True, return_counts=True)
+    alone = np.arange(len(examples))
+    passages = np.where(often[of] <= most, of, len(often) + alone)
+    _, names = np.unique(np.array(named), return_inverse=True)
+    ones, columns = np.ones(len(examples)), []
+    for key in (passages, names):
+        columns.append(csr_matrix((ones, (alone, key)), shape=(len(examples), key.max() + 1)))
+    joined = hstack(
+        [*columns, csr_matrix((ones, (alone, components(examples, alone, len(alone)))))]
+    )
+    _, labels = connected_components(joined @ joined.T, directed=False)
     first: dict[int, str] = {}
-    return [
-        first.setdefault(at, key) for at, key in zip(labels[related].tolist(), named, strict=True)
-    ]
+    pairs = zip(labels.tolist(), named, strict=True)
+    return [first.setdefault(at, key) for at, key in pairs]

@@ -45,13 +45,14 @@ class Example:
     """A row that was not dropped: where it came from, and its messages.
 
     `line` is 1-based in its file. `row_sha256` hashes the raw row's canonical JSON (or, for
-    a line that was no JSON, its bytes).
+    a line that was no JSON, its bytes). `document` is what it names as its document (context_id).
     """
 
     source: str
     line: int
     row_sha256: str
     messages: tuple[Message, ...]
+    document: str = ""
 
     @property
     def example_id(self) -> str:
@@ -81,3 +82,9 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+
+
+def named_document(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str:
+    """The document that a row of data or of a task names, the same for all tasks, or ""."""
+    named = row.get((columns or {}).get("context_id", "context_id"))
+    return "" if named is None or named != named else str(named).strip()

@@ -97,3 +97,9 @@ def passage(example: Example) -> str:
     lines = [line for line in opening.split("\n") if line.strip()]
     best = max(lines[1:] or lines, key=lambda line: (len(line), line))
     return normal(_LABEL.sub("", best))
+
+
+def document(example: Example) -> int:
+    """Hash of the document that a row names, else of its passage."""
+    named = example.document
+    return hash64("document", named) if named else hash64(passage(example))

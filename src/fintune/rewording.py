@@ -64,8 +64,14 @@ Pairs = tuple[Integers, Integers, Any]
 """Pairs of a row and a question: index of the row, of the question, and score, each (pairs,)."""
 
 
-def contaminated(examples: list[Example], questions: list[Example]) -> dict[int, dict[str, Any]]:
+def contaminated(
+    examples: list[Example], questions: list[Example], *, same_answer: bool = False
+) -> dict[int, dict[str, Any]]:
     """Compare rows with the questions of benchmarks.
+
+    Args:
+        same_answer: compare with each other what has one answer alone, and not by the same words
+            in any order.
 
     Returns:
         Index of every contaminated row -> what it repeats, by the first measure that applies and of
@@ -83,20 +89,24 @@ def contaminated(examples: list[Example], questions: list[Example]) -> dict[int,
         _hashes(each.messages[-1].content for each in texts) for texts in (questions, examples)
     )
 
-    def same_answer(pairs: Pairs) -> Pairs:
+    def answered_so(pairs: Pairs) -> Pairs:
         return _where(pairs, row_answers[pairs[0]] == answers[pairs[1]])
 
-    similar = same_answer(_sequences(rows, compared, 1, ~long, CANDIDATE))
+    similar = answered_so(_sequences(rows, compared, 1, ~long, CANDIDATE))
     sizes, most = np.array(list(map(len, rows))), np.array([2 * len(text) + 20 for text in texts])
     similar = _where(similar, sizes[similar[0]] <= most[similar[1]])
     evidence = [ANSWER * (len(q.messages[-1].content.split()) >= ANSWER_WORDS) for q in questions]
-    for measure, pairs in (
+    measured = [
         (f"{LONG}-grams", _sequences(rows, compared, LONG, long, COVERED)),
         (f"{SHORT}-grams", _sequences(rows, compared, SHORT, ~long, COVERED_SHORT)),
-        ("3-grams", same_answer(_sequences(rows, compared, 3, long, TRIPLES))),
-        ("same words", _where(similar, similar[2] >= SAME_WORDS)),
+        ("3-grams", answered_so(_sequences(rows, compared, 3, long, TRIPLES))),
         ("reworded", _reworded(rows, compared, similar, evidence)),
-    ):
+    ]
+    if same_answer:
+        measured = [(measure, answered_so(pairs)) for measure, pairs in measured]
+    else:
+        measured.insert(3, ("same words", _where(similar, similar[2] >= SAME_WORDS)))
+    for measure, pairs in measured:
         for at, of, score in sorted(zip(*pairs, strict=True), key=lambda pair: -pair[2]):
             row, question = examples[at], questions[of]
             hit = {name: getattr(row, name) for name in ("source", "line", "row_sha256")}

@@ -21,9 +21,9 @@ from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
-UNREAD = ("checkpoints/", "judge_calls.jsonl")
-"""Beginnings of names that no later stage reads: checkpoints have a seal each, and the log grows
-when its stage is finished."""
+UNREAD = ("checkpoints/", "judge_calls.jsonl", "evaluations.jsonl")
+"""Beginnings of names that no later stage reads: checkpoints have a seal each, and the logs grow
+when their stage is finished."""
 HOLDER = "process "
 """Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."

@@ -283,9 +283,13 @@ def _fill(
 
 
 def _unrepeated(train: Part, test: Part, ledger: Ledger) -> Part:
-    """The training rows that repeat no test row, by the measure of benchmarks' questions."""
+    """The training rows that do not repeat a test row, reworded and with its answer.
+
+    By the measure of benchmarks' questions, but for the same words in any order: rows of one
+    template have them, too.
+    """
     examples = [row.example for _, row in train]
-    hits = contaminated(examples, [row.example for _, row in test])
+    hits = contaminated(examples, [row.example for _, row in test], same_answer=True)
     for at, hit in sorted(hits.items()):
         said = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
         ledger.drop(examples[at], "repeats_test_row", said)

@@ -21,7 +21,7 @@ from fintune.data.filters import check_filters
 from fintune.data.report import Ledger
 from fintune.data.schema import Rejected, to_messages
 from fintune.data.texts import repair
-from fintune.example import Example
+from fintune.example import Example, named_document
 from fintune.files import sha256_bytes, sha256_json
 from fintune.formats import Row, Unreadable, parse
 from fintune.ngrams import hash64, normal
@@ -127,7 +127,9 @@ def scan_batch(
             reason, detail = getattr(out, "reason", "not_text"), getattr(out, "detail", str(out))
             ledger.drop(example, reason, ledger.shown(detail)[:200], str(raw))
         else:
-            rows.append(_keyed(replace(example, messages=messages), source.config.weight, seed))
+            document = named_document(raw, source.config.columns)
+            example = replace(example, messages=messages, document=document)
+            rows.append(_keyed(example, source.config.weight, seed))
     return ledger, rows
 
 

@@ -6,7 +6,8 @@ besides instructions must be near too, and numbers, names and words of direction
 *Related*: the same longest passage, or most word sequences of the smaller one shared. Sequences
 that many different passages share are instructions and are left out.
 
-A row's part is a function of the hash of its longest passage, so adding rows never moves a row.
+A row's part is a function of the hash of the document that it names (`context_id`), else of its
+longest passage, so adding rows never moves a row.
 Related rows of different passages may therefore fall into two parts. None is dropped; those held
 out choose the checkpoint (validation), and only groups wholly held out for it decide the verdict.
 """
@@ -18,7 +19,7 @@ from datasketch import MinHash, MinHashLSH
 
 from fintune.documents import components
 from fintune.example import Example
-from fintune.ngrams import asked, fixed, hash64, jaccard, passage, sequences, words
+from fintune.ngrams import asked, document, fixed, hash64, jaccard, sequences, words
 
 NEAR_WORDS = 3
 PERMUTATIONS = 128
@@ -41,7 +42,7 @@ def split(examples: list[Example], validation: float, test: float) -> list[tuple
     """
     if not examples:
         return []
-    hashes = np.array([hash64(passage(example)) for example in examples], np.uint64)
+    hashes = np.array([document(example) for example in examples], np.uint64)
     passages, passage_of = np.unique(hashes, return_inverse=True)
     groups = components(examples, passage_of, len(passages))
     parts = [part_of(int(each), validation, test) for each in passages]

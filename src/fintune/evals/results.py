@@ -341,7 +341,7 @@ def _verdict(run: Json, loss: Json, accuracy: Json, tasks: Json, judged: Json | 
         guards["majority_class"] = accuracy["over_majority"]["ci95"][0] > 0
     lost = [name for name, task in tasks.items() if task["lost"]]
     return {
-        "verdict": "invalid" if invalid else _word(difference, all(guards.values()), bool(lost)),
+        "verdict": "invalid" if invalid else word(difference, all(guards.values()), bool(lost)),
         "primary": {"measure": primary, **difference},
         "guards": guards,
         "invalid_reasons": invalid,
@@ -351,7 +351,7 @@ def _verdict(run: Json, loss: Json, accuracy: Json, tasks: Json, judged: Json | 
     }
 
 
-def _word(difference: Json, passed: bool, lost: bool) -> str:
+def word(difference: Json, passed: bool, lost: bool) -> str:
     """The verdict of a valid comparison; interval and sign flip test must both leave out 0."""
     low, high = difference["ci95"]
     if difference["p"] >= stats.LEVEL or low <= 0 <= high or (low > 0 and not passed):

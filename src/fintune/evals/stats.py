@@ -192,17 +192,18 @@ def detectable(lost: float, n: float, df: float) -> float:
         n: the effective number of questions.
         df: degrees of freedom of the interval.
     """
-    low, high, count = 0.0, 1 - 2 * lost, max(1, round(n))
+    low, high, count = 0.0, 1.0, max(1, round(n))
     reach = stats.t.ppf(1 - LEVEL / 2, df)
     for _ in range(12):
         gain = (low + high) / 2
-        shares = [lost + gain, lost, max(0.0, 1 - 2 * lost - gain)]
+        gained = min(lost + gain, 1 - lost)
+        shares = [gained, lost, max(0.0, 1 - lost - gained)]
         rng = np.random.default_rng(0)  # the same draws at every gain
-        gained, losing, _same = rng.multinomial(count, shares, SIMULATED).T
-        mean = (gained - losing) / (count + 2)
-        error = np.sqrt(((gained + losing + 2) / (count + 2) - mean**2) / (count + 1))
-        null = stats.binom(gained + losing, 0.5)
-        tail = null.cdf(losing) - null.pmf(losing) / 2
+        wins, losses, _same = rng.multinomial(count, shares, SIMULATED).T
+        mean = (wins - losses) / (count + 2)
+        error = np.sqrt(((wins + losses + 2) / (count + 2) - mean**2) / (count + 1))
+        null = stats.binom(wins + losses, 0.5)
+        tail = null.cdf(losses) - null.pmf(losses) / 2
         if np.mean((mean > reach * error) & (2 * tail < LEVEL)) < POWER:
             low = gain
         else:

@@ -8,7 +8,9 @@ more than other names of columns. Its questions are a file, a folder, a data set
 import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from itertools import chain, islice
+from heapq import nsmallest
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,8 +18,9 @@ from fintune.config import DatasetConfig, SourceConfig
 from fintune.errors import ConfigError, DataError
 from fintune.evals.grading import PHRASES, UNREFERENCED, Item, Kind, grade, listed_choices, plain
 from fintune.evals.numbers import is_number_answer
-from fintune.example import Message
+from fintune.example import Message, named_document
 from fintune.formats import Unreadable, parse
+from fintune.ngrams import hash64
 from fintune.sources import Known, Source
 from fintune.sources import named as named_sources
 
@@ -95,14 +98,15 @@ def identity(item: DatasetConfig, sources: list[Source]) -> Any:
 
 
 def task_items(name: str, sources: list[Source], limit: int) -> list[Item]:
-    """Items of one task, the first `limit` by order of its files.
+    """Items of one task, `limit` of them by hash of their prompt, in the order of its files.
 
     Raises:
         DataError: a line that cannot be read, or without a prompt or an answer that can be right;
             no question at all.
     """
-    rows = chain.from_iterable(_read(name, source) for source in sources)
-    items = [_item(name, *row, at) for at, row in enumerate(islice(rows, limit))]
+    rows = enumerate(chain.from_iterable(_read(name, source) for source in sources))
+    chosen = nsmallest(limit, rows, key=lambda numbered: hash64(str(numbered[1][0].get("prompt"))))
+    items = [_item(name, *row, at) for at, row in sorted(chosen, key=itemgetter(0))]
     if not items:
         what = f"eval.tasks.{name}: {sources[0].name} holds no question"
         raise DataError(what, fix="give a line for each question, or leave the task out")
@@ -148,7 +152,7 @@ def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
         id=f"{name}/{key}",
         task=name,
         kind=kind,
-        group=_document(row) or f"{name}/{key}",
+        group=f"document {named}" if (named := named_document(row)) else f"{name}/{key}",
         messages=(Message("user", prompt),),
         reference="" if kind in UNREFERENCED else reference,
         choices=choices or listed_choices(prompt) if kind == "label" else (),
@@ -162,12 +166,6 @@ def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
             fix="write it as a model would say it: a label by its words, not by an index",
         )
     return item
-
-
-def _document(row: Row) -> str:
-    """The document that a row names, the same for all tasks."""
-    named = row.get("context_id")
-    return "" if named in (None, "") else f"document {named}"
 
 
 def _text(value: Any) -> str:
