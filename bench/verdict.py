@@ -30,7 +30,7 @@ from prepare import machine  # noqa: E402
 
 from fintune.console import result  # noqa: E402
 from fintune.data.split import split  # noqa: E402
-from fintune.evals import results, stats  # noqa: E402
+from fintune.evals import stats, verdict  # noqa: E402
 from fintune.evals.results import MOST_A_DOCUMENT  # noqa: E402
 from fintune.example import Example, Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
@@ -87,7 +87,7 @@ def called(sums: Any, sizes: Sizes) -> dict[str, float]:
     words = []
     for row in sums:
         ends, p = compared(row, sizes)
-        words.append(results.word({"ci95": ends, "p": p}, passed=True, lost=False))
+        words.append(verdict.word({"ci95": ends, "p": p}, passed=True, lost=False))
     return {word: round(words.count(word) / len(words), 4) for word in ("better", "worse")}
 
 
@@ -187,7 +187,7 @@ def constant(runs: int) -> dict[str, Any]:
         right, base = rng.random(200) < 0.6, rng.random(200) < 1 / 3
         gain = stats.paired((right.astype(float) - base).tolist())
         over = stats.paired([0.0] * 200)  # it is the majority class
-        better += results.word(gain, passed=over["ci95"][0] > 0, lost=False) == "better"
+        better += verdict.word(gain, passed=over["ci95"][0] > 0, lost=False) == "better"
     kept = read_json(ROOT / "bench" / "results" / "control.json")
     return {"better": better / runs, "control": kept["control"]["verdict"]}
 

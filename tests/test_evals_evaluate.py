@@ -10,7 +10,7 @@ import pytest
 import tiny
 from fake_judge import FakeJudge, serve
 
-from fintune.evals import results
+from fintune.evals import verdict
 
 
 def test_a_leaked_row_makes_it_invalid_and_a_task_asks_without_a_file(
@@ -133,5 +133,5 @@ def test_verdict_rules(case, wanted):
     }
     tasks = {"ner": {"lost": case.get("lost", False), "small": False}}
     losses, judged = {"base": base, "adapter": adapter}, case.get("judged")
-    found = results._verdict(run, losses, accuracy, tasks, judged)
+    found = verdict.decide(run, losses, accuracy, tasks, judged)
     assert found["verdict"] == wanted

@@ -12,6 +12,7 @@ from fintune.data.split import split
 from fintune.documents import document_keys
 from fintune.evals import history, results
 from fintune.evals.grading import Item, load_pairs
+from fintune.evals.verdict import summary
 from fintune.example import Example, Message
 
 LABELS = ("positive", "negative", "neutral")
@@ -51,7 +52,7 @@ def task(name: str, n: int, base: int, adapter: int) -> list[tuple[str, str, boo
 def test_a_gain_over_many_documents_is_better(tmp_path: Path) -> None:
     found = evaluated(tmp_path, task("fpb", 200, 60, 160))
     assert (found["verdict"], found["n"]["deciding"]) == ("better", 200)
-    assert "200 questions of 200 documents" in " ".join(results.summary(found))
+    assert "200 questions of 200 documents" in " ".join(summary(found))
 
 
 def test_the_same_gain_within_one_document_decides_nothing(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_lost_task_is_named_although_the_others_gain(tmp_path: Path) -> None:
     rows = [row for at in range(9) for row in task(f"t{at}", 100, 40, 70)]
     found = evaluated(tmp_path, rows + task("ner", 100, 70, 30))
     assert (found["verdict"], found["lost_tasks"]) == ("better_with_losses", ["ner"])
-    assert "Worse on ner (-40)." in results.summary(found)[0]
+    assert "Worse on ner (-40)." in summary(found)[0]
     assert found["tasks"]["ner"]["lost"] and not found["tasks"]["t0"]["lost"]
     macro = evaluated(tmp_path, rows + task("ner", 100, 70, 30), primary="macro_accuracy")
     assert macro["primary"]["measure"] == "macro_accuracy"
@@ -86,7 +87,7 @@ def test_a_lost_task_is_named_although_the_others_gain(tmp_path: Path) -> None:
 def test_a_small_task_is_named_as_too_small_to_guard(tmp_path: Path) -> None:
     found = evaluated(tmp_path, task("fpb", 200, 60, 160) + task("ner", 20, 12, 9))
     assert (found["verdict"], found["small_tasks"]) == ("better", ["ner"])
-    assert "Too small to see a loss of 10 points: ner." in results.summary(found)
+    assert "Too small to see a loss of 10 points: ner." in summary(found)
 
 
 def test_an_adapter_that_says_one_constant_is_never_better(tmp_path: Path) -> None:
@@ -97,15 +98,15 @@ def test_an_adapter_that_says_one_constant_is_never_better(tmp_path: Path) -> No
         "no_detectable_difference",
         False,
     )
-    said = results.summary(found)
+    said = summary(found)
     assert "a guard failed" in said[0] and "commonest answer" in said[1]
     assert "No difference" not in " ".join(said)
 
 
 def test_looks_stand_in_the_sentence_with_a_wider_interval(tmp_path: Path) -> None:
     once, often = (evaluated(tmp_path, task("fpb", 200, 60, 160), looks) for looks in (1, 4))
-    assert "Evaluation 4 of these questions" in " ".join(results.summary(often))
-    assert "Evaluation" not in " ".join(results.summary(once))
+    assert "Evaluation 4 of these questions" in " ".join(summary(often))
+    assert "Evaluation" not in " ".join(summary(once))
 
 
 def test_other_evaluations_of_the_same_questions_are_counted(tmp_path: Path) -> None:

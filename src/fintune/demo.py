@@ -24,7 +24,7 @@ def show(config: Config) -> None:
     gain, always = results["accuracy"]["difference"], results["accuracy"]["majority_class"]
     shares = [f"{end:+.1%}" for end in (gain["value"], *gain["ci95"])]
     console.result("gain {}, paired 95 % interval {} to {}".format(*shares))
-    if control["trained_on"] == results["provenance"]["base_about"]:
+    if control.get("trained_on") == results["provenance"]["base_about"]:
         low, high = control["control"]["ci95"]
         said = f"control {control['control']['accuracy']:.1%} ({low:.0%} to {high:.0%})"
         console.result(f"{said}: trained on answers shuffled within each task, recorded")

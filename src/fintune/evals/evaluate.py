@@ -26,7 +26,7 @@ from fintune.config import Config
 from fintune.console import meter, say, warn
 from fintune.documents import document_keys
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import history, judge, results
+from fintune.evals import history, judge, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
@@ -151,7 +151,7 @@ def _summarize(folder: Path) -> dict[str, Any]:
         if cut:
             fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
             warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
-    for sentence in results.summary(test_results):
+    for sentence in verdict.summary(test_results):
         say(sentence)
     return test_results
 
@@ -263,7 +263,7 @@ def _choose(
     repeated = _repeated(config, asked)
     asked = [item for item in asked if item.id not in repeated]
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
-    if sum(item.kind in results.CHECKED for item in items) < results.FEWEST_CHECKABLE:
+    if sum(item.kind in results.CHECKED for item in items) < verdict.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
     if len({item.id for item in items}) < len(items):
         raise OutputError("eval.tasks: two items share their id", fix="give each line its own `id`")
