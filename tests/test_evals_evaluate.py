@@ -1,5 +1,6 @@
 """The evaluation beyond the frozen tests: leaks, missing parts, and the rules of the verdict."""
 
+import json
 import os
 from pathlib import Path
 from unittest import mock
@@ -28,6 +29,25 @@ def test_a_leaked_row_makes_it_invalid_and_a_task_asks_without_a_file(
     assert {"unsafe_advice_refused", "unanswerable_abstained"} <= found["measures"].keys()
     lines = tiny.read_lines(copy.eval / "eval_50_gpt_judged_raw.jsonl")
     assert {line["unscored_reason"] for line in lines} == {"no_judge"}
+
+
+def test_a_question_that_was_trained_on_is_not_asked(chain: tiny.Chain, tmp_path: Path) -> None:
+    copy = chain.copy(tmp_path, "data", "run")
+    rows = pq.read_table(copy.data / "train.parquet", columns=["messages"]).to_pylist()
+    known = [row["messages"] for row in rows if row["messages"]][:5]
+    lines = [{"prompt": turns[-2]["content"], "answer": turns[-1]["content"]} for turns in known]
+    lines += [
+        {"prompt": f"Who wrote page {n} of the little green book?", "answer": "Ann"} for n in (1, 2)
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(line | {"kind": "text"}) + "\n" for line in lines))
+    said = tiny.done("eval", *copy.words(), *tiny.words(tasks={"fpb": str(path)}, max_new_tokens=2))
+    assert "training rows repeat questions, which are not asked: 5 of fpb" in " ".join(
+        said.err.split()
+    )
+    assert json.loads((copy.eval / "run.json").read_text())["repeated"] == [
+        f"fpb/{n}" for n in range(5)
+    ]
 
 
 def test_unfinished_runs_missing_rows_and_unknown_tasks_are_said(
