@@ -40,6 +40,8 @@ class _Other(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        listed = not (self.broken and self.broken[0] == "/v1/models")
+        assert body.get("model") == ("only" if listed else None)
         ids = self.prompts[json.dumps(body["messages"])]
         if self.path == "/v1/chat/completions":
             choice = {"message": {"content": "It is."}}
@@ -96,6 +98,12 @@ def test_equal_counts_alone_are_undecided_and_the_release_is_not_to_blame(
     assert "release: verified" in said.out
 
 
+def test_no_model_is_named_to_a_server_that_lists_none(chain: tiny.Chain) -> None:
+    with other(chain, list, shows_ids=True, broken=("/v1/models", 200, b'{"data": []}')) as url:
+        said = verify(chain, url)
+    assert (said.code, "equal: the same ids" in said.out) == (0, True), said.err
+
+
 @pytest.mark.parametrize("shows_ids", [False, True])
 def test_a_second_bos_is_different(chain: tiny.Chain, shows_ids: bool) -> None:
     with other(chain, lambda ids: [ids[0], *ids], shows_ids=shows_ids) as url:
@@ -116,7 +124,7 @@ def test_a_refusal_shows_what_the_server_said(
 ) -> None:
     monkeypatch.setenv("FINTUNE_API_KEY", "sesame1")
     body = b'{"error": "no database\x1b[2J for sesame1"}' + b"x" * 9000
-    with other(chain, lambda ids: ids, shows_ids=False, broken=(path, 500, body)) as url:
+    with other(chain, list, shows_ids=False, broken=(path, 500, body)) as url:
         said = verify(chain, url)
     assert said.code == 1
     assert f"{path} refused the request (HTTP 500): " in said.err

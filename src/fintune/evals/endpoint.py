@@ -64,7 +64,7 @@ class Endpoint:
             raise ConfigError(f"--offline, and the judge is at {config.base_url}")
         self._config, self._key = config, api_key(config, judge_host)
         self.limits, self.forms, self._settled = dict(LIMITS), [*FORMS], False
-        self.client = openai.OpenAI(
+        self.client: Any = openai.OpenAI(
             api_key=self._key,
             base_url=config.base_url,
             max_retries=RETRIES,

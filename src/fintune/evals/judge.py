@@ -229,11 +229,9 @@ def finished(folder: Path) -> dict[str, Json]:
 def ask(
     folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
 ) -> dict[str, Json]:
-    """Make every call that is not finished yet: the first alone, which finds out what the endpoint
-    takes (`Endpoint.ask`), then CONCURRENCY at once.
-
-    After the first error no further call starts; those in flight end and are logged. A reply that
-    is no completion fails its call alone, unless CONCURRENCY of them come and no completion.
+    """Make every call that is not finished yet: the first alone (`Endpoint.ask`), then CONCURRENCY
+    at once. After the first error no further call starts; those in flight end and are logged. A
+    reply that is no completion fails its call alone, unless CONCURRENCY come and no completion.
 
     Args:
         folder: of the evaluation; its `judge_calls.jsonl` gets a line per finished call.

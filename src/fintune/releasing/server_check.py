@@ -36,7 +36,8 @@ class Server:
 
         Args:
             url: address of the server, with or without /v1.
-            release: `adapter` is chosen, or the name of this folder; else the only model.
+            release: `adapter` is chosen, or the name of this folder; else the only model. None is
+                named to a server that lists none (`transformers serve` of one folder).
 
         Raises:
             ConfigError: `url` is no address.
@@ -45,18 +46,18 @@ class Server:
         if not url.startswith(("http://", "https://")):
             what = f"--server {url}: no address of a server"
             raise ConfigError(what, fix=f"http://{url}, or https://{url}")
-        self.url, self._model = url.rstrip("/").removesuffix("/v1"), ""
+        self.url, self._head = url.rstrip("/").removesuffix("/v1"), dict[str, str]()
         rows = self._ask("/v1/models", None).get("data")
-        rows = rows if isinstance(rows, list) else []
-        served = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+        listed = rows if isinstance(rows, list) else [None]
+        served = [str(row["id"]) for row in listed if isinstance(row, dict) and "id" in row]
         names = ["adapter", release.resolve().name]
         chosen = [name for name in names if name in served] or (served if len(served) == 1 else [])
-        if not chosen:
+        if listed and not chosen:
             raise ModelError(
                 f"{url} lists {', '.join(served) or 'no models'}, none called {' or '.join(names)}",
                 fix="serve the adapter under the name of its release folder, OpenAI-compatible",
             )
-        self._model = chosen[0]
+        self._head = {"model": chosen[0]} if chosen else {}
 
     def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
         """Ids of a conversation's prompt, None where the server shows none, and their number.
@@ -88,7 +89,7 @@ class Server:
         key = os.environ.get(KEY_VARIABLE)
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        data = None if asked is None else json.dumps({"model": self._model, **asked}).encode()
+        data = None if asked is None else json.dumps(self._head | asked).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             try:
@@ -99,6 +100,8 @@ class Server:
                 status, body = response.status, response.read(MAX_BYTES)
             tree = json.loads(body) if status == 200 else {}
         except (OSError, ValueError, HTTPException, RecursionError) as error:
+            if not needed and isinstance(error, ValueError | RecursionError):  # a page, not JSON
+                return {}
             what = f"no answer from {self.url}{path} ({type(error).__name__})"
             raise ModelError(what, fix="start the server, or check the address") from None
         if status in (401, 403) or needed and status != 200:
