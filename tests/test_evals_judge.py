@@ -194,10 +194,9 @@ def test_the_first_call_finds_out_what_the_endpoint_takes(
     refused = len(bodies) - len(rows)
     assert refused == {"json_schema": 2, "json_object": 3, "text": 4}[form], "by the first call"
     assert all("seed" not in body and "max_tokens" not in body for body in bodies[refused:])
-    for body in bodies:
-        kind = body.get("response_format", {}).get("type", "text")
-        told = "The schema of your reply" in body["messages"][-1]["content"]
-        assert told == (kind != "json_schema")
+    forms = [body.get("response_format", {}).get("type", "text") for body in bodies]
+    assert {*forms[refused:]} == {form}
+    assert all('"enum": ["A", "B", "tie"]' in body["messages"][0]["content"] for body in bodies)
 
 
 def test_an_endpoint_that_refuses_everything_is_quoted_without_the_key(judged: tiny.Chain) -> None:
@@ -233,7 +232,9 @@ def test_a_refused_judge_leaves_the_evaluation_finished(
         assert after == before
         server.refuse, server.delay = lambda _: (0, None), 0.0
         said = ask(judged, server)
-        assert (said.code, max(server.paid.values())) == (0, 1), said.err
+        assert said.code == 0, said.err
+        # A call that SIGTERM met under way may have been answered to nobody.
+        assert max(server.paid.values()) <= 1 + (how == "SIGTERM")
     assert tiny.fintune("release", *judged.words()).code == 0
 
 

@@ -4,7 +4,6 @@ The openai client retries 408, 409, 429, 5xx and broken connections after `Retry
 exponential backoff and jitter.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -18,9 +17,13 @@ from fintune.evals.grading import PHRASES
 from fintune.files import read_json
 
 SCHEMA = read_json(Path(__file__).with_name("verdict_schema.json"))
-FORMS = ("json_schema", "json_object", "text")
-"""`type` of `response_format`, in the order in which they are tried. `text` asks for nothing and is
-left out: the prompt alone asks for JSON then."""
+_STRICT = {"name": "verdict", "strict": True, "schema": SCHEMA}
+FORMS: dict[str, dict[str, Any]] = {
+    "json_schema": {"response_format": {"type": "json_schema", "json_schema": _STRICT}},
+    "json_object": {"response_format": {"type": "json_object"}},
+    "text": {},
+}
+"""How JSON is asked for, in the order in which it is tried; the prompt asks for it in any case."""
 REFUSES_FIELDS = (400, 415, 422, 500, 501)
 """Statuses of endpoints that do not take a field: llama-cpp-python answers an unknown form with
 500."""
@@ -87,26 +90,18 @@ class Endpoint:
         import openai
 
         while True:
-            form = self.forms[0]
-            asked: dict[str, Any] = {"model": self._config.model, "messages": messages}
-            if form != "text":
-                asked["response_format"] = {"type": form}
-            if form == "json_schema":
-                schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
-                asked["response_format"]["json_schema"] = schema
-            else:
-                told = f"{messages[-1]['content']}\n\nThe schema of your reply: "
-                last = messages[-1] | {"content": told + json.dumps(SCHEMA)}
-                asked["messages"] = [*messages[:-1], last]
             try:
                 raw = self.client.chat.completions.with_raw_response.create(
-                    **asked, extra_headers={"Idempotency-Key": key}, **self.limits
+                    model=self._config.model,
+                    messages=messages,
+                    extra_headers={"Idempotency-Key": key},
+                    **FORMS[self.forms[0]],
+                    **self.limits,
                 )
             except openai.APIStatusError as error:
                 status, body = error.status_code, error.response.text
                 body = body.replace(self._key, "[redacted]")
-                final = self._settled or status not in REFUSES_FIELDS
-                if final or not self._give_way(body):
+                if self._settled or status not in REFUSES_FIELDS or not self._give_way(body):
                     raise self.failure(f"HTTP {status}", body) from None
                 said = " ".join(printable(body).split())[:200]
                 say(f"judge: refused ({said}); asked for {self.forms[0]} with {self.limits}")

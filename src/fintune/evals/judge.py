@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from fintune.config import JudgeConfig
 from fintune.console import meter, say
 from fintune.errors import DataError, GateRefused
-from fintune.evals.endpoint import LIMITS, Endpoint, NoCompletion
+from fintune.evals.endpoint import LIMITS, SCHEMA, Endpoint, NoCompletion
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
 from fintune.files import FORMAT, JsonlLog, read_jsonl, sha256_bytes, sha256_json
@@ -102,7 +102,7 @@ def _call(
     shown = [fence("question", nonce, prompt), fence("reference", nonce, item.reference)]
     shown += [fence(f"candidate {at}", nonce, text) for at, text in zip("AB", answers, strict=True)]
     messages = [
-        {"role": "system", "content": RUBRIC.strip()},
+        {"role": "system", "content": f"{RUBRIC.strip()}\n\nThe schema\n{json.dumps(SCHEMA)}"},
         {"role": "user", "content": "\n\n".join([*shown, f"id: {nonce}"])},
     ]
     return Call(key, item.id, positions, nonce, messages, *control)
