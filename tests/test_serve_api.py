@@ -337,11 +337,15 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
     stream = said(client, stream=True, max_tokens=400)
     next(iter(stream))
     stream.close()
-    body = json.dumps({"model": "base", "messages": ASK, "max_tokens": 400}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
-        time.sleep(0.05)
+    asked = {"model": "base", "max_tokens": 1900, "ignore_eos": True}
+    several = asked | {"prompt": ["a", "b", "c"]}
+    for path, more in (("chat/completions", asked | {"messages": ASK}), ("completions", several)):
+        body = json.dumps(more).encode()
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
+            time.sleep(0.1)
+    time.sleep(0.1)
     for _ in range(100):
         status, tree = raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
         if (status, tree["running"], tree["waiting"]) == (200, 0, 0):
