@@ -346,7 +346,7 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
             connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
             time.sleep(0.1)
     time.sleep(0.1)
-    for _ in range(100):
+    for _ in range(40):
         status, tree = raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
         if (status, tree["running"], tree["waiting"]) == (200, 0, 0):
             return
