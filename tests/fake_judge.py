@@ -41,12 +41,17 @@ class FakeJudge:
         paid: completions made by call, delivered or not.
         keys: the authorization headers that came.
         elsewhere: where a redirect leads.
+        refuse: gives a body status and JSON of a refusal, or no JSON to answer it.
     """
 
     def __init__(
-        self, fault: str = "", delay: float = 0.0, verdict: Callable[[str], Any] = honest
+        self,
+        fault: str = "",
+        delay: float = 0.0,
+        verdict: Callable[[str], Any] = honest,
+        refuse: Callable[[dict[str, Any]], tuple[int, Any]] = lambda _: (0, None),
     ) -> None:
-        self.fault, self.delay, self.verdict = fault, delay, verdict
+        self.fault, self.delay, self.verdict, self.refuse = fault, delay, verdict, refuse
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[str] = []
@@ -124,6 +129,10 @@ def _handler(judge: FakeJudge) -> type[BaseHTTPRequestHandler]:
                 self._answer(request, call, fault)
 
         def _answer(self, request: dict[str, Any], call: str, fault: str) -> None:
+            refused, reason = judge.refuse(request)
+            if reason is not None:
+                self._send(refused, json.dumps(reason).encode())
+                return
             status = re.match(r"[345]\d\d", fault)
             if status:
                 self._refuse(int(status[0]), fault)

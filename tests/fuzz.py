@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,12 @@ KEYS = (
 )  # fmt: skip
 
 
-def changed(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A copy of a row with a few values, keys or nested values exchanged, added or lost."""
+def changed(row: dict[str, Any], rng: random.Random, keys: Sequence[str] = KEYS) -> dict[str, Any]:
+    """A copy of a row with a few values, keys or nested values exchanged, added or lost.
+
+    Args:
+        keys: that may be added.
+    """
     made: dict[str, Any] = json.loads(json.dumps(row))
     for _ in range(rng.randrange(4) if made else 0):
         place: Any = made
@@ -130,13 +135,15 @@ def changed(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         elif rng.random() < 0.2:
             place.pop(key, None)
         else:
-            place[rng.choice(KEYS) if rng.random() < 0.4 else key] = value
+            place[rng.choice(keys) if rng.random() < 0.4 else key] = value
     return made
 
 
-def line(row: dict[str, Any], rng: random.Random) -> bytes:
+def line(row: dict[str, Any], rng: random.Random, keys: Sequence[str] = KEYS) -> bytes:
     """A changed row as a line of JSON, now and then with damaged bytes; no line end in it."""
-    cells = {k: json.dumps(v) if rng.random() < 0.1 else v for k, v in changed(row, rng).items()}
+    cells = {
+        k: json.dumps(v) if rng.random() < 0.1 else v for k, v in changed(row, rng, keys).items()
+    }
     data = json.dumps(cells, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     if rng.random() < 0.15:
         at, odd = rng.randrange(len(data)), rng.randbytes(3).replace(b"\n", b"").replace(b"\r", b"")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ from fake_judge import FENCED, UNSCORED, FakeJudge, honest, serve
 
 from fintune.config import JudgeConfig
 from fintune.errors import ConfigError
-from fintune.evals import judge, results
+from fintune.evals import endpoint, judge, results
 from fintune.evals.grading import Item, Pair
 from fintune.example import Message
 
@@ -163,6 +165,79 @@ def test_a_reply_without_a_verdict_is_unscored(judged: tiny.Chain, fault: str) -
         assert sum(server.asked.values()) == len(rows)
 
 
+SCHEMA = {"error": {"message": "response_format: json_schema is not known here"}}
+NEWER = {"error": {"message": "'max_tokens' is not supported. Use 'max_completion_tokens'"}}
+SEED = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize(
+    ("takes", "form"), [({"json_object"}, "json_object"), (set(), "text"), (None, "json_schema")]
+)
+def test_the_first_call_finds_out_what_the_endpoint_takes(
+    judged: tiny.Chain, monkeypatch: pytest.MonkeyPatch, takes: set[str] | None, form: str,
+    status: int,
+) -> None:  # fmt: skip
+    def refuse(body: dict[str, Any]) -> Any:
+        if takes is not None and body.get("response_format", {}).get("type", form) != form:
+            return SCHEMA
+        return SEED if "seed" in body else NEWER if "max_tokens" in body else None
+
+    monkeypatch.setattr(endpoint, "RETRIES", 0)  # an answer of 500 is asked again, in 15 s
+    with serve(FakeJudge(refuse=lambda body: (status, refuse(body)))) as server:
+        said = ask(judged, server)
+        bodies = [json.loads(body) for body in server.bodies]
+    assert said.code == 0, said.err
+    rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+    assert {row["response_format"] for row in rows} == {form}
+    assert {row["status"] for row in rows} == {"scored"}
+    refused = len(bodies) - len(rows)
+    assert refused == {"json_schema": 2, "json_object": 3, "text": 4}[form], "by the first call"
+    assert all("seed" not in body and "max_tokens" not in body for body in bodies[refused:])
+    forms = [body.get("response_format", {}).get("type", "text") for body in bodies]
+    assert {*forms[refused:]} == {form}
+    assert all('"enum": ["A", "B", "tie"]' in body["messages"][0]["content"] for body in bodies)
+
+
+def test_an_endpoint_that_refuses_everything_is_quoted_without_the_key(judged: tiny.Chain) -> None:
+    said = {"error": {"message": "no credit for sesame1sesame1"}}
+    with serve(FakeJudge(refuse=lambda _: (400, said))) as server:
+        refused = ask(judged, server)
+    assert refused.code == 1 and sum(server.asked.values()) == 3
+    assert 'failed (HTTP 400): {"error": {"message": "no credit for [redacted]' in refused.err
+    assert "sesame1" not in refused.err
+
+
+REFUSALS = {"401": (401, {"error": {"message": "no"}}), "400": (400, {"error": {"message": "no"}})}
+
+
+@pytest.mark.parametrize("how", [*REFUSALS, "--max-usd", "SIGTERM"])
+def test_a_refused_judge_leaves_the_evaluation_finished(
+    judged: tiny.Chain, tmp_path: Path, how: str
+) -> None:
+    before = tiny.tree_sha256(judged.eval)
+    with serve(FakeJudge(delay=0.3 * (how == "SIGTERM"))) as server:
+        server.refuse = lambda _: REFUSALS.get(how, (0, None))
+        given = judged.words(judge="fake", judge_url=server.url, judged_items=4)
+        if how == "--max-usd":
+            given += tiny.words(judge_prices=[1000, 1000]) + ["-s", "eval.judge.max_usd=0.1"]
+        change = lambda: os.environ.update(OPENAI_API_KEY="sesame1")  # noqa: E731
+        process = tiny.Forked("judge", *given, log=tmp_path / "log", prepare=change)
+        if how == "SIGTERM":
+            tiny.until(lambda: sum(server.asked.values()) > 1, process)
+            process.send(signal.SIGTERM)
+        assert process.wait() == {"--max-usd": 3, "SIGTERM": 75}.get(how, 1), process.text()
+        after = tiny.tree_sha256(judged.eval)
+        after.pop("judge_calls.jsonl", None)
+        assert after == before
+        server.refuse, server.delay = lambda _: (0, None), 0.0
+        said = ask(judged, server)
+        assert said.code == 0, said.err
+        # A call that SIGTERM met under way may have been answered to nobody.
+        assert max(server.paid.values()) <= 1 + (how == "SIGTERM")
+    assert tiny.fintune("release", *judged.words()).code == 0
+
+
 @pytest.mark.parametrize("status", ["301", "307"])
 def test_no_redirect_takes_key_or_rows_elsewhere(judged: tiny.Chain, status: str) -> None:
     with serve(FakeJudge(status)) as server, serve(FakeJudge()) as evil:
@@ -239,10 +314,10 @@ def test_a_key_goes_to_its_own_host_or_one_that_is_named(monkeypatch, variable, 
     monkeypatch.setenv(variable, "sesame1sesame1")
     found = JudgeConfig(model="m", base_url=url, key_variable=variable)
     if not says:
-        assert judge.api_key(found, named) == "sesame1sesame1"
+        assert endpoint.api_key(found, named) == "sesame1sesame1"
         return
     with pytest.raises(ConfigError) as error:
-        judge.api_key(found, named)
+        endpoint.api_key(found, named)
     assert says in str(error.value) and "sesame1" not in str(error.value)
 
 

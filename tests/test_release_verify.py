@@ -1,9 +1,13 @@
 """What the recorded answers prove, and what a template may not do; all else is a frozen test."""
 
+import shutil
+from pathlib import Path
+
 from tiny_release import built
 
 from fintune.model import load_release, release_base
 from fintune.releasing.verify import check_answers, make_golden_prompts
+from fintune.untrusted import static
 from fintune.untrusted.static import template_reaches
 
 
@@ -35,3 +39,18 @@ def test_template_walls() -> None:
     assert [text for text in bad if not template_reaches(text)] == []
     good = "{% generation %}{{ m['content']|trim }}{% endgeneration %}{{ _x }} a __b__ {# __c__ #}"
     assert template_reaches(good) == ""
+
+
+def test_sums_as_sha256sum_b_writes_them(tmp_path: Path) -> None:
+    release = shutil.copytree(built()[0], tmp_path / "release")
+    sums = release / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("  ", " *"))
+    assert " *adapter_model.safetensors\n" in sums.read_text()
+
+    def checksums() -> str:
+        found = {check.name: check.status for check in static.static_checks(release, "release")}
+        return found["checksums"]
+
+    assert checksums() == "ok"
+    (release / "adapter_model.safetensors").write_bytes(b"x")
+    assert checksums() == "failed"

@@ -3,11 +3,14 @@
 import gzip
 import http.client
 import json
+import os
+import random
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import fuzz
 import pytest
 import tiny
 import torch
@@ -16,6 +19,7 @@ from tiny_server import served
 from fintune.config import ModelConfig
 from fintune.example import Message
 from fintune.model import adapter_set, find_base, load_release
+from fintune.serve import app, protocol
 
 openai = pytest.importorskip("openai", reason="the official openai client is not installed")
 
@@ -113,6 +117,7 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (completed, {"prompt": ["a", "b"], "best_of": 1}),
     (completed, {"prompt": [[1, 2], [3]]}),
     (completed, {"echo": True}),
+    (said, {"extra_body": {"ignore_eos": True}}),
 ]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (said, {"model": "gpt-4"}, "NotFoundError"),
@@ -278,6 +283,44 @@ def test_damaged_files_of_the_run_are_left_out(server: Any, damage: bytes) -> No
         metrics.write_bytes(before)
 
 
+FUZZED = 1000 if os.environ.get("FINTUNE_TEST_ALL") else 300
+FIELDS = (*protocol.ChatRequest.model_fields, *protocol.CompletionRequest.model_fields)
+SCORED = {"echo": True, "logprobs": 2, "prompt_logprobs": 1}
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": ASK}),
+    ("/v1/chat/completions", {"messages": [SYSTEM, *ASK, DUMPED, PART], "logprobs": True}),
+    ("/v1/chat/completions", {"messages": ASK, "stream": True, "stream_options": {}, "stop": []}),
+    ("/v1/completions", {"prompt": ["a", "b"], "temperature": 1.5, "top_p": 0.5, "seed": 1}),
+    ("/v1/completions", {"prompt": [[1, 2], [3]], **SCORED}),
+    ("/v1/completions", {"prompt": "a", "stream": True, "stop": "x", "ignore_eos": True}),
+    ("/tokenize", {"messages": ASK}),
+]
+
+
+def test_fuzzed_bodies_are_answered_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never 5xx, also inside a stream, never without an answer; and the server lives on."""
+    monkeypatch.setattr(app, "DEFAULT_TOKENS", 4)
+    rng, statuses = random.Random(25), list[int]()
+    keys = (*FIELDS, *protocol.NEUTRAL, *fuzz.KEYS)
+    with served() as server:
+        for number in range(FUZZED):
+            path, row = rng.choice(BODIES)
+            row = {"model": rng.choice(["base", "adapter"]), "max_tokens": 4, **row}
+            body = json.dumps(fuzz.changed(row, rng, keys)).encode()
+            if rng.random() < 0.3:
+                body = fuzz.line(row, rng, keys)
+            status, tree = post(server, path, body)
+            message = (number, path, body[:400], status, tree)
+            statuses.append(status)
+            if status == 200:
+                assert "server_error" not in str(tree), message
+            else:
+                assert status in (400, 404, 413) and tree["error"]["message"], message
+        _, tree = raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert tree == {"status": "ok", "running": 0, "waiting": 0}
+    assert statuses.count(200) > FUZZED / 6 and statuses.count(400) > FUZZED / 5
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_model_says_500_and_nothing_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with served() as server:
@@ -294,12 +337,16 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
     stream = said(client, stream=True, max_tokens=400)
     next(iter(stream))
     stream.close()
-    body = json.dumps({"model": "base", "messages": ASK, "max_tokens": 400}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
-        time.sleep(0.05)
-    for _ in range(100):
+    asked = {"model": "base", "max_tokens": 1900, "ignore_eos": True}
+    several = asked | {"prompt": ["a", "b", "c"]}
+    for path, more in (("chat/completions", asked | {"messages": ASK}), ("completions", several)):
+        body = json.dumps(more).encode()
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
+            time.sleep(0.1)
+    time.sleep(0.1)
+    for _ in range(40):
         status, tree = raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
         if (status, tree["running"], tree["waiting"]) == (200, 0, 0):
             return
@@ -323,6 +370,25 @@ def test_all_that_is_refused_is_named_at_once_in_plain_words(server: Any) -> Non
         "nonsense: no such field",
     ):
         assert words in message, message
+
+
+def test_a_load_test_gets_as_many_tokens_as_it_asks_for_and_counts_them(client: Any) -> None:
+    """guidellm's body: past the end of an answer, with the usage of every piece."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for call in (said, completed):
+        ends = [call(client, seed=seed, temperature=2, max_tokens=60) for seed in range(8)]
+        seed = next(at for at, end in enumerate(ends) if end.choices[0].finish_reason == "stop")
+        asked = {"seed": seed, "temperature": 2, "max_tokens": 60}
+        asked["extra_body"] = {"ignore_eos": True}
+        chunks = list(call(client, stream=True, stream_options=options, **asked))
+        counts = [c.usage.completion_tokens for c in chunks if c.usage]
+        assert counts == sorted(counts) and len(counts) > 2 and counts[-1] == 60
+        assert call(client, **asked).usage.completion_tokens == 60
+
+
+def test_a_path_that_is_not_there_is_told_in_words(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="no such path; there are /v1/chat/completions"):
+        client.responses.create(model="adapter", input="What is EBITDA?")
 
 
 def test_log_probabilities_are_those_of_a_forward_pass(server: Any, chain: Any) -> None:

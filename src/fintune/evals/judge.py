@@ -4,14 +4,12 @@ A candidate's text may be a prompt injection. It is quoted line by line between 
 a nonce, and a verdict counts only as the last JSON object of the reply that carries the same
 nonce, which no candidate can know. Control items, whose verdict is known, are part of every run.
 
-A finished call is a line of `judge_calls.jsonl` and is never made again. The openai client retries
-408, 409, 429, 5xx and broken connections after `Retry-After` or with exponential backoff and
-jitter. A call that fails after that is made again by the next run of the same command; one whose
-reply is no completion does not keep the others from being made.
+A finished call is a line of `judge_calls.jsonl` and is never made again. One that fails after its
+retries (`endpoint`) is made again by the next run of the same command; one whose reply is no
+completion does not keep the others from being made.
 """
 
 import json
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -20,20 +18,19 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from fintune.config import JudgeConfig
 from fintune.console import meter, say
-from fintune.errors import ConfigError, DataError, GateRefused, ModelError
+from fintune.errors import DataError, GateRefused
+from fintune.evals.endpoint import LIMITS, SCHEMA, Endpoint, NoCompletion
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
-from fintune.files import FORMAT, JsonlLog, read_json, read_jsonl, sha256_bytes, sha256_json
+from fintune.files import FORMAT, JsonlLog, read_jsonl, sha256_bytes, sha256_json
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"
 """The raw file: a line per judge call, or without a judge a line per item of the judged set."""
 RUBRIC = Path(__file__).with_name("rubric.md").read_text("utf-8")
-SCHEMA = read_json(Path(__file__).with_name("verdict_schema.json"))
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 """What an outcome counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
@@ -43,16 +40,8 @@ _BAD_ANSWERS: dict[str, str] = PHRASES["bad_answers"]
 """Control items: an empty answer, boilerplate and a prompt injection, which must lose."""
 LOG = "judge_calls.jsonl"
 CONCURRENCY = 8
-RETRIES = 5
-TIMEOUT_S = 300.0
-LIMITS = {"max_tokens": 600, "temperature": 0, "seed": 7}
-REASONING_LIMITS = {"max_completion_tokens": 8_000}
-"""For a model that refuses LIMITS: its reasoning counts towards the completion tokens."""
 KEPT_CHARACTERS = 20_000
 """Characters of a reply that are stored; the verdict is parsed from the whole reply."""
-KEY_HOSTS: dict[str, str] = PHRASES["key_hosts"]
-"""Environment variable of a key -> the host it may be sent to. OPENAI_API_KEY may also be sent to
-a server on this machine, as every client of such a server does."""
 NUMERIC = ("digit", "scale")
 """Control items: references with one digit or their scale changed, which must lose."""
 
@@ -113,7 +102,7 @@ def _call(
     shown = [fence("question", nonce, prompt), fence("reference", nonce, item.reference)]
     shown += [fence(f"candidate {at}", nonce, text) for at, text in zip("AB", answers, strict=True)]
     messages = [
-        {"role": "system", "content": RUBRIC.strip()},
+        {"role": "system", "content": f"{RUBRIC.strip()}\n\nThe schema\n{json.dumps(SCHEMA)}"},
         {"role": "user", "content": "\n\n".join([*shown, f"id: {nonce}"])},
     ]
     return Call(key, item.id, positions, nonce, messages, *control)
@@ -240,14 +229,13 @@ def finished(folder: Path) -> dict[str, Json]:
 def ask(
     folder: Path, calls: Sequence[Call], config: JudgeConfig, judge_host: str = ""
 ) -> dict[str, Json]:
-    """Make every call that is not finished yet, CONCURRENCY at once.
-
-    After the first error no further call starts; those in flight end and are logged. A reply that
-    is no completion fails its call alone, unless CONCURRENCY of them come and no completion.
+    """Make every call that is not finished yet: the first alone (`Endpoint.ask`), then CONCURRENCY
+    at once. After the first error no further call starts; those in flight end and are logged. A
+    reply that is no completion fails its call alone, unless CONCURRENCY come and no completion.
 
     Args:
         folder: of the evaluation; its `judge_calls.jsonl` gets a line per finished call.
-        judge_host: another host that may get the key (see `api_key`).
+        judge_host: another host that may get the key (see `endpoint.api_key`).
 
     Returns:
         The rows of finished calls by key.
@@ -257,19 +245,19 @@ def ask(
         ModelError: the endpoint refuses the key, the account or the model, or does not answer.
         GateRefused: the next call could pass `max_usd`.
     """
-    done, limits = finished(folder), dict(LIMITS)
+    done = finished(folder)
     todo = [call for call in calls if call.key not in done]
     if not todo:
         return done
-    most = sum(_most_usd(call, config, limits) for call in todo)
+    most = sum(_most_usd(call, config, LIMITS) for call in todo)
     say(f"judge {config.model}: {len(todo)} of {len(calls)} calls to make; at most ${most:.2f}")
     spent = sum(row["usage"]["usd"] for row in done.values())  # with the most of calls under way
-    lock, before = threading.Lock(), len(done)
+    lock, before, endpoint = threading.Lock(), len(done), Endpoint(config, judge_host)
     errors: list[BaseException] = []
 
     def make(call: Call) -> None:
         nonlocal spent
-        most = _most_usd(call, config, limits)
+        most = _most_usd(call, config, endpoint.limits)
         try:
             with lock:
                 if _hopeless(errors) or len(errors) >= CONCURRENCY and len(done) == before:
@@ -278,7 +266,7 @@ def ask(
                     what = f"judge: the next call may pass the limit of ${config.max_usd}"
                     raise GateRefused(what, fix=PHRASES["judge_fixes"]["budget"])
                 spent += most
-            row = _ask(client, call, config, limits)
+            row = _row(call, endpoint.ask(call.key, call.messages), endpoint, config)
             with lock:
                 log.append({"row": "done", **row})
                 done[call.key] = row
@@ -288,24 +276,21 @@ def ask(
             errors.append(error)
 
     with (
-        _client(config, judge_host) as client,
+        endpoint.client,
         JsonlLog(folder / LOG) as log,
         meter("judge", len(todo)) as progress,
         ThreadPoolExecutor(CONCURRENCY) as pool,
     ):
-        list(pool.map(make, todo))
+        make(todo[0])
+        list(pool.map(make, todo[1:]))
     if errors:
         raise (_hopeless(errors) or errors)[0]
     return done
 
 
-class _NoCompletion(ModelError):
-    """A reply with status 200 holds no completion."""
-
-
 def _hopeless(errors: list[BaseException]) -> list[BaseException]:
     """Those that concern every further call."""
-    return [error for error in errors if not isinstance(error, _NoCompletion)]
+    return [error for error in errors if not isinstance(error, NoCompletion)]
 
 
 def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
@@ -315,59 +300,7 @@ def _most_usd(call: Call, config: JudgeConfig, limits: dict[str, int]) -> float:
     return (prompt * price_in + max(limits.values()) * price_out) / 1e6
 
 
-def _client(config: JudgeConfig, judge_host: str) -> Any:
-    try:
-        import openai
-    except ImportError:
-        what = "a judge needs the openai client, which is not installed"
-        raise ConfigError(what, fix="pip install 'fintune[judge]'") from None
-    # No redirect, which could send key and rows to another host; no proxy for this machine.
-    proxies = not _is_loopback(config)
-    if proxies and "FINTUNE_OFFLINE" in os.environ:
-        raise ConfigError(f"--offline, and the judge is at {config.base_url}")
-    return openai.OpenAI(
-        api_key=api_key(config, judge_host),
-        base_url=config.base_url,
-        max_retries=RETRIES,
-        timeout=TIMEOUT_S,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=proxies),
-    )
-
-
-def _ask(client: Any, call: Call, config: JudgeConfig, limits: dict[str, int]) -> Json:
-    """Make one call and return its row.
-
-    Args:
-        limits: LIMITS; changed in place to REASONING_LIMITS where the model refuses them.
-
-    Raises:
-        ModelError: the call stays without a completion.
-    """
-    import openai
-
-    schema = {"name": "verdict", "strict": True, "schema": SCHEMA}
-    try:
-        raw = client.chat.completions.with_raw_response.create(
-            model=config.model,
-            messages=call.messages,
-            response_format={"type": "json_schema", "json_schema": schema},
-            extra_headers={"Idempotency-Key": call.key},
-            **limits,
-        )
-    except openai.APIStatusError as error:
-        body = error.response.text.replace(client.api_key, "[redacted]")
-        if "max_completion_tokens" in body and "max_tokens" in limits:
-            limits.clear()
-            limits.update(REASONING_LIMITS)
-            return _ask(client, call, config, limits)
-        raise _failure(f"HTTP {error.status_code}", body, config) from None
-    except openai.APIConnectionError as error:
-        raise _failure("no reply", str(error), config) from None
-    # A reply is written to a file; a server may have echoed the key in it.
-    return _row(call, raw.http_response.text.replace(client.api_key, "[redacted]"), config)
-
-
-def _row(call: Call, body: str, config: JudgeConfig) -> Json:
+def _row(call: Call, body: str, endpoint: Endpoint, config: JudgeConfig) -> Json:
     try:
         value = json.loads(body)
         choice = value["choices"][0]
@@ -375,7 +308,7 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         usage = value.get("usage") or {}
         tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _failure("no completion", body, config, _NoCompletion) from None
+        raise endpoint.failure("no completion", body, NoCompletion) from None
     priced = zip(tokens, config.usd_per_million, strict=True)
     usd = sum(count * price for count, price in priced) / 1e6
     verdict = read_verdict(call, text)
@@ -388,49 +321,6 @@ def _row(call: Call, body: str, config: JudgeConfig) -> Json:
         "verdict": verdict,
         "reply": text[:KEPT_CHARACTERS],
         "usage": {"in": tokens[0], "out": tokens[1], "usd": round(usd, 8)},
+        "response_format": endpoint.forms[0],
         "served_model": str(value.get("model") or "")[:200],
     }
-
-
-def _failure(
-    what: str, said: str, config: JudgeConfig, kind: type[ModelError] = ModelError
-) -> ModelError:
-    """The error of a call that failed after its retries, or that no retry helps."""
-    fixes: dict[str, str] = PHRASES["judge_fixes"]
-    fix = fixes.get(what) or fixes.get(what[:6] + "xx") or fixes["other"]
-    fix = fix.format(key_variable=config.key_variable, model=config.model)
-    failed = f"judge: {config.base_url} failed ({what}): {' '.join(said.split())[:300]}"
-    return kind(failed, fix=f"{fix}, and run the same command again; no call is made twice")
-
-
-def api_key(config: JudgeConfig, judge_host: str = "") -> str:
-    """The key from the environment variable `key_variable`; a server on this machine needs none.
-
-    Args:
-        judge_host: a host that may get the key besides that of KEY_HOSTS.
-
-    Raises:
-        ConfigError: the key is of another host, would be sent without TLS, or is not set.
-    """
-    url, loopback, variable = urlsplit(config.base_url), _is_loopback(config), config.key_variable
-    key = os.environ.get(variable, "").strip()
-    if loopback and not key:
-        return "no-key-is-needed"
-    if url.scheme != "https" and not loopback:
-        why = "key and rows would travel where others can read them"
-        raise ConfigError(f"judge: {config.base_url} is not https", why=why)
-    key_host = KEY_HOSTS.get(variable)
-    openai_here = loopback and variable == "OPENAI_API_KEY"
-    if url.hostname not in (key_host, judge_host.lower()) and not openai_here:
-        why = f"it goes to {key_host or 'no host'} unless another is named outside the config"
-        fix = f"if that host is to have it: --judge-host {url.hostname}"
-        what = f"judge: the key in {variable} is not for {url.hostname}"
-        raise ConfigError(what, why=why, fix=fix)
-    if not key:
-        what = f"judge: the environment variable {variable} is not set"
-        raise ConfigError(what, fix=f"export {variable}=..., or evaluate without a judge")
-    return key
-
-
-def _is_loopback(config: JudgeConfig) -> bool:
-    return urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1")

@@ -6,13 +6,10 @@ which the adapter was not trained on; comparing a server's prompts with these sh
 
 The stages of `verify`, in order: bytes (`untrusted.static`; nothing is loaded unless all of that
 passed); tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the
-recorded greedy answers against the weights; on request the prompts of a running server.
+recorded greedy answers against the weights; on request the prompts of a running server
+(`server_check`), whose address is asked before all that.
 """
 
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,18 +20,15 @@ from torch import Tensor
 
 from fintune import model
 from fintune.chat import ChatFormat
-from fintune.errors import FintuneError, ModelError, OutputError
+from fintune.errors import FintuneError, OutputError
 from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
+from fintune.releasing.server_check import Server, check_server
 from fintune.untrusted import static
 from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
 from fintune.untrusted.probe import read_tokenizer
 
-KEY_VARIABLE = "FINTUNE_API_KEY"
-TIMEOUT_S = 120.0
-MAX_BYTES = 4 << 20
-"""Bytes read of a server's answer."""
 FORMAT = 3
 """Of the file of golden prompts; 3 holds the base's answers beside the adapter's."""
 CANDIDATES = 8
@@ -50,9 +44,6 @@ MEAN_SHARE = 0.2
 """Share of `ATOL` that the mean difference may reach: rounding is large at a few tokens, wrong
 weights differ at all tokens, also where a release states a coarse precision."""
 
-CONTROL = "control"
-"""The golden prompt whose user's text spells control tokens: plain characters here, while a server
-that tokenises the rendered prompt reads them as control tokens. Reported, never a failure."""
 CONVERSATIONS: dict[str, list[Message]] = {
     name: [Message(**turn) for turn in turns]
     for name, turns in read_json(Path(__file__).with_name("golden_prompts.json")).items()
@@ -153,9 +144,11 @@ def verify(
     Raises:
         OutputError: no such folder.
         GateRefused: the base is refused, or the release passed a limit of the child.
+        ConfigError: `server` is no address.
         ModelError: the base is not on this machine and cannot be fetched, or the server does not
             answer.
     """
+    asked = Server(server, folder) if server is not None else None
     report, folder = Report(folder), model.find_release(folder)
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")
@@ -166,8 +159,9 @@ def verify(
     base_model = model.release_base(folder, base)
     report.run(lambda: model.check_on_base(folder, base_model))
     report.run(lambda: _check_loaded(folder, base_model))
-    if server is not None:
-        report.run(lambda: _check_server(folder, server))
+    if asked is not None:
+        golden = read_object(folder, FIXTURE, absent=True)
+        report.run(lambda: check_server(asked, golden, read_tokenizer(folder)))
     return report
 
 
@@ -220,92 +214,3 @@ def _likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[Tenso
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(-1).values
-
-
-def _check_server(folder: Path, url: str) -> Iterator[Check]:
-    """The server's prompts are the golden ones: by ids where it shows them.
-
-    Equal numbers of tokens alone decide nothing, since another prompt may have the same length.
-    """
-    golden = read_object(folder, FIXTURE, absent=True)
-    if not golden:
-        raise ModelError(f"{folder} has no {FIXTURE} to hold a server against")
-    server, tokenizer = _Server(url, ["adapter", folder.resolve().name]), read_tokenizer(folder)
-    rows, shown, differing = golden["conversations"], True, dict[str, str]()
-    for row in rows:
-        name, expected = row["name"], row["prompt_ids"]
-        ids, count = server.prompt(row["messages"][:-1], tokenizer)
-        shown = shown and ids is not None
-        if count != len(expected) or ids not in (None, expected):
-            differing[name] = f"{name} ({count - len(expected):+} tokens)"
-    how = "are changed" if differing.pop(CONTROL, "") else "stay text"
-    compared = f"in {sum(row['name'] != CONTROL for row in rows)} conversations"
-    if differing:
-        said = f"different: other prompts in {', '.join(differing.values())}"
-        yield Check("server", "failed", said)
-    elif shown:
-        yield Check("server", "ok", f"equal: the same ids {compared}")
-    else:
-        said = f"undecided: the same number of prompt tokens {compared}, and no ids are shown there"
-        yield Check("server", "failed", f"{said}; /tokenize or /apply-template would show them")
-    yield Check("server", "note", f"control tokens in a user's text {how} there")
-
-
-class _Server:
-    """The few requests that are sent to an OpenAI-compatible server."""
-
-    def __init__(self, url: str, names: list[str]) -> None:
-        """Choose a model.
-
-        Args:
-            url: address of the server, with or without /v1.
-            names: of the models to look for, best first; else its only one.
-
-        Raises:
-            ModelError: no server there, or none of the models.
-        """
-        self._url, self._model = url.rstrip("/").removesuffix("/v1"), ""
-        served = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
-        chosen = [name for name in names if name in served] or (served if len(served) == 1 else [])
-        if not chosen:
-            raise ModelError(
-                f"{url} lists {', '.join(served) or 'no models'}, none called {' or '.join(names)}",
-                fix="serve the adapter under the name of its release folder, OpenAI-compatible",
-            )
-        self._model = chosen[0]
-
-    def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
-        """Ids of a conversation's prompt, None where the server shows none, and their number."""
-        ids = self._ask("/tokenize", {"messages": messages}).get("tokens")
-        if not ids and (text := self._ask("/apply-template", {"messages": messages}).get("prompt")):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
-            bos = tokenizer.bos_token_id
-            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        if ids:
-            return ids, len(ids)
-        body = {"messages": messages, "max_tokens": 1, "temperature": 0}
-        usage = self._ask("/v1/chat/completions", body).get("usage") or {}
-        if not (count := usage.get("prompt_tokens")):
-            raise ModelError(f"{self._url} does not count prompt tokens")
-        return None, int(count)
-
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The JSON object of an answer; empty where the server refuses or does not have it."""
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        data = None if body is None else json.dumps({"model": self._model, **body}).encode()
-        request = urllib.request.Request(self._url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                tree = json.loads(response.read(MAX_BYTES))
-                return tree if isinstance(tree, dict) else {}
-        except urllib.error.HTTPError as error:
-            if error.code not in {401, 403}:
-                return {}
-            refused = f"{self._url} refused the key"
-            raise ModelError(refused, fix=f"set {KEY_VARIABLE}") from None
-        except (OSError, ValueError) as error:
-            what = f"no answer from {self._url}{path} ({type(error).__name__})"
-            raise ModelError(what, fix="start the server, or check the address") from None

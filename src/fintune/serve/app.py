@@ -27,7 +27,7 @@ from fintune import console
 from fintune.errors import ConfigError, FintuneError
 from fintune.model import LoadedRelease, find_release, load_release, open_release
 from fintune.serve import protocol
-from fintune.serve.engine import MAX_SCORED, Engine, Scored, StreamedRequest
+from fintune.serve.engine import FAILED, MAX_SCORED, Engine, StreamedRequest
 from fintune.serve.protocol import ApiError
 from fintune.untrusted.checks import JUDGED, RESULTS, read_object
 
@@ -180,8 +180,8 @@ async def _answer(
 ) -> Response:
     engine, chat = request.app.state.engine, request.app.state.loaded.chat
     completion = body if isinstance(body, protocol.CompletionRequest) else None
-    asked = getattr(body, "logprobs", None)
-    scores = asked not in (None, False) or (completion and completion.prompt_logprobs is not None)
+    asked = [getattr(body, name, None) for name in ("logprobs", "prompt_logprobs")]
+    scores = any(each is not None and each is not False for each in asked)
     if body.stream and (scores or len(prompts) > 1 or (completion and completion.echo)):
         raise _invalid("a stream has one prompt, no echo and no logprobs", "stream")
     for ids in prompts:
@@ -192,11 +192,7 @@ async def _answer(
         if scores and len(ids) + wanted > MAX_SCORED:
             raise _invalid(f"logprobs: of at most {MAX_SCORED} tokens", "logprobs")
     if engine.closed:
-        raise ApiError(503, "the model failed; restart the server", "server_error")
-
-    async def score(ids: list[int]) -> list[Scored]:
-        return await asyncio.wrap_future(engine.score(ids, adapter=body.model == "adapter"))
-
+        raise ApiError(503, FAILED, "server_error")
     parts = []
     for ids in prompts:
         most = min(DEFAULT_TOKENS if limit is None else limit, engine.max_context - len(ids))
@@ -211,15 +207,13 @@ async def _answer(
             seed=body.seed,
             tokenizer=chat.tokenizer.backend_tokenizer,
             reader=chat.reader(thoughts=completion is not None),
+            ignore_eos=body.ignore_eos,
             stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         )
-        echo = chat.tokenizer.decode(ids) if completion and completion.echo else ""
-        parts.append(
-            protocol.Part(streamed, score if scores else None, chat.tokenizer.decode, echo)
-        )
+        parts.append(streamed)
         if most:
             engine.submit(streamed)
-    answer = protocol.Answer(parts, body)
+    answer = protocol.Answer(parts, body, engine if scores else None, chat.tokenizer.decode)
     if body.stream:
         return StreamingResponse(answer.events(), media_type="text/event-stream")
     return JSONResponse(await answer.whole(request))

@@ -29,6 +29,8 @@ requests are in the memory of one process."""
 MAX_SCORED = 2048
 """Tokens of a text whose log-probabilities are asked for: all its logits are in memory at once."""
 
+FAILED = "the model failed; restart the server"
+
 
 class Scored(NamedTuple):
     """A token's log-probability (nats), its rank among all, and the likeliest tokens there."""
@@ -49,11 +51,13 @@ class StreamedRequest(Request):
         tokenizer: of the tokenizers library, to decode.
         reader: leaves out thought and special tokens.
         stop_strings: texts that end the answer; they are not part of it.
+        ignore_eos: go on behind the tokens that end an answer, as a load test asks.
     """
 
     tokenizer: Any
     reader: AnswerReader
     stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
     _held: str = ""
     _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=False))
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -61,6 +65,7 @@ class StreamedRequest(Request):
 
     def append(self, token: int, stop_token_ids: Collection[int]) -> None:
         """Take the next token and send the text, but an end that may begin a stop string."""
+        stop_token_ids = () if self.ignore_eos else stop_token_ids
         Request.append(self, token, stop_token_ids)
         if token not in stop_token_ids:
             self._held += self.reader.feed(self._stream.step(self.tokenizer, token) or "")
@@ -92,7 +97,7 @@ class StreamedRequest(Request):
             while not finish_reason:
                 text, finish_reason = await self._pieces.get()
                 if finish_reason == "error":
-                    raise ModelError("the model failed; restart the server")
+                    raise ModelError(FAILED)
                 yield text, finish_reason
         finally:
             self.cancelled = True
@@ -121,6 +126,8 @@ class Engine:
         with self._wake:
             self._waiting.append(request)
             self._wake.notify()
+            if self.closed:
+                request.send("", "error")
 
     def score(self, ids: list[int], *, adapter: bool) -> Future[list[Scored]]:
         """Queue the scoring of a text: of each of its tokens from the second on."""
@@ -128,9 +135,13 @@ class Engine:
         with self._wake:
             self._jobs.append((future, ids, adapter))
             self._wake.notify()
+            if self.closed:
+                self._fail()
         return future
 
     def _score(self, future: Future[list[Scored]], ids: list[int], adapter: bool) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         with torch.inference_mode(), adapter_set(self._model, adapter):
             tensor = torch.tensor([ids], device=self._model.device)
             logprobs = self._model(input_ids=tensor).logits[0, :-1].float().log_softmax(-1)
@@ -161,9 +172,9 @@ class Engine:
                     if self.closed:
                         return
                     new = self._admit()
-                    job = self._jobs.popleft() if self._jobs else None
-                if job:
-                    self._score(*job)
+                if self._jobs:
+                    self._score(*self._jobs[0])
+                    self._jobs.popleft()
                 if new:
                     self._batch.add([*new])
                 elif self._batch.requests:
@@ -176,8 +187,12 @@ class Engine:
                     if isinstance(request, StreamedRequest) and request.finish_reason is None:
                         request.send("", "error")
                 self._batch.requests, self._waiting = [], deque()
-                for future, *_ in self._jobs:
-                    future.set_exception(ModelError("the model failed; restart the server"))
+                self._fail()
+
+    def _fail(self) -> None:
+        for future, *_ in self._jobs:
+            if not future.done():
+                future.set_exception(ModelError(FAILED))
 
     def _admit(self) -> list[StreamedRequest]:
         """Take waiting requests up to MAX_ROWS and PREFILL_TOKENS; cancelled ones are dropped."""

@@ -3,35 +3,28 @@
 FastAPI validates the bodies: strict types, no unknown field, bounded numbers.
 """
 
+import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from fintune.console import printable
 from fintune.errors import ModelError
 from fintune.example import Message, Role
-from fintune.serve.engine import Scored, StreamedRequest
+from fintune.serve.engine import Engine, StreamedRequest
 
 MAX_TOKENS = 4096
 ModelName = Literal["base", "adapter"]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Stop = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("logit_bias", "metadata"), ({},)),
-    **dict.fromkeys(("store", "ignore_eos"), (False,)),
+    **dict.fromkeys(("store", "include_obfuscation"), (False,)),
     "best_of": (1,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
@@ -58,6 +51,7 @@ ABSENT = {
     "best_of": "one answer a prompt",
 }
 """What the server lacks, in words, by the field that asks for it."""
+NO_PATH = "no such path; there are /v1/chat/completions, /v1/completions, /v1/models and /tokenize"
 RULES = {
     "model": "base or adapter",
     "messages": "1 to 256 messages of system, developer, user or assistant; content is a string or"
@@ -140,9 +134,10 @@ class Conversation(Body):
 
 
 class StreamOptions(Body):
-    """`include_usage` sends the token counts last."""
+    """`include_usage` sends the token counts last, `continuous_usage_stats` with every piece."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingRequest(Body):
@@ -158,6 +153,7 @@ class SamplingRequest(Body):
     stream_options: StreamOptions = StreamOptions()
     n: Literal[1] = 1
     user: str | None = Field(None, max_length=256)
+    ignore_eos: bool = False
 
 
 class ChatRequest(SamplingRequest, Conversation):
@@ -171,6 +167,10 @@ class ChatRequest(SamplingRequest, Conversation):
 Ids = Annotated[list[int], Field(min_length=1, max_length=1 << 17)]
 
 
+def _none(value: Any) -> Any:
+    return None if value is False else value
+
+
 class CompletionRequest(SamplingRequest):
     """Body of /v1/completions: a text, token ids, or several of either.
 
@@ -180,18 +180,13 @@ class CompletionRequest(SamplingRequest):
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Annotated[int | None, BeforeValidator(_none)] = Field(None, ge=0, le=20)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, of which there may be one alone."""
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else self.prompt  # type: ignore[list-item,return-value]
-
-    @field_validator("logprobs", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value is False else value
 
 
 class ApiError(HTTPException):
@@ -214,7 +209,8 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = _invalid(error)
     elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
-        error = ApiError(error.status_code, error.detail, "invalid_request")
+        detail = NO_PATH if error.status_code == 404 else error.detail
+        error = ApiError(error.status_code, detail, "invalid_request")
     elif not isinstance(error, ApiError):
         message = error.what if isinstance(error, ModelError) else "a defect of the server"
         error = ApiError(500, message, "server_error")
@@ -242,61 +238,61 @@ def _invalid(error: RequestValidationError) -> ApiError:
     return ApiError(400, message[:1000], "invalid_value", where)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One answer of a response.
-
-    Attributes:
-        request: its ids, and its text as it comes.
-        scored: log-probabilities of prompt and answer, where they are asked for: of each token
-            from the second on, its own, its rank, and the likeliest tokens with theirs.
-        prompt: text of the prompt, where it is given back.
-    """
-
-    request: StreamedRequest
-    scored: Callable[[list[int]], Awaitable[list[Scored]]] | None
-    decode: Callable[[int], str]
-    prompt: str = ""
-
-
 class Answer:
     """The response to a request, in the format of a chat or a text completion."""
 
-    def __init__(self, parts: list[Part], body: SamplingRequest) -> None:
-        self._parts, self._body, self._chat = parts, body, isinstance(body, ChatRequest)
-        self._request = parts[0].request
-        self._include_usage = body.stream_options.include_usage
-        self._head = {"id": self._request.id, "created": int(time.time()), "model": body.model}
+    def __init__(
+        self,
+        requests: list[StreamedRequest],
+        body: SamplingRequest,
+        scorer: Engine | None,
+        decode: Callable[[Any], str],
+    ) -> None:
+        """Wait for nothing yet.
+
+        Args:
+            requests: an answer each.
+            scorer: gives log-probabilities, where they are asked for.
+            decode: text of a token or of several.
+        """
+        self._requests, self._scorer, self._decode = requests, scorer, decode
+        self._body, self._chat = body, isinstance(body, ChatRequest)
+        self._options = body.stream_options
+        self._head = {"id": requests[0].id, "created": int(time.time()), "model": body.model}
 
     async def whole(self, client: Request) -> dict[str, Any]:
         """The response as one JSON object, when the answers are complete or the client is gone."""
         choices = []
-        for index, part in enumerate(self._parts):
-            text, finish_reason = "", "length"
-            if part.request.max_new_tokens:
-                async with contextlib.aclosing(part.request.pieces()) as pieces:
+        for index, request in enumerate(self._requests):
+            echo = getattr(self._body, "echo", False)
+            text, finish_reason = self._decode(request.prompt_ids) if echo else "", "length"
+            if request.max_new_tokens:
+                async with contextlib.aclosing(request.pieces()) as pieces:
                     async for piece, reason in pieces:
                         text, finish_reason = text + piece, reason or "length"
                         if await client.is_disconnected():
+                            for each in self._requests:
+                                each.cancelled = True
                             return {}
             message = {"message": {"role": "assistant", "content": text}}
-            content = message if self._chat else {"text": part.prompt + text}
+            content = message if self._chat else {"text": text}
             (choice,) = self._tree(content, finish_reason)["choices"]
-            choices.append({**choice, "index": index, **await self._logprobs(part)})
+            choices.append({**choice, "index": index, **await self._logprobs(request)})
         return self._tree({}, None) | {"choices": choices, "usage": self._usage()}
 
-    async def _logprobs(self, part: Part) -> dict[str, Any]:
+    async def _logprobs(self, request: StreamedRequest) -> dict[str, Any]:
         """The fields of a choice that hold log-probabilities, in the format of either endpoint."""
-        if part.scored is None:
+        if self._scorer is None:
             return {}
-        prompt, body = part.request.prompt_ids, self._body
-        ids = [*prompt, *part.request.token_ids]
-        names = [part.decode(token) for token in ids]
-        scored: list[Any] = [None, *await part.scored(ids)]
+        prompt, body = request.prompt_ids, self._body
+        ids = [*prompt, *request.token_ids]
+        names = [self._decode(token) for token in ids]
+        found = self._scorer.score(ids, adapter=body.model == "adapter")
+        scored: list[Any] = [None, *await asyncio.wrap_future(found)]
 
         def top(at: int, count: int) -> dict[str, float] | None:
             likely = scored[at]
-            return likely and {part.decode(token): value for token, value in likely.top[:count]}
+            return likely and {self._decode(token): value for token, value in likely.top[:count]}
 
         if isinstance(body, ChatRequest):
             rows = []
@@ -305,36 +301,39 @@ class Answer:
                 rows.append(_token(names[at], scored[at].logprob) | {"top_logprobs": likely})
             return {"logprobs": {"content": rows}}
         assert isinstance(body, CompletionRequest)
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if body.logprobs is not None:
             kept = range(0 if body.echo else len(prompt), len(ids))
             starts = [0, *accumulate(len(names[at]) for at in kept)]
-            found["logprobs"] = {
+            fields["logprobs"] = {
                 "tokens": [names[at] for at in kept],
                 "token_logprobs": [scored[at] and scored[at].logprob for at in kept],
                 "top_logprobs": [top(at, max(body.logprobs, 1)) for at in kept],
                 "text_offset": starts[:-1],
             }
         if body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = [
+            fields["prompt_logprobs"] = [
                 each
                 and {str(t): {"logprob": each.logprob, "rank": each.rank, "decoded_token": name}}
                 for each, t, name in zip(scored, prompt, names, strict=False)
             ]
-        return found
+        return fields
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; an error after the first byte is an event too."""
         if self._chat:
             yield _line(self._tree({"delta": {"role": "assistant", "content": ""}}, None))
         try:
-            async with contextlib.aclosing(self._request.pieces()) as pieces:
+            async with contextlib.aclosing(self._requests[0].pieces()) as pieces:
                 async for text, finish_reason in pieces:
                     content = {"delta": {"content": text}} if self._chat else {"text": text}
-                    yield _line(self._tree(content, finish_reason))
+                    tree = self._tree(content, finish_reason)
+                    if self._options.continuous_usage_stats:
+                        tree["usage"] = self._usage()
+                    yield _line(tree)
         except ModelError as error:
             yield _line(ApiError(500, error.what, "server_error").body())
-        if self._include_usage:
+        if self._options.include_usage:
             last = self._tree({"delta": ""} if self._chat else {"text": ""}, None)
             yield _line(last | {"choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
@@ -346,8 +345,8 @@ class Answer:
         return {**self._head, "object": kind, "choices": [choice]}
 
     def _usage(self) -> dict[str, int]:
-        prompt = sum(len(part.request.prompt_ids) for part in self._parts)
-        completion = sum(len(part.request.token_ids) for part in self._parts)
+        prompt = sum(len(request.prompt_ids) for request in self._requests)
+        completion = sum(len(request.token_ids) for request in self._requests)
         total = prompt + completion
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 

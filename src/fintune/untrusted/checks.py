@@ -85,7 +85,7 @@ class Report:
         failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
         if self.failed and self.failed[0].name == "server":
             raise GateRefused(
-                f"{self.folder.name} is verified, but the check of the server failed: {failed}",
+                f"{self.folder.name} is verified, its server is not: {failed}",
                 why="a different prompt gets a different answer than the adapter was trained for",
             )
         if failed:
