@@ -249,7 +249,7 @@ def _talk(rng: Random, asked: list[Asked], rule: str = "") -> SampleRow:
 
 def _report_talk(rng: Random) -> SampleRow:
     """Everything about one document: its amounts, directions, what it does not say, its company."""
-    document = _told(rng) if rng.randrange(2) else _tabled(rng)
+    document = _told(rng) if rng.randrange(5) < 2 else _tabled(rng)  # tables are learnt later
     facts = rng.sample(document.stated, min(len(document.stated), 5))
     asked = [_amount(rng, document, fact, again=bool(rng.randrange(2))) for fact in facts]
     asked += [_missing(rng, document, again=bool(rng.randrange(2))) for _ in range(2)]
