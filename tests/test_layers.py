@@ -41,7 +41,6 @@ SPINE = (
     "collate",
     "kernels",
     "loss",
-    "memory",
     "generation",
     "page",
 )

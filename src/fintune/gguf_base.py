@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune import files
 from fintune.console import say
-from fintune.errors import ModelError
+from fintune.errors import ModelError, failing, needing
 from fintune.untrusted.probe import probe_base, run_limited
 
 FACTS = "gguf.json"
@@ -107,9 +107,10 @@ def _facts(file: Path) -> dict[str, Any]:
         ModelError: with what is wrong.
     """
     counts, places = Counter[str](), dict[str, int]()
-    try:
+    with needing("export", "reading a GGUF file"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    # Exception: whatever a cut header makes struct and numpy raise.
+    with failing(f"{file.name} cannot be read as GGUF", Exception, fix=_OTHER):
         blob = reader._mapped(str(file))
         metadata, count, at = reader._read_metadata(blob, file.name)
         tensors, at = reader._read_tensor_table(blob, count, at)
@@ -120,12 +121,6 @@ def _facts(file: Path) -> dict[str, Any]:
             places[name] = -(-at // align) * align + offset
             counts[stored.name] += math.prod(shape)
             end = max(end, places[name] + math.prod(shape) // block * size)
-    except ModuleNotFoundError:
-        what = "reading a GGUF file needs the gguf package, which is not installed"
-        raise ModelError(what, fix="pip install 'fintune[export]'") from None
-    except Exception as error:  # whatever a cut header makes struct and numpy raise
-        what = f"{file.name} cannot be read as GGUF: {str(error)[:160]}"
-        raise ModelError(what, fix=_OTHER) from None
     kind, scaling = str(metadata["general.architecture"]), "rope.scaling.type"
     cut, model = metadata.get("tokenizer.ggml.pre"), metadata.get("tokenizer.ggml.model")
     scaled = kind != "gpt-oss" and metadata.get(f"{kind}.{scaling}", "none") != "none"
@@ -162,7 +157,8 @@ def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
         ModelError: it does not read them, or not all of them.
     """
     place: Any = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    try:
+    errors = (OSError, ValueError, RuntimeError, LookupError, TypeError)
+    with failing(f"{file.name} cannot be read", *errors, fix=_OTHER):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
         _recut(tokenizer.backend_tokenizer, facts["cut"])
         tokenizer.save_pretrained(staging)
@@ -182,9 +178,6 @@ def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
         lost = [*info["missing_keys"], *(["biases"] if facts["biases"] and not biases else [])]
         if lost:
             raise ValueError(f"transformers reads it without {', '.join(lost[:3])}")
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-        what = f"{file.name} cannot be read: {str(error)[:200]}"
-        raise ModelError(what, fix=_OTHER) from None
     model.generation_config.eos_token_id = sorted({*facts["ends"]} - {None})
     model.save_pretrained(staging)
 
