@@ -39,7 +39,6 @@ SPINE = (
     "model",
     "batches",
     "collate",
-    "kernels",
     "loss",
     "generation",
     "page",

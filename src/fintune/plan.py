@@ -19,11 +19,10 @@ from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
 from fintune.errors import failing
 from fintune.files import read_toml
-from fintune.kernels import pointwise
 from fintune.model import attach, find_base
 from fintune.seal import DONE, read_data
 from fintune.targets import Targets, find_targets
-from fintune.training import lora, memory
+from fintune.training import lora, memory, pointwise
 from fintune.training.memory import ModelSize, step_memory
 from fintune.training.rows import read_train, read_validation
 from fintune.training.trainer import training_arguments

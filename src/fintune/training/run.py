@@ -17,12 +17,11 @@ from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
-from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
 from fintune.stop import STOP
 from fintune.targets import find_targets, resolve_targets
-from fintune.training import distributed, lora, memory
+from fintune.training import distributed, lora, memory, pointwise
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
