@@ -113,13 +113,13 @@ def meter(label: str, total: int, *, download: bool = False) -> Iterator[Meter]:
     Args:
         total: how many items, or bytes of a download (a line a minute, with their rate).
     """
+    columns: list[Any] = [*bars.Progress.get_default_columns()]
     if download:
-        columns = (bars.DownloadColumn(), bars.TransferSpeedColumn())
+        columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     else:
         note = bars.TextColumn("{task.fields[note]}", style="dim", markup=False)
-        columns = (bars.MofNCompleteColumn(), note)
+        columns += [bars.MofNCompleteColumn(), note]
     interval = DOWNLOAD_INTERVAL_S if download else PLAIN_INTERVAL_S
-    columns = (*bars.Progress.get_default_columns(), *columns)
     quiet = not err.is_terminal
     with bars.Progress(*columns, console=err, transient=True, disable=quiet) as progress:
         yield Meter(label, total, progress, interval)
