@@ -18,9 +18,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -100,10 +98,6 @@ class ChatFormat:
         settings = self.settings.model_copy(update={"thinking": "keep" if thinks else "drop"})
         return ChatFormat(self.tokenizer, settings, self.stop_token_ids)
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """Text of a conversation as the tokenizer's template writes it (`ChatTemplate.render`)."""
-        return self.template.render(messages, prompt=prompt)
-
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Ids and labels of a conversation that ends with an answer: of its last example.
 
@@ -143,16 +137,11 @@ class ChatFormat:
         """A turn whose texts are stripped, as templates do, and hold no whole control token."""
 
         def mark(text: str) -> str:
+            text = text.strip()
             spelled = self.template.control.search(text) or _MARKS.search(text)
             return mark_control_tokens(text, self.template.control) if spelled else text
 
-        return replace(
-            message,
-            content=mark(message.content.strip()),
-            thought=mark(message.thought.strip()),
-            tool_calls=mark(message.tool_calls),
-            tools=mark(message.tools),
-        )
+        return message.changed(mark, "content", "thought", "tool_calls", "tools")
 
     def _in_pieces(
         self, rows: list[list[Message]], rendered: list[list[_Rendered] | Refused]
@@ -169,22 +158,14 @@ class ChatFormat:
             if isinstance(each, Refused):
                 made.append(each)
                 continue
-            examples = []
-            for one in each:
-                examples.append(row := Encoded([], []))
-                for at, piece in enumerate(one.pieces):
-                    row.input_ids.extend(of := ids[piece])
-                    row.labels.extend(of if at % 2 else [IGNORE_INDEX] * len(of))
+            examples = [_joined([ids[piece] for piece in one.pieces]) for one in each]
             made.append(examples)
             shape = tuple((message.role, message.trained) for message in messages)
             self._proofs[shape] += 1
             if self._proofs[shape] <= PROOFS:
-                texts = [one.text for one in each] + each[-1].prompts
-                whole = self._ids(texts)
-                pairs = zip(examples, whole, strict=False)
-                self._cuts = all(row.input_ids == of for row, of in pairs)
-                last = examples[-1].input_ids
-                self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
+                whole, last = self._ids([one.text for one in each]), examples[-1].input_ids
+                self._cuts = whole == [row.input_ids for row in examples]
+                self._cuts &= all(last[: len(of)] == of for of in self._ids(each[-1].prompts))
                 if not self._cuts:
                     return None
         return made
@@ -244,10 +225,7 @@ class ChatFormat:
 
     def _labelled(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
         if not _begins(one, known):  # of one answer, which a token joins with its prompt
-            parts = [known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])]
-            ids = [*chain.from_iterable(parts)]
-            kept = [part if at % 2 else [IGNORE_INDEX] * len(part) for at, part in enumerate(parts)]
-            return Encoded(ids, [*chain.from_iterable(kept)])
+            return _joined([known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])])
         ids, starts = known[one.text]
         labels = [IGNORE_INDEX] * len(ids)
         for prompt, end in zip(one.prompts, one.ends, strict=True):
@@ -297,8 +275,8 @@ class ChatFormat:
         encoded = self.encode(messages)
         return {
             "messages": [message.record for message in messages],
-            "text": self.render(messages),
-            "prompt": self.render(messages[:-1], prompt=True),
+            "text": self.template.render(messages),
+            "prompt": self.template.render(messages[:-1], prompt=True),
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "prompt_ids": self.prompt_ids(messages),
@@ -411,6 +389,15 @@ class AnswerReader:
         """What is held back of an answer; nothing of a thought that did not end."""
         text, self._held, self._decided = self._held, "", True
         return "" if self.inside else self._special.sub("", text)
+
+
+def _joined(parts: Iterable[list[int]]) -> Encoded:
+    """An example of pieces, of which every second one is trained."""
+    whole = Encoded([], [])
+    for at, part in enumerate(parts):
+        whole.input_ids.extend(part)
+        whole.labels.extend(part if at % 2 else [IGNORE_INDEX] * len(part))
+    return whole
 
 
 def _begins(one: _Rendered, known: dict[str, _Tokens]) -> bool:

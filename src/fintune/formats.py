@@ -68,12 +68,8 @@ class Unreadable:
 class Written(float):
     """A number of a JSON text, which prints as it is written there: 12.50."""
 
-    def __new__(cls, text: str) -> "Written":
-        self = super().__new__(cls, text)
+    def __init__(self, text: str) -> None:
         self.text = text
-        return self
-
-    text: str
 
     def __str__(self) -> str:
         return self.text

@@ -119,9 +119,8 @@ def contaminated(examples: list[Example], questions: list[Example]) -> dict[int,
     texts = [words(asked(question)) for question in questions]
     compared = [*zip(texts, _distinctive(rows, examples, texts), strict=True)]
     long = np.array([len(positions) >= LONG_WORDS for _, positions in compared])
-    answers, row_answers = (
-        _hashes(each.messages[-1].content for each in texts) for texts in (questions, examples)
-    )
+    answers = _hashes(each.messages[-1].content for each in questions)
+    row_answers = _hashes(each.messages[-1].content for each in examples)
 
     def same_answer(pairs: Pairs) -> Pairs:
         return _where(pairs, row_answers[pairs[0]] == answers[pairs[1]])

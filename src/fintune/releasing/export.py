@@ -155,9 +155,9 @@ def ollama_modelfile(chat: ChatFormat) -> str:
         ModelError: a template whose turns are not alike.
     """
     user, answer, system = (Message(r, f"\ue000{r}\ue001") for r in ("user", "assistant", "system"))
-    whole = chat.render([system, user, answer, user], prompt=True)
+    whole = chat.template.render([system, user, answer, user], prompt=True)
     head, after_system, after_user, after_answer, last = _between(whole)
-    plain, opened = _between(chat.render([user], prompt=True))
+    plain, opened = _between(chat.template.render([user], prompt=True))
     close = chat.template.end
     bos = chat.tokenizer.bos_token if _gguf_writer().adds_bos(chat.tokenizer) else ""
     open_user, open_answer = after_system.removeprefix(close), after_user.removeprefix(close)
