@@ -16,7 +16,6 @@ tokenised apart, with transformers' own functions (`apply_chat_template(sanitize
 
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,9 +26,6 @@ from fintune.config import ChatConfig
 from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Encoded, Message, Role
 from fintune.template import ChatTemplate, Refused
-
-PROOFS = 16
-"""First examples of every shape that are tokenised whole, and compared."""
 
 _MARKS = re.compile(f"[{mark_control_tokens('x', re.compile('x')).replace('x', '')}]")
 """What transformers puts around a spelled control token."""
@@ -86,7 +82,6 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.values()
         names = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._cuts, self._proofs = True, Counter[tuple[tuple[Role, bool], ...]]()
         (end,) = self._ids([self.template.end])
         self.stop_token_ids = sorted({*stops, *end[-1:]})
 
@@ -112,7 +107,7 @@ class ChatFormat:
     def encode_many(
         self, conversations: Iterable[Sequence[Message]]
     ) -> list[list[Encoded] | Refused]:
-        """The examples of many conversations: few calls of the tokenizer, so much faster.
+        """The examples of many conversations: in few calls of the tokenizer, so faster.
 
         Labels are `IGNORE_INDEX` on everything but each answer and its end of turn. Checked for
         every example: the ids before an answer are the prompt's, the trained ids decode to what is
@@ -120,8 +115,6 @@ class ChatFormat:
         """
         marked = [[self._marked(message) for message in rows] for rows in conversations]
         rendered = [self._rendered(rows, split=self.template.splits) for rows in marked]
-        if self._cuts and (made := self._in_pieces(marked, rendered)):
-            return self._checked(made, rendered)
         known = self._known(rendered)
         for at, one in enumerate(rendered):
             if isinstance(one, list) and len(one[0].prompts) > 1 and not _begins(one[0], known):
@@ -142,33 +135,6 @@ class ChatFormat:
             return mark_control_tokens(text, self.template.control) if spelled else text
 
         return message.changed(mark, "content", "thought", "tool_calls", "tools")
-
-    def _in_pieces(
-        self, rows: list[list[Message]], rendered: list[list[_Rendered] | Refused]
-    ) -> list[list[Encoded] | Refused] | None:
-        """The examples from pieces that are tokenised apart: a text met twice only once.
-
-        None, now and for ever, where the first examples of a shape have other ids as a whole.
-        """
-        cuts = [one.pieces for each in rendered if isinstance(each, list) for one in each]
-        unique = list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
-        ids = dict(zip(unique, self._ids(unique), strict=True))
-        made: list[list[Encoded] | Refused] = []
-        for messages, each in zip(rows, rendered, strict=True):
-            if isinstance(each, Refused):
-                made.append(each)
-                continue
-            examples = [_joined([ids[piece] for piece in one.pieces]) for one in each]
-            made.append(examples)
-            shape = tuple((message.role, message.trained) for message in messages)
-            self._proofs[shape] += 1
-            if self._proofs[shape] <= PROOFS:
-                whole, last = self._ids([one.text for one in each]), examples[-1].input_ids
-                self._cuts = whole == [row.input_ids for row in examples]
-                self._cuts &= all(last[: len(of)] == of for of in self._ids(each[-1].prompts))
-                if not self._cuts:
-                    return None
-        return made
 
     def _rendered(self, rows: Sequence[Message], *, split: bool) -> list[_Rendered] | Refused:
         """The examples of a conversation as text: one, or one an answer.
@@ -225,7 +191,12 @@ class ChatFormat:
 
     def _labelled(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
         if not _begins(one, known):  # of one answer, which a token joins with its prompt
-            return _joined([known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])])
+            whole = Encoded([], [])
+            parts = [known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])]
+            for at, part in enumerate(parts):
+                whole.input_ids.extend(part)
+                whole.labels.extend(part if at % 2 else [IGNORE_INDEX] * len(part))
+            return whole
         ids, starts = known[one.text]
         labels = [IGNORE_INDEX] * len(ids)
         for prompt, end in zip(one.prompts, one.ends, strict=True):
@@ -389,15 +360,6 @@ class AnswerReader:
         """What is held back of an answer; nothing of a thought that did not end."""
         text, self._held, self._decided = self._held, "", True
         return "" if self.inside else self._special.sub("", text)
-
-
-def _joined(parts: Iterable[list[int]]) -> Encoded:
-    """An example of pieces, of which every second one is trained."""
-    whole = Encoded([], [])
-    for at, part in enumerate(parts):
-        whole.input_ids.extend(part)
-        whole.labels.extend(part if at % 2 else [IGNORE_INDEX] * len(part))
-    return whole
 
 
 def _begins(one: _Rendered, known: dict[str, _Tokens]) -> bool:

@@ -254,17 +254,15 @@ def hub_errors(
         get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
-        raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
+        raise hub_error(error, name, setting, revision=revision, missing=missing or "all") from None
 
 
-def hub_error(
-    error: Exception, name: str, *, setting: str, revision: str | None = None, missing: str = ""
-) -> FintuneError:
+def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> FintuneError:
     """The message for an exception of the hub's clients, without token or URL.
 
     Args:
         setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
-        missing: what was asked for.
+        facts: `revision`, and what was asked for of it: `missing`.
     """
     causes = _causes(error)
     # hf_xet has tried again itself where its text names a status.
@@ -274,8 +272,9 @@ def hub_error(
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
     place = "model.path (or --base)" if setting == "model.path" else setting
-    absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
-    facts = {"name": name, "kind": kind, "revision": revision, "status": status, "said": said}
+    absent = "{name} is not on this machine, or not whole ({revision}: {missing})"
+    absent = absent.format(name=name, **facts)
+    facts |= {"name": name, "kind": kind, "status": status, "said": said}
     facts |= {"endpoint": constants.ENDPOINT, "cache": constants.HF_HUB_CACHE, "place": place}
     facts |= {"error": type(error).__name__, "cause": type(causes[-1]).__name__}
     facts |= {

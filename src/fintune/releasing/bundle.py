@@ -32,11 +32,6 @@ HELD_OUT = "held-out rows"
 """What results are of where the rows are no single data set of the hub."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
-LLAMA_NOTICE = """\
-Llama {0} is licensed under the Llama {0} Community License, \
-Copyright © Meta Platforms, Inc. All Rights Reserved.
-"""
-"""The attribution that section 1.b.iii of the Llama 3 licences requires."""
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
@@ -275,7 +270,8 @@ def _write_llama_license(staging: Path, base: model.Base) -> str | None:
             fix=f"put the base's LICENSE into {base.folder}",
         )
     files.copy_file(license_file, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(match[1]))
+    # The attribution that section 1.b.iii of the Llama 3 licences requires.
+    files.write_text(staging / "NOTICE", page.render("NOTICE.jinja", llama=match[1]) + "\n")
     return match[1]
 
 
