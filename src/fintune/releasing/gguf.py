@@ -185,7 +185,7 @@ def _pre_tokenizer(base: Base, tokenizer: Any) -> str:
     text = json.dumps([tree["model"].get("ignore_merges", False), tree["pre_tokenizer"]])
     for name, trait in CUTS["written"].items():
         if re.fullmatch(trait, text) and not tree["normalizer"]:
-            return name
+            return str(name)
     what = f"the tokenizer of {base.id} cuts texts in a way that this export does not know"
     raise ModelError(what, fix="export merged, and convert it with llama.cpp's own converter")
 
