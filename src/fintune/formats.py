@@ -161,9 +161,8 @@ def parse_json(text: str) -> Any:
             what = "object" if isinstance(value, dict) else "value"
             raise ValueError(f"{text[end : end + 20]!r} behind the {what}")
     except (ValueError, RecursionError) as error:
-        return Unreadable(
-            "not_utf8" if _NO_UTF8.search(text) else "not_json", str(error)[:200], text
-        )
+        reason = "not_utf8" if _NO_UTF8.search(text) else "not_json"
+        return Unreadable(reason, str(error)[:200], text)
     return value
 
 

@@ -24,6 +24,8 @@ INPUTS = "inputs.json"
 UNREAD = ("checkpoints/", "judge_calls.jsonl")
 """Beginnings of names that no later stage reads: checkpoints have a seal each, and the log grows
 when its stage is finished."""
+HOLDER = "process "
+"""Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."
 
 
@@ -130,8 +132,12 @@ def lock(folder: Path) -> Iterator[None]:
             raise OutputError(what, fix=fix) from None
         except OSError:
             warn(f"{path.parent} has no locks: see to it that one run alone writes {folder.name}")
+        last = file.read(200)
+        if last and not last.startswith(HOLDER):
+            raise OutputError(f"{path} holds something else than a lock", fix=_ELSEWHERE)
+        file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        file.write(f"{HOLDER}{os.getpid()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         file.flush()
         yield
 

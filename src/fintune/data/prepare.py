@@ -238,10 +238,9 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
     """
     long = sum(row.length > max_length for row in rows)
     if policy == "drop" and long > MOST_TOO_LONG * len(rows):
-        raise DataError(
-            f"{long} of {len(rows)} rows are longer than {max_length} tokens",
-            fix="raise data.max_length, or set data.over_length=truncate",
-        )
+        fix = "raise data.max_length, or set data.over_length=truncate"
+        what = f"{long} of {len(rows)} rows are longer than {max_length} tokens"
+        raise DataError(what, fix=fix)
     kept = []
     for row in rows:
         excess = row.length - max_length

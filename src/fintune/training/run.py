@@ -169,10 +169,8 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
             trainer.add_callback(MetricsCallback(log, bar, order))
         trainer.resume(resume, total) if resume else trainer.train()
     if distributed.stop_asked():
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {total}, saved",
-            fix="the same command continues",
-        )
+        what = f"stopped at step {trainer.state.global_step} of {total}, saved"
+        raise Stopped(what, fix="the same command continues")
 
 
 def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
@@ -184,10 +182,9 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
     """
     check = check_weights(trainer.best)
     if check.status == "failed":
-        raise (NotFinite if "NaN" in check.detail else OutputError)(
-            f"{trainer.best}: {check.detail}",
-            fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
-        )
+        raised = NotFinite if "NaN" in check.detail else OutputError
+        fix = "train more steps (train.warmup_ratio of them warm up): fintune train --fresh"
+        raise raised(f"{trainer.best}: {check.detail}", fix=fix)
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)

@@ -84,10 +84,9 @@ class Report:
         """Raise GateRefused with every failed check, if there is one."""
         failed = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
         if self.failed and self.failed[0].name == "server":
-            raise GateRefused(
-                f"{self.folder.name} is verified, but the check of the server failed: {failed}",
-                why="a different prompt gets a different answer than the adapter was trained for",
-            )
+            what = f"{self.folder.name} is verified, but the check of the server failed: {failed}"
+            why = "a different prompt gets a different answer than the adapter was trained for"
+            raise GateRefused(what, why=why)
         if failed:
             fix = "download it again; a release made here: fintune release"
             raise GateRefused(f"{self.folder.name} is refused: {failed}", fix=fix)
