@@ -264,9 +264,11 @@ class ChatFormat:
     def _known(self, rendered: Iterable[list[_Rendered] | Refused]) -> dict[str, _Tokens]:
         """Tokens of every text and prompt, each tokenised whole."""
         examples = [one for rows in rendered if isinstance(rows, list) for one in rows]
-        texts = list(dict.fromkeys(text for one in examples for text in (one.text, *one.prompts)))
+        prompts = list(dict.fromkeys(prompt for one in examples for prompt in one.prompts))
+        known = {p: _Tokens(ids, None) for p, ids in zip(prompts, self._ids(prompts), strict=True)}
+        texts = list(dict.fromkeys(one.text for one in examples))
         encodings = self._backend().encode_batch(texts, add_special_tokens=False)
-        return {
+        return known | {
             text: _Tokens(self._ids([text])[0], None)
             if _MARKS.search(text)
             else _Tokens(encoding.ids, [start for start, _ in encoding.offsets])

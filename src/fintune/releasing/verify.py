@@ -268,10 +268,9 @@ class _Server:
         served = [str(row["id"]) for row in self._ask("/v1/models", None).get("data", [])]
         chosen = [name for name in names if name in served] or (served if len(served) == 1 else [])
         if not chosen:
-            raise ModelError(
-                f"{url} lists {', '.join(served) or 'no models'}, none called {' or '.join(names)}",
-                fix="serve the adapter under the name of its release folder, OpenAI-compatible",
-            )
+            what = f"{url} lists {', '.join(served) or 'no models'}, none called"
+            fix = "serve the adapter under the name of its release folder, OpenAI-compatible"
+            raise ModelError(f"{what} {' or '.join(names)}", fix=fix)
         self._model = chosen[0]
 
     def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
