@@ -414,9 +414,8 @@ def _our_gradients(base: Path, chosen: list[Facts]) -> tuple[Facts, Facts, int]:
     from fintune.attention import why_padded
     from fintune.collate import Collator
     from fintune.config import LoraConfig
-    from fintune.kernels import pointwise
     from fintune.loss import sum_loss
-    from fintune.training import lora
+    from fintune.training import lora, pointwise
 
     loaded = model.load_base(model.Base("bench/base", "", base), "none", "fp32")
     padding_free = why_padded(loaded) is None

@@ -44,9 +44,8 @@ from fintune.collate import CPU_PAD_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
-from fintune.kernels import pointwise  # noqa: E402
 from fintune.model import Base, load_base  # noqa: E402
-from fintune.training import memory  # noqa: E402
+from fintune.training import memory, pointwise  # noqa: E402
 from fintune.training.rows import Order, Rows  # noqa: E402
 from fintune.training.run import build  # noqa: E402
 from fintune.training.run_state import RunState  # noqa: E402

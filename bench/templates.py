@@ -79,7 +79,7 @@ def faults(template: str) -> Iterator[str]:
         if isinstance(made, Refused):
             yield f"{name}: {made.reason} {made.detail}"
             continue
-        own = chat.render(rows[:-1], prompt=True)
+        own = chat.template.render(rows[:-1], prompt=True)
         ids = tokenizer(own, add_special_tokens=False)["input_ids"]
         if ids != chat.prompt_ids(rows) or ids != made[-1].input_ids[: len(ids)]:
             yield f"{name}: the prompt's ids differ"

@@ -151,7 +151,9 @@ def test_a_template_is_read_by_what_it_renders(trait: str) -> None:
     assert tokenizer.decode(trained) == answers
     prompt = chat.prompt_ids(TURNS)
     assert made[-1].input_ids[: len(prompt)] == prompt
-    assert tokenizer.decode(prompt) == chat.render(TURNS[:-1], prompt=True), "what a server renders"
+    assert tokenizer.decode(prompt) == chat.template.render(TURNS[:-1], prompt=True), (
+        "what a server renders"
+    )
     control = [token for token in prompt if tokenizer.decode(token) == "<|eot_id|>"]
     assert len(control) < 5 and chat.stop_token_ids[-1] in {*trained, tokenizer.eos_token_id}
 

@@ -35,10 +35,9 @@ from fintune.batches import plan_epoch
 from fintune.collate import Collator, padding_free_batch
 from fintune.config import LoraConfig, load_config
 from fintune.errors import ConfigError, FintuneError
-from fintune.kernels import pointwise
 from fintune.loss import sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.training import distributed, lora
+from fintune.training import distributed, lora, pointwise
 from fintune.training.rows import Order, read_train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these ranks are CPU processes")

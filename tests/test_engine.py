@@ -22,10 +22,9 @@ from fintune import attention, config
 from fintune.batches import plan_epoch
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.example import IGNORE_INDEX
-from fintune.kernels import dropout, pointwise
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
-from fintune.training import lora
+from fintune.training import lora, pointwise
 
 LENGTHS = (10, 30, 17, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -203,7 +202,7 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
     """peft's dropout modules replay the masks that the fused forward drew; `seeded`: as off the
     CPU, where the backward pass draws them again from their seeds."""
     drawn: list[torch.Tensor | int] = []
-    draw = dropout.draw_keep_bits
+    draw = lora.draw_keep_bits
 
     def record(seed: int, count: int, p: float) -> torch.Tensor | int:
         drawn.append(seed if seeded else draw(seed, count, p))
@@ -227,7 +226,7 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
             if id(x) not in self.seen:
                 self.seen = {id(x): next(masks)}
                 self.kept = x  # keeps the id from being used again
-            kept = dropout.keep_mask(self.seen[id(x)], 0.25, x) != 0
+            kept = lora.keep_mask(self.seen[id(x)], 0.25, x) != 0
             return x * kept.to(x.dtype) / (1 - 0.25)
 
     plain, replay = model(torch.float64, dropout=0.25), Replay()
@@ -242,18 +241,18 @@ def test_fused_dropout_is_pefts_given_the_same_masks(
 def test_a_mask_is_independent_choices_of_the_asked_share(p: float, seeded: bool) -> None:
     """Within five standard deviations: the share, and the share of neighbours dropped together."""
     count = 2_000_000
-    source = 7 if seeded else dropout.draw_keep_bits(7, count, p)
-    mask = dropout.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
+    source = 7 if seeded else lora.draw_keep_bits(7, count, p)
+    mask = lora.keep_mask(source, p, torch.empty(count, dtype=torch.bfloat16))
     assert set(mask.unique().tolist()) <= {0, -1}
-    dropped = dropout.apply_mask(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
+    dropped = lora.apply_mask(torch.ones(count, dtype=torch.bfloat16), mask).float() == 0
     beside = dropped[:-1] & dropped[1:]
     apart = count // 16  # decisions of one word lie this far from each other
     together = dropped[:-apart] & dropped[apart:]
     for found, share in ((dropped, p), (beside, p * p), (together, p * p)):
         deviation = (share * (1 - share) / count) ** 0.5
         assert float(found.double().mean()) == pytest.approx(share, abs=5 * deviation)
-    again, other = dropout.draw_keep_bits(7, 64, p), dropout.draw_keep_bits(8, 64, p)
-    assert torch.equal(again, dropout.draw_keep_bits(7, 64, p))
+    again, other = lora.draw_keep_bits(7, 64, p), lora.draw_keep_bits(8, 64, p)
+    assert torch.equal(again, lora.draw_keep_bits(7, 64, p))
     assert p < 0.1 or not torch.equal(again, other)
 
 

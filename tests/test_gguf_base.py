@@ -48,7 +48,7 @@ def written(folder: Path, **shape: object) -> Path:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_weights_tokens_template_and_stops_come_back(tmp_path: Path, scaled: bool) -> None:
-    rope = {"rope_type": "llama3", "factor": 8.0, **gguf_base._ROPE, "rope_theta": 5e5}
+    rope = {"factor": 8.0, **gguf_base.CUTS["rope"], "rope_theta": 5e5}
     file = written(tmp_path, **({"rope_parameters": rope} if scaled else {}))
     kept = gguf_base.read(file)
     assert kept is not None and kept.about == "read from F32"

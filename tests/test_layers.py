@@ -42,9 +42,7 @@ SPINE = (
     "model",
     "batches",
     "collate",
-    "kernels",
     "loss",
-    "memory",
     "generation",
     "page",
 )

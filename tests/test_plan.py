@@ -12,11 +12,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 from fintune import attention
 from fintune.collate import padding_free_batch
 from fintune.config import load_config, presets
-from fintune.kernels import pointwise
-from fintune.memory import PROBE_TOKENS, model_size
 from fintune.model import attach
 from fintune.plan import count
-from fintune.training import lora
+from fintune.training import lora, pointwise
+from fintune.training.memory import PROBE_TOKENS, model_size
 
 PUBLISHED = {
     "qwen3": (8_190_735_360, {"vocab_size": 151936, "intermediate_size": 12288, "head_dim": 128,

@@ -75,7 +75,7 @@ def test_real_llama_template_passes_and_becomes_ollamas() -> None:
     assert template_reaches(chat.template) == ""
     template = export.ollama_modelfile(chat).split('"""')[1]
     for messages in CONVERSATIONS.values():
-        prompt = chat.render(messages[:-1], prompt=True)
+        prompt = chat.template.render(messages[:-1], prompt=True)
         assert "<|begin_of_text|>" + _go(template, messages[:-1]) == prompt
 
 

@@ -78,7 +78,7 @@ def test_llama_cpp_says_the_same(
     for text in QUESTIONS:
         messages = [Message("user", text)]
         ids = chat.prompt_ids(messages)
-        rendered = chat.render(messages, prompt=True).encode()
+        rendered = chat.template.render(messages, prompt=True).encode()
         assert llama.tokenize(rendered, add_bos=False, special=True) == ids
         made = []
         for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):

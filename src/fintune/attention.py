@@ -54,9 +54,8 @@ def attend(
         The attended values, shape (batch, tokens, heads, head_dim), and None for the weights.
     """
     if cu_seq_lens_q is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        states = (query, key, value, attention_mask)
+        output, _ = sdpa_attention_forward(module, *states, scaling=scaling, **kwargs)
         return output, None
     grouped = query.shape[1] != key.shape[1]
     if _has_varlen(query, value):

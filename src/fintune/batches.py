@@ -12,8 +12,6 @@ would have seen. Several processes are more micro-batches of the same step: rank
 every w-th of them, after they were balanced.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,8 +41,7 @@ def plan_epoch(config: Config, lengths: Ints, epoch: int = 0, world_size: int = 
     size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     step_size, plan = size * accumulation, train.train_sampling_strategy
     if plan == "bucketed":
-        edges = train.bucket_boundaries or choose_boundaries(lengths)
-        steps = _bucketed(lengths, size, accumulation, edges, rng)
+        steps = _bucketed(config, lengths, rng)
     elif plan == "stratified":
         steps = [[group] for group in _strata_order(lengths, step_size, rng)]
     else:
@@ -147,25 +144,21 @@ def _greedy(weights: Ints, bins: int, capacity: int) -> list[list[int]]:
     return members
 
 
-def _bucketed(
-    lengths: Ints,
-    micro_batch_size: int,
-    micro_batches: int,
-    boundaries: Iterable[int],
-    rng: np.random.Generator,
-) -> Steps:
+def _bucketed(config: Config, lengths: Ints, rng: np.random.Generator) -> Steps:
     """Batches of one bucket each, in random order; what buckets leave over is joined by length."""
-    edges = np.array(sorted(boundaries), dtype=np.int64)
+    train, size = config.train, config.train.per_device_train_batch_size
+    edges = np.array(sorted(train.bucket_boundaries or choose_boundaries(lengths)), dtype=np.int64)
     bucket = np.searchsorted(edges, lengths, side="left")
     batches: list[Ints] = []
     left: list[Ints] = []
     for number in np.unique(bucket):
         members = rng.permutation(np.flatnonzero(bucket == number))
-        whole = members.size - members.size % micro_batch_size
-        batches += _chunks(members[:whole], micro_batch_size)
+        whole = members.size - members.size % size
+        batches += _chunks(members[:whole], size)
         left.append(members[whole:])
-    batches += _chunks(np.concatenate(left), micro_batch_size)
+    batches += _chunks(np.concatenate(left), size)
     order = rng.permutation(len(batches))
     # A ragged batch goes last, so that every step but the last has all its examples.
-    order = np.array(sorted(order, key=lambda index: batches[index].size < micro_batch_size))
-    return [[batches[index] for index in chunk] for chunk in _chunks(order, micro_batches)]
+    order = np.array(sorted(order, key=lambda index: batches[index].size < size))
+    micro_batches = _chunks(order, train.gradient_accumulation_steps)
+    return [[batches[index] for index in chunk] for chunk in micro_batches]

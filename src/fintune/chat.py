@@ -16,11 +16,8 @@ tokenised apart, with transformers' own functions (`apply_chat_template(sanitize
 
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -29,9 +26,6 @@ from fintune.config import ChatConfig
 from fintune.errors import ModelError
 from fintune.example import IGNORE_INDEX, Encoded, Message, Role
 from fintune.template import ChatTemplate, Refused
-
-PROOFS = 16
-"""First examples of every shape that are tokenised whole, and compared."""
 
 _MARKS = re.compile(f"[{mark_control_tokens('x', re.compile('x')).replace('x', '')}]")
 """What transformers puts around a spelled control token."""
@@ -88,7 +82,6 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.values()
         names = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._cuts, self._proofs = True, Counter[tuple[tuple[Role, bool], ...]]()
         (end,) = self._ids([self.template.end])
         self.stop_token_ids = sorted({*stops, *end[-1:]})
 
@@ -99,10 +92,6 @@ class ChatFormat:
         thinks = any(message.thought for rows in conversations for message in rows)
         settings = self.settings.model_copy(update={"thinking": "keep" if thinks else "drop"})
         return ChatFormat(self.tokenizer, settings, self.stop_token_ids)
-
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """Text of a conversation as the tokenizer's template writes it (`ChatTemplate.render`)."""
-        return self.template.render(messages, prompt=prompt)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Ids and labels of a conversation that ends with an answer: of its last example.
@@ -118,7 +107,7 @@ class ChatFormat:
     def encode_many(
         self, conversations: Iterable[Sequence[Message]]
     ) -> list[list[Encoded] | Refused]:
-        """The examples of many conversations: few calls of the tokenizer, so much faster.
+        """The examples of many conversations: in few calls of the tokenizer, so faster.
 
         Labels are `IGNORE_INDEX` on everything but each answer and its end of turn. Checked for
         every example: the ids before an answer are the prompt's, the trained ids decode to what is
@@ -126,8 +115,6 @@ class ChatFormat:
         """
         marked = [[self._marked(message) for message in rows] for rows in conversations]
         rendered = [self._rendered(rows, split=self.template.splits) for rows in marked]
-        if self._cuts and (made := self._in_pieces(marked, rendered)):
-            return self._checked(made, rendered)
         known = self._known(rendered)
         for at, one in enumerate(rendered):
             if isinstance(one, list) and len(one[0].prompts) > 1 and not _begins(one[0], known):
@@ -143,51 +130,11 @@ class ChatFormat:
         """A turn whose texts are stripped, as templates do, and hold no whole control token."""
 
         def mark(text: str) -> str:
+            text = text.strip()
             spelled = self.template.control.search(text) or _MARKS.search(text)
             return mark_control_tokens(text, self.template.control) if spelled else text
 
-        return replace(
-            message,
-            content=mark(message.content.strip()),
-            thought=mark(message.thought.strip()),
-            tool_calls=mark(message.tool_calls),
-            tools=mark(message.tools),
-        )
-
-    def _in_pieces(
-        self, rows: list[list[Message]], rendered: list[list[_Rendered] | Refused]
-    ) -> list[list[Encoded] | Refused] | None:
-        """The examples from pieces that are tokenised apart: a text met twice only once.
-
-        None, now and for ever, where the first examples of a shape have other ids as a whole.
-        """
-        cuts = [one.pieces for each in rendered if isinstance(each, list) for one in each]
-        unique = list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
-        ids = dict(zip(unique, self._ids(unique), strict=True))
-        made: list[list[Encoded] | Refused] = []
-        for messages, each in zip(rows, rendered, strict=True):
-            if isinstance(each, Refused):
-                made.append(each)
-                continue
-            examples = []
-            for one in each:
-                examples.append(row := Encoded([], []))
-                for at, piece in enumerate(one.pieces):
-                    row.input_ids.extend(of := ids[piece])
-                    row.labels.extend(of if at % 2 else [IGNORE_INDEX] * len(of))
-            made.append(examples)
-            shape = tuple((message.role, message.trained) for message in messages)
-            self._proofs[shape] += 1
-            if self._proofs[shape] <= PROOFS:
-                texts = [one.text for one in each] + each[-1].prompts
-                whole = self._ids(texts)
-                pairs = zip(examples, whole, strict=False)
-                self._cuts = all(row.input_ids == of for row, of in pairs)
-                last = examples[-1].input_ids
-                self._cuts &= all(last[: len(of)] == of for of in whole[len(each) :])
-                if not self._cuts:
-                    return None
-        return made
+        return message.changed(mark, "content", "thought", "tool_calls", "tools")
 
     def _rendered(self, rows: Sequence[Message], *, split: bool) -> list[_Rendered] | Refused:
         """The examples of a conversation as text: one, or one an answer.
@@ -244,10 +191,12 @@ class ChatFormat:
 
     def _labelled(self, one: _Rendered, known: dict[str, _Tokens]) -> Encoded:
         if not _begins(one, known):  # of one answer, which a token joins with its prompt
+            whole = Encoded([], [])
             parts = [known[one.prompts[0]].ids, *map(self._continued, one.pieces[1:])]
-            ids = [*chain.from_iterable(parts)]
-            kept = [part if at % 2 else [IGNORE_INDEX] * len(part) for at, part in enumerate(parts)]
-            return Encoded(ids, [*chain.from_iterable(kept)])
+            for at, part in enumerate(parts):
+                whole.input_ids.extend(part)
+                whole.labels.extend(part if at % 2 else [IGNORE_INDEX] * len(part))
+            return whole
         ids, starts = known[one.text]
         labels = [IGNORE_INDEX] * len(ids)
         for prompt, end in zip(one.prompts, one.ends, strict=True):
@@ -297,8 +246,8 @@ class ChatFormat:
         encoded = self.encode(messages)
         return {
             "messages": [message.record for message in messages],
-            "text": self.render(messages),
-            "prompt": self.render(messages[:-1], prompt=True),
+            "text": self.template.render(messages),
+            "prompt": self.template.render(messages[:-1], prompt=True),
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "prompt_ids": self.prompt_ids(messages),
@@ -315,9 +264,11 @@ class ChatFormat:
     def _known(self, rendered: Iterable[list[_Rendered] | Refused]) -> dict[str, _Tokens]:
         """Tokens of every text and prompt, each tokenised whole."""
         examples = [one for rows in rendered if isinstance(rows, list) for one in rows]
-        texts = list(dict.fromkeys(text for one in examples for text in (one.text, *one.prompts)))
+        prompts = list(dict.fromkeys(prompt for one in examples for prompt in one.prompts))
+        known = {p: _Tokens(ids, None) for p, ids in zip(prompts, self._ids(prompts), strict=True)}
+        texts = list(dict.fromkeys(one.text for one in examples))
         encodings = self._backend().encode_batch(texts, add_special_tokens=False)
-        return {
+        return known | {
             text: _Tokens(self._ids([text])[0], None)
             if _MARKS.search(text)
             else _Tokens(encoding.ids, [start for start, _ in encoding.offsets])

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 import fintune
 from fintune import __version__, console, sample
-from fintune.errors import ConfigError, FintuneError, Stopped
+from fintune.errors import FintuneError, Stopped, needing
 from fintune.files import read_json
 from fintune.stop import STOP
 
@@ -326,11 +326,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
 ) -> None:
     """A page that compares base and adapter, and an OpenAI-compatible server; loopback only."""
-    try:
+    with needing("serve", "serving"):
         from fintune.serve.app import serve as run_server
-    except ModuleNotFoundError as error:
-        fix = "pip install 'fintune[serve]'"
-        raise ConfigError(f"serving needs {error.name}, which is not installed", fix=fix) from None
     run_server(folder, base=base, host=host, port=port)
 
 

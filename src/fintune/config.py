@@ -14,16 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fintune.errors import ConfigError
 from fintune.files import read_toml
@@ -34,11 +25,13 @@ RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
 URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$"
 """A plain form without credentials, which every reader takes apart in the same way."""
-Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+_EXPANDED = BeforeValidator(lambda v: os.path.expanduser(v) if isinstance(v, str | Path) else v)
+Folder = Annotated[Path, _EXPANDED]
 """It may begin with `~`; of an unknown user that is a name like others."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key -> pattern of the names that it takes."""
+Price = Annotated[float, Field(ge=0)]
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history|context_id)$")]
 
 
@@ -253,7 +246,7 @@ class JudgeConfig(Section):
     """endpoint, without credentials; a server on this machine works the same way"""
     key_variable: str = Field("OPENAI_API_KEY", pattern="^[A-Z][A-Z0-9_]*$")
     """environment variable that holds the key; never the key itself"""
-    usd_per_million: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)
+    usd_per_million: tuple[Price, Price] = (0.0, 0.0)
     """price of a million prompt and of a million reply tokens"""
     max_usd: float | None = Field(None, ge=0)
     """stop before the call that may pass it"""

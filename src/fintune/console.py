@@ -11,15 +11,9 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 _CONTROLS = re.compile(
@@ -100,7 +94,7 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None
 class Meter:
     """Progress of one piece of work: `advance` per item, `note` for the text on the right."""
 
-    def __init__(self, label: str, total: int, progress: Progress, interval: float) -> None:
+    def __init__(self, label: str, total: int, progress: bars.Progress, interval: float) -> None:
         self._progress, self._interval, self._printed = progress, interval, time.monotonic()
         self._task = progress.add_task(label, total=total, note="")
 
@@ -119,12 +113,13 @@ def meter(label: str, total: int, *, download: bool = False) -> Iterator[Meter]:
     Args:
         total: how many items, or bytes of a download (a line a minute, with their rate).
     """
+    columns: list[Any] = [*bars.Progress.get_default_columns()]
     if download:
-        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     else:
-        note = TextColumn("{task.fields[note]}", style="dim", markup=False)
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), note)
+        note = bars.TextColumn("{task.fields[note]}", style="dim", markup=False)
+        columns += [bars.MofNCompleteColumn(), note]
     interval = DOWNLOAD_INTERVAL_S if download else PLAIN_INTERVAL_S
     quiet = not err.is_terminal
-    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
+    with bars.Progress(*columns, console=err, transient=True, disable=quiet) as progress:
         yield Meter(label, total, progress, interval)

@@ -4,6 +4,9 @@ Each class below names its exit code, 1 where it names none. The command line ca
 and nothing else: any other exception is a defect of ours and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FintuneError(Exception):
     """A problem the user can act on.
@@ -59,3 +62,31 @@ class Stopped(FintuneError):
     """Stopped on request; the same command continues."""
 
     exit_code = 75
+
+
+@contextmanager
+def failing(what: str, *kinds: type[Exception], fix: str = "") -> Iterator[None]:
+    """Raise what a library raises in the block as a ModelError, with the library's own words.
+
+    Args:
+        what: what happened.
+        kinds: exceptions of the library.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise ModelError(f"{what}: {str(error)[:200]}", fix=fix) from None
+
+
+@contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Say how to install an extra where the block imports a package of it that is not there.
+
+    Args:
+        what: what needs it, such as "serving".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        lacks = f"{what} needs {error.name}, which is not installed"
+        raise ConfigError(lacks, fix=f"pip install 'fintune[{extra}]'") from None

@@ -1,7 +1,7 @@
 """Records that all stages share: a message, an example, a dropped row, an encoded conversation."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -33,6 +33,11 @@ class Message:
         """As a file holds it: role, content, and what is said of the others."""
         values = ((field, getattr(self, field.name)) for field in fields(self))
         return {field.name: value for field, value in values if value != field.default}
+
+    def changed(self, change: Callable[[str], str], *names: str) -> Self:
+        """The turn with `change` of each named text in its place."""
+        texts: Any = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **texts)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:

@@ -68,12 +68,8 @@ class Unreadable:
 class Written(float):
     """A number of a JSON text, which prints as it is written there: 12.50."""
 
-    def __new__(cls, text: str) -> "Written":
-        self = super().__new__(cls, text)
+    def __init__(self, text: str) -> None:
         self.text = text
-        return self
-
-    text: str
 
     def __str__(self) -> str:
         return self.text
@@ -165,9 +161,8 @@ def parse_json(text: str) -> Any:
             what = "object" if isinstance(value, dict) else "value"
             raise ValueError(f"{text[end : end + 20]!r} behind the {what}")
     except (ValueError, RecursionError) as error:
-        return Unreadable(
-            "not_utf8" if _NO_UTF8.search(text) else "not_json", str(error)[:200], text
-        )
+        reason = "not_utf8" if _NO_UTF8.search(text) else "not_json"
+        return Unreadable(reason, str(error)[:200], text)
     return value
 
 

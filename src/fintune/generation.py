@@ -179,11 +179,9 @@ class Batch:
                 logits_to_keep=1,
             ).logits[:, -1]
         if ids.shape[1] > 1 and not torch.isfinite(logits).all():
-            raise NotFinite(
-                "the model's logits are not finite",
-                why="every answer would be noise",
-                fix="check the weights, or use --set train.precision=fp32",
-            )
+            fix = "check the weights, or use --set train.precision=fp32"
+            why = "every answer would be noise"
+            raise NotFinite("the model's logits are not finite", why=why, fix=fix)
         return logits
 
     def _append(self, logits: Tensor) -> list[Request]:

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune import files
 from fintune.console import say
-from fintune.errors import ModelError
+from fintune.errors import ModelError, failing, needing
 from fintune.untrusted.probe import probe_base, run_limited
 
 FACTS = "gguf.json"
@@ -31,14 +31,8 @@ FACTS = "gguf.json"
 MOST_FP32 = 10**9
 """Parameters up to which weights are kept in fp32, which is exact; a larger base in bf16, as a GPU
 computes: 8B would take 32 GB."""
-_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "phi-2", "exaone4")
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-"""How llama.cpp cuts a text, by the file's word for it: as GPT-2, and with each digit apart.
-transformers 5.23 cuts both as GPT-2, and everything that it does not know."""
-_WHOLE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken")
-"""Where llama.cpp takes a word that is a token as it is, without merging its parts."""
-_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of every Llama 3.1, 3.2 and 3.3; a file states only the divisors that follow from them."""
+CUTS = files.read_toml(__file__, "gguf.toml")
+"""How llama.cpp cuts texts."""
 _OTHER = "download it again, or use the base's safetensors"
 
 
@@ -107,9 +101,10 @@ def _facts(file: Path) -> dict[str, Any]:
         ModelError: with what is wrong.
     """
     counts, places = Counter[str](), dict[str, int]()
-    try:
+    with needing("export", "reading a GGUF file"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    # Exception: whatever a cut header makes struct and numpy raise.
+    with failing(f"{file.name} cannot be read as GGUF", Exception, fix=_OTHER):
         blob = reader._mapped(str(file))
         metadata, count, at = reader._read_metadata(blob, file.name)
         tensors, at = reader._read_tensor_table(blob, count, at)
@@ -120,16 +115,10 @@ def _facts(file: Path) -> dict[str, Any]:
             places[name] = -(-at // align) * align + offset
             counts[stored.name] += math.prod(shape)
             end = max(end, places[name] + math.prod(shape) // block * size)
-    except ModuleNotFoundError:
-        what = "reading a GGUF file needs the gguf package, which is not installed"
-        raise ModelError(what, fix="pip install 'fintune[export]'") from None
-    except Exception as error:  # whatever a cut header makes struct and numpy raise
-        what = f"{file.name} cannot be read as GGUF: {str(error)[:160]}"
-        raise ModelError(what, fix=_OTHER) from None
     kind, scaling = str(metadata["general.architecture"]), "rope.scaling.type"
     cut, model = metadata.get("tokenizer.ggml.pre"), metadata.get("tokenizer.ggml.model")
     scaled = kind != "gpt-oss" and metadata.get(f"{kind}.{scaling}", "none") != "none"
-    known = model != "gpt2" or cut in (*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2, *_DIGITS)
+    known = model != "gpt2" or cut in (*GGUF_PRE_TOKENIZER_SPLITS, *CUTS["gpt2"], *CUTS["digits"])
     for wrong, what in (
         (end > len(blob), f"is cut: it has {len(blob):,} bytes, its header names {end:,}"),
         (metadata.get("general.type", "model") != "model", "is no model"),
@@ -162,7 +151,8 @@ def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
         ModelError: it does not read them, or not all of them.
     """
     place: Any = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    try:
+    errors = (OSError, ValueError, RuntimeError, LookupError, TypeError)
+    with failing(f"{file.name} cannot be read", *errors, fix=_OTHER):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
         _recut(tokenizer.backend_tokenizer, facts["cut"])
         tokenizer.save_pretrained(staging)
@@ -182,19 +172,16 @@ def _convert(file: Path, facts: dict[str, Any], staging: Path) -> None:
         lost = [*info["missing_keys"], *(["biases"] if facts["biases"] and not biases else [])]
         if lost:
             raise ValueError(f"transformers reads it without {', '.join(lost[:3])}")
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-        what = f"{file.name} cannot be read: {str(error)[:200]}"
-        raise ModelError(what, fix=_OTHER) from None
     model.generation_config.eos_token_id = sorted({*facts["ends"]} - {None})
     model.save_pretrained(staging)
 
 
 def _recut(backend: Any, cut: str | None) -> None:
     """Cut texts as llama.cpp does for this file, where transformers would not."""
-    if cut in _DIGITS:
+    if cut in CUTS["digits"]:
         parts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    if cut in _WHOLE:
+    if cut in CUTS["whole"]:
         backend.model.ignore_merges = True
 
 
@@ -206,7 +193,7 @@ def _restore_rotation(file: Path, offset: int, config: Any) -> None:
     """
     stated = np.fromfile(file, "<f4", config.head_dim // 2, offset=offset)
     plain = 1 / config.rope_parameters["rope_theta"] ** (np.arange(len(stated)) / len(stated))
-    config.rope_parameters |= {"rope_type": "llama3", "factor": float(stated.max()), **_ROPE}
+    config.rope_parameters |= {"factor": float(stated.max()), **CUTS["rope"]}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     if not np.allclose(plain / scaled.numpy(), stated, rtol=1e-3):
         raise ValueError("its rotary divisors are not those of Llama 3.1")

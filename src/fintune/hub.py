@@ -14,23 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx2
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    WeakFileLock,
-    get_session,
-    tqdm,
-)
+from huggingface_hub.utils import WeakFileLock, get_session, tqdm  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
 from fintune import console
 from fintune.errors import DataError, FintuneError, ModelError, NoSpace, OutputError
-from fintune.files import FULL, cached_sha256, require_free_space, write_text
+from fintune.files import FULL, cached_sha256, read_toml, require_free_space, write_text
 
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
@@ -48,6 +44,8 @@ BUSY = (408, 429, *range(500, 600))
 _MORE_SPACE = "free some space, or set HF_HOME to another volume"
 PUSH = "--repository"
 """The `setting` of a push, where nothing local could be named instead."""
+SAID = read_toml(__file__, "hub.toml")
+"""What happened -> what is said of it: `what`, `why`, `fix`."""
 _CLASSES = {"model.path": ModelError, "release": OutputError, PUSH: OutputError}
 NO_CONNECTION = (httpx2.TransportError, errors.OfflineModeIsEnabled, ConnectionError)
 
@@ -256,69 +254,65 @@ def hub_errors(
         get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
-        raise hub_error(error, name, setting=setting, revision=revision, missing=missing) from None
+        raise hub_error(error, name, setting, revision=revision, missing=missing or "all") from None
 
 
-def hub_error(
-    error: Exception, name: str, *, setting: str, revision: str | None = None, missing: str = ""
-) -> FintuneError:
+def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> FintuneError:
     """The message for an exception of the hub's clients, without token or URL.
 
     Args:
         setting: `model.path`, `release`, another config key of a data set, or `PUSH`.
-        missing: what was asked for.
+        facts: `revision`, and what was asked for of it: `missing`.
     """
     causes = _causes(error)
     # hf_xet has tried again itself where its text names a status.
     xet = re.search(r"HTTP status \w+ error \((\d{3})", str(causes[-1]))
     status = int(xet[1]) if xet else _status(error)
-    raised = _CLASSES.get(setting, DataError)
-    kind = "model" if setting in _CLASSES else "data set"
+    kind, held = "model" if setting in _CLASSES else "data set", bool(_token())
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
-    is_a = partial(_any_is_a, causes)
     place = "model.path (or --base)" if setting == "model.path" else setting
-    local = "" if setting == PUSH else f", or set {place} to a local copy"
-    tries = f"also after {len(WAITS_S) + 1} tries"
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    token = "HF_TOKEN" if (held := _token()) else "no token: set HF_TOKEN"
-    if any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
-        what = f"no space left in {constants.HF_HUB_CACHE} for {name}"
-        return NoSpace(what, fix=_MORE_SPACE)
-    if is_a(errors.GatedRepoError):
-        what = f"{name} is gated: its licence must be accepted first"
-        return raised(what, fix=f"accept it at {page} with the account of the token ({token})")
-    if is_a(errors.DisabledRepoError):
-        return raised(f"the hub has disabled access to {name}", fix=f"see {page}")
-    if is_a(errors.RevisionNotFoundError):
-        return raised(f"{name} has no revision {revision}", fix=f"see {page}")
-    if is_a(errors.RepositoryNotFoundError, errors.HFValidationError) and setting != PUSH:
-        what = f"the hub knows no {kind} {name}, and there is no such local path"
-        return raised(what, fix=f"check id and {place}; a private one needs its token ({token})")
-    if status in (401, 403):
-        what = f"the hub {'refuses the' if held else 'wants a'} token for {name} (HTTP {status})"
-        return raised(what, why=said, fix="set HF_TOKEN to a valid token with the right to do this")
-    if status == 412:
-        what = f"{name}: main has moved since this push began, and nothing was committed"
-        return raised(what, fix="look at what is there now; the same command replaces it")
-    if is_a(json.JSONDecodeError):
-        what = f"the hub and {name}: a page that is no JSON of a hub, {tries}"
-        return raised(what, fix=f"see whether a proxy or a login answers for {constants.ENDPOINT}")
-    if status in BUSY:
-        what = f"the hub answers {status} for {name}, {tries}"
-        return raised(what, fix="the same command continues later")
-    absent = f"{name} is not on this machine, or not whole ({revision}: {missing or 'all'})"
-    absent = f"{name} cannot be pushed" if setting == PUSH else absent
-    if is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        what = f"{absent}, and the hub is off (offline)"
-        return raised(what, fix=f"run once without --offline{local}")
-    if status is None and is_a(*NO_CONNECTION):
-        what = f"{absent}, and the hub cannot be reached"
-        why = f"{constants.ENDPOINT}: {type(causes[-1]).__name__}"
-        return raised(what, why=why, fix=f"check the network and the proxy settings{local}")
-    answer = f"HTTP {status}" if status else type(error).__name__
-    fix = f"see {page}" if status else "check HF_HOME, HF_ENDPOINT, HF_TOKEN and the proxy settings"
-    return raised(f"the hub and {name}: {answer}", why=said, fix=fix)
+    absent = "{name} is not on this machine, or not whole ({revision}: {missing})"
+    absent = absent.format(name=name, **facts)
+    facts |= {"name": name, "kind": kind, "status": status, "said": said}
+    facts |= {"endpoint": constants.ENDPOINT, "cache": constants.HF_HUB_CACHE, "place": place}
+    facts |= {"error": type(error).__name__, "cause": type(causes[-1]).__name__}
+    facts |= {
+        "page": f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}",
+        "token": "HF_TOKEN" if held else "no token: set HF_TOKEN",
+        "wants": "refuses the" if held else "wants a",
+        "tries": f"also after {len(WAITS_S) + 1} tries",
+        "more_space": _MORE_SPACE,
+        "absent": f"{name} cannot be pushed" if setting == PUSH else absent,
+        "local": "" if setting == PUSH else f", or set {place} to a local copy",
+    }
+    happened = _happened(causes, status, setting)
+    raised = NoSpace if happened == "full" else _CLASSES.get(setting, DataError)
+    return raised(**{part: text.format(**facts) for part, text in SAID[happened].items()})
+
+
+def _happened(causes: list[BaseException], status: int | None, setting: str) -> str:
+    """The table of hub.toml for an exception: the first that holds."""
+
+    def is_a(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    unknown = is_a(errors.RepositoryNotFoundError, errors.HFValidationError)
+    holds = {
+        "full": any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes),
+        "gated": is_a(errors.GatedRepoError),
+        "disabled": is_a(errors.DisabledRepoError),
+        "no_revision": is_a(errors.RevisionNotFoundError),
+        "unknown": unknown and setting != PUSH,
+        "token": status in (401, 403),
+        "moved": status == 412,
+        "no_json": is_a(json.JSONDecodeError),
+        "busy": status in BUSY,
+        "offline": is_a(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE,
+        "unreachable": status is None and is_a(*NO_CONNECTION),
+        "status": status is not None,
+    }
+    return next((name for name in holds if holds[name]), "other")
 
 
 def _token() -> str:
@@ -353,10 +347,6 @@ def _causes(error: BaseException) -> list[BaseException]:
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     return causes
-
-
-def _any_is_a(causes: list[BaseException], *kinds: type[BaseException]) -> bool:
-    return any(isinstance(cause, kinds) for cause in causes)
 
 
 def _error_of_hub(error: BaseException) -> errors.HfHubHTTPError | None:

@@ -9,14 +9,9 @@ from fintune import console
 from fintune.config import Config, load_config, local_id
 from fintune.errors import OutputError
 from fintune.files import reaching, write_text
+from fintune.page import render
 
 COMMENT_COLUMN = 44
-HEAD = """\
-# Config of a run, with every key of fintune. A line that begins with # shows a default: take the #
-# off, and that of its section, to change it. Made by `fintune init --preset {preset}`.
-# Next: fintune prepare --config {out}, then inspect, then run.
-
-"""
 
 
 def init(
@@ -39,7 +34,7 @@ def init(
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
     lines = _lines(load_config(preset, _overrides(name, source, base)), Config())
     with reaching(out):
-        write_text(out, HEAD.format(preset=preset, out=out) + "\n".join(lines) + "\n")
+        write_text(out, render("config.yaml.jinja", preset=preset, out=out, lines=lines))
     console.result(f"wrote {out}; next: fintune run --config {out}")
 
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from fintune import attention, console, gguf_base, seal
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig, LoraConfig, ModelConfig
-from fintune.errors import ConfigError, ModelError, OutputError
+from fintune.errors import ConfigError, ModelError, OutputError, failing
 from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
 from fintune.targets import Targets, find_targets
@@ -30,11 +30,9 @@ from fintune.untrusted.probe import probe_base, probe_release, read_tokenizer, s
 from fintune.untrusted.static import open_folder
 
 PrecisionName = Literal["bf16", "fp16", "fp32"]
-DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError)
+"""What transformers and peft raise for files that they cannot take."""
 disable_progress_bar()  # loading a base has a line of ours
 
 WEIGHTS = re.compile(r"[0-9a-f]{64}")
@@ -324,8 +322,10 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
-    try:
-        model, info = probe.model_class(probe.read_architecture(base.folder)).from_pretrained(
+    kind = probe.model_class(probe.read_architecture(base.folder))
+    again = "download it again"
+    with failing(f"the base in {base.folder} does not load", *_UNLOADABLE, fix=again):
+        model, info = kind.from_pretrained(
             base.folder,
             dtype=DTYPES[dtype],
             device_map={"": "cpu" if on_cpu else device()},
@@ -335,13 +335,10 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
             quantization_config=None if quantization == "none" else packed,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        what = f"the base in {base.folder} does not load: {str(error)[:300]}"
-        raise ModelError(what, fix="download it again") from None
     if lacks := sorted(info["missing_keys"]):
         what = f"the weights in {base.folder} lack {console.some(lacks)} of {type(model).__name__}"
         why = "transformers would fill them with random numbers"
-        raise ModelError(what, why=why, fix="download it again")
+        raise ModelError(what, why=why, fix=again)
     model.requires_grad_(False)
     attention.traits(model)
     return model
@@ -360,11 +357,9 @@ def attach(model: Any, config: LoraConfig, seed: int, targets: Targets | None = 
     targets = targets or find_targets(model, config.target_modules)
     names = {"target_modules": sorted(targets.modules), "exclude_modules": targets.exclude}
     settings = PeftLoraConfig(**config.model_dump() | names, bias="none", task_type="CAUSAL_LM")
-    try:
+    fix = "name other layers: train.lora.target_modules"
+    with failing("peft puts no adapter on this base", ValueError, fix=fix):
         peft = get_peft_model(model, settings, autocast_adapter_dtype=True)
-    except ValueError as error:
-        what = f"peft puts no adapter on this base: {str(error)[:200]}"
-        raise ModelError(what, fix="name other layers: train.lora.target_modules") from None
     for name, value in vars(peft.active_peft_config).items():
         if isinstance(value, set):  # saved in its order, which is another in every process
             setattr(peft.active_peft_config, name, sorted(value))
@@ -373,10 +368,8 @@ def attach(model: Any, config: LoraConfig, seed: int, targets: Targets | None = 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Put a saved adapter on a base, for inference."""
-    try:
+    with failing(f"the adapter in {folder} does not load", *_UNLOADABLE):
         peft = PeftModel.from_pretrained(model, folder, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the adapter in {folder} does not load: {str(error)[:300]}") from None
     return peft.eval()
 
 

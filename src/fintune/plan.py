@@ -1,7 +1,7 @@
 """What `train` would do and take, and where it fits, before a GPU is rented: `fintune plan`.
 
 The base is built on the meta device with its adapter: parameters are exact, and what autograd keeps
-is counted (`fintune.memory`). Hours rest on an assumed share of a GPU's peak.
+is counted (`training/memory.py`). Hours rest on an assumed share of a GPU's peak.
 """
 
 import itertools
@@ -14,17 +14,16 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, TrainingArguments
 
-from fintune import attention, console, memory
+from fintune import attention, console
 from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
-from fintune.errors import ModelError
+from fintune.errors import failing
 from fintune.files import read_toml
-from fintune.kernels import pointwise
-from fintune.memory import ModelSize, step_memory
 from fintune.model import attach, find_base
 from fintune.seal import DONE, read_data
 from fintune.targets import Targets, find_targets
-from fintune.training import lora
+from fintune.training import lora, memory, pointwise
+from fintune.training.memory import ModelSize, step_memory
 from fintune.training.rows import read_train, read_validation
 from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import model_class, probe_base, read_architecture
@@ -175,7 +174,9 @@ def count(config: Config) -> tuple[dict[str, ModelSize], Targets]:
     folder = None if bundled else find_base(config.model, weights=False, kept_in=places).folder
     if folder is not None:
         probe_base(folder, weights=True)
-    try:
+    errors = (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+    fix = "check the base's config.json"
+    with failing(f"{config.model.id} cannot be planned", *errors, fix=fix):
         with torch.device("meta"):
             architecture = read_architecture(folder) if folder else AutoConfig.for_model(**shape)
             model = model_class(architecture).from_config(architecture, dtype=torch.bfloat16)
@@ -188,10 +189,6 @@ def count(config: Config) -> tuple[dict[str, ModelSize], Targets]:
         peft = memory.model_size(model, probes, torch.bfloat16.itemsize)
         lora.fuse(model)
         fused = memory.model_size(model, probes, torch.bfloat16.itemsize)
-    except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        what = f"{config.model.id} cannot be planned: {str(error)[:200]}"
-        fix = "check the base's config.json"
-        raise ModelError(what, fix=fix) from None
     sharded = config.train.strategy == "fsdp"  # it is not quantized then
     packed = {} if sharded else {"8bit": peft, "4bit": peft}
     return {"none": fused} | packed, targets

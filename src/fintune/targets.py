@@ -149,11 +149,10 @@ def _shortened(chosen: list[str], names: list[str], prefix: str) -> tuple[str, .
 
 def _refuse(missing: Sequence[str], free: list[str], reasons: dict[str, str]) -> None:
     has = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in free))
-    raise ModelError(
-        f"train.lora.target_modules: {', '.join(missing)} fits no linear layer of the decoder",
-        why=_said({_in_layer(name): reason for name, reason in reasons.items() if reason}),
-        fix=f"name some of {has}, or {ALL_LINEAR}" if free else "choose another base",
-    )
+    what = f"train.lora.target_modules: {', '.join(missing)} fits no linear layer of the decoder"
+    why = _said({_in_layer(name): reason for name, reason in reasons.items() if reason})
+    fix = f"name some of {has}, or {ALL_LINEAR}" if free else "choose another base"
+    raise ModelError(what, why=why, fix=fix)
 
 
 def _said(without: dict[str, str]) -> str:

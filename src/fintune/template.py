@@ -114,9 +114,8 @@ class ChatTemplate:
             self.notes.append("it takes no system text, which goes before the first question")
         whole, prompt = self._must(turns), self._must(turns[:1], prompt=True)
         if _USER not in prompt or _ANSWER not in whole:
-            raise _unusable(
-                "leaves out a turn or changes its text", "another text would be trained"
-            )
+            why = "another text would be trained"
+            raise _unusable("leaves out a turn or changes its text", why)
         begun = prompt[len(os.path.commonprefix([whole, prompt])) :]
         if tag := re.fullmatch(r"<(\w+)>(\n?)", begun):
             self.opened = begun.strip()
@@ -164,9 +163,7 @@ class ChatTemplate:
         if not self.thinks:
             return
         turns = [Message("user", _USER), Message("assistant", _ANSWER, thought=_SYSTEM)]
-        known = (
-            "<think>" in {self._source, *self._tokenizer.get_vocab()} or "think>" in self._source
-        )
+        known = "think>" in self._source or "<think>" in self._tokenizer.get_vocab()
         for embeds in (False, True)[: 1 + known]:
             self._embeds = embeds
             said = self.attempt(turns)
@@ -276,11 +273,8 @@ class ChatTemplate:
 
     def refusal(self, messages: Sequence[Message]) -> Refused | None:
         """Why these rows are dropped by the settings, whatever the template does."""
-        if (
-            self._merges
-            and messages[0].role == "system"
-            and self._settings.no_system_role == "drop"
-        ):
+        merged = self._merges and messages[0].role == "system"
+        if merged and self._settings.no_system_role == "drop":
             return Refused("no_system_role")
         if self._settings.control_tokens == "drop":
             for message in messages:

@@ -27,10 +27,8 @@ def read_benchmarks(sources: list[Source], *, redact: bool = False) -> list[Exam
         rows = [row for batch in source.batches() for row in batch]
         readable = [each for row in rows if asked(each := _question(source, *row, redact)).strip()]
         if not readable:
-            raise DataError(
-                f"benchmark {source.name} holds no readable question",
-                fix="name its columns: data.benchmarks: [{path: ..., columns: {user: QUESTION}}]",
-            )
+            fix = "name its columns: data.benchmarks: [{path: ..., columns: {user: QUESTION}}]"
+            raise DataError(f"benchmark {source.name} holds no readable question", fix=fix)
         if unread := len(rows) - len(readable):
             warn(f"benchmark {source.name}: {unread} rows hold no readable question: not compared")
         questions += readable

@@ -48,10 +48,8 @@ def inspect(
         table = tables[part]
         tables[part] = table.filter(pc.starts_with(table["example_id"], row)).slice(0, count)
     if not dropped and not any(map(len, tables.values())):
-        raise DataError(
-            f"no such row in {', '.join(tables)} of {config.data_dir}",
-            fix="see fintune dropped, or another --part; lines count from 1, a row's is its first",
-        )
+        fix = "see fintune dropped, or another --part; lines count from 1, a row's is its first"
+        raise DataError(f"no such row in {', '.join(tables)} of {config.data_dir}", fix=fix)
     return _texts(config, tables), dropped
 
 

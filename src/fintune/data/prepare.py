@@ -240,10 +240,9 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
     """
     long = sum(row.length > max_length for row in rows)
     if policy == "drop" and long > MOST_TOO_LONG * len(rows):
-        raise DataError(
-            f"{long} of {len(rows)} rows are longer than {max_length} tokens",
-            fix="raise data.max_length, or set data.over_length=truncate",
-        )
+        fix = "raise data.max_length, or set data.over_length=truncate"
+        what = f"{long} of {len(rows)} rows are longer than {max_length} tokens"
+        raise DataError(what, fix=fix)
     kept = []
     for row in rows:
         excess = row.length - max_length
@@ -316,12 +315,10 @@ def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
     elif not read:
         what += "the sources are empty"
     columns = f"columns: {', '.join(ledger.columns) or 'none'}; the first row that is out: {shown}"
-    raise DataError(
-        f"{what}\n  {columns}\n  every row and its reason: {path} (fintune dropped)",
-        why="without validation rows no checkpoint can be chosen, without test rows no verdict",
-        fix=HINTS.get(reason)
-        or "give more rows, relax the filters, or raise data.validation_share and test_share",
-    )
+    what = f"{what}\n  {columns}\n  every row and its reason: {path} (fintune dropped)"
+    why = "without validation rows no checkpoint can be chosen, without test rows no verdict"
+    fix = "give more rows, relax the filters, or raise data.validation_share and test_share"
+    raise DataError(what, why=why, fix=HINTS.get(reason) or fix)
 
 
 def _write_rows(folder: Path, parts: Parts) -> None:

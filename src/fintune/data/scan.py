@@ -105,6 +105,10 @@ def scan_batch(
     """Parse, repair, filter and key the rows of one batch."""
     ledger, rows = Ledger(redact=config.pii != "off"), list[ScannedRow]()
     cut = ledger.repairs if config.inline_turns == "cut" else None
+
+    def clean(text: str) -> str:
+        return repair(text, ledger.repairs).strip()
+
     for line, given in batch:
         raw = parse(given)
         ledger.read[source.name] += 1
@@ -114,14 +118,8 @@ def scan_batch(
         try:
             if isinstance(raw, Unreadable):
                 raise Rejected(raw.reason, raw.detail)
-            messages = tuple(
-                replace(
-                    message,
-                    content=repair(message.content, ledger.repairs).strip(),
-                    thought=repair(message.thought, ledger.repairs).strip(),
-                )
-                for message in to_messages(raw, source.config.columns, cut)
-            )
+            turns = to_messages(raw, source.config.columns, cut)
+            messages = tuple(turn.changed(clean, "content", "thought") for turn in turns)
             check_filters(messages, config)
         except (Rejected, RecursionError) as out:  # or nested too deeply
             reason, detail = getattr(out, "reason", "not_text"), getattr(out, "detail", str(out))

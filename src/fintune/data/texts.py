@@ -16,11 +16,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from string import ascii_uppercase
-from typing import Any
 
 from stdnum import iban, luhn, numdb
 from stdnum.us import rtn, ssn
@@ -51,17 +49,8 @@ _REPAIRS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]
     ("zero_width", re.compile(f"[{ZERO_WIDTH}]"), ""),
     ("zero_width", re.compile("(?<=[ -~])[\u200c\u200d]|[\u200c\u200d](?=[ -~])"), ""),
     ("lost_escape", re.compile(r" ?\b2019(s|t|re|ve|ll|d|m)\b"), _apostrophe),
-    (
-        "lost_escape",
-        re.compile(
-            r"(?:\b201c(?=[\w$(])|(?<!ction )(?<!ctions )(?<!§ )(?<!rule )\b201c "
-            r"(?=(?:(?!201d)\S+ ){3}))((?:(?!\b201c).)*?) ?\b201d\b"
-        ),
-        "\u201c\\1\u201d",
-    ),
+    ("lost_escape", re.compile(WORDS["lost_quotation"], re.VERBOSE), "\u201c\\1\u201d"),
 )
-"""A quotation opens and closes in one line. What opens it stands at a word, or three words follow
-and no section is named before it: the sections 201c and 201d of a law are none."""
 _SUSPECT = re.compile(f"[{re.escape(CONTROL)}\r]|201[9cd]|\\\\u[0-9a-fA-F]|&[#a-zA-Z]|[^\x00-\x7f]")
 _ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-fA-F]{1,5}|[a-zA-Z][a-zA-Z0-9]{1,30});")
 _ESCAPE = re.compile(
@@ -125,33 +114,6 @@ _STEPS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("unicode_nfc", partial(unicodedata.normalize, "NFC")),
 )
 
-# Where a value may begin: also after an escape left in a text, as after a line end (`\n4111 ...`).
-_AFTER, _WORD = r"(?<![\w.,$/-](?<!\\[nrt]))", r"(?<!\w(?<!\\[nrt]))"
-_CARD = re.compile(
-    _AFTER + r"(?:4\d{3}|5[1-5]\d{2}|2[2-7]\d{2}|6011|65\d{2}|3[47]\d{2}|3(?:0[0-5]|[689]\d)\d)"
-    r"(?:[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}|[ -]?\d{6}[ -]?\d{4,5}|\d{9,12})(?![\w%]|[.,]\d)"
-)
-_SSN = re.compile(_AFTER + r"\d{3}([- ])\d{2}\1\d{4}(?![\w/-]|[.,]\d)")
-_NINE = r"\W{0,3}(?:is|was|of|:|#)?\W{0,3}(\d{9})(?!\d)"
-_BARE_SSN = re.compile(_WORD + r"(?:SSN|social security (?:number|no\.?))" + _NINE, re.I)
-_ROUTE = r"(?:routing|ABA|RTN|transit)(?: (?:transit|routing|number|no\.?|code|#)){0,3}"
-_ROUTING = re.compile(_WORD + _ROUTE + _NINE, re.I)
-_EMAIL = re.compile(
-    r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9-]*\.)+[A-Za-z]{2,24}(?![\w-])"
-)
-_YEARS = r"\(?(?:19|20)\d\d(?: |[/-](?:19|20)?\d\d(?!\d))|\d\d?[/-]\d\d?[/-](?:19|20)\d\d(?!\d)"
-_PHONE = re.compile(
-    r"(?=[\d(+cfmpt])(?:"  # a third of the time, as most letters begin none
-    rf"{_AFTER}(?:\+?1[ .-]?)?(?:\(\d{{3}}\) ?|\d{{3}}[.-])\d{{3}}[ .-]\d{{4}}(?![\w%/-]|[.,]\d)"
-    rf"|{_AFTER}\+(?!1[ .-]?\d{{3}})[1-9]\d{{0,2}}(?:[ .-]\(?\d{{1,8}}\)?){{2,5}}(?![\w%/-]|[.,]\d)"
-    rf"|(?<!\+){_AFTER}\+[1-9]\d{{9,14}}(?!\d)"
-    rf"|{_WORD}(?:call|phone|ph|tel|telephone|mobile|cell|fax)\b"
-    r"(?: (?:number|no\.?|me at|us at|at|is))*[ .:\\\"']{1,5}(\+?\d{10,13})(?!\d)"
-    rf"|{_WORD}(?:phone|ph|tel|telephone|fax)(?:\.:?|[\\\"']{{0,2}}:) ?[\\\"']{{0,2}}(?!{_YEARS})"
-    r"(\+?\(?\d[\d ()/-]{6,16}\d)(?![\d%]|[.,]\d))",
-    re.I,
-)
-
 
 def _valid_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
@@ -170,17 +132,24 @@ def _iban() -> re.Pattern[str]:
         structure = registry.info(code)[0][1].get("bban", "")  # such as 4!a14!n
         if length := sum(map(int, re.findall(r"(\d+)!", structure))):
             forms.append(rf"{code}\d\d(?: ?[A-Z0-9]){{{length}}}")
-    return re.compile(rf"{_WORD}(?=[A-Z]{{2}}\d\d)(?:{'|'.join(forms)})(?!\w)")
+    return re.compile(rf"(?<!\w(?<!\\[nrt]))(?=[A-Z]{{2}}\d\d)(?:{'|'.join(forms)})(?!\w)")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """A pattern of `personal` in words.toml, where <name> stands for another one."""
+    patterns = WORDS["personal"]
+    whole = re.sub("<([a-z]+)>", lambda part: patterns[part[1]], patterns[name])
+    return re.compile(whole, re.VERBOSE)
 
 
 _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
-    ("email", _EMAIL, bool),
+    ("email", _pattern("email"), bool),
     ("iban", _iban(), partial(iban.is_valid, check_country=False)),
-    ("card", _CARD, _valid_card),
-    ("ssn", _SSN, ssn.is_valid),
-    ("ssn", _BARE_SSN, ssn.is_valid),
-    ("routing_number", _ROUTING, rtn.is_valid),
-    ("phone", _PHONE, _valid_phone),
+    ("card", _pattern("card"), _valid_card),
+    ("ssn", _pattern("ssn"), ssn.is_valid),
+    ("ssn", _pattern("named_ssn"), ssn.is_valid),
+    ("routing_number", _pattern("routing_number"), rtn.is_valid),
+    ("phone", _pattern("phone"), _valid_phone),
 )
 
 
@@ -200,10 +169,13 @@ def mask(text: str) -> tuple[str, set[str]]:
 
 def mask_messages(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], set[str]]:
     """All messages masked, and the kinds of personal data in any of them."""
-    names, kinds, masked = ("content", "thought", "tool_calls"), set[str](), []
-    for message in messages:
-        texts = {name: mask(getattr(message, name)) for name in names}
-        kinds.update(*(found for _, found in texts.values()))
-        clean: dict[str, Any] = {name: text for name, (text, _) in texts.items()}
-        masked.append(replace(message, **clean))
-    return tuple(masked), kinds
+    kinds = set[str]()
+
+    def clean(text: str) -> str:
+        text, found = mask(text)
+        kinds.update(found)
+        return text
+
+    return tuple(
+        [each.changed(clean, "content", "thought", "tool_calls") for each in messages]
+    ), kinds

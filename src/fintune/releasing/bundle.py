@@ -32,11 +32,6 @@ HELD_OUT = "held-out rows"
 """What results are of where the rows are no single data set of the hub."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
-LLAMA_NOTICE = """\
-Llama {0} is licensed under the Llama {0} Community License, \
-Copyright © Meta Platforms, Inc. All Rights Reserved.
-"""
-"""The attribution that section 1.b.iii of the Llama 3 licences requires."""
 _PRIVATE_ARGUMENTS = re.compile(
     r"(^format|_dir|_path|run_name|token|hub_.*|push_to_hub.*|project|trackio.*|local_rank)$"
 )
@@ -157,11 +152,9 @@ def _gate(inputs: Inputs) -> None:
     unproved = verdict != "better" and inputs.accepted is None
     reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
     if reasons := [*reasons, *inputs.mismatches, *failed]:
-        raise GateRefused(
-            "not released: " + "; ".join(reasons),
-            fix='a verdict may be accepted with a reason: --accept "..." (the card prints it);'
-            " for anything else train or evaluate again",
-        )
+        fix = 'a verdict may be accepted with a reason: --accept "..." (the card prints it);'
+        fix += " for anything else train or evaluate again"
+        raise GateRefused("not released: " + "; ".join(reasons), fix=fix)
 
 
 def _keep(final: Path, inputs: Inputs) -> Path:
@@ -172,10 +165,9 @@ def _keep(final: Path, inputs: Inputs) -> Path:
     """
     old = files.read_json(final / CONFIG) if (final / CONFIG).is_file() else {}
     if differing := seal.differences(old.get(PROVENANCE, {}), inputs.provenance):
-        raise OutputError(
-            f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}",
-            fix="choose another folder (--set release.out=...), or --fresh (moves it aside)",
-        )
+        what = f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}"
+        fix = "choose another folder (--set release.out=...), or --fresh (moves it aside)"
+        raise OutputError(what, fix=fix)
     static.open_folder(final, "release")
     console.say(f"released already, unchanged: {final}")
     return final
@@ -269,13 +261,12 @@ def _write_llama_license(staging: Path, base: model.Base) -> str | None:
         return None
     license_file = min(base.folder.glob("LICENSE*"), default=None)
     if license_file is None:
-        raise GateRefused(
-            f"{base.folder} holds no licence text of {base.id}",
-            why="Llama's licence asks for a copy of itself with everything derived from it",
-            fix=f"put the base's LICENSE into {base.folder}",
-        )
+        what = f"{base.folder} holds no licence text of {base.id}"
+        why = "Llama's licence asks for a copy of itself with everything derived from it"
+        raise GateRefused(what, why=why, fix=f"put the base's LICENSE into {base.folder}")
     files.copy_file(license_file, staging / "LICENSE")
-    files.write_text(staging / "NOTICE", LLAMA_NOTICE.format(match[1]))
+    # The attribution that section 1.b.iii of the Llama 3 licences requires.
+    files.write_text(staging / "NOTICE", page.render("NOTICE.jinja", llama=match[1]) + "\n")
     return match[1]
 
 

@@ -1,6 +1,5 @@
 """A release in the formats of other programs; each is a function with `@exports.command()`."""
 
-import importlib
 import os
 import shlex
 import tempfile
@@ -16,7 +15,7 @@ import typer
 
 from fintune import console, files, page, seal
 from fintune.chat import ChatFormat
-from fintune.errors import GateRefused, ModelError, OutputError
+from fintune.errors import GateRefused, ModelError, OutputError, needing
 from fintune.example import Message
 from fintune.hub import COMMIT
 from fintune.model import DTYPES, LoadedRelease, find_release, load_release, open_release
@@ -156,9 +155,9 @@ def ollama_modelfile(chat: ChatFormat) -> str:
         ModelError: a template whose turns are not alike.
     """
     user, answer, system = (Message(r, f"\ue000{r}\ue001") for r in ("user", "assistant", "system"))
-    whole = chat.render([system, user, answer, user], prompt=True)
+    whole = chat.template.render([system, user, answer, user], prompt=True)
     head, after_system, after_user, after_answer, last = _between(whole)
-    plain, opened = _between(chat.render([user], prompt=True))
+    plain, opened = _between(chat.template.render([user], prompt=True))
     close = chat.template.end
     bos = chat.tokenizer.bos_token if _gguf_writer().adds_bos(chat.tokenizer) else ""
     open_user, open_answer = after_system.removeprefix(close), after_user.removeprefix(close)
@@ -177,11 +176,9 @@ def ollama_modelfile(chat: ChatFormat) -> str:
 
 
 def _gguf_writer() -> ModuleType:
-    try:
-        return importlib.import_module("fintune.releasing.gguf")
-    except ModuleNotFoundError:
-        fix = "pip install 'fintune[export]'"
-        raise ModelError("the gguf package is not installed", fix=fix) from None
+    with needing("export", "writing a GGUF file"):
+        from fintune.releasing import gguf as writer
+    return writer
 
 
 def _load_merged(

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fintune.errors import ModelError
+from fintune.gguf_base import CUTS
 from fintune.model import Base, LoadedRelease
 from fintune.untrusted.checks import ADAPTER, ADAPTER_CONFIG, read_object
 from fintune.untrusted.probe import read_architecture
@@ -29,12 +30,6 @@ from fintune.untrusted.probe import read_architecture
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
 NUMPY_TYPES = {"f32": np.float32, "f16": np.float16}
 UNSUPPORTED_LORA = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-PRE_TOKENIZERS = {
-    "llama-bpe": r"\[true, .*\\\\p\{N\}\{1,3\}.*",
-    "smollm": r'\[false, .*"individual_digits": true\}, \{"type": "ByteLevel".*',
-    "gpt-2": r'\[false, \{"type": "ByteLevel".*"use_regex": true\}\]',
-}
-"""llama.cpp's name of a pre-tokenizer -> what `ignore_merges` and its JSON match."""
 _LORA_PREFIX = "base_model.model."
 
 
@@ -188,9 +183,9 @@ def _pre_tokenizer(base: Base, tokenizer: Any) -> str:
         return str(cut)
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     text = json.dumps([tree["model"].get("ignore_merges", False), tree["pre_tokenizer"]])
-    for name, trait in PRE_TOKENIZERS.items():
+    for name, trait in CUTS["written"].items():
         if re.fullmatch(trait, text) and not tree["normalizer"]:
-            return name
+            return str(name)
     what = f"the tokenizer of {base.id} cuts texts in a way that this export does not know"
     raise ModelError(what, fix="export merged, and convert it with llama.cpp's own converter")
 

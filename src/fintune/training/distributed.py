@@ -52,19 +52,16 @@ def start(strategy: str) -> None:
         ConfigError: a strategy was asked for that this run would not have.
     """
     if strategy != "auto" and world_size() == 1:
-        raise ConfigError(
-            f"train.strategy={strategy}, and this is the only process",
-            fix="launch several: torchrun --nproc-per-node 2 --no-python fintune train ...",
-        )
+        fix = "launch several: torchrun --nproc-per-node 2 --no-python fintune train ..."
+        raise ConfigError(f"train.strategy={strategy}, and this is the only process", fix=fix)
     if world_size() > 1:
         # The others wait while rank 0 writes and hashes; NCCL's default limit is 10 minutes.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=40))
         kind = state.distributed_type.value
         if kind not in ("MULTI_CPU", "MULTI_GPU"):
-            raise ConfigError(
-                f"{world_size()} processes were launched and accelerate runs them as {kind}",
-                fix="unset the ACCELERATE_* variables, or: fintune train in one process",
-            )
+            what = f"{world_size()} processes were launched and accelerate runs them as {kind}"
+            fix = "unset the ACCELERATE_* variables, or: fintune train in one process"
+            raise ConfigError(what, fix=fix)
         console.err.quiet = not is_rank0()
 
 

@@ -83,12 +83,11 @@ class Order:
     ) -> None:
         configured = config.train.gradient_accumulation_steps
         if configured % world_size:
-            raise ConfigError(
-                f"train.gradient_accumulation_steps={configured}: the micro-batches of an"
-                f" optimizer step do not divide among {world_size} processes",
-                fix="change it and train.per_device_train_batch_size: their product is the"
-                " examples of an optimizer step",
+            what = f"{configured} micro-batches do not divide among {world_size} processes"
+            fix = (
+                "change it and train.per_device_train_batch_size: a step has their product of rows"
             )
+            raise ConfigError(f"train.gradient_accumulation_steps: {what}", fix=fix)
         self.rows, self.collator, self._world_size = rows, collator, world_size
         self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
         self._epochs, self._micro_batches = config.train.num_train_epochs, micro_batches

@@ -17,12 +17,11 @@ from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
-from fintune.kernels import pointwise
 from fintune.loss import why_full_logits
 from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
 from fintune.stop import STOP
 from fintune.targets import find_targets, resolve_targets
-from fintune.training import distributed, lora, memory
+from fintune.training import distributed, lora, memory, pointwise
 from fintune.training.metrics import MetricsCallback, draw_curves, open_metrics
 from fintune.training.rows import Order, Rows, read_train, read_validation
 from fintune.training.run_state import KEEP, PACKAGES, RunState, run_fingerprint
@@ -170,10 +169,8 @@ def _fit(trainer: LoraTrainer, config: Config, state: RunState) -> None:
             trainer.add_callback(MetricsCallback(log, bar, order))
         trainer.resume(resume, total) if resume else trainer.train()
     if distributed.stop_asked():
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {total}, saved",
-            fix="the same command continues",
-        )
+        what = f"stopped at step {trainer.state.global_step} of {total}, saved"
+        raise Stopped(what, fix="the same command continues")
 
 
 def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
@@ -185,10 +182,9 @@ def _finish(trainer: LoraTrainer, rows: Rows, state: RunState) -> None:
     """
     check = check_weights(trainer.best)
     if check.status == "failed":
-        raise (NotFinite if "NaN" in check.detail else OutputError)(
-            f"{trainer.best}: {check.detail}",
-            fix="train more steps (train.warmup_ratio of them warm up): fintune train --fresh",
-        )
+        raised = NotFinite if "NaN" in check.detail else OutputError
+        fix = "train more steps (train.warmup_ratio of them warm up): fintune train --fresh"
+        raise raised(f"{trainer.best}: {check.detail}", fix=fix)
     draw_curves(state.folder / "metrics.jsonl", state.folder / "curves.png")
     files.write_json(state.folder / "environment.json", _environment(trainer, rows, state))
     seal.seal(state.folder, state.fingerprint, accepted=state.accepted)

@@ -57,10 +57,8 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
     }
     encoded = {name: data["inputs"].get(name) for name in tokenizer}
     if differs := seal.differences(encoded, tokenizer):
-        raise OutputError(
-            f"{config.data_dir} was prepared for another base: {'; '.join(differs)}",
-            fix="run: fintune prepare --fresh",
-        )
+        what = f"{config.data_dir} was prepared for another base: {'; '.join(differs)}"
+        raise OutputError(what, fix="run: fintune prepare --fresh")
     return {
         "config": sections,
         "data": {name: fact["sha256"] for name, fact in data["files"].items() if "parquet" in name},
@@ -168,11 +166,8 @@ class RunState:
         self.resolved["out_of_memory"].append({"step": step(), "micro_batches": more})
         # By the rank that met it; the others wait.
         files.write_json(self.folder / RECORD, self.resolved)
-        raise Stopped(
-            what,
-            fix=f"the same command continues from the last checkpoint, with {more} micro-batches"
-            " an optimizer step (of the same examples)",
-        )
+        fix = f"the same command continues from the last checkpoint, with {more} micro-batches"
+        raise Stopped(what, fix=f"{fix} an optimizer step (of the same examples)")
 
     def newest_checkpoint(self) -> dict[str, Any]:
         """RESUME of the checkpoint to continue from and its folder, as `checkpoint`; empty where
@@ -207,11 +202,10 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
     before, changes = begun["inputs"], begun.get("accepted", [])
     differs = seal.differences(before, fingerprint)
     if fixed := [line for line in differs if line.startswith(FIXED_KEYS)]:
-        raise OutputError(
-            f"what was saved so far has another shape, or another base: {'; '.join(fixed)}",
-            why="a half-trained adapter fits the weights that it was trained on, and no others",
-            fix="set it back (a base's commit: model.revision), or: fintune train --fresh",
-        )
+        what = f"what was saved so far has another shape, or another base: {'; '.join(fixed)}"
+        why = "a half-trained adapter fits the weights that it was trained on, and no others"
+        fix = "set it back (a base's commit: model.revision), or: fintune train --fresh"
+        raise OutputError(what, why=why, fix=fix)
     if differs:
         change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}
         files.write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
@@ -252,10 +246,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
     if by_step:
-        raise OutputError(
-            f"none of the {len(by_step)} checkpoints in {folder} verifies",
-            fix="start again: fintune train --fresh (the old folder is moved aside)",
-        )
+        fix = "start again: fintune train --fresh (the old folder is moved aside)"
+        raise OutputError(f"none of the {len(by_step)} checkpoints in {folder} verifies", fix=fix)
     return None
 
 

@@ -161,12 +161,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
             return torch.zeros_like(norm)
         ids = self.order.example_ids(step)
-        raise NotFinite(
-            f"step {step + 1}: the loss is {loss}, the gradient norm {value}; the optimizer step"
-            " was not made",
-            why=f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
-            fix="look at them (fintune inspect), or lower train.learning_rate",
-        )
+        what = f"step {step + 1}, which was not made: the loss is {loss}, the gradient norm {value}"
+        why = f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}"
+        fix = "look at them (fintune inspect), or lower train.learning_rate"
+        raise NotFinite(what, why=why, fix=fix)
 
     @torch.no_grad()
     def evaluate(
@@ -200,9 +198,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         sums = self.accelerator.reduce(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
+            fix = "lower train.learning_rate; the same command continues from the checkpoint"
             raise NotFinite(
-                f"step {self.state.global_step}: the validation loss is {loss}",
-                fix="lower train.learning_rate; the same command continues from the checkpoint",
+                f"step {self.state.global_step}: the validation loss is {loss}", fix=fix
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)

@@ -26,12 +26,6 @@ Role = Literal["release", "adapter", "base"]
 _SHARD = re.compile(r"[^/\\]+\.safetensors")
 _PATH = re.compile(r"""(?<![\w./:~-])(?:/(?:home|Users|root|tmp)/[\w.-]+|[A-Za-z]:\\+Users\\+\w)""")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MADE_FROM = {
-    "adapter_sha256": checks.ADAPTER,
-    "test_results_sha256": checks.RESULTS,
-    "judged_sha256": checks.JUDGED,
-}
-"""Hashes of the provenance whose files are in the release."""
 _SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 """Of `sha256sum`, also with -b."""
 _VERDICT = re.compile(r"Verdict: \*\*([^*]*)\*\*")
@@ -172,7 +166,9 @@ def _check_provenance(of: _Folder) -> str:
     provenance, files = config[checks.PROVENANCE], config.get("files", {})
     if not isinstance(provenance, dict) or not isinstance(files, dict):
         raise Unreadable(f"{checks.CONFIG}: `provenance` or `files` is no object")
-    stated = [(name, provenance.get(key)) for key, name in _MADE_FROM.items()] + [*files.items()]
+    stated = [(name, provenance.get(key)) for key, name in LIMITS["made_from"].items()] + [
+        *files.items()
+    ]
     wrong = {name for name, digest in stated if of.hashes.get(name, "") != digest}
     refuse(f"not the files that {checks.CONFIG} names:", wrong)
     return f"{len(stated)} hashes as {checks.CONFIG} names them"
