@@ -129,7 +129,7 @@ def paired(
     Returns:
         As in test_results.json: `value`, `ci95`, `p` (sign flip), `n`, `clusters` (documents),
         `effective` (see `effective`), `df` of the interval, and `mde80`, the smallest gain that a
-        comparison of this size, with as many losses as here (and the added one), finds with a power of 80 %.
+        comparison of this size finds with a power of 80 %, with as many losses as here (one added).
     """
     if not len(differences):
         nothing = {"value": 0.0, "ci95": [-unit, unit], "p": 1.0}
