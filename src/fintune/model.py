@@ -106,7 +106,7 @@ def free_threads() -> int:
     most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return most
-    free = round(cores - psutil.cpu_percent(BUSY_SECONDS) / 100 * cores)
+    free = int(cores - psutil.cpu_percent(BUSY_SECONDS) / 100 * cores + 0.5)
     if free < most:
         console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
     return max(1, min(most, free))
