@@ -32,8 +32,8 @@ MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
 would decide alone."""
 SMALL_TASK = 0.1
-"""A task whose minimum detectable effect is larger, and in which a loss may have gone unseen, is too
-small to guard."""
+"""A task whose minimum detectable effect is larger, and in which a loss may have gone unseen, is
+too small to guard."""
 CHECKED = ("number", "label", "span", "tags")
 """Kinds of item that count for accuracy; the others have secondary measures."""
 MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
