@@ -62,7 +62,7 @@ def _facts(root: Path) -> Json:
     trained = run["files"][ADAPTER]["sha256"] if _done(run) else None
     current = _done(tested) and (not run or tested["inputs"]["adapter"] == trained)
     found = read_json(root / "eval" / results.RESULTS) if current else {}
-    loss = float(found["loss"]["adapter"]) if found else None
+    loss = float(found["loss"]["adapter"]) if current else None
     if not isfinite(loss or 0):
         raise ValueError("a loss that is no number")
     newest = max((path.stat().st_mtime for path in marks), default=0)
@@ -72,7 +72,7 @@ def _facts(root: Path) -> Json:
         "rows": int(read_json(data / "manifest.json")["rows"]["train"]) if same else None,
         "learning_rate": config.train.learning_rate if config else None,
         "loss": loss,
-        "verdict": str(found["verdict"]) if found else None,
+        "verdict": str(found["verdict"]) if current else None,
         "state": _state(root, run, tested, current, _done(made)),
     }
 
