@@ -240,7 +240,10 @@ def test_a_folder_that_is_none_is_said_and_the_page_has_its_place(
     assert said.code == 1 and "No such file" in said.err and "fintune runs DIR" in said.err
     assert tiny.done("runs", tmp_path).out == "no runs\n"
     copy = chain.copy(tmp_path / "copy", "eval")
-    for page in (copy.eval / "page.html", tmp_path / "rows.jsonl"):
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "SHA256SUMS").touch()
+    places = (copy.eval, tmp_path / "release")
+    for page in (*(place / "page.html" for place in places), tmp_path / "rows.jsonl"):
         refused = tiny.fintune("compare", chain.out, copy.out, "--html", page)
         assert refused.code == 1 and not page.exists(), page
 

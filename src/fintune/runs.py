@@ -22,6 +22,8 @@ HOME = Path("runs")
 FIELDS = ("name", "date", "base", "rows", "learning_rate", "loss", "verdict", "state")
 DOING = {"data": "preparing", "run": "training", "eval": "evaluating", "release": "releasing"}
 ADAPTER = "best/adapter_model.safetensors"
+SUMS = "SHA256SUMS"
+"""Written last into a release."""
 TAIL = 4096
 """Bytes of the end of metrics.jsonl that are read; a line is 250."""
 UNLIKE = (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -102,7 +104,7 @@ def _state(root: Path, run: Json, tested: Json, current: bool, prepared: bool) -
         how = "failed" if step > saved or not saved else "stopped"
         return f"{held[0]}, step {step}" if held else f"{how} at step {step}, saved: {saved}"
     states: dict[str, object] = {
-        "released": current and (root / "release" / "SHA256SUMS").is_file(),
+        "released": current and (root / "release" / SUMS).is_file(),
         "evaluated": current,
         "trained, eval unfinished": run and tested and not _done(tested),
         "trained again after eval": run and tested,
@@ -160,7 +162,8 @@ def compare(first: str, second: str, page: Path | None) -> Json:
     Raises:
         FintuneError: as of `show`; other questions or prompts; or the page has no place.
     """
-    if page and (page.suffix != ".html" or (page.parent / seal.DONE).is_file()):
+    marks = (seal.DONE, seal.INPUTS, SUMS)
+    if page and (page.suffix != ".html" or any((page.parent / m).is_file() for m in marks)):
         what = f"{page} does not end in .html, or lies in the folder of a stage"
         raise OutputError(what, fix="name another: --html compare.html")
     with failing("these runs are not of this version", *UNLIKE, fix="fintune eval --fresh"):
