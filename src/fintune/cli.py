@@ -35,6 +35,12 @@ app = typer.Typer(
 ConfigName = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")]
 Set = typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4.")
 Overrides = Annotated[list[str] | None, Set]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="A folder of prepared data, or a run that has one.")
+]
+Runs = Annotated[Path, typer.Argument(help="The folder that the runs are in.")]
+Page = Annotated[Path | None, typer.Option(help="A page to write: the questions that changed.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or its name below ./runs.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder aside first.")]
 Accept = Annotated[str | None, typer.Option(help="Release without `better`, for this reason.")]
 JudgeHost = Annotated[str, typer.Option(help="A host that may get the judge's key.")]
@@ -115,12 +121,13 @@ def demo(
 def run(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
+    data: Data = None,
     fresh: Fresh = False,
     accept: Accept = None,
     judge_host: JudgeHost = "",
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
-    loaded = fintune.load_config(config, overrides)
+    loaded = _load(config, overrides, data)
     from fintune.pipeline import run as all_stages
 
     all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
@@ -142,6 +149,7 @@ def prepare(
 def train(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
+    data: Data = None,
     fresh: Fresh = False,
     force_resume: Annotated[
         str | None, typer.Option(help="Continue although config, data or versions changed: why.")
@@ -149,7 +157,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
-    loaded = fintune.load_config(config, overrides)
+    loaded = _load(config, overrides, data)
     folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
     _emit({"run": str(folder)}, as_json)
 
@@ -170,6 +178,7 @@ def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json
 def evaluate(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
+    data: Data = None,
     fresh: Fresh = False,
     rescore: Annotated[Path | None, typer.Option(help="Grade this folder's answers again.")] = None,
     judge_host: JudgeHost = "",
@@ -181,7 +190,7 @@ def evaluate(
 
         results = make_again(rescore)
     else:
-        loaded = fintune.load_config(config, overrides)
+        loaded = _load(config, overrides, data)
         results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
     _emit(results, as_json)
 
@@ -190,12 +199,39 @@ def evaluate(
 def release(
     config: ConfigName = CONFIG,
     overrides: Overrides = None,
+    data: Data = None,
     fresh: Fresh = False,
     accept: Accept = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
-    loaded = fintune.load_config(config, overrides)
+    loaded = _load(config, overrides, data)
     fintune.release(loaded, fresh=fresh, accept=accept)
+
+
+@app.command("runs")
+def list_runs(folder: Runs = Path("runs"), as_json: Json = False) -> None:
+    """Every run with its base, rows, rate, loss, verdict and state, newest first."""
+    from fintune import runs
+
+    rows = runs.list_runs(folder)
+    _emit(rows, as_json, runs.text("runs", rows))
+
+
+@app.command()
+def show(run: Run, as_json: Json = False) -> None:
+    """The verdict of a finished evaluation again, with accuracy and loss."""
+    from fintune import runs
+
+    _emit(runs.show(run, console.say if as_json else console.result), as_json)
+
+
+@app.command()
+def compare(a: Run, b: Run, html: Page = None, as_json: Json = False) -> None:
+    """The adapter of run B against that of run A, paired over the same test questions."""
+    from fintune import runs
+
+    found = runs.compare(a, b, html)
+    _emit(found, as_json, runs.text("compare", found))
 
 
 @app.command()
@@ -374,10 +410,21 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _emit(value: Any, as_json: bool) -> None:
-    """A command's result for programs, where --json was given."""
+def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintune.Config:
+    """The config, with the prepared data of --data, which may be a run that holds it."""
+    given = list(overrides or ())
+    if data is not None:
+        inner = data / "data"
+        given.append(f"data.out={json.dumps(str(inner if inner.is_dir() else data))}")
+    return fintune.load_config(config, given)
+
+
+def _emit(value: Any, as_json: bool, text: str = "") -> None:
+    """A command's result for programs, where --json was given; else its text, if it has one."""
     if as_json:
         console.emit_json(value)
+    elif text:
+        console.result(text)
 
 
 def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:

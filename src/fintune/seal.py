@@ -142,6 +142,16 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def held(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder now. Its file must be there."""
+    with folder.with_name(f".{folder.name}.lock").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
+
+
 def recorded_inputs(folder: Path) -> dict[str, Any]:
     """What a finished or begun folder was made from; {} where it does not say or is damaged."""
     for mark in (folder / DONE, folder / INPUTS):

@@ -79,7 +79,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
         if {call.key for call in planned} - judge.finished(folder).keys():
             _judge(config, folder, inputs, judge_host)
-    return _summarize(folder)
+    return results.tell(folder)
 
 
 def check_tasks(config: Config, *, fresh: bool = False) -> None:
@@ -111,7 +111,7 @@ def judge_answers(
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(folder):
         _judge(config, folder, inputs, judge_host, labels)
-    return _summarize(folder)
+    return results.tell(folder)
 
 
 def _judge(
@@ -137,23 +137,6 @@ def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) ->
     write_jsonl(folder / judge.NAME, rows)
     results.write_results(folder)
     seal.seal(folder, inputs)
-
-
-def _summarize(folder: Path) -> dict[str, Any]:
-    """Print what test_results.json says, and return it."""
-    test_results = read_json(folder / results.RESULTS)
-    accuracy, loss = test_results["accuracy"], test_results["loss"]
-    for name in VARIANTS:
-        say(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
-    if loss["adapter"] >= loss["base"]:
-        warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
-    for name, cut in test_results["n"]["thoughts_cut"].items():
-        if cut:
-            fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
-            warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
-    for sentence in verdict.summary(test_results):
-        say(sentence)
-    return test_results
 
 
 def _judged_set(folder: Path) -> list[Pair]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune import seal
+from fintune.console import say, warn
 from fintune.errors import GateRefused
 from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
@@ -59,14 +60,14 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
-    deciding = _deciding(checked)
+    deciding = deciding_pairs(checked)
     answers = read_jsonl(folder / "predictions.jsonl")
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
-    tasks = _tasks(checked, deciding, run["max_task_drop"])
-    accuracy, measures = _accuracy(deciding, len(tasks)), _measures(pairs)
+    tasks = by_task(checked, deciding, run["max_task_drop"])
+    accuracy, measures = overall(deciding, len(tasks)), _measures(pairs)
     if judged:
         measures["judge_win_rate"] = judged["win_rate"]
     adjusted = stats.holm({name: one["difference"]["p"] for name, one in measures.items()})
@@ -178,7 +179,7 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
     }
 
 
-def _deciding(checked: list[Pair]) -> list[Pair]:
+def deciding_pairs(checked: list[Pair]) -> list[Pair]:
     """Of every document at most MOST_A_DOCUMENT pairs, by hash, in their order."""
     taken: Counter[str] = Counter()
     chosen = set[str]()
@@ -238,7 +239,7 @@ def _over_majority(pairs: list[Pair]) -> Json:
     return {"majority_class": majority, "over_majority": over}
 
 
-def _accuracy(deciding: list[Pair], tasks: int) -> Json:
+def overall(deciding: list[Pair], tasks: int) -> Json:
     """Accuracy over the deciding questions, and as the mean of the tasks' accuracies (`macro`)."""
     accuracy = _compare(deciding, _correct)
     size = Counter(pair.item.task for pair in deciding)
@@ -261,7 +262,7 @@ def _measures(pairs: list[Pair]) -> Json:
     return measures
 
 
-def _tasks(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
+def by_task(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
     """By task: the paired difference of its deciding questions, whether the task is lost or too
     small to tell, the majority class, and of all questions the outcomes and what wrong ones cost.
 
@@ -340,7 +341,28 @@ def rescore(folder: Path) -> Json:
     with seal.lock(folder):
         write_results(folder)
         seal.seal(folder, done["inputs"])
-    return read_json(folder / RESULTS)
+    return tell(folder)
+
+
+def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
+    """Print what test_results.json says, and return it.
+
+    Args:
+        line: prints a line of it; notes go to standard error.
+    """
+    results = read_json(folder / RESULTS)
+    accuracy, loss = results["accuracy"], results["loss"]
+    for name in VARIANTS:
+        line(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
+    if loss["adapter"] >= loss["base"]:
+        warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
+    for name, cut in results["n"]["thoughts_cut"].items():
+        if cut:
+            fix = "raise eval.max_new_tokens, or set chat.thinking=drop"
+            warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
+    for sentence in summary(results):
+        line(sentence)
+    return results
 
 
 def write_results(folder: Path) -> None:

@@ -17,9 +17,13 @@ MOST_UNSCORED = 0.02
 """Share of judge calls without a readable verdict above which the verdict is `invalid`."""
 
 
-def decide(run: Json, loss: Json, accuracy: Json, tasks: Json, judged: Json | None) -> Json:
+def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Json | None) -> Json:
     """The fields `verdict`, `primary` (the measure that decided), `guards`, `invalid_reasons`,
-    `lost_tasks`, `small_tasks`, `looks`."""
+    `lost_tasks`, `small_tasks`, `looks`.
+
+    Args:
+        loss: None where two adapters are compared, which has no guards.
+    """
     by_name = {"accuracy": accuracy["difference"], "macro_accuracy": accuracy["macro"]}
     primary, invalid = run["primary"], list[str]()
     reason = "eval.primary is win_rate" if primary == "win_rate" else ""
@@ -45,8 +49,8 @@ def decide(run: Json, loss: Json, accuracy: Json, tasks: Json, judged: Json | No
         invalid.append(f"{unscored:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
-    guards = {"held_out_loss": loss["adapter"] <= loss["base"]}
-    if primary != "win_rate":
+    guards = {"held_out_loss": loss["adapter"] <= loss["base"]} if loss else {}
+    if loss and primary != "win_rate":
         guards["majority_class"] = accuracy["over_majority"]["ci95"][0] > 0
     lost = [name for name, task in tasks.items() if task["lost"]]
     return {
@@ -70,13 +74,17 @@ def word(difference: Json, passed: bool, lost: bool) -> str:
     return "worse"
 
 
-def summary(results: Json) -> list[str]:
-    """The verdict and its reasons in sentences, for the terminal and the head of the report."""
-    primary, verdict = results["primary"], PHRASES["verdicts"][results["verdict"]]
+def summary(results: Json, verdicts: dict[str, str] = PHRASES["verdicts"]) -> list[str]:
+    """The verdict and its reasons in sentences, for the terminal and the head of the report.
+
+    Args:
+        verdicts: the first sentence by verdict; a comparison of two adapters has its own.
+    """
+    primary, verdict = results["primary"], verdicts[results["verdict"]]
     low, high = (f"{100 * end:+.1f}" for end in primary["ci95"])
     failed = [PHRASES["guards"][guard] for guard, passed in results["guards"].items() if not passed]
     if results["verdict"] == "no_detectable_difference" and failed and primary["ci95"][0] > 0:
-        verdict = PHRASES["verdicts"]["guarded"]
+        verdict = verdicts["guarded"]
     if lost := results["lost_tasks"]:
         points = {name: 100 * results["tasks"][name]["difference"]["value"] for name in lost}
         named = ", ".join(f"{name} ({points[name]:+.0f})" for name in lost)
