@@ -58,7 +58,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
-    deciding = _deciding(checked)
+    deciding = deciding_pairs(checked)
     answers = read_jsonl(folder / "predictions.jsonl")
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
@@ -177,7 +177,7 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
     }
 
 
-def _deciding(checked: list[Pair]) -> list[Pair]:
+def deciding_pairs(checked: list[Pair]) -> list[Pair]:
     """Of every document at most MOST_A_DOCUMENT pairs, by hash, in their order."""
     taken: Counter[str] = Counter()
     chosen = set[str]()
