@@ -27,7 +27,6 @@ app = typer.Typer(
     name="fintune",
     help="Finance instruction data in, a LoRA adapter that can be trusted out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -79,19 +78,17 @@ def main() -> None:
 
 def _config_words(words: list[str]) -> list[str]:
     """The options of a command line that name its config and override keys, for hints."""
-    names, given = {"--config", "-c", "--set", "-s"}, list[str]()
-    for at, word in enumerate(words):
-        if word in names:
-            given += [shlex.quote(each) for each in words[at : at + 2]]
-        elif word.partition("=")[0] in names:
-            given.append(shlex.quote(word))
-    return given
+    names = ("--config", "-c", "--set", "-s")
+    pairs = zip(["", *words], words, strict=False)
+    return [shlex.quote(w) for before, w in pairs if before in names or w.split("=")[0] in names]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version and exit.")
+    ] = False,
     offline: Annotated[
         bool,
         typer.Option(OFFLINE, help="Open no connection, but to a judge on this machine."),
@@ -380,6 +377,13 @@ def bases(as_json: Json = False) -> None:
         for row in known["bases"]:
             console.result("{id:41} {architecture:30} {result}".format(**row))
         console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
+
+
+@app.command("help")
+def show_help(verb: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """What a command does and takes: `fintune help train`."""
+    sys.argv[1:] = [*(verb or []), "--help"]
+    app()
 
 
 @app.command()

@@ -47,8 +47,8 @@ HEADS = {
 }
 """First bytes of what often stands under the name of a data file, what it is and what to do."""
 
-_NO_UTF8 = re.compile(r"[^\W\udc80-\udcff]*[\udc80-\udcff][\w\udc80-\udcff]*")
-"""A word with bytes that are no UTF-8, as they are under `surrogateescape`."""
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""What bytes that are no UTF-8 become under `surrogateescape`."""
 _SKIPPED = re.compile(r"[\s,]*")
 
 
@@ -162,8 +162,8 @@ def parse_json(text: str) -> Any:
             what = "object" if isinstance(value, dict) else "value"
             raise ValueError(f"{text[end : end + 20]!r} behind the {what}")
     except (ValueError, RecursionError) as error:
-        if word := _NO_UTF8.search(text):
-            return Unreadable("not_utf8", _in_cp1252(word), text)
+        if found := _NO_UTF8.search(text):
+            return Unreadable("not_utf8", _in_cp1252(found), text)
         return Unreadable("not_json", str(error)[:200], text)
     return value
 
@@ -189,15 +189,17 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         object_pairs_hook=unique, parse_float=Written, parse_constant=constant
     )
     value, end = decoder.raw_decode(text, at)
-    if word := _NO_UTF8.search(text, at, end):
-        wrong.append(("not_utf8", _in_cp1252(word)))
+    if found := _NO_UTF8.search(text, at, end):
+        wrong.append(("not_utf8", _in_cp1252(found)))
     return (Unreadable(*wrong[0], text[at:end]) if wrong else value), end
 
 
-def _in_cp1252(word: re.Match[str]) -> str:
-    """How a word would read in the encoding that a German or French Excel saves CSV in."""
-    read = word[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
-    return f"as Windows-1252: {read[:40]}"
+def _in_cp1252(found: re.Match[str]) -> str:
+    """How the word there would read in the encoding that Excel saves a CSV of Europe in."""
+    around = found.string[max(0, found.start() - 20) : found.end() + 20]
+    read = around.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    words = re.findall(r"[^\W\d_]+", read)
+    return f"as Windows-1252: {next((word for word in words if not word.isascii()), '?')}"
 
 
 def _check_columns(names: list[str]) -> None:
@@ -254,8 +256,8 @@ def _csv(file: Any) -> Iterator[Row]:
         if len(cells) != len(header):
             detail = f"{len(cells)} cells, {len(header)} columns"
             yield line, Unreadable("wrong_cells", detail, raw)
-        elif word := _NO_UTF8.search(raw):
-            yield line, Unreadable("not_utf8", _in_cp1252(word), raw)
+        elif found := _NO_UTF8.search(raw):
+            yield line, Unreadable("not_utf8", _in_cp1252(found), raw)
         else:
             yield line, dict(zip(header, cells, strict=True))
 

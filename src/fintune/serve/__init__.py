@@ -12,10 +12,8 @@ def check_port(host: str, port: int) -> None:
         UsageError: another program listens there, or there is no such address here.
     """
     try:
-        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         fix = "stop what listens there, or give another --port"
         raise UsageError(f"{host}:{port} cannot be used: {error.strerror}", fix=fix) from None
