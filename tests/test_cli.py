@@ -175,4 +175,4 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, said = run(capsys, "prepare", "-c", "demo", "-s", f"data.out={place.format(tmp_path)}")
-    assert (code, "cannot be written" in said, "rows go on" in said) == (1, True, False), said
+    assert (code, "cannot be written" in said, "rows read" in said) == (1, True, False), said

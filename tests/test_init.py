@@ -39,12 +39,13 @@ def branches(tree: dict, prefix: str) -> list[tuple[str, dict]]:
 
 
 def test_options_are_answers(tmp_path: Path) -> None:
-    out, base = tmp_path / "mine.yaml", tmp_path / "base"
+    out, base, source = tmp_path / "mine.yaml", tmp_path / "base", tmp_path / "a: b #é\n.jsonl"
     base.mkdir()
-    answers = ("--name", "7", "--source", "a: b #é\n.jsonl", "--base", base)
+    source.write_text('{"user": "What is a bond?", "assistant": "A loan that can be traded."}\n')
+    answers = ("--name", "7", "--source", source, "--base", base)
     tiny.done("init", "--out", out, *answers)
     config = load_config(out)
-    assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", "a: b #é\n.jsonl")
+    assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", str(source))
     assert (config.model.id, config.model.path) == ("local/base", base)
     (tmp_path / "b.Q4_1.gguf").touch()
     tiny.done("init", "--out", tmp_path / "gguf.yaml", "--base", tmp_path / "b.Q4_1.gguf")

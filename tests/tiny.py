@@ -90,6 +90,7 @@ KEYS = {name: key for name, (key, _) in SETTINGS.items()}
 BASE_ID = "test/tiny"
 CONFIG: dict[str, Any] = {
     "base": BASE_ID,
+    "min_tokens": 30,
     "max_length": 2048,
     "validation_share": 0.125,
     "test_share": 0.125,

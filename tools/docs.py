@@ -17,8 +17,13 @@ from pydantic import BaseModel
 
 from fintune.cli import app
 from fintune.config import Config, dotted_keys
+from fintune.data.split import share_of_test
+from fintune.evals.outlook import gain_found
+from fintune.evals.verdict import FEWEST_CHECKABLE
 
 ROOT = Path(__file__).resolve().parents[1]
+ROWS = (200, 300, 500, 1_000, 2_000, 4_000, 10_000, 20_000)
+"""Of the table in docs/own-data.md."""
 MARKED = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
@@ -42,6 +47,7 @@ def filled(page: Path) -> str:
     environment.filters["f"] = format
     files = (ROOT / "bench" / "results").glob("*.json")
     results = {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+    results |= {"rows": [_found(rows) for rows in ROWS], "fewest": FEWEST_CHECKABLE}
     template = environment.get_template("tables.jinja")
 
     def table(mark: re.Match[str]) -> str:
@@ -53,6 +59,14 @@ def filled(page: Path) -> str:
         return f"<!-- table: {mark[1]} -->{around}{text}{around}<!-- end -->"
 
     return MARKED.sub(table, page.read_text("utf-8"))
+
+
+def _found(rows: int) -> dict[str, Any]:
+    """Of so many rows the test share and questions, and the gain that these find."""
+    share = share_of_test(rows)
+    questions = round(rows * share)
+    gain = gain_found([1] * questions)
+    return {"rows": rows, "share": share, "questions": questions, "gain": gain}
 
 
 def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:

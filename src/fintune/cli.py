@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 import fintune
 from fintune import __version__, console, sample
-from fintune.errors import FintuneError, Stopped, needing
+from fintune.errors import FintuneError, OutputError, Stopped, needing
 from fintune.files import read_json
 from fintune.stop import STOP
 
@@ -27,7 +27,6 @@ app = typer.Typer(
     name="fintune",
     help="Finance instruction data in, a LoRA adapter that can be trusted out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -65,6 +64,7 @@ DEMO_RELEASE = Path("runs/demo/release")
 def main() -> None:
     """Entry point: a FintuneError becomes one message and its exit code."""
     words = sys.argv[1:]
+    console.GIVEN[:] = _config_words(words)
     sys.argv[1:] = sorted(words, key=lambda word: word != OFFLINE)  # it may stand anywhere
     again = shlex.join(["fintune", *words])
     last_words = f"stopped before anything was written; continue with: {again}\n"
@@ -73,7 +73,8 @@ def main() -> None:
             _quiet()
             app()
     except FintuneError as error:
-        console.fail(str(error))
+        stopped = isinstance(error, Stopped) and STOP.asked
+        (console.say if stopped else console.fail)(str(error))
         if isinstance(error, Stopped):
             # An old folder is moved aside once; an old release when the new one is complete.
             kept = [word for word in words if word != "--fresh" or words[0] == "release"]
@@ -81,10 +82,19 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _config_words(words: list[str]) -> list[str]:
+    """The options of a command line that name its config and override keys, for hints."""
+    names = ("--config", "-c", "--set", "-s")
+    pairs = zip(["", *words], words, strict=False)
+    return [shlex.quote(w) for before, w in pairs if before in names or w.split("=")[0] in names]
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version and exit.")
+    ] = False,
     offline: Annotated[
         bool,
         typer.Option(OFFLINE, help="Open no connection, but to a judge on this machine."),
@@ -142,7 +152,11 @@ def prepare(
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     loaded = fintune.load_config(config, overrides)
-    _emit(fintune.prepare(loaded, fresh=fresh), as_json)
+    manifest = fintune.prepare(loaded, fresh=fresh)
+    from fintune.evals import outlook
+
+    outlook.tell(outlook.outlook(loaded))
+    _emit(manifest, as_json)
 
 
 @app.command()
@@ -308,6 +322,7 @@ def verify(
     from fintune.releasing.server_check import Server
 
     try:
+        _check_release(folder)
         if server is not None:
             Server(server, folder)  # before 10 s of imports; `verify` asks it again
         report = fintune.verify(folder, base=base, no_pickle=no_pickle, server=server)
@@ -349,6 +364,7 @@ app.add_typer(export, name="export", help="A verified release in another form.")
 @app.command()
 def chat(folder: Release = DEMO_RELEASE, base: BaseFolder = None) -> None:
     """Talk to a release in the terminal, base and adapter in turn."""
+    _check_release(folder)
     from fintune.serve.repl import chat as talk
 
     talk(folder, base=base)
@@ -362,6 +378,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
 ) -> None:
     """A page that compares base and adapter, and an OpenAI-compatible server; loopback only."""
+    from fintune.serve import check_port
+
+    _check_release(folder)
+    check_port(host, port)
     with needing("serve", "serving"):
         from fintune.serve.app import serve as run_server
     run_server(folder, base=base, host=host, port=port)
@@ -395,6 +415,13 @@ def bases(as_json: Json = False) -> None:
         console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
 
 
+@app.command("help")
+def show_help(verb: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """What a command does and takes: `fintune help train`."""
+    sys.argv[1:] = [*(verb or []), "--help"]
+    app()
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what is missing; exit 1 when something essential is."""
@@ -408,6 +435,19 @@ def doctor(as_json: Json = False) -> None:
             console.result(line.rstrip())
     if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _check_release(folder: Path) -> None:
+    """Refuse what is no release before torch is loaded.
+
+    Raises:
+        OutputError: it is neither a folder nor a hub id, or a run whose release lies inside.
+    """
+    inside = folder / "release"
+    if (inside / "adapter_config.json").is_file():
+        raise OutputError(f"{folder} is no release", fix=f"did you mean {inside}?")
+    if not folder.exists() and len(folder.parts) != 2:
+        raise OutputError(f"no release folder at {folder}")
 
 
 def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintune.Config:

@@ -153,9 +153,9 @@ class DataConfig(Section):
     """cap of validation and test rows together, by their shares"""
     validation_share: float = Field(0.05, gt=0, lt=0.5)
     """share of rows that choose the checkpoint, before the caps"""
-    test_share: float = Field(0.05, gt=0, lt=0.5)
-    """share of rows that decide the verdict, before the caps"""
-    min_tokens: int = Field(30, ge=0)
+    test_share: float | None = Field(None, gt=0, lt=0.5)
+    """share of rows that decide the verdict, before the caps; absent: 0.05, of few rows more"""
+    min_tokens: int = Field(1, ge=0)
     """fewest tokens of system, user and assistant text, template apart"""
     filter_english_only: bool = True
     """drop rows that are not English"""

@@ -15,6 +15,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -26,6 +27,16 @@ PLAIN_INTERVAL_S, DOWNLOAD_INTERVAL_S = 10.0, 60.0
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
+
+
+GIVEN: list[str] = []
+"""Words of the command line, such as `--config mine.yaml`, that every hint to a command repeats."""
+_HINT = re.compile(r"\bfintune (?:prepare|train|eval|release|inspect|dropped|judge|plan|run)\b")
+
+
+def repeating(text: str) -> str:
+    """A message whose hints to commands name the config of this one."""
+    return _HINT.sub(lambda match: " ".join([match[0], *GIVEN]), text)
 
 
 def printable(text: str) -> str:
@@ -56,12 +67,12 @@ def heading(text: str) -> None:
 
 def warn(text: str) -> None:
     """Something a user should read but that does not stop the run."""
-    err.print(f"[yellow]note:[/] {safe_markup(text)}")
+    err.print(f"[yellow]note:[/] {safe_markup(repeating(text))}")
 
 
 def fail(text: str) -> None:
     """The one message of a failed command."""
-    err.print(f"[bold red]error:[/] {safe_markup(text)}")
+    err.print(f"[bold red]error:[/] {safe_markup(repeating(text))}")
 
 
 def result(text: str) -> None:
@@ -91,6 +102,22 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None
     out.print(grid)
 
 
+class _Note(bars.TextColumn):
+    """The note at the end of a line, as many of its parts as a narrow terminal has space for."""
+
+    def render(self, task: bars.Task) -> Text:
+        parts, count = str(task.fields["note"]).split("  "), len(f"{task.total}")
+        # Behind the label: bar, share, time left, count, and a space each.
+        space = err.width - len(task.description) - _bar_width() - 2 * count - 18
+        while err.is_terminal and parts and len("  ".join(parts)) > space:
+            parts.pop()
+        return Text("  ".join(parts), style="dim", no_wrap=True)
+
+
+def _bar_width() -> int:
+    return max(10, min(40, err.width // 4))
+
+
 class Meter:
     """Progress of one piece of work: `advance` per item, `note` for the text on the right."""
 
@@ -114,11 +141,11 @@ def meter(label: str, total: int, *, download: bool = False) -> Iterator[Meter]:
         total: how many items, or bytes of a download (a line a minute, with their rate).
     """
     columns: list[Any] = [*bars.Progress.get_default_columns()]
+    columns[1] = bars.BarColumn(_bar_width())
     if download:
         columns += [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     else:
-        note = bars.TextColumn("{task.fields[note]}", style="dim", markup=False)
-        columns += [bars.MofNCompleteColumn(), note]
+        columns += [bars.MofNCompleteColumn(), _Note("")]
     interval = DOWNLOAD_INTERVAL_S if download else PLAIN_INTERVAL_S
     quiet = not err.is_terminal
     with bars.Progress(*columns, console=err, transient=True, disable=quiet) as progress:

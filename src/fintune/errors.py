@@ -28,6 +28,12 @@ class ConfigError(FintuneError):
     """A config file, key or value cannot be used."""
 
 
+class UsageError(FintuneError):
+    """An option of a command cannot be used, as with what the command line itself refuses."""
+
+    exit_code = 2
+
+
 class DataError(FintuneError):
     """Rows, files or columns cannot be used."""
 

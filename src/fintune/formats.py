@@ -92,7 +92,8 @@ def check_head(path: Path, encoding: str | None = None) -> None:
         DataError: so it is.
     """
     if format_of(path.name) is None:
-        raise DataError(f"{path}: no known data format", fix=ENDINGS)
+        fix = "save it as CSV UTF-8" if path.suffix.lower() in SPREADSHEETS else ENDINGS
+        raise DataError(f"{path}: no known data format", fix=fix)
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
@@ -161,8 +162,9 @@ def parse_json(text: str) -> Any:
             what = "object" if isinstance(value, dict) else "value"
             raise ValueError(f"{text[end : end + 20]!r} behind the {what}")
     except (ValueError, RecursionError) as error:
-        reason = "not_utf8" if _NO_UTF8.search(text) else "not_json"
-        return Unreadable(reason, str(error)[:200], text)
+        if found := _NO_UTF8.search(text):
+            return Unreadable("not_utf8", _in_cp1252(found), text)
+        return Unreadable("not_json", str(error)[:200], text)
     return value
 
 
@@ -187,9 +189,17 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         object_pairs_hook=unique, parse_float=Written, parse_constant=constant
     )
     value, end = decoder.raw_decode(text, at)
-    if _NO_UTF8.search(text, at, end):
-        wrong.append(("not_utf8", ""))
+    if found := _NO_UTF8.search(text, at, end):
+        wrong.append(("not_utf8", _in_cp1252(found)))
     return (Unreadable(*wrong[0], text[at:end]) if wrong else value), end
+
+
+def _in_cp1252(found: re.Match[str]) -> str:
+    """How the word there would read in the encoding that Excel saves a CSV of Europe in."""
+    around = found.string[max(0, found.start() - 20) : found.end() + 20]
+    read = around.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    words = re.findall(r"[^\W\d_]+", read)
+    return f"as Windows-1252: {next((word for word in words if not word.isascii()), '?')}"
 
 
 def _check_columns(names: list[str]) -> None:
@@ -246,8 +256,8 @@ def _csv(file: Any) -> Iterator[Row]:
         if len(cells) != len(header):
             detail = f"{len(cells)} cells, {len(header)} columns"
             yield line, Unreadable("wrong_cells", detail, raw)
-        elif _NO_UTF8.search(raw):
-            yield line, Unreadable("not_utf8", "", raw)
+        elif found := _NO_UTF8.search(raw):
+            yield line, Unreadable("not_utf8", _in_cp1252(found), raw)
         else:
             yield line, dict(zip(header, cells, strict=True))
 
@@ -293,6 +303,7 @@ FORMATS: dict[str, Callable[[Any], Iterator[Row]]] = {
     ".arrow": _arrow,
 }
 """Ending -> how such a file is read."""
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 PACKINGS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": _zstd}
 ENDINGS = f"data files end in one of {', '.join(FORMATS)}, or as packed: {', '.join(PACKINGS)}"

@@ -1,23 +1,42 @@
 """A config to edit, every key with its default and its meaning: `fintune init`."""
 
 import json
+import re
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from fintune import console
 from fintune.config import Config, load_config, local_id
-from fintune.errors import OutputError
+from fintune.data.filters import not_english
+from fintune.data.schema import FORMATS, TURNS, Rejected, to_messages
+from fintune.data.split import share_of_test
+from fintune.errors import ConfigError, OutputError
+from fintune.evals.grading import HeldOutItems
+from fintune.evals.verdict import FEWEST_CHECKABLE
 from fintune.files import reaching, write_text
+from fintune.formats import Unreadable, format_of, parse
 from fintune.page import render
+from fintune.sources import HUB_ID, find_sources, rows_on_disk
 
 COMMENT_COLUMN = 44
+HEAD = 100
+"""Rows of a source that are looked at."""
+CP1252 = {"encoding": "cp1252"}
+NAMES = (
+    r"quest|query|prompt|instruct|frage|user|customer|kunde|client|pregunta",
+    r"answ|repl|respon|complet|antwort|agent|assistant|label|output|r[ée]ponse|respuesta",
+)
+"""Words in the name of a column of questions, and of one of answers."""
 
 
 def init(
     out: Path, *, preset: str, name: str | None, source: str | None, base: str | None, force: bool
 ) -> None:
-    """Write a commented config.
+    """Write a commented config, with what a look at the source's first rows proposes.
 
     Args:
         preset: the shipped config to start from.
@@ -27,15 +46,68 @@ def init(
         force: overwrite `out`.
 
     Raises:
-        ConfigError: no such preset, or a value that its key does not take.
+        ConfigError: no such preset, no such base, or a value that its key does not take.
+        DataError: no such source, or one that cannot be read.
         OutputError: `out` exists, or cannot be written.
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
-    lines = _lines(load_config(preset, _overrides(name, source, base)), Config())
+    config = load_config(preset, _overrides(name, source, base))
+    proposed = _look(config) if source else []
+    config = load_config(preset, [*_overrides(name, source, base), *proposed])
+    lines = _lines(config, Config())
     with reaching(out):
         write_text(out, render("config.yaml.jinja", preset=preset, out=out, lines=lines))
-    console.result(f"wrote {out}; next: fintune run --config {out}")
+    where = "" if config.model.path else " of the hub"
+    about = ", ".join([f"base {config.model.id}{where}", *proposed])
+    console.result(f"wrote {out} ({about}); next: fintune prepare --config {out}")
+
+
+def _look(config: Config) -> list[str]:
+    """What the first rows of a source on this machine propose, as overrides; says what is there."""
+    path, count = config.data.source, rows_on_disk(config.data)
+    if count is None and HUB_ID.fullmatch(path) and not format_of(path):
+        console.warn(f"nothing lies at {path}: it is taken for a data set of the hub")
+        return []
+    found = find_sources(config.data, {})
+    head = [parse(raw) for _, raw in islice(chain.from_iterable(s.rows() for s in found), HEAD)]
+    if any(isinstance(row, Unreadable) and row.reason == "not_utf8" for row in head):
+        again = config.model_copy(update={"data": config.data.model_copy(update=CP1252)})
+        return ["data.encoding=cp1252", *_look(again)] if config.data.encoding == "utf-8" else []
+    rows = [row for row in head if isinstance(row, dict)]
+    columns = _columns(rows)
+    proposed = [f"data.sources={json.dumps([{'path': path, 'columns': columns}])}"] * bool(columns)
+    asked = []
+    for row in rows:
+        with suppress(Rejected):
+            asked.append([turn.record for turn in to_messages(row, columns)])
+    texts = [(turns[-2]["content"], turns[-1]["content"]) for turns in asked if len(turns) > 1]
+    foreign = sum(not_english([user], [said], config.data) is not None for user, said in texts)
+    proposed += ["data.filter_english_only=false"] * (foreign > len(texts) / 2)
+    reader = HeldOutItems({"messages": turns} for turns in asked)
+    row = {"example_id": "", "source": "", "group": ""}
+    kinds = [reader.item({**row, "messages": turns}).kind for turns in asked]
+    share = config.data.test_share or share_of_test(count or 0)
+    checkable = sum(kind != "text" for kind in kinds) / max(1, len(head)) * (count or 0) * share
+    said = f"{path}: {count} rows; of the first {len(head)}, {len(asked)} are read"
+    needed = f"about {checkable:.0f} checkable questions, {FEWEST_CHECKABLE} make a verdict"
+    console.say(f"{said}; {needed}")
+    return [*proposed, 'data.source=""'] if columns else proposed
+
+
+def _columns(rows: list[Any]) -> dict[str, str] | None:
+    """The columns of question and answer by their names, where no known format has them."""
+    known = {name for form in FORMATS for name in (*form[0], form[1])}.union(TURNS)
+    if not rows or known & rows[0].keys():
+        return None
+    asked, said = (
+        next((name for name in rows[0] if re.search(words, name.lower())), None) for words in NAMES
+    )
+    if asked is None or said is None or asked == said:
+        names = ", ".join(rows[0])
+        console.warn(f"columns {names}: name question and answer in data.sources[].columns")
+        return None
+    return {"user": asked, "assistant": said}
 
 
 def _lines(values: BaseModel, defaults: BaseModel, indent: str = "") -> list[str]:
@@ -59,5 +131,8 @@ def _overrides(name: str | None, source: str | None, base: str | None) -> list[s
         chosen |= {"data.source": source, "data.pii": "mask"}
     if base is not None:
         local = {"model.id": local_id(base), "model.path": base}
-        chosen |= local if Path(base).expanduser().exists() else {"model.id": base}
+        there = Path(base).expanduser().exists()
+        if not there and (not HUB_ID.fullmatch(base) or Path(base).parent.is_dir()):
+            raise ConfigError(f"no base at {base}", fix="give a folder, a GGUF file or a hub id")
+        chosen |= local if there else {"model.id": base}
     return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]

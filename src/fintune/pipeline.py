@@ -5,6 +5,7 @@ from pathlib import Path
 from fintune.config import Config
 from fintune.data.prepare import prepare
 from fintune.evals.evaluate import check_tasks, evaluate
+from fintune.evals.outlook import outlook, tell
 from fintune.evals.results import check_results
 from fintune.releasing import bundle
 from fintune.seal import check_place
@@ -28,6 +29,7 @@ def run(
         check_place(folder)  # before hours of training, not after
     check_tasks(config, fresh=fresh)
     prepare(config, fresh=fresh)
+    tell(outlook(config))
     train(config, fresh=fresh)
     evaluate(config, fresh=fresh, judge_host=judge_host)
     return release(config, fresh=fresh, accept=accept)

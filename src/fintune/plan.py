@@ -17,10 +17,13 @@ from transformers import AutoConfig, TrainingArguments
 from fintune import attention, console
 from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
+from fintune.data.split import share_of_test
 from fintune.errors import failing
+from fintune.evals.outlook import outlook, tell
 from fintune.files import read_toml
 from fintune.model import attach, find_base
 from fintune.seal import DONE, read_data
+from fintune.sources import rows_on_disk
 from fintune.targets import Targets, find_targets
 from fintune.training import lora, memory, pointwise
 from fintune.training.memory import ModelSize, step_memory
@@ -102,7 +105,8 @@ def _describe(config: Config, size: ModelSize) -> Facts:
     evaluation = evaluations * int(validation.sum()) * (block + head)
     notes = []
     if assumed:
-        notes.append(f"{len(lengths):,} rows of {mean:.0f} tokens are assumed: run fintune prepare")
+        rows = f"{len(lengths):,} training rows ({_rows(config)[2]}) of {mean:.0f} tokens"
+        notes.append(f"{rows} are assumed: run fintune prepare")
     if (share := evaluation / (training + evaluation)) > EVALUATION_WARNING:
         fix = "raise train.eval_steps or lower train.max_eval_samples"
         notes.append(f"{share:.0%} of the run is evaluation: {fix}")
@@ -128,6 +132,7 @@ def _describe(config: Config, size: ModelSize) -> Facts:
             "recomputation_flops": float(tokens * block),
             "evaluation_flops": evaluation,
         },
+        "verdict": None if assumed else outlook(config),
         "notes": notes,
     }
 
@@ -143,16 +148,27 @@ def _prepared(config: Config) -> tuple[Ints, Ints, float]:
 
 
 def _assumed(config: Config) -> tuple[Ints, Ints, float]:
-    """As `_prepared`, where nothing is prepared: as many rows as the caps allow."""
+    """As `_prepared`, where nothing is prepared."""
     draw = np.random.default_rng(config.seed)
-    evaluated = min(config.train.max_eval_samples, config.data.max_held_out_rows // 2)
     train, validation = (
         draw.lognormal(math.log(MEAN_TOKENS) - SIGMA**2 / 2, SIGMA, rows)
         .clip(16, config.data.max_length)
         .astype(np.int64)
-        for rows in (config.data.max_train_rows, evaluated)
+        for rows in _rows(config)[:2]
     )
     return train, validation, LABEL_SHARE
+
+
+def _rows(config: Config) -> tuple[int, int, str]:
+    """Rows to train on and of an evaluation, as many as there may be; where the first is from."""
+    data = config.data
+    train, held_out, said = data.max_train_rows, data.max_held_out_rows // 2, "the cap"
+    if there := rows_on_disk(data):
+        test_share = data.test_share or share_of_test(there)
+        held_out = min(held_out, math.ceil(there * data.validation_share))
+        train = min(train, math.ceil(there * (1 - data.validation_share - test_share)))
+        said = f"of {there:,} on disk"
+    return train, min(config.train.max_eval_samples, held_out), said
 
 
 def count(config: Config) -> tuple[dict[str, ModelSize], Targets]:
@@ -258,6 +274,8 @@ def show(planned: Facts) -> None:
     console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
     for note in planned["notes"]:
         console.warn(note)
+    if planned["verdict"]:
+        tell(planned["verdict"])
 
 
 def _shown(value: Any) -> str:

@@ -146,7 +146,8 @@ def _distinctive(rows: Texts, examples: list[Example], texts: Texts) -> list[Int
     distinctive = []
     for text in texts:
         is_template = [each in template for each in sequences(text, TEMPLATE_WORDS).tolist()]
-        covered = np.convolve(is_template, np.ones(min(TEMPLATE_WORDS, len(text))))
+        run = np.ones(max(1, min(TEMPLATE_WORDS, len(text))))
+        covered = np.convolve(is_template or [False], run)  # a question may be without words
         positions = np.flatnonzero(covered == 0)
         distinctive.append(positions if len(positions) >= FEWEST_WORDS else np.arange(len(text)))
     return distinctive

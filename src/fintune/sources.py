@@ -5,6 +5,7 @@ configurations in its README.md, else the names of its files and folders, else e
 """
 
 import glob
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -134,6 +135,15 @@ def find_sources(config: DataConfig, known: Known) -> list[Source]:
         for item in (*wanted, *config.sources)
     ]
     return named(wanted, "data.sources", known)
+
+
+def rows_on_disk(config: DataConfig) -> int | None:
+    """Rows of all sources; None where one of them is not on this machine."""
+    paths = [item.path for item in config.sources] + [config.source] * bool(config.source)
+    there = (path == sample.SAMPLE or glob.glob(os.path.expanduser(path)) for path in paths)
+    if not paths or not all(there):
+        return None
+    return sum(1 for source in find_sources(config, {}) for _ in source.rows())
 
 
 def named(wanted: list[SourceConfig], setting: str, known: Known) -> list[Source]:

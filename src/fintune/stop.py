@@ -39,6 +39,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.asked = not self.asked, True
         if first and self._stepping:
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step; again to stop now\n")
             return
         if self._last_words is not None:
             with suppress(OSError):

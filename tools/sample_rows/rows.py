@@ -283,7 +283,7 @@ def _trained(draw: Callable[[], SampleRow]) -> SampleRow:
         row = draw()
         said = [Message("user", question) for question, _ in row.turns]
         place = hash64(passage(Example("", 0, "", tuple(said))))
-        if part_of(place, shares.validation_share, shares.test_share) == "train":
+        if part_of(place, shares.validation_share, shares.test_share or 0.0) == "train":
             return row
 
 

@@ -24,7 +24,7 @@ from fintune.data.decontaminate import read_benchmarks
 from fintune.data.filters import MEANINGS
 from fintune.data.report import PARTS, Ledger, Part, Parts, Selected, Tokenized, write_account
 from fintune.data.scan import scan
-from fintune.data.split import near_duplicates, split
+from fintune.data.split import LEAST_TEST_SHARE, near_duplicates, share_of_test, split
 from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example, Message
@@ -45,6 +45,9 @@ KEPT_SHARE = 0.99
 
 MOST_TOO_LONG = 0.1
 """Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
+
+MOST_DROPPED = 0.2
+"""Share of the rows above which it is said that many are dropped."""
 
 HINTS: dict[str, str] = WORDS["hints"]
 SHOWN = 300
@@ -114,11 +117,18 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
         say(f"{thoughts} rows hold reasoning (chat.thinking: {thinking})")
     if cut := manifest["repairs"].get("inline_turns"):
         warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
-    for reason in [reason for reason in HINTS if reason in out]:
-        warn(f"{out[reason]} {reason} ({MEANINGS[reason]}): {HINTS[reason]}")
+    if manifest["inputs"]["settings"]["test_share"] != (share := manifest["test_share"]):
+        say(f"data.test_share is not set: {share:.0%} of so many rows are test rows")
     kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
-    why = f" ({_listed(out)})" if out else ""
-    say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped{why}")
+    say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped")
+    for reason, count in out.most_common():
+        hint = f"; {HINTS[reason]}" if reason in HINTS else ""
+        say(f"{count:>8,} {reason}: {MEANINGS[reason]}{hint}")
+    del out["over_cap"]  # as the caps say
+    if out.total() > MOST_DROPPED * rows["read"]:
+        ((main, _),) = out.most_common(1)
+        look = f"look at them: fintune dropped --reason {main}"
+        warn(f"{out.total() / rows['read']:.0%} of the rows are dropped, mostly {main}; {look}")
 
 
 def _listed(reasons: Counter[str]) -> str:
@@ -152,13 +162,12 @@ def _select(
 ) -> Selected:
     """Select the rows; where the caps are not filled, again among four times the candidates."""
     data = config.data
-    share = data.validation_share + data.test_share
+    share = data.validation_share + (data.test_share or LEAST_TEST_SHARE)
     most = max(data.max_train_rows / (1 - share), data.max_held_out_rows / share)
     wanted = math.ceil(MARGIN * most)
     while True:
         ledger, examples = scan(sources, data, config.seed, wanted)
         complete = not ledger.counts()["over_cap"]
-        say(f"{len(examples)} of {ledger.read.total()} rows go on")
         if data.pii != "off":
             examples = _mask(examples, data.pii, ledger)
         chat = chat.for_rows(example.messages for example in examples)
@@ -175,12 +184,14 @@ def _select(
         for at, first in sorted(repeats.items()):
             ledger.drop(rows[at].example, "near_duplicate", f"of {rows[first].example.place}")
         rows = [row for at, row in enumerate(rows) if at not in repeats]
-        parts, full = _fill(rows, sources, data, ledger)
+        test_share = data.test_share or share_of_test(len(rows))
+        parts, full = _fill(rows, sources, data, test_share, ledger)
         if full or complete:
             parts["train"] = _unrepeated(parts["train"], parts["test"], ledger)
             _check_left(Ledger.beside(config.data_dir), ledger, parts)
             record = chat.template.record
-            return Selected(ledger, [*hits.values()], lengths, max_length, parts, record)
+            found = [*hits.values()]
+            return Selected(ledger, found, lengths, max_length, parts, record, test_share)
         say(f"{wanted} candidates did not fill the caps: {wanted * 4} are taken")
         wanted *= 4
 
@@ -258,10 +269,14 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
 
 
 def _fill(
-    rows: list[Tokenized], sources: list[Source], data: DataConfig, ledger: Ledger
+    rows: list[Tokenized],
+    sources: list[Source],
+    data: DataConfig,
+    test_share: float,
+    ledger: Ledger,
 ) -> tuple[Parts, bool]:
     """Put rows in hash order into their parts until the caps are full; whether all are."""
-    shares = (data.validation_share, data.test_share)
+    shares = (data.validation_share, test_share)
     validation = max(1, round(data.max_held_out_rows * shares[0] / sum(shares)))
     test = max(1, data.max_held_out_rows - validation)
     caps = dict(zip(PARTS, (data.max_train_rows, validation, test), strict=True))

@@ -130,6 +130,7 @@ class Selected:
     parts: Parts
     chat: dict[str, Any]
     """How conversations became text (`ChatTemplate.record`)."""
+    test_share: float
 
 
 def write_account(
@@ -167,6 +168,7 @@ def write_account(
             }
             for source in sources
         },
+        "test_share": selected.test_share,
         "related": _related(parts),
         "max_length": selected.max_length,
         "lengths": {part: _distribution(each) for part, each in lengths.items()},

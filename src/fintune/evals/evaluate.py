@@ -27,7 +27,7 @@ from fintune.console import meter, say, warn
 from fintune.documents import document_keys
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import history, judge, results, verdict
-from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, load_pairs
+from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, as_example, load_pairs
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
@@ -274,15 +274,9 @@ def _training_rows(config: Config) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _asked(item: Item) -> Example:
-    """A question with its reference, as training rows are compared with it."""
-    answer = Message("assistant", item.reference)
-    return Example(item.task, 0, item.id, (*item.messages, answer))
-
-
 def _repeated(config: Config, asked: list[Item]) -> set[str]:
     """Ids of the tasks' questions that a training row repeats, verbatim or reworded."""
-    questions, found = [_asked(item) for item in asked], set[str]()
+    questions, found = [as_example(item) for item in asked], set[str]()
     rows = (row for row in _training_rows(config) if row["messages"])
     while questions and (batch := list(islice(rows, ROWS_AT_ONCE))):
         turns = (tuple(map(Message.of, row["messages"])) for row in batch)
@@ -301,7 +295,9 @@ def _by_document(config: Config, prompts: Prompts) -> tuple[Prompts, list[str]]:
     groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
     trained = set(groups.to_pylist())
     met = [item.id for item, _ in prompts if item.group in trained]
-    keys = document_keys([_asked(item) for item, _ in prompts], [item.group for item, _ in prompts])
+    keys = document_keys(
+        [as_example(item) for item, _ in prompts], [item.group for item, _ in prompts]
+    )
     keyed = zip(prompts, keys, strict=True)
     return [(replace(item, group=key), ids) for (item, ids), key in keyed], met
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fintune.evals import numbers
 from fintune.evals.amounts import clean
-from fintune.example import Message
+from fintune.example import Example, Message
 from fintune.files import read_jsonl, read_toml
 
 Kind = Literal["number", "label", "span", "tags", "text", "unanswerable", "refuse", "comply"]
@@ -311,6 +311,12 @@ class HeldOutItems:
 def _label_set(prompt: str) -> tuple[str, ...]:
     """The labels that a prompt lists, or ()."""
     return tuple(sorted({plain(choice) for choice in listed_choices(prompt)}))
+
+
+def as_example(item: Item) -> Example:
+    """A question with its reference, as training rows are compared with it."""
+    answer = Message("assistant", item.reference)
+    return Example(item.task, 0, item.id, (*item.messages, answer))
 
 
 @dataclass(frozen=True, slots=True)
