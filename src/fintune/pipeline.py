@@ -1,11 +1,20 @@
 """Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
+import os
 from pathlib import Path
 
 from fintune.config import Config
+from fintune.console import warn
+from fintune.data.filters import MEANINGS
 from fintune.data.prepare import prepare
+from fintune.errors import ConfigError
+from fintune.evals.endpoint import api_key
 from fintune.evals.evaluate import check_tasks, evaluate
-from fintune.evals.results import check_results
+from fintune.evals.grading import PHRASES
+from fintune.evals.results import REPORT, RESULTS, check_results
+from fintune.evals.verdict import summary
+from fintune.files import read_json
+from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
 from fintune.training.run import train
@@ -29,8 +38,28 @@ def run(
     check_tasks(config, fresh=fresh)
     prepare(config, fresh=fresh)
     train(config, fresh=fresh)
-    evaluate(config, fresh=fresh, judge_host=judge_host)
-    return release(config, fresh=fresh, accept=accept)
+    unjudged, asked = _without_key(config, judge_host), config
+    if unjudged:
+        nobody = config.eval.judge.model_copy(update={"model": None})
+        judging = config.eval.model_copy(update={"judge": nobody})
+        asked = config.model_copy(update={"eval": judging})
+    evaluate(asked, fresh=fresh, judge_host=judge_host)
+    folder = release(config, fresh=fresh, accept=accept)
+    if unjudged:
+        warn(f"nothing was judged: {unjudged}; with a key: fintune judge, fintune release --fresh")
+    return folder
+
+
+def _without_key(config: Config, judge_host: str) -> str:
+    """Why a judge that the config names cannot be asked, where its key is not set; else empty."""
+    judge = config.eval.judge
+    if judge.model is None or os.environ.get(judge.key_variable, "").strip():
+        return ""
+    try:
+        api_key(judge, judge_host)
+    except ConfigError as error:
+        return error.what
+    return ""
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
@@ -48,4 +77,14 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
     check_results(config.eval_dir)
-    return bundle.release(config, fresh=fresh, accept=accept)
+    told = bundle.Told(MEANINGS, _report(config))
+    return bundle.release(config, fresh=fresh, accept=accept, told=told)
+
+
+def _report(config: Config) -> str:
+    """report.html as the release may hold it: with its questions where samples are text."""
+    if config.release.samples == "text":
+        return (config.eval_dir / REPORT).read_text(encoding="utf-8")
+    results = read_json(config.eval_dir / RESULTS)
+    shown = {"results": results, "sentences": summary(results), "phrases": PHRASES}
+    return render("eval_report.html.jinja", **shown, groups={}, verdicts=[])

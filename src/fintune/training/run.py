@@ -4,6 +4,7 @@ import os
 import platform
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,9 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
+        "finished": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
+        "processor": _processor(),
         "processes": arguments.world_size,
         "cpu_cores": os.cpu_count(),
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
@@ -208,3 +211,11 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         **{k: state.resolved[k] for k in ("out_of_memory", "fallbacks", "without_adapter")},
         "accepted_changes": state.accepted,
     }
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(errors="replace").splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
