@@ -45,3 +45,5 @@ def test_what_it_shows_follows_from_the_evaluation(
 def test_readme_shows_what_the_recorded_demo_printed() -> None:
     recorded = (tiny.ROOT / "docs" / "demo.txt").read_text(encoding="utf-8")
     assert f"```\n{recorded}```\n" in (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    assert recorded.count("\n  base     ") == recorded.count("\n  adapter  ") == 3
+    assert ": better\n" in recorded and "\ncontrol " in recorded

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from fintune.batches import plan_epoch
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.example import IGNORE_INDEX
 from fintune.loss import chunked_cross_entropy, sum_loss
-from fintune.model import Base, attach, load_base
+from fintune.model import Base, attach, free_threads, load_base
 from fintune.training import lora, pointwise
 
 LENGTHS = (10, 30, 17, 5)
@@ -388,3 +389,16 @@ def test_the_supervised_loss_is_the_models_own_with_full_logits() -> None:
     loss.backward()
     found = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
     assert_same(own, (float(loss.detach()), found), torch.float64)
+
+
+@pytest.mark.parametrize(("busy", "threads"), [(0, 4), (10, 4), (25, 3), (50, 2), (100, 1)])
+def test_threads_are_as_many_as_cores_are_free(
+    monkeypatch: pytest.MonkeyPatch, busy: int, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda _: busy)
+    assert free_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert free_threads() == 4

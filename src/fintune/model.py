@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -35,6 +36,8 @@ _UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError)
 """What transformers and peft raise for files that they cannot take."""
 disable_progress_bar()  # loading a base has a line of ours
 
+BUSY_SECONDS = 0.5
+"""How long other processes' work is watched before torch's threads are chosen."""
 WEIGHTS = re.compile(r"[0-9a-f]{64}")
 """A `Base.revision` that is no commit of the hub."""
 SMALL_FILES = (*LIMITS["loaded_json"], *LIMITS["loaded_files"])
@@ -92,6 +95,28 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
         return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     # With avx512_bf16 alone a bf16 product takes 1.8 times as long as in fp32 (a Xeon, 1,024 rows).
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def free_threads() -> int:
+    """Threads for torch on a CPU: as many as cores are free, unless OMP_NUM_THREADS says.
+
+    Threads wait for each other a thousand times a step, so that one on a core that another process
+    works on holds up all: two beside one busy process made a tenth of the tokens of one thread.
+    """
+    most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return most
+    free = int(cores - psutil.cpu_percent(BUSY_SECONDS) / 100 * cores + 0.5)
+    if free < most:
+        console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
+    return max(1, min(most, free))
+
+
+def set_threads(count: int) -> None:
+    """Give torch this many threads; where it has them already, nothing is touched, as torch 2.13
+    cannot in a fork of a process of one thread."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Path] = ()) -> Base:

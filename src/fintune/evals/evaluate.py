@@ -211,6 +211,7 @@ def _answer(
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
+    model.set_threads(model.free_threads())
     chat = model.load_chat(base, config.chat, config.data_dir)
     rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()
     if not rows:

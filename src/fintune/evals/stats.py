@@ -129,13 +129,13 @@ def paired(
     Returns:
         As in test_results.json: `value`, `ci95`, `p` (sign flip), `n`, `clusters` (documents),
         `effective` (see `effective`), `df` of the interval, and `mde80`, the smallest gain that a
-        comparison of this size, with as many losses as here, finds with a power of 80 %.
+        comparison of this size finds with a power of 80 %, with as many losses as here (one added).
     """
     if not len(differences):
         nothing = {"value": 0.0, "ci95": [-unit, unit], "p": 1.0}
         return nothing | {"n": 0, "clusters": 0, "effective": 0.0, "df": 1.0, "mde80": unit}
     mean = cluster_mean(differences, documents, (unit, -unit))
-    lost = sum(each < 0 for each in differences) / len(differences)
+    lost = (sum(each < 0 for each in differences) + 1) / (len(differences) + 2)
     return {
         "value": round(mean.value, 6),
         "ci95": mean.interval(unit),

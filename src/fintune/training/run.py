@@ -19,7 +19,17 @@ from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
 from fintune.loss import why_full_logits
-from fintune.model import Base, attach, device, find_base, load_base, load_chat, precision
+from fintune.model import (
+    Base,
+    attach,
+    device,
+    find_base,
+    free_threads,
+    load_base,
+    load_chat,
+    precision,
+    set_threads,
+)
 from fintune.stop import STOP
 from fintune.targets import find_targets, resolve_targets
 from fintune.training import distributed, lora, memory, pointwise
@@ -87,6 +97,9 @@ def _train(config: Config, base: Base, tokenizer: Any, state: RunState) -> None:
 def build(config: Config, base: Base, tokenizer: Any, rows: Rows, state: RunState) -> LoraTrainer:
     """Everything of a run: base with adapter, order, arguments, Trainer. Collective."""
     memory.retain_heap()
+    if device().type == "cpu" and distributed.world_size() == 1:
+        # Recorded: sums over another number of parts end in other bits.
+        set_threads(state.resolve("threads", free_threads))
     model, name, padding_free = _model(config, base, state)
     multiple = CPU_PAD_MULTIPLE if device().type == "cpu" else 1
     collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
@@ -203,6 +216,7 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         "processor": _processor(),
         "processes": arguments.world_size,
         "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
         "seconds": round(trainer.seconds(), 1),
         "steps": trainer.state.global_step,

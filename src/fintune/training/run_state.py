@@ -1,8 +1,8 @@
 """A run's folder: its fingerprint, what was resolved when it began, and its checkpoints.
 
 inputs.json     the run fingerprint (config, data, base, tokenizer, versions), accepted changes
-record.json     precision, gradient checkpointing and out-of-memory errors, of one fingerprint. They
-                come from measurements of the machine, which a second start must not repeat.
+record.json     precision, gradient checkpointing, threads and out-of-memory errors, of one
+                fingerprint: measured on the machine, which a second start must not repeat.
 checkpoints/    each written beside its place, every file synced, sealed like a stage's folder
                 (`seal.py`: size and sha256 of each file), renamed, the parent synced.
 
