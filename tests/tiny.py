@@ -180,7 +180,7 @@ def done(*words: object) -> Said:
 
     The tiny base learns no task, so no release of it goes without a reason.
     """
-    if words[0] == "release" and "--accept" not in words:
+    if words[0] in ("release", "run") and "--accept" not in words:
         words = (*words, "--accept", REASON)
     said = fintune(*words)
     assert said.code == 0, f"fintune {' '.join(map(str, words))}: exit code {said.code}\n{said.err}"

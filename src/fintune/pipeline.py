@@ -1,6 +1,7 @@
 """Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fintune.config import Config
@@ -38,28 +39,27 @@ def run(
     check_tasks(config, fresh=fresh)
     prepare(config, fresh=fresh)
     train(config, fresh=fresh)
-    unjudged, asked = _without_key(config, judge_host), config
-    if unjudged:
+    asked, keyless = config, _keyless(config, judge_host)
+    if keyless:
         nobody = config.eval.judge.model_copy(update={"model": None})
         judging = config.eval.model_copy(update={"judge": nobody})
         asked = config.model_copy(update={"eval": judging})
     evaluate(asked, fresh=fresh, judge_host=judge_host)
     folder = release(config, fresh=fresh, accept=accept)
-    if unjudged:
-        warn(f"nothing was judged: {unjudged}; with a key: fintune judge, fintune release --fresh")
+    if keyless:
+        key = config.eval.judge.key_variable
+        warn(f"nothing was judged: {key} is not set; set it, then: fintune judge, fintune release")
     return folder
 
 
-def _without_key(config: Config, judge_host: str) -> str:
-    """Why a judge that the config names cannot be asked, where its key is not set; else empty."""
+def _keyless(config: Config, judge_host: str) -> bool:
+    """Whether the config names a judge that cannot be asked, since its key is not set."""
     judge = config.eval.judge
     if judge.model is None or os.environ.get(judge.key_variable, "").strip():
-        return ""
-    try:
-        api_key(judge, judge_host)
-    except ConfigError as error:
-        return error.what
-    return ""
+        return False
+    with suppress(ConfigError):
+        return not api_key(judge, judge_host)
+    return True
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
@@ -86,5 +86,5 @@ def _report(config: Config) -> str:
     if config.release.samples == "text":
         return (config.eval_dir / REPORT).read_text(encoding="utf-8")
     results = read_json(config.eval_dir / RESULTS)
-    shown = {"results": results, "sentences": summary(results), "phrases": PHRASES}
-    return render("eval_report.html.jinja", **shown, groups={}, verdicts=[])
+    shown = {"sentences": summary(results), "phrases": PHRASES, "groups": {}, "verdicts": []}
+    return render("eval_report.html.jinja", results=results, **shown)

@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
         told: what other stages say for the card.
         asked: run.json of the evaluation.
         judged: the judged file as it is released; None: not at all.
-        rows: how many rows of the data the release holds word for word.
+        rows: what the release holds of the data's rows.
         provenance: hashes that the release states.
         mismatches: where data, run and evaluation do not belong together.
     """
@@ -82,7 +82,7 @@ class Inputs(NamedTuple):
     accepted: Acceptance
     told: Told
     judged: str | None
-    rows: int
+    rows: Json
     provenance: Json
     mismatches: list[str]
 
@@ -248,7 +248,7 @@ def _build(staging: Path, inputs: Inputs) -> None:
     facts = {
         "fintune": __version__,
         "config": _without_paths(inputs.recipe.model_dump(mode="json")),
-        "rows_of_the_data": _rows(inputs),
+        "rows_of_the_data": inputs.rows,
         "training_arguments": _without_paths(kept),
         PROVENANCE: inputs.provenance,
         "files": {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())},
@@ -380,7 +380,7 @@ def _card_values(inputs: Inputs, llama: str | None) -> Json:
         "stated": inputs.config.release,
         "version": __version__,
         "settings": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
-        "contains": announced({"rows_of_the_data": _rows(inputs)}).replace("your", "its"),
+        "contains": announced({"rows_of_the_data": inputs.rows}).replace("your", "its"),
         "license": inputs.config.release.license or of_llama,
         "base_license": of_llama or (stated and stated[1]),
         "variables": variables,
@@ -391,11 +391,6 @@ def _card_values(inputs: Inputs, llama: str | None) -> Json:
         "commit": base.revision if COMMIT.fullmatch(base.revision) else None,
         "vllm_rank": vllm_rank(config.train.lora.r),
     }
-
-
-def _rows(inputs: Inputs) -> Json:
-    """What the release holds of the data's rows."""
-    return {"samples": inputs.config.release.samples, "word_for_word": inputs.rows}
 
 
 def vllm_rank(rank: int) -> int:

@@ -74,9 +74,9 @@ def first_evaluated(data: Path, inputs_sha256: str) -> str | None:
     return min((row["date"] for row in rows if row["inputs"] == inputs_sha256), default=None)
 
 
-def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | None, int]:
-    """The judged file of an evaluation as a release holds it, and how many rows of the data the
-    release holds word for word.
+def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | None, Json]:
+    """The judged file of an evaluation as a release holds it, and what the release holds of the
+    data's rows.
 
     Args:
         folder: of the evaluation.
@@ -85,18 +85,20 @@ def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | N
     samples, rows = config.release.samples, list(files.read_jsonl(folder / JUDGED))
     if not judged:
         rows = [row | {"status": "not_judged", "unscored_reason": "no_judge"} for row in rows]
+    held: Json = {"samples": samples, "word_for_word": 0}
     if samples == "none":
-        return None, 0
+        return None, held
     if samples == "ids":
         rows = [{key: row[key] for key in _KEPT if key in row} for row in rows]
         for row in rows:
             graded = row.pop("deterministic", None) or {}
             row["graded"] = {name: one and one["outcome"] for name, one in graded.items()}
-        return _lines(rows), 0
+        return _lines(rows), held
     answered = files.read_jsonl(folder / "predictions.jsonl")
     items = (row["item"] for row in answered if row["item"]["task"] not in config.eval.tasks)
     questions = {row["question"] for row in rows if row.get("question")}
-    return _lines(rows), max(len({item["id"] for item in items}), len(questions))
+    held["word_for_word"] = max(len({item["id"] for item in items}), len(questions))
+    return _lines(rows), held
 
 
 def _lines(rows: list[Json]) -> str:
