@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fintune.config import Config
+from fintune.config import Config, JudgeConfig
 from fintune.console import warn
 from fintune.data.filters import MEANINGS
 from fintune.data.prepare import prepare
@@ -41,25 +41,23 @@ def run(
     train(config, fresh=fresh)
     asked, keyless = config, _keyless(config, judge_host)
     if keyless:
-        nobody = config.eval.judge.model_copy(update={"model": None})
-        judging = config.eval.model_copy(update={"judge": nobody})
+        judging = config.eval.model_copy(update={"judge": JudgeConfig()})
         asked = config.model_copy(update={"eval": judging})
     evaluate(asked, fresh=fresh, judge_host=judge_host)
     folder = release(config, fresh=fresh, accept=accept)
     if keyless:
-        key = config.eval.judge.key_variable
-        warn(f"nothing was judged: {key} is not set; set it, then: fintune judge, fintune release")
+        warn(f"nothing was judged: {keyless} is not set; with a key: fintune judge")
     return folder
 
 
-def _keyless(config: Config, judge_host: str) -> bool:
-    """Whether the config names a judge that cannot be asked, since its key is not set."""
+def _keyless(config: Config, judge_host: str) -> str:
+    """The variable that lacks the key of the config's judge; empty where the judge can be asked."""
     judge = config.eval.judge
     if judge.model is None or os.environ.get(judge.key_variable, "").strip():
-        return False
+        return ""
     with suppress(ConfigError):
-        return not api_key(judge, judge_host)
-    return True
+        return "" if api_key(judge, judge_host) else judge.key_variable
+    return judge.key_variable
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:

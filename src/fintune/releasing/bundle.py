@@ -205,10 +205,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
         OutputError: it is of other inputs. GateRefused: it was changed.
     """
     old = files.read_json(final / CONFIG) if (final / CONFIG).is_file() else {}
-    made_from = old.get(PROVENANCE, {})
-    # The same reason given again on another day is the acceptance of then.
-    kept = {key: made_from[key] for key in ("accepted_on", "accepted_by") if key in made_from}
-    if differing := seal.differences(made_from, inputs.provenance | kept):
+    if differing := seal.differences(old.get(PROVENANCE, {}), inputs.provenance):
         what = f"{final} holds the release of other inputs; these differ: {'; '.join(differing)}"
         fix = "choose another folder (--set release.out=...), or --fresh (moves it aside)"
         raise OutputError(what, fix=fix)

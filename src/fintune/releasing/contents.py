@@ -114,11 +114,10 @@ def announced(config: Json) -> str:
     held = config.get("rows_of_the_data")
     if not isinstance(held, dict):
         return "not stated: how many rows of the data this release contains"
-    count, samples = held.get("word_for_word"), held.get("samples")
-    if samples == "text":
-        return f"contains {count} rows of your data: questions and answers, word for word"
-    also = "; ids and grades of the judged set" if samples == "ids" else ""
-    return f"contains 0 rows of your data (release.samples: {samples}){also}"
+    if (samples := held.get("samples")) != "text":
+        return f"contains 0 rows of your data (release.samples: {samples})"
+    count = held.get("word_for_word")
+    return f"contains {count} rows of your data: questions and answers, word for word"
 
 
 def standing(folder: Path, require: str | None) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -230,6 +231,6 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
 def _processor() -> str:
     """The CPU's name where the system tells it, else its architecture."""
     about = Path("/proc/cpuinfo")
-    lines = about.read_text(errors="replace").splitlines() if about.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    named = re.search(r"(?m)^model name\s*: (.+)", text)
+    return named[1] if named else platform.processor() or platform.machine()

@@ -167,10 +167,9 @@ def _check_provenance(of: _Folder) -> str:
     if not isinstance(provenance, dict) or not isinstance(files, dict):
         raise Unreadable(f"{checks.CONFIG}: `provenance` or `files` is no object")
     # A release without samples holds no judged file and states no hash of one.
-    optional = {name: "" for name in (checks.JUDGED,) if name not in of.names}
-    stated = [
-        (name, provenance.get(key, optional.get(name))) for key, name in LIMITS["made_from"].items()
-    ] + [*files.items()]
+    absent = {checks.JUDGED} - {*of.names} if "judged_sha256" not in provenance else set()
+    made_from = [(key, name) for key, name in LIMITS["made_from"].items() if name not in absent]
+    stated = [(name, provenance.get(key)) for key, name in made_from] + [*files.items()]
     wrong = {name for name, digest in stated if of.hashes.get(name, "") != digest}
     refuse(f"not the files that {checks.CONFIG} names:", wrong)
     return f"{len(stated)} hashes as {checks.CONFIG} names them"
