@@ -133,7 +133,7 @@ EDITS = {
 SHIPPED = {
     "= the verdict": ("test_results.json", BETTER),
     "the verdict": ("test_results.json", swap('"invalid"', '"better"')),
-    "= a judged row": (JUDGED, swap('"unscored"', '"scored"  ')),
+    "= a judged row": (JUDGED, swap('"not_judged"', '"scored"    ')),
     "a judged row": (JUDGED, first_line_gone),
     "= the adapter": ("adapter_model.safetensors", flip(0.99)),
     "= the adapter's scale": ("adapter_config.json", swap('alpha": 32', 'alpha": 64')),

@@ -79,7 +79,7 @@ def test_its_parts_are_those_of_the_run_and_the_evaluation(chain: tiny.Chain) ->
     for folder, name in (
         (chain.run / "best", "adapter_model.safetensors"),
         (chain.eval, "test_results.json"),
-        (chain.eval, "eval_50_gpt_judged_raw.jsonl"),
+        (chain.eval, "report.html"),
         (tiny.base(), "chat_template.jinja"),
     ):
         assert (chain.release / name).read_bytes() == (folder / name).read_bytes()
@@ -183,10 +183,14 @@ def test_training_arguments_are_added_where_asked(chain: tiny.Chain, tmp_path: P
 
 def test_verify_accepts_it_and_names_its_checks(chain: tiny.Chain) -> None:
     checks = json.loads(verify(chain.release, "--json").out)
-    assert [check for check in checks if check["status"] != "ok"] == []
+    unusual = {check["name"]: check["detail"] for check in checks if check["status"] != "ok"}
+    assert unusual.keys() == {"accepted", "verdict"}
+    assert unusual["verdict"] == "no_detectable_difference"
+    assert unusual["accepted"].startswith("although no_detectable_difference, by ")
+    assert unusual["accepted"].endswith(f": {tiny.REASON}")
     names = ["files", "checksums", "provenance", "card", "config", "code hooks", "template"]
     names += ["weights", "paths", "base", "tokenizer", "tokenizer", "stop tokens", "fixture"]
-    names += ["keys", "load", "answers"]
+    names += ["keys", "load", "answers", "accepted", "age", "verdict"]
     assert [check["name"] for check in checks] == names
 
 
@@ -353,7 +357,8 @@ def test_a_folder_of_peft_alone_is_verified_as_far_as_it_can_be(
         shutil.copy(path, foreign)
     checks = json.loads(verify(foreign, "--json").out)
     notes = {check["name"] for check in checks if check["status"] == "note"}
-    assert notes == {"checksums", "provenance", "base", "template", "fixture"}
+    untold = {"age", "verdict"}
+    assert notes == {"checksums", "provenance", "base", "template", "fixture"} | untold
     assert {check["status"] for check in checks} == {"ok", "note"}
     (foreign / "training_args.bin").write_bytes(b"x")
     said = verify(foreign)

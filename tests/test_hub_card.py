@@ -146,8 +146,8 @@ def test_the_pushed_card_is_the_release_s_but_for_the_repository(
 ) -> None:
     ours = (published[0] / "README.md").read_text().splitlines()
     changed = [(a, b) for a, b in zip(ours, card.splitlines(), strict=True) if a != b]
-    assert changed[0] == ('adapter = "tiny"', f'adapter = "{ID}"')
-    assert changed[1][1].endswith(f"--lora-modules tiny={ID}") and len(changed) == 2
+    assert changed[:2] == [('adapter = "."', f'adapter = "{ID}"')] * 2
+    assert changed[2][1].endswith(f"--lora-modules tiny={ID}") and len(changed) == 3
 
 
 def snippets(card: str) -> list[str]:
@@ -166,8 +166,8 @@ def run(hub: Hub, home: Path, code: str) -> list[str]:
 def test_the_snippets_load_base_and_adapter_by_id(
     published: tuple[Path, Hub], card: str, tmp_path: Path
 ) -> None:
-    """The published snippet takes today's base, the second one the base that it was trained on."""
-    hub, (seed, pinned) = published[1], snippets(card)
+    """The published snippet takes today's base, the first one the base that it was trained on."""
+    hub, (pinned, seed) = published[1], snippets(card)
     theirs = tiny.SHARED / "seed-model-card.md"
     if theirs.is_file():
         names = re.compile(r'^((?:base|adapter) = )".*"$', flags=re.M)
@@ -178,10 +178,11 @@ def test_the_snippets_load_base_and_adapter_by_id(
     other = tiny_base(tmp_path / "other", seed=1) / "model.safetensors"
     moved = hub.commit("model", BASE_ID, {other.name: other})
     try:
-        lines = run(hub, tmp_path / "home", seed + pinned)
+        lines = run(hub, tmp_path / "home", pinned + seed)
     finally:
         repo.refs["refs/heads/main"] = trained
-    assert lines[0].startswith("Explain what a yield curve inversion implies for equities.")
+    asked = "Explain what a yield curve inversion implies for equities."
+    assert [line for line in lines if line.startswith(asked)]
     assert len(lines) > 1
     snapshots = tmp_path / "home" / "hub" / "models--fintune--tiny" / "snapshots"
     weights = {path.parent.name for path in snapshots.glob("*/model.safetensors")}
@@ -198,5 +199,5 @@ def test_the_pushed_release_is_verified_by_its_id_and_its_base_by_commit(
 ) -> None:
     with tiny_hub.client(published[1], tmp_path / "home"):
         found = tiny.answer_json("verify", ID)
-    assert {check["status"] for check in found} == {"ok"}
+    assert [check["name"] for check in found if check["status"] != "ok"] == ["age"]
     assert f"{BASE_ID} at " in next(c["detail"] for c in found if c["name"] == "base")

@@ -69,9 +69,9 @@ def content(client: Client, to: str = ID) -> dict[str, bytes]:
     """What main must hold: the release, with the repository in the card and the card's new hash."""
     data = {path.name: path.read_bytes() for path in client.release.iterdir()}
     card, old = data["README.md"].decode(), hashlib.sha256(data["README.md"]).hexdigest()
-    assert card.count('adapter = "tiny"') == card.count("--lora-modules tiny=tiny") == 1
-    card = card.replace('adapter = "tiny"', f'adapter = "{to}"')
-    card = card.replace("--lora-modules tiny=tiny", f"--lora-modules tiny={to}")
+    assert (card.count('adapter = "."'), card.count("--lora-modules tiny=.")) == (2, 1)
+    card = card.replace('adapter = "."', f'adapter = "{to}"')
+    card = card.replace("--lora-modules tiny=.", f"--lora-modules tiny={to}")
     new, sums = hashlib.sha256(card.encode()).hexdigest(), data["SHA256SUMS"].decode()
     assert sums.count(f"{old}  README.md") == 1
     return data | {"README.md": card.encode(), "SHA256SUMS": sums.replace(old, new).encode()}
@@ -88,7 +88,7 @@ def test_a_push_is_one_commit_of_the_release_and_private(client: Client, xet: bo
     assert said.code == 0, said.err
     head = client.repo.at("main")
     assert said.out.strip() == f"{client.hub.url}/{ID}/commit/{head.id}"
-    assert "alice/adapter (private): 12 files pushed" in said.err
+    assert "alice/adapter (private): 14 files pushed" in said.err
     assert (client.commits(), client.repo.private) == (FIRST, True)
     assert client.main() == pushed(client)
     assert (head.files[ADAPTER].xet is not None) == xet

@@ -1,6 +1,7 @@
 """Releases beyond the frozen tests: snippets of the card, mismatched folders, licences."""
 
 import contextlib
+import html
 import io
 import json
 import pickletools
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 from huggingface_hub import ModelCard
+from tiny_release import built
+
+from fintune import load_config
 
 
 def blocks(path: Path) -> list[str]:
@@ -23,12 +27,12 @@ def test_the_snippets_of_the_card_run(chain: tiny.Chain) -> None:
     card = ModelCard.load(chain.release / "README.md")
     assert card.data.base_model == tiny.BASE_ID and card.data.library_name == "peft"
     assert card.data.license is None, "not known, so not stated"
-    seed, chat = blocks(chain.release / "README.md")
-    seed = seed.replace(f'base = "{tiny.BASE_ID}"', f'base = "{tiny.base()}"')
-    seed = re.sub('adapter = ".*"', f'adapter = "{chain.release}"', seed)
+    chat, seed = blocks(chain.release / "README.md")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(seed.replace("max_new_tokens=256", "max_new_tokens=4") + chat, {})
+    with contextlib.redirect_stdout(printed), contextlib.chdir(chain.release):
+        for code in (chat, seed):
+            code = code.replace(f'base = "{tiny.BASE_ID}"', f'base = "{tiny.base()}"')
+            exec(code.replace("max_new_tokens=256", "max_new_tokens=4"), {})
     fixture = json.loads((chain.release / "prompt_fixture.json").read_text())
     assert f'date_string="{fixture["chat"]["variables"]["date_string"]}"' in chat
     assert "Explain what a yield curve inversion implies for equities." in printed.getvalue()
@@ -38,7 +42,7 @@ def test_the_published_snippet_is_the_card_s_letter_for_letter(chain: tiny.Chain
     published = tiny.SHARED / "seed-model-card.md"
     if not published.is_file():
         pytest.skip("no ../shared/seed-model-card.md")
-    ours, theirs = (blocks(path)[0] for path in (chain.release / "README.md", published))
+    ours, theirs = (blocks(path)[-1] for path in (chain.release / "README.md", published))
     names = re.compile(r'^((?:base|adapter) = )".*"$', flags=re.M)
     assert names.sub(r"\1", ours) == names.sub(r"\1", theirs)
 
@@ -91,9 +95,9 @@ def test_what_does_not_belong_together_is_refused_whatever_is_accepted(
 def test_a_local_path_in_a_published_file_is_refused(chain: tiny.Chain, tmp_path: Path) -> None:
     copy = chain.copy(tmp_path, "data", "run", "eval")
     path = copy.eval / "eval_50_gpt_judged_raw.jsonl"
-    path.write_text(path.read_text().replace('"no_judge"', '"/home/x/y"'))
+    path.write_text(re.sub('"question": "', '"question": "/home/x/y ', path.read_text()))
     tiny.reseal(copy.eval)
-    said = tiny.fintune("release", *copy.words())
+    said = tiny.fintune("release", *copy.words(), "--accept", tiny.REASON)
     assert (said.code, f"{path.name} (/home/x)" in said.err) == (3, True), said.err
 
 
@@ -101,7 +105,7 @@ def test_a_llama_base_brings_its_licence(chain: tiny.Chain, tmp_path: Path) -> N
     base = Path(shutil.copytree(tiny.base(), tmp_path / "base"))
     llama = tiny.words(base="meta-llama/Meta-Llama-3.1-8B-Instruct", base_path=base)
     given = ("release", *chain.words(), *llama, *tiny.words(release_out=tmp_path / "r"))
-    refused = tiny.fintune(*given)
+    refused = tiny.fintune(*given, "--accept", tiny.REASON)
     assert (refused.code, "no licence text" in refused.err) == (3, True), refused.err
     (base / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n")
     tiny.done(*given)
@@ -110,3 +114,139 @@ def test_a_llama_base_brings_its_licence(chain: tiny.Chain, tmp_path: Path) -> N
     assert "license: llama3.1" in card
     assert (tmp_path / "r" / "LICENSE").read_text() == (base / "LICENSE").read_text()
     assert "Llama 3.1 is licensed under" in (tmp_path / "r" / "NOTICE").read_text()
+
+
+# ---- what it says, and what of the rows is in it ------------------------------------------------
+
+
+def texts(chain: tiny.Chain) -> list[str]:
+    """Questions, references and answers of the evaluation, long enough to be told from others."""
+    found = []
+    for row in tiny.read_lines(chain.eval / "predictions.jsonl"):
+        item = row["item"]
+        found += [turn["content"] for turn in item["messages"] if turn["role"] == "user"]
+        found += [item["reference"], row["text"]]
+    return sorted({text for text in found if len(text) > 40})
+
+
+def holding(folder: Path, wanted: list[str]) -> set[str]:
+    """Files that hold one of these texts, as it is or as JSON or HTML spells it."""
+    spelled = {form(text) for text in wanted for form in (str, html.escape, json_string)}
+    read = {path.name: path.read_text(errors="replace") for path in folder.iterdir()}
+    return {name for name, text in read.items() if any(one in text for one in spelled)}
+
+
+def json_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+@pytest.mark.parametrize("samples", ["ids", "none"])
+def test_no_row_leaves_unless_asked(chain: tiny.Chain, tmp_path: Path, samples: str) -> None:
+    wanted = texts(chain)
+    held = holding(chain.release, wanted)
+    assert {"eval_50_gpt_judged_raw.jsonl", "report.html"} <= held
+    given = tiny.words(release_out=tmp_path / "r", samples=samples)
+    said = tiny.done("release", *chain.words(), *given)
+    assert holding(tmp_path / "r", wanted) == set()
+    assert "contains 0 rows of your data" in said.err
+    assert "contains 0 rows of its data" in (tmp_path / "r" / "README.md").read_text()
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert ("eval_50_gpt_judged_raw.jsonl" in names) == (samples == "ids")
+    fixture = json.loads((tmp_path / "r" / "prompt_fixture.json").read_text())
+    assert not [row for row in fixture["conversations"] if row["name"].startswith("held out")]
+    assert tiny.fintune("verify", tmp_path / "r", "--base", tiny.base()).code == 0
+
+
+def test_ids_are_the_default_and_text_is_counted(chain: tiny.Chain) -> None:
+    assert load_config(tiny.config()).release.samples == "ids"
+    rows = tiny.read_lines(chain.eval / "predictions.jsonl")
+    own = {row["item"]["id"] for row in rows if row["item"]["task"] != "fpb"}
+    card = (chain.release / "README.md").read_text()
+    assert f"contains {len(own)} rows of its data" in card and own
+    judged = tiny.read_lines(chain.release / "eval_50_gpt_judged_raw.jsonl")
+    assert {row["status"] for row in judged} == {"not_judged"}
+
+
+def test_an_acceptance_is_recorded_once(chain: tiny.Chain, tmp_path: Path) -> None:
+    copy = chain.copy(tmp_path, "data", "run", "eval")
+    (copy.eval / ".accepted.json").unlink()
+    words = ("release", *copy.words(), "--accept", "a rehearsal")
+    for user, folder in (("anna", "one"), ("ben", "two")):
+        said = tiny.fintune(*words, *tiny.words(release_out=tmp_path / folder), env={"USER": user})
+        assert said.code == 0, said.err
+    assert tiny.tree_sha256(tmp_path / "one") == tiny.tree_sha256(tmp_path / "two")
+    facts = json.loads((tmp_path / "two" / "training_config.json").read_text())["provenance"]
+    assert (facts["accepted_by"], facts["accepted"]) == ("anna", "a rehearsal")
+    assert f"Accepted {facts['accepted_on']} by anna" in (tmp_path / "two/README.md").read_text()
+
+
+def test_verify_is_a_gate(chain: tiny.Chain) -> None:
+    words = ("verify", chain.release, "--base", tiny.base(), "--require", "better")
+    refused = tiny.fintune(*words, "--json")
+    checks = {check["name"]: check for check in json.loads(refused.out)}
+    assert refused.code == 3 and "is no_detectable_difference, not better" in refused.err
+    failed = [name for name, check in checks.items() if check["status"] == "failed"]
+    assert failed == ["verdict"]
+    assert tiny.REASON in checks["accepted"]["detail"]
+    assert re.match(r"[01] days since", checks["age"]["detail"])
+
+
+def test_a_better_release_passes_the_gate() -> None:
+    folder, base = built()
+    assert tiny.fintune("verify", folder, "--base", base, "--require", "better").code == 0
+
+
+def test_its_settings_are_a_config_again(chain: tiny.Chain) -> None:
+    read = load_config(chain.release / "fintune.yaml")
+    asked = load_config(chain.run / "config.yaml")
+    own = {"data": {"source"}, "model": {"path"}}
+    for section in ("train", "eval", "chat", "data", "model", "seed"):
+        left_out = own.get(section, set()) | {"out"}
+        ours, theirs = (config.model_dump(include={section})[section] for config in (read, asked))
+        if isinstance(ours, dict):
+            ours, theirs = (
+                {k: v for k, v in d.items() if k not in left_out} for d in (ours, theirs)
+            )
+        if section == "eval":
+            ours.pop("tasks"), theirs.pop("tasks")
+        assert ours == theirs, section
+    assert read.data.source == Path(asked.data.source).name
+
+
+def test_the_card_says_what_nobody_checked(chain: tiny.Chain) -> None:
+    card, risk = ((chain.release / name).read_text() for name in ("README.md", "model_risk.md"))
+    results = json.loads((chain.eval / "test_results.json").read_text())
+    order = sorted(results["tasks"], key=lambda name: results["tasks"][name]["difference"]["value"])
+    rows = [line.split(" | ")[0][2:] for line in card.splitlines() if line.count(" of ") > 1]
+    assert [name for name in rows if name in order] == order and len(order) > 1
+    for text in (card, risk):
+        assert "**Names and addresses are not looked for.**" in text
+        assert "| general ability, kept or lost | not checked" in text
+        assert "| benchmark questions among the training rows | not checked" in text
+        assert "- Intended use: not stated" in text
+        assert "| energy | not measured |" in text
+    assert "Owner of the model | ____" in risk
+    assert risk.count("# SR 11-7") == risk.count("# EU AI Act, Annex XI") == 1
+    accounts = "dropped: personal_data, holds personal data, and the config says drop"
+    manifest = json.loads((chain.data / "manifest.json").read_text())
+    assert ("personal_data" in manifest["rows"]["dropped"]) == (accounts in card)
+
+
+def test_use_and_language_are_those_of_the_config(chain: tiny.Chain, tmp_path: Path) -> None:
+    given = ["-s", "release.intended_use=to sort tickets", "-s", "release.not_for=credit decisions"]
+    tiny.done("release", *chain.words(), *tiny.words(release_out=tmp_path / "r"), *given)
+    card = (tmp_path / "r" / "README.md").read_text()
+    assert "- Intended use: to sort tickets." in card and "- Not for: credit decisions." in card
+    assert "- Language: English; " in card
+
+
+def test_a_judge_without_a_key_is_said_at_the_end(
+    chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    copy = chain.copy(tmp_path, "data", "run", "eval")
+    judge = ("-s", "eval.judge.model=judge-1", "--accept", tiny.REASON)
+    said = tiny.fintune("run", *copy.words(), *judge)
+    assert said.code == 0, said.err
+    last = said.err.splitlines()[-1]
+    assert "nothing was judged" in said.err and "OPENAI_API_KEY" in said.err, last

@@ -82,6 +82,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "judge_prices": ("eval.judge.usd_per_million", [1.0, 1.0]),
     "release_out": ("release.out", "release"),
     "training_args_bin": ("release.training_args_bin", True),
+    "samples": ("release.samples", "none"),
 }
 """Name of a setting in the tests -> the product's key, and a value that it takes. A renamed key is
 changed here."""
@@ -115,6 +116,7 @@ CHAIN: dict[str, Any] = {
     "test_share": 0.15,
     "personal_data": "drop",
     "max_steps": 24,
+    "samples": "text",
     "eval_steps": 6,
     "save_steps": 6,
     "judged_items": 4,
@@ -179,7 +181,7 @@ def done(*words: object) -> Said:
 
     The tiny base learns no task, so no release of it goes without a reason.
     """
-    if words[0] == "release" and "--accept" not in words:
+    if words[0] in ("release", "run") and "--accept" not in words:
         words = (*words, "--accept", REASON)
     said = fintune(*words)
     assert said.code == 0, f"fintune {' '.join(map(str, words))}: exit code {said.code}\n{said.err}"
@@ -441,6 +443,6 @@ def reseal(stage: Path, **inputs: Any) -> None:
     done["files"] = {
         name: {"bytes": (stage / name).stat().st_size, "sha256": digest}
         for name, digest in tree_sha256(stage).items()
-        if name != "done.json"
+        if name != "done.json" and not name.startswith(".")
     }
     path.write_text(json.dumps(done))

@@ -99,7 +99,7 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
             "model": {"id": "fintune/tiny", "path": base},
             "data": {"source": str(root / "rows.jsonl")},
             "train": {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}},
-            "release": release,
+            "release": {"samples": "text"} | release,
         }
     )
     _data(config.data_dir)
@@ -171,7 +171,8 @@ def _evaluation(folder: Path, verdict: str) -> None:
             "accuracy": {"base": 0.5, "adapter": 0.75, "difference": difference},
         },
     )
-    for name in ("run.json", "predictions.jsonl", "heldout.jsonl"):  # raw files, read by no release
+    files.write_json(folder / "run.json", {"repeated": []})
+    for name in ("predictions.jsonl", "heldout.jsonl"):
         (folder / name).write_text("")
     row = {"status": "unscored", "unscored_reason": "no_judge", "key": "k"}
     asked = {"task": "rows:number", "question": "Sales: 4.\n\nHow much?", "reference": "4"}

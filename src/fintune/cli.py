@@ -316,6 +316,9 @@ def verify(
     server: Annotated[
         str | None, typer.Option(help="Hold a running OpenAI-compatible server against it.")
     ] = None,
+    require: Annotated[
+        Literal["better"] | None, typer.Option(help="Exit 3 unless this is its verdict.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
@@ -325,14 +328,16 @@ def verify(
         _check_release(folder)
         if server is not None:
             Server(server, folder)  # before 10 s of imports; `verify` asks it again
-        report = fintune.verify(folder, base=base, no_pickle=no_pickle, server=server)
+        report = fintune.verify(
+            folder, base=base, no_pickle=no_pickle, server=server, require=require
+        )
     except FintuneError as error:
         _emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
         raise
     _emit([asdict(check) for check in report.checks], as_json)
     if not as_json:
         rows = [(check.name, check.status, check.detail) for check in report.checks]
-        refused = [check for check in report.failed if check.name != "server"]
+        refused = [check for check in report.failed if check.name not in ("server", "verdict")]
         said = "refused" if refused else "verified"
         console.table(f"{folder}: {said}", ["check", "", "detail"], rows)
     report.settle()

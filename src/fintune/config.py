@@ -290,6 +290,12 @@ class ReleaseConfig(Section):
     """also write training_args.bin (a pickle, as the seed's release has)"""
     license: str | None = None
     """the adapter's licence on the card; absent: the base's, where it is known"""
+    samples: Literal["none", "ids", "text"] = "ids"
+    """held-out rows in the release: none, their ids and grades, or questions and answers too"""
+    intended_use: str = ""
+    """what the adapter is meant for, on the card; absent: not stated"""
+    not_for: str = ""
+    """what it must not be used for, on the card; absent: not stated"""
 
 
 class Config(Section):

@@ -131,10 +131,10 @@ def read_toml(module: str, name: str) -> dict[str, Any]:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole (see `write_bytes`); meant for files that fit in memory."""
-    write_text(path, "".join(map(_line, rows)))
+    write_text(path, "".join(map(json_line, rows)))
 
 
-def _line(row: dict[str, Any]) -> str:
+def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -164,7 +164,7 @@ class JsonlLog(contextlib.AbstractContextManager["JsonlLog"]):
 
     def append(self, *rows: dict[str, Any]) -> None:
         """Write rows, one line each. Raises ValueError on NaN."""
-        self._file.write("".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
+        self._file.write("".join(map(json_line, rows)).encode("utf-8", "backslashreplace"))
         self._file.flush()
 
     def __exit__(self, *_: object) -> None:

@@ -125,10 +125,12 @@ def _lines(values: BaseModel, defaults: BaseModel, indent: str = "") -> list[str
 
 
 def _overrides(name: str | None, source: str | None, base: str | None) -> list[str]:
-    chosen = {} if name is None else {"name": name, "out": f"runs/{name}"}
+    chosen: dict[str, str | None] = {} if name is None else {"name": name, "out": f"runs/{name}"}
     if source is not None:
-        # A preset may pass its rows unmasked; what it knows of them is not true of others.
-        chosen |= {"data.source": source, "data.pii": "mask"}
+        # A preset may leave its rows unmasked, show them to a judge and publish them; what it knows
+        # of them is not true of others.
+        chosen |= {"data.source": source, "data.pii": "mask", "release.samples": "ids"}
+        chosen |= dict.fromkeys(("eval.judge.model", "eval.judge.max_usd"))
     if base is not None:
         local = {"model.id": local_id(base), "model.path": base}
         there = Path(base).expanduser().exists()

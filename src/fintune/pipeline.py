@@ -1,12 +1,22 @@
 """Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
-from fintune.config import Config
+from fintune.config import Config, JudgeConfig
+from fintune.console import warn
+from fintune.data.filters import MEANINGS
 from fintune.data.prepare import prepare
+from fintune.errors import ConfigError
+from fintune.evals.endpoint import api_key
 from fintune.evals.evaluate import check_tasks, evaluate
+from fintune.evals.grading import PHRASES
 from fintune.evals.outlook import outlook, tell
-from fintune.evals.results import check_results
+from fintune.evals.results import REPORT, RESULTS, check_results
+from fintune.evals.verdict import summary
+from fintune.files import read_json
+from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
 from fintune.training.run import train
@@ -31,8 +41,25 @@ def run(
     prepare(config, fresh=fresh)
     tell(outlook(config))
     train(config, fresh=fresh)
-    evaluate(config, fresh=fresh, judge_host=judge_host)
-    return release(config, fresh=fresh, accept=accept)
+    asked, keyless = config, _keyless(config, judge_host)
+    if keyless:
+        judging = config.eval.model_copy(update={"judge": JudgeConfig()})
+        asked = config.model_copy(update={"eval": judging})
+    evaluate(asked, fresh=fresh, judge_host=judge_host)
+    folder = release(config, fresh=fresh, accept=accept)
+    if keyless:
+        warn(f"nothing was judged: {keyless} is not set; with a key: fintune judge")
+    return folder
+
+
+def _keyless(config: Config, judge_host: str) -> str:
+    """The variable that lacks the key of the config's judge; empty where the judge can be asked."""
+    judge = config.eval.judge
+    if judge.model is None or os.environ.get(judge.key_variable, "").strip():
+        return ""
+    with suppress(ConfigError):
+        return "" if api_key(judge, judge_host) else judge.key_variable
+    return judge.key_variable
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
@@ -50,4 +77,14 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
     check_results(config.eval_dir)
-    return bundle.release(config, fresh=fresh, accept=accept)
+    told = bundle.Told(MEANINGS, _report(config))
+    return bundle.release(config, fresh=fresh, accept=accept, told=told)
+
+
+def _report(config: Config) -> str:
+    """report.html as the release may hold it: with its questions where samples are text."""
+    if config.release.samples == "text":
+        return (config.eval_dir / REPORT).read_text(encoding="utf-8")
+    results = read_json(config.eval_dir / RESULTS)
+    shown = {"sentences": summary(results), "phrases": PHRASES, "groups": {}, "verdicts": []}
+    return render("eval_report.html.jinja", results=results, **shown)

@@ -38,7 +38,7 @@ _CONVERTED = re.compile(r"[^/]+/[^/]+/\d{4}\.parquet")
 """CONFIGURATION/SPLIT/0000.parquet: the hub's own conversion, revision refs/convert/parquet."""
 _NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json")
 """What `save_to_disk` and the hub keep beside rows."""
-_LICENCE = re.compile(r"""(?m)^license:\s*(?:-\s+)?["']?([\w.+-]+)""")
+LICENCE = re.compile(r"""(?m)^license:\s*(?:-\s+)?["']?([\w.+-]+)""")
 _NAMES_SHOWN = 5
 _MOST_FOLDERS = 100
 """In a card's pattern; `_fits` calls itself for each."""
@@ -85,7 +85,7 @@ class Source:
         """The configured one, else what the card of a fetched data set of the hub names."""
         card = self.repository.folder / CARD if self.repository else None
         text = card.read_text("utf-8", "replace") if card and card.is_file() else ""
-        match = _LICENCE.search(text.partition("\n---")[0])
+        match = LICENCE.search(text.partition("\n---")[0])
         return self.config.licence or (match and match[1])
 
     def rows(self) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Build the release folder from a finished run and its evaluation, if the gate allows it.
 
 It is built in a staging folder that is renamed at the end (`files.staged_folder`). The same inputs
-give the same bytes: no time stamp, no order of a set, modes 0644. Only the names in
+give the same bytes: no time stamp of the build, no order of a set, modes 0644. Only the names in
 `untrusted/limits.toml` are written.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
@@ -22,9 +23,11 @@ from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
+from fintune.releasing.contents import Acceptance, announced, first_evaluated, shipped_rows
 from fintune.releasing.verify import make_golden_prompts
+from fintune.sources import LICENCE
 from fintune.untrusted import checks, static
-from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, RESULTS
+from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, REPORT, RESULTS, RISK
 
 Json = dict[str, Any]
 RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
@@ -38,13 +41,32 @@ _PRIVATE_ARGUMENTS = re.compile(
 _LLAMA = re.compile(r"llama-?(\d(?:\.\d)?)", re.IGNORECASE)
 
 
+class Told(NamedTuple):
+    """What a release says that other stages know.
+
+    Attributes:
+        meanings: of the reasons for which rows were dropped.
+        report: report.html of the evaluation, without questions unless `release.samples` is text.
+    """
+
+    meanings: dict[str, str]
+    report: str | None
+
+
+NOTHING = Told({}, None)
+
+
 class Inputs(NamedTuple):
     """What a release is made of.
 
     Attributes:
         config: of this command. recipe: of the training run.
         arguments: transformers' effective TrainingArguments.
-        accepted: the reason given for publishing without the verdict `better`.
+        accepted: the reason given for publishing without the verdict `better`, and who gave it.
+        told: what other stages say for the card.
+        asked: run.json of the evaluation.
+        judged: the judged file as it is released; None: not at all.
+        rows: what the release holds of the data's rows.
         provenance: hashes that the release states.
         mismatches: where data, run and evaluation do not belong together.
     """
@@ -56,17 +78,24 @@ class Inputs(NamedTuple):
     results: Json
     environment: Json
     arguments: Json
-    accepted: str | None
+    asked: Json
+    accepted: Acceptance
+    told: Told
+    judged: str | None
+    rows: Json
     provenance: Json
     mismatches: list[str]
 
 
-def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
+def release(
+    config: Config, *, fresh: bool = False, accept: str | None = None, told: Told = NOTHING
+) -> Path:
     """Build `config.release_dir` from the finished data, run and evaluation folders.
 
     Args:
         fresh: replace an existing release, which is moved aside when the new one is complete.
         accept: reason to publish an adapter whose verdict is not `better`; printed on the card.
+        told: what other stages say for the card.
 
     Returns:
         The release folder. An existing one of the same inputs is kept as it is.
@@ -76,13 +105,14 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             its weights are empty or not finite, or a file would name a local path.
         OutputError: an input is unfinished, or the folder holds another release.
     """
-    inputs, final = _read_inputs(config, accept), config.release_dir
+    inputs, final = _read_inputs(config, accept, told), config.release_dir
     with seal.lock(final):
         if not seal.empty(final):
             seal.check_ours(final)
             if not fresh:
                 return _keep(final, inputs)
         _gate(inputs)
+        inputs.accepted.record()
         console.heading(f"release {config.name}")
         aside = lambda: seal.move_aside(final)  # noqa: E731
         with files.staged_folder(final, published=True, free=aside) as staging:
@@ -92,20 +122,23 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
             report.run(lambda: [static.check_paths(staging, _private(inputs))])
             report.run(lambda: model.check_on_base(staging, inputs.base))
             report.settle()
+    console.say(announced(files.read_json(final / CONFIG)))
     console.say(f"released: {final}")
     return final
 
 
-def _read_inputs(config: Config, accepted: str | None) -> Inputs:
+def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
     """Read the three finished folders.
 
     Raises:
         OutputError: one is absent, unfinished or changed since.
     """
     run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
-    made, judged = (adapter, *RUN_FILES), (RESULTS, JUDGED)
+    judged = (RESULTS, JUDGED, "run.json")
     data = seal.read_data(config.data_dir)
-    trained = seal.read_seal(run, stage="training run", make="fintune train", needed=made)
+    trained = seal.read_seal(
+        run, stage="training run", make="fintune train", needed=(adapter, *RUN_FILES)
+    )
     tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged)
     recipe, environment, arguments = (run / name for name in RUN_FILES)
     base = model.find_base(config.model, kept_in=[run])
@@ -114,10 +147,15 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
         "adapter_sha256": trained["files"][adapter]["sha256"],
         "manifest_sha256": data["files"]["manifest.json"]["sha256"],
         "test_results_sha256": tested["files"][RESULTS]["sha256"],
-        "judged_sha256": tested["files"][JUDGED]["sha256"],
         "release": config.release.model_dump(mode="json", exclude={"out"}),
-        "accepted": accepted,
+        "trained_on": files.read_json(environment).get("finished"),
+        "evaluated_on": first_evaluated(config.data_dir, tested["inputs_sha256"]),
     }
+    accepted = Acceptance.of(evaluation, accept, provenance["test_results_sha256"])
+    provenance |= accepted.facts
+    text, rows = shipped_rows(evaluation, config, judged=bool(results.get("judge")))
+    if text is not None:
+        provenance["judged_sha256"] = files.sha256_bytes(text.encode())
     provenance["base"] = base.about
     if model.WEIGHTS.fullmatch(base.revision):
         provenance |= {"base_sha256": base.revision, "base_read_as": base.read_as}
@@ -133,8 +171,10 @@ def _read_inputs(config: Config, accepted: str | None) -> Inputs:
     ]
     mismatches = [f"the {reason}" for reason, stated, actual in compared if stated != actual]
     manifest = files.read_json(config.data_dir / "manifest.json")
-    facts = (manifest, results, files.read_json(environment), files.read_json(arguments))
-    return Inputs(config, load_config(recipe), base, *facts, accepted, provenance, mismatches)
+    read = (files.read_json(path) for path in (environment, arguments, evaluation / "run.json"))
+    known: tuple[Any, ...] = (config, load_config(recipe), base, manifest, results, *read)
+    made: tuple[Any, ...] = (accepted, told, text, rows, provenance, mismatches)
+    return Inputs(*known, *made)
 
 
 def _gate(inputs: Inputs) -> None:
@@ -144,12 +184,13 @@ def _gate(inputs: Inputs) -> None:
         GateRefused: the verdict is not `better` and none was accepted, the folders do not belong
             together, test rows were trained on, or the adapter is empty or not finite.
     """
-    if inputs.accepted is not None and not inputs.accepted.strip():
+    reason = inputs.accepted.reason
+    if reason is not None and not reason.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
     weights = static.check_weights(inputs.config.run_dir / "best")
     failed = [weights.detail] if weights.status == "failed" else []
     verdict = inputs.results.get("verdict")
-    unproved = verdict != "better" and inputs.accepted is None
+    unproved = verdict != "better" and reason is None
     reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
     if reasons := [*reasons, *inputs.mismatches, *failed]:
         fix = 'a verdict may be accepted with a reason: --accept "..." (the card prints it);'
@@ -169,6 +210,7 @@ def _keep(final: Path, inputs: Inputs) -> Path:
         fix = "choose another folder (--set release.out=...), or --fresh (moves it aside)"
         raise OutputError(what, fix=fix)
     static.open_folder(final, "release")
+    console.say(announced(old))
     console.say(f"released already, unchanged: {final}")
     return final
 
@@ -187,23 +229,29 @@ def _build(staging: Path, inputs: Inputs) -> None:
     kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
-    for name in (RESULTS, JUDGED):
-        files.copy_file(config.eval_dir / name, staging / name)
+    files.copy_file(config.eval_dir / RESULTS, staging / RESULTS)
+    for name, text in ((JUDGED, inputs.judged), (REPORT, inputs.told.report)):
+        if text is not None:
+            files.write_text(staging / name, text)
     settings = model.prepared_chat(config.data_dir, inputs.recipe.chat)
     loaded = model.load_release(staging, base, settings=settings)
-    judged = list(files.read_jsonl(staging / JUDGED))
+    judged = files.read_jsonl(staging / JUDGED) if inputs.judged else ()
     held_out = [(row["question"], row["reference"]) for row in judged if row.get("question")]
     files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded, held_out))
     llama = _write_llama_license(staging, base)
+    values = _card_values(inputs, llama)
+    files.write_text(staging / checks.SETTINGS, page.render("settings.yaml.jinja", **values) + "\n")
+    files.write_text(staging / RISK, page.render("model_risk.md.jinja", **values) + "\n")
     facts = {
         "fintune": __version__,
         "config": _without_paths(inputs.recipe.model_dump(mode="json")),
+        "rows_of_the_data": inputs.rows,
         "training_arguments": _without_paths(kept),
         PROVENANCE: inputs.provenance,
         "files": {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())},
     }
     files.write_json(staging / CONFIG, facts)
-    card = write_card(inputs, files.sha256_file(staging / CONFIG), llama)
+    card = write_card(inputs, files.sha256_file(staging / CONFIG), values)
     files.write_text(staging / CARD, card)
     sums = [f"{files.sha256_file(path)}  {path.name}\n" for path in sorted(staging.iterdir())]
     files.write_text(staging / checks.SUMS, "".join(sums))
@@ -227,13 +275,13 @@ def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
     _write_json(staging / "special_tokens_map.json", dict(tokenizer.special_tokens_map))
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, left_out: tuple[str, ...] = ("out", "path")) -> Any:
     """The same tree without folders; of a file's path the last part is kept."""
     if isinstance(value, dict):
-        kept = value.keys() - {"out", "path"}
-        return {key: _without_paths(part) for key, part in value.items() if key in kept}
+        kept = {key: part for key, part in value.items() if key not in left_out}
+        return {key: _without_paths(part, left_out) for key, part in kept.items()}
     if isinstance(value, list):
-        return [_without_paths(part) for part in value]
+        return [_without_paths(part, left_out) for part in value]
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
         return Path(value).name
     return value
@@ -270,21 +318,18 @@ def _write_llama_license(staging: Path, base: model.Base) -> str | None:
     return match[1]
 
 
-def write_card(inputs: Inputs, config_sha256: str, llama: str | None) -> str:
+def write_card(inputs: Inputs, config_sha256: str, values: Json) -> str:
     """README.md of a release: `templates/card.md.jinja`, filled with what the run's files say.
 
-    A fact that is not in the files is left out. The metadata block goes through huggingface_hub's
-    ModelCardData, so that the hub reads it.
+    What no file says is "not stated" there, what nobody looked at "not checked". The metadata block
+    goes through huggingface_hub's ModelCardData, so that the hub reads it.
 
     Args:
         config_sha256: of training_config.json, which names the hashes of the other files.
-        llama: version of a Llama base, whose licence has duties; None for any other base.
+        values: of the templates (`_card_values`).
     """
-    config, base, name = inputs.recipe, inputs.base, inputs.config.name
-    if llama and not name.lower().startswith("llama"):
-        name = f"Llama {name}"  # as the base's licence asks
+    base, english = inputs.base, inputs.recipe.data.filter_english_only
     tags = ["lora", "finance", "instruction-tuning", "transformers", "adapter"]
-    english = config.data.filter_english_only
     sources = {name: facts["identity"] for name, facts in inputs.manifest["sources"].items()}
     of_hub = {name: commit for name, commit in sources.items() if COMMIT.fullmatch(commit)}
     data, commit = [*of_hub.items()][0] if len(of_hub) == len(sources) == 1 else (HELD_OUT, None)
@@ -297,30 +342,52 @@ def write_card(inputs: Inputs, config_sha256: str, llama: str | None) -> str:
         language="en" if english else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        license=inputs.config.release.license or (f"llama{llama}" if llama else None),
+        license=values["license"],
         datasets=sorted({name.partition("#")[0] for name in of_hub}) or None,
         tags=[*tags, "english"] if english else tags,
-        model_name=name,
+        model_name=values["name"],
         eval_results=[of_test(k, v["adapter"]) for k, v in parts.items() if "adapter" in v],
     )
+    more = {"metadata": metadata.to_yaml(), "config_sha256": config_sha256}
+    return page.render("card.md.jinja", **values, **more) + "\n"
+
+
+def _card_values(inputs: Inputs, llama: str | None) -> Json:
+    """What the templates of card, model_risk.md and fintune.yaml are filled with.
+
+    Args:
+        llama: version of a Llama base, whose licence has duties; None for any other base.
+    """
+    config, base, name = inputs.recipe, inputs.base, inputs.config.name
+    if llama and not name.lower().startswith("llama"):
+        name = f"Llama {name}"  # as the base's licence asks
     chat = inputs.manifest.get("chat") or {"variables": {"date_string": config.chat.date_string}}
     variables = {
         name: json.dumps(value) if isinstance(value, str) else repr(value)
         for name, value in chat["variables"].items()
     }
-    text = page.render(
-        "card.md.jinja",
-        variables=variables,
-        **inputs._asdict() | {"config": config},
-        metadata=metadata.to_yaml(),
-        name=name,
-        adapter=name.replace(" ", "-"),
-        llama=llama,
-        commit=base.revision if COMMIT.fullmatch(base.revision) else None,
-        vllm_rank=vllm_rank(config.train.lora.r),
-        config_sha256=config_sha256,
-    )
-    return text + "\n"
+    about = base.folder / CARD
+    text = about.read_text("utf-8", "replace") if about.is_file() else ""
+    stated = LICENCE.search(text.partition("\n---")[0])
+    of_llama = f"llama{llama}" if llama else None
+    tree = _without_paths(config.model_dump(mode="json"), ("out",)) | {"name": inputs.config.name}
+    return {
+        **inputs._asdict(),
+        "config": config,
+        "stated": inputs.config.release,
+        "version": __version__,
+        "settings": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
+        "contains": announced({"rows_of_the_data": inputs.rows}).replace("your", "its"),
+        "license": inputs.config.release.license or of_llama,
+        "base_license": of_llama or (stated and stated[1]),
+        "variables": variables,
+        "name": name,
+        "adapter": name.replace(" ", "-"),
+        "llama": llama,
+        "local": config.model.path is not None and base.id.startswith("local/"),
+        "commit": base.revision if COMMIT.fullmatch(base.revision) else None,
+        "vllm_rank": vllm_rank(config.train.lora.r),
+    }
 
 
 def vllm_rank(rank: int) -> int:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from fintune import console, files
 from fintune.errors import OutputError
 from fintune.hub import PUSH, has_hash, hub_errors, retried
+from fintune.releasing.contents import announced
 from fintune.stop import STOP
 from fintune.untrusted import checks
 
@@ -33,6 +34,7 @@ def push_release(folder: Path, repository: str, *, public: bool) -> str:
         OutputError: the hub refuses or cannot be reached, the repository is public, or its `main`
             moved meanwhile.
     """
+    console.say(announced(checks.read_object(folder, checks.CONFIG, absent=True)))
     api, page = HfApi(), f"{constants.ENDPOINT}/{repository}"
     look = partial(api.model_info, repository, files_metadata=True)
     STOP.guard()

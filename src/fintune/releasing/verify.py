@@ -7,7 +7,7 @@ which the adapter was not trained on; comparing a server's prompts with these sh
 The stages of `verify`, in order: bytes (`untrusted.static`; nothing is loaded unless all of that
 passed); tokenizer, golden prompts, keys and shapes in a limited child (`untrusted.probe`); the
 recorded greedy answers against the weights; on request the prompts of a running server
-(`server_check`), whose address is asked before all that.
+(`server_check`), whose address is asked before all that; last what was found of the adapter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ from fintune.errors import FintuneError, OutputError
 from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
+from fintune.releasing.contents import standing
 from fintune.releasing.server_check import Server, check_server
 from fintune.untrusted import static
 from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
@@ -127,7 +128,12 @@ def _told(
 
 
 def verify(
-    folder: Path, *, base: Path | None = None, no_pickle: bool = False, server: str | None = None
+    folder: Path,
+    *,
+    base: Path | None = None,
+    no_pickle: bool = False,
+    server: str | None = None,
+    require: str | None = None,
 ) -> Report:
     """Check a release folder, up to the first stage that fails.
 
@@ -137,6 +143,7 @@ def verify(
         no_pickle: also refuse `training_args.bin`, which is otherwise allowed by name and
             checksum and never opened.
         server: URL of a running OpenAI-compatible server that serves this release.
+        require: the verdict without which the release is refused.
 
     Returns:
         Every check that ran; `Report.settle` raises GateRefused where one failed.
@@ -162,6 +169,7 @@ def verify(
     if asked is not None:
         golden = read_object(folder, FIXTURE, absent=True)
         report.run(lambda: check_server(asked, golden, read_tokenizer(folder)))
+    report.run(lambda: standing(folder, require))
     return report
 
 

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -210,7 +212,9 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
+        "finished": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
+        "processor": _processor(),
         "processes": arguments.world_size,
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -222,3 +226,11 @@ def _environment(trainer: LoraTrainer, rows: Rows, state: RunState) -> dict[str,
         **{k: state.resolved[k] for k in ("out_of_memory", "fallbacks", "without_adapter")},
         "accepted_changes": state.accepted,
     }
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    named = re.search(r"(?m)^model name\s*: (.+)", text)
+    return named[1] if named else platform.processor() or platform.machine()

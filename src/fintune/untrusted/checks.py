@@ -32,6 +32,9 @@ JUDGED = "eval_50_gpt_judged_raw.jsonl"
 PROVENANCE = "provenance"
 RESULTS = "test_results.json"
 SUMS = "SHA256SUMS"
+REPORT = "report.html"
+RISK = "model_risk.md"
+SETTINGS = "fintune.yaml"
 TEMPLATE = "chat_template.jinja"
 TRAINING_ARGS = "training_args.bin"
 HUB_FILES = {".gitattributes", ".cache"}
@@ -87,6 +90,12 @@ class Report:
             raise GateRefused(
                 f"{self.folder.name} is verified, its server is not: {failed}",
                 why="a different prompt gets a different answer than the adapter was trained for",
+            )
+        if self.failed and self.failed[0].name == "verdict":
+            raise GateRefused(
+                f"{self.folder.name} is what it says, but {self.failed[0].detail}",
+                why="the figures do not show that its adapter is better than the base",
+                fix="see README.md there; without --require its verdict decides nothing here",
             )
         if failed:
             fix = "download it again; a release made here: fintune release"

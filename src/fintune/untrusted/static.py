@@ -166,9 +166,10 @@ def _check_provenance(of: _Folder) -> str:
     provenance, files = config[checks.PROVENANCE], config.get("files", {})
     if not isinstance(provenance, dict) or not isinstance(files, dict):
         raise Unreadable(f"{checks.CONFIG}: `provenance` or `files` is no object")
-    stated = [(name, provenance.get(key)) for key, name in LIMITS["made_from"].items()] + [
-        *files.items()
-    ]
+    # A release without samples holds no judged file and states no hash of one.
+    absent = {checks.JUDGED} - {*of.names} if "judged_sha256" not in provenance else set()
+    made_from = [(key, name) for key, name in LIMITS["made_from"].items() if name not in absent]
+    stated = [(name, provenance.get(key)) for key, name in made_from] + [*files.items()]
     wrong = {name for name, digest in stated if of.hashes.get(name, "") != digest}
     refuse(f"not the files that {checks.CONFIG} names:", wrong)
     return f"{len(stated)} hashes as {checks.CONFIG} names them"
