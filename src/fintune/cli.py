@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 
 import fintune
 from fintune import __version__, console, sample
+from fintune.cli_looks import looks
 from fintune.errors import FintuneError, OutputError, Stopped, needing
-from fintune.files import read_json
 from fintune.stop import STOP
 
 app = typer.Typer(
@@ -31,15 +31,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+app.add_typer(looks)
+
 ConfigName = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")]
 Set = typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4.")
 Overrides = Annotated[list[str] | None, Set]
 Data = Annotated[
     Path | None, typer.Option("--data", help="A folder of prepared data, or a run that has one.")
 ]
-Runs = Annotated[Path, typer.Argument(help="The folder that the runs are in.")]
-Page = Annotated[Path | None, typer.Option(help="A page to write: the questions that changed.")]
-Run = Annotated[str, typer.Argument(help="A run's folder, or its name below ./runs.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder aside first.")]
 Accept = Annotated[str | None, typer.Option(help="Release without `better`, for this reason.")]
 JudgeHost = Annotated[str, typer.Option(help="A host that may get the judge's key.")]
@@ -156,7 +155,7 @@ def prepare(
     from fintune.evals import outlook
 
     outlook.tell(outlook.outlook(loaded))
-    _emit(manifest, as_json)
+    console.emit(manifest, as_json)
 
 
 @app.command()
@@ -173,7 +172,7 @@ def train(
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
     loaded = _load(config, overrides, data)
     folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
-    _emit({"run": str(folder)}, as_json)
+    console.emit({"run": str(folder)}, as_json)
 
 
 @app.command()
@@ -183,7 +182,7 @@ def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json
     from fintune import plan as planning
 
     planned = planning.plan(loaded)
-    _emit(planned, as_json)
+    console.emit(planned, as_json)
     if not as_json:
         planning.show(planned)
 
@@ -206,7 +205,7 @@ def evaluate(
     else:
         loaded = _load(config, overrides, data)
         results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
-    _emit(results, as_json)
+    console.emit(results, as_json)
 
 
 @app.command()
@@ -220,32 +219,6 @@ def release(
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     loaded = _load(config, overrides, data)
     fintune.release(loaded, fresh=fresh, accept=accept)
-
-
-@app.command("runs")
-def list_runs(folder: Runs = Path("runs"), as_json: Json = False) -> None:
-    """Every run with its base, rows, rate, loss, verdict and state, newest first."""
-    from fintune import runs
-
-    rows = runs.list_runs(folder)
-    _emit(rows, as_json, runs.text("runs", rows))
-
-
-@app.command()
-def show(run: Run, as_json: Json = False) -> None:
-    """The verdict of a finished evaluation again, with accuracy and loss."""
-    from fintune import runs
-
-    _emit(runs.show(run, console.say if as_json else console.result), as_json)
-
-
-@app.command()
-def compare(a: Run, b: Run, html: Page = None, as_json: Json = False) -> None:
-    """The adapter of run B against that of run A, paired over the same test questions."""
-    from fintune import runs
-
-    found = runs.compare(a, b, html)
-    _emit(found, as_json, runs.text("compare", found))
 
 
 @app.command()
@@ -305,7 +278,7 @@ def judge(
     loaded = fintune.load_config(config, overrides)
     from fintune.evals.evaluate import judge_answers
 
-    _emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
+    console.emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 
 
 @app.command()
@@ -332,9 +305,9 @@ def verify(
             folder, base=base, no_pickle=no_pickle, server=server, require=require
         )
     except FintuneError as error:
-        _emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
+        console.emit([{"name": "folder", "status": "failed", "detail": error.what}], as_json)
         raise
-    _emit([asdict(check) for check in report.checks], as_json)
+    console.emit([asdict(check) for check in report.checks], as_json)
     if not as_json:
         rows = [(check.name, check.status, check.detail) for check in report.checks]
         refused = [check for check in report.failed if check.name not in ("server", "verdict")]
@@ -409,37 +382,11 @@ def init(
     write(out, preset=preset, name=name, source=source, base=base, force=force)
 
 
-@app.command()
-def bases(as_json: Json = False) -> None:
-    """Which bases were tried, by which transformers, and what each falls back to."""
-    known = read_json(Path(__file__).with_name("bases.json"))
-    _emit(known, as_json)
-    if not as_json:
-        for row in known["bases"]:
-            console.result("{id:41} {architecture:30} {result}".format(**row))
-        console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
-
-
 @app.command("help")
 def show_help(verb: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """What a command does and takes: `fintune help train`."""
     sys.argv[1:] = [*(verb or []), "--help"]
     app()
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine can do, and what is missing; exit 1 when something essential is."""
-    from fintune.doctor import examine
-
-    findings = examine()
-    _emit(findings, as_json)
-    if not as_json:
-        for row in findings:
-            line = f"{row['status']:8} {row['name']:17} {row['value']}  {row['advice']}"
-            console.result(line.rstrip())
-    if any(finding["status"] == "missing" for finding in findings):
-        raise typer.Exit(1)
 
 
 def _check_release(folder: Path) -> None:
@@ -462,14 +409,6 @@ def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintun
         inner = data / "data"
         given.append(f"data.out={json.dumps(str(inner if inner.is_dir() else data))}")
     return fintune.load_config(config, given)
-
-
-def _emit(value: Any, as_json: bool, text: str = "") -> None:
-    """A command's result for programs, where --json was given; else its text, if it has one."""
-    if as_json:
-        console.emit_json(value)
-    elif text:
-        console.result(text)
 
 
 def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:

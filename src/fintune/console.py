@@ -92,6 +92,14 @@ def emit_json(value: Any) -> None:
     sys.stdout.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
+def emit(value: Any, as_json: bool, text: str = "") -> None:
+    """A command's result for programs, where --json was given; else its text, if it has one."""
+    if as_json:
+        emit_json(value)
+    elif text:
+        result(text)
+
+
 def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """A small table; columns after the first are right-aligned, as numbers read best."""
     grid = Table(columns[0], title=safe_markup(title), title_justify="left", header_style="dim")

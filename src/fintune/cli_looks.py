@@ -1,0 +1,68 @@
+"""Commands that only look: at runs, at the bases that are known, at this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fintune import console
+from fintune.files import read_json
+
+looks = typer.Typer()
+
+Runs = Annotated[Path, typer.Argument(help="The folder that the runs are in.")]
+Page = Annotated[Path | None, typer.Option(help="A page to write: the questions that changed.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or its name below ./runs.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@looks.command("runs")
+def list_runs(folder: Runs = Path("runs"), as_json: Json = False) -> None:
+    """Every run with its base, rows, rate, loss, verdict and state, newest first."""
+    from fintune import runs
+
+    rows = runs.list_runs(folder)
+    console.emit(rows, as_json, runs.text("runs", rows))
+
+
+@looks.command()
+def show(run: Run, as_json: Json = False) -> None:
+    """The verdict of a finished evaluation again, with accuracy and loss."""
+    from fintune import runs
+
+    console.emit(runs.show(run, console.say if as_json else console.result), as_json)
+
+
+@looks.command()
+def compare(a: Run, b: Run, html: Page = None, as_json: Json = False) -> None:
+    """The adapter of run B against that of run A, paired over the same test questions."""
+    from fintune import runs
+
+    found = runs.compare(a, b, html)
+    console.emit(found, as_json, runs.text("compare", found))
+
+
+@looks.command()
+def bases(as_json: Json = False) -> None:
+    """Which bases were tried, by which transformers, and what each falls back to."""
+    known = read_json(Path(__file__).with_name("bases.json"))
+    console.emit(known, as_json)
+    if not as_json:
+        for row in known["bases"]:
+            console.result("{id:41} {architecture:30} {result}".format(**row))
+        console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
+
+
+@looks.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, and what is missing; exit 1 when something essential is."""
+    from fintune.doctor import examine
+
+    findings = examine()
+    console.emit(findings, as_json)
+    if not as_json:
+        for row in findings:
+            line = f"{row['status']:8} {row['name']:17} {row['value']}  {row['advice']}"
+            console.result(line.rstrip())
+    if any(finding["status"] == "missing" for finding in findings):
+        raise typer.Exit(1)
