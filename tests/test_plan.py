@@ -148,8 +148,8 @@ def test_what_cannot_be_planned_is_said(change: str, says: str, tmp_path: Path) 
 
 
 def test_the_tables(tmp_path: Path) -> None:
-    """100 steps of 16 rows, of those on disk, evaluated after 50 steps twice."""
-    changes = [f"out={tmp_path}", f"model.path={tiny.base()}", "data.max_train_rows=1600"]
+    """100 steps of 4 rows, of those on disk, evaluated after 50 steps twice."""
+    changes = [f"out={tmp_path}", f"model.path={tiny.base()}", "data.max_train_rows=400"]
     changes += ["train.eval_steps=50", "train.learning_rate=0.002"]
     said = tiny.done("plan", "-c", "demo", *(w for each in changes for w in ("-s", each)))
     rows = [[cell.strip() for cell in line.split("│")] for line in said.out.splitlines()]
@@ -158,4 +158,4 @@ def test_the_tables(tmp_path: Path) -> None:
         "59,392", "100", "2",
     )  # fmt: skip
     assert (facts["learning_rate"], facts["lora alpha"], facts["H100"]) == ("0.002", "32", "none")
-    assert re.search(r"1,600 training rows \(of [\d,]+ on disk\) of 2", said.err)
+    assert re.search(r"400 training rows \(of [\d,]+ on disk\) of 2", said.err)

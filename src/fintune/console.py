@@ -31,7 +31,9 @@ out = Console(highlight=False, soft_wrap=True)
 
 GIVEN: list[str] = []
 """Words of the command line, such as `--config mine.yaml`, that every hint to a command repeats."""
-_HINT = re.compile(r"\bfintune (?:prepare|train|eval|release|inspect|dropped|judge|plan|run)\b")
+_HINT = re.compile(
+    r"\bfintune (?:prepare|train|eval|release|inspect|dropped|judge|plan|run)\b(?: --fresh)?"
+)
 
 
 def repeating(text: str) -> str:

@@ -79,6 +79,7 @@ def contaminated(
         score; benchmark, benchmark_line; row_text, benchmark_text: the ends of their texts.
     """
     hits: dict[int, dict[str, Any]] = {}
+    questions = [each for each in questions if len(words(asked(each)))]  # "?" repeats nothing
     if not examples or not questions:
         return hits
     rows = [words(asked(example)) for example in examples]
@@ -146,8 +147,7 @@ def _distinctive(rows: Texts, examples: list[Example], texts: Texts) -> list[Int
     distinctive = []
     for text in texts:
         is_template = [each in template for each in sequences(text, TEMPLATE_WORDS).tolist()]
-        run = np.ones(max(1, min(TEMPLATE_WORDS, len(text))))
-        covered = np.convolve(is_template or [False], run)  # a question may be without words
+        covered = np.convolve(is_template, np.ones(min(TEMPLATE_WORDS, len(text))))
         positions = np.flatnonzero(covered == 0)
         distinctive.append(positions if len(positions) >= FEWEST_WORDS else np.arange(len(text)))
     return distinctive
