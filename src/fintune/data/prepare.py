@@ -324,8 +324,7 @@ def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
     ledger.write(path)
     ((reason, count),) = reasons.most_common(1) or [("", 0)]
     shown = " ".join(" ".join(ledger.samples[reason][:1]).split())[:SHOWN]
-    why_out = _listed(reasons) or "too few for three parts"
-    what = f"no {empty[0]} row is left of {read} rows read: {why_out}"
+    what = f"no {empty[0]} row is left of {read} rows read: {_listed(reasons)}"
     if reason == "unknown_columns" and count == read:
         what = f"no row fits a known format; the first one's columns: {', '.join(ledger.columns)}"
     elif not read:
