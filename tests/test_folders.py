@@ -342,6 +342,7 @@ def test_a_signal_in_a_stage_ends_with_75_and_leaves_nothing_half_written(
     if verb == "export":
         given = ["export", "merged", str(chain.release), "--base", str(tiny.base())]
         given += ["--out", str(tmp_path / "out")]
+    given += ["--accept", tiny.REASON] if verb == "release" else []
 
     def work() -> None:
         monkeypatch.setattr("sys.argv", ["fintune", *given])
