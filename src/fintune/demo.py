@@ -22,8 +22,8 @@ def show(config: Config) -> None:
     title = f"{n['checkable']} questions of {n['clusters']} documents: {results['verdict']}"
     console.table(title, ["", *VARIANTS], rows)
     gain, always = results["accuracy"]["difference"], results["accuracy"]["majority_class"]
-    shares = [f"{end:+.1%}" for end in (gain["value"], *gain["ci95"])]
-    console.result("gain {}, paired 95 % interval {} to {}".format(*shares))
+    points = [f"{100 * end:+.1f}" for end in (gain["value"], *gain["ci95"])]
+    console.result("gain {} points, paired 95 % interval {} to {}".format(*points))
     if control.get("trained_on") == results["provenance"]["base_about"]:
         low, high = control["control"]["ci95"]
         said = f"control {control['control']['accuracy']:.1%} ({low:.0%} to {high:.0%})"

@@ -32,7 +32,8 @@ MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
 would decide alone."""
 SMALL_TASK = 0.1
-"""A task whose minimum detectable effect is larger is too small to guard."""
+"""A task whose minimum detectable effect is larger, and in which a loss may have gone unseen, is
+too small to guard."""
 CHECKED = ("number", "label", "span", "tags")
 """Kinds of item that count for accuracy; the others have secondary measures."""
 MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Graded], bool]]] = {
@@ -280,7 +281,8 @@ def _tasks(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
     for name, p in stats.holm(p_values).items():
         task = table[name]
         task["p_lost"], task["lost"] = p, p < stats.LEVEL
-        task["small"] = not task["lost"] and task["difference"]["mde80"] > SMALL_TASK
+        unseen = task["difference"]["ci95"][0] < -drop and task["difference"]["mde80"] > SMALL_TASK
+        task["small"] = unseen and not task["lost"]
     return table
 
 
