@@ -53,7 +53,7 @@ def test_a_download_and_a_snapshot_are_verified(stranger: Path, tmp_path: Path) 
         tiny.done("verify", folder, "--base", built()[1])
         found = tiny.answer_json("verify", folder, "--base", built()[1], "--no-pickle")
         assert {check["status"] for check in found} == {"ok"}
-        assert found[0]["detail"].startswith("12 files")
+        assert found[0]["detail"].startswith("14 files")
 
 
 def test_an_id_is_verified_with_the_base_that_it_names(hub: Hub, stranger: Path) -> None:

@@ -64,3 +64,13 @@ def test_options_are_answers(tmp_path: Path) -> None:
 def test_without_options_it_is_the_smallest_preset(tmp_path: Path) -> None:
     tiny.done("init", "--out", tmp_path / "mine.yaml")
     assert load_config(tmp_path / "mine.yaml") == load_config("smollm2-135m")
+
+
+def test_what_a_preset_knows_of_public_rows_is_not_taken_for_others(tmp_path: Path) -> None:
+    """The published recipe publishes its rows and shows them to a judge; nobody else's."""
+    preset = load_config("llama-3.1-8b-finance")
+    assert preset.release.samples == "text" and preset.eval.judge.model is not None
+    words = ("init", "--preset", "llama-3.1-8b-finance", "--source", "tickets.csv")
+    tiny.done(*words, "--out", tmp_path / "own.yaml")
+    own = load_config(tmp_path / "own.yaml")
+    assert (own.release.samples, own.eval.judge.model, own.data.pii) == ("ids", None, "mask")

@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -124,7 +125,10 @@ def tiny_run(root: Path, base: Path, *, verdict: str = "better", **release: obje
     seal.seal(config.run_dir, {"data": {"train.parquet": train}, "base": {"revision": revision}})
     adapter = files.sha256_file(config.run_dir / "best" / "adapter_model.safetensors")
     _evaluation(config.eval_dir, verdict)
-    seal.seal(config.eval_dir, {"adapter": adapter, "train": train, "test": test})
+    inputs = {"adapter": adapter, "train": train, "test": test}
+    seal.seal(config.eval_dir, inputs)
+    known = {"date": datetime.now(UTC).date().isoformat(), "inputs": files.sha256_json(inputs)}
+    files.write_jsonl(config.data_dir / "evaluations.jsonl", [known])
     return config
 
 
