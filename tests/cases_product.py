@@ -258,6 +258,8 @@ def of_run(verb: str, run: str, *settings: str) -> None:
     command = [verb, *BASE, *tiny.words(out=run)]
     for setting in settings:
         command += ["-s", setting]
+    if verb == "release":  # as the finished run was released
+        command += ["-s", "release.samples=text", "--accept", tiny.REASON]
     code, text = called(*command)
     print("\n".join(text.splitlines()[-4:]), f"exit code {code}", sep="\n")
 

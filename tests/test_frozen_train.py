@@ -195,7 +195,7 @@ def test_the_plan_counts_what_the_run_then_has(chain: tiny.Chain) -> None:
     assert plan["base"]["parameters"] == sum(sizes) == 377_472
     rows, batches = plan["rows"], plan["batches"]
     assert plan["adapter"]["trainable_parameters"] == 29_696
-    assert (rows["rows"], batches["steps"], rows["evaluations"]) == (61, 24, 4)
+    assert (rows["rows"], batches["steps"], rows["evaluations"]) == (64, 24, 4)
     assert (rows["rows_per_evaluation"], batches["examples_per_step"]) == (15, 8)
     parts = {"base", "adapter", "rows", "batches", "flops", "settings", "gpus", "notes"}
     assert parts <= plan.keys()
