@@ -161,7 +161,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             # fp16: the scaler skips this step and halves its scale, of 2^16 at first.
             return torch.zeros_like(norm)
         ids = self.order.example_ids(step)
-        what = f"step {step + 1}, which was not made: the loss is {loss}, the gradient norm {value}"
+        what = f"step {step + 1}: the loss is {loss}, the gradient norm {value}; it was not made"
         why = f"rows of the step: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}"
         fix = "look at them (fintune inspect), or lower train.learning_rate"
         raise NotFinite(what, why=why, fix=fix)
