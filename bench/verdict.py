@@ -29,12 +29,12 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "bench")]
 from prepare import machine  # noqa: E402
 
 from fintune.console import result  # noqa: E402
+from fintune.data.prepare import repeats  # noqa: E402
 from fintune.data.split import split  # noqa: E402
 from fintune.evals import stats, verdict  # noqa: E402
 from fintune.evals.results import MOST_A_DOCUMENT  # noqa: E402
 from fintune.example import Example, Message  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
-from fintune.rewording import contaminated  # noqa: E402
 
 Sizes = list[int]
 FIVES = {documents: [5] * documents for documents in (20, 30, 40, 60, 100, 200)}
@@ -210,8 +210,10 @@ VOCABULARY = [one + other for one in SYLLABLES for other in SYLLABLES][:4000]
 
 
 def _text(rng: np.random.Generator, count: int) -> list[str]:
+    """Made-up words, as often as words are; every tenth is a number."""
     ranks = np.minimum(rng.zipf(1.3, count), len(VOCABULARY)) - 1
-    return [VOCABULARY[rank] for rank in ranks]
+    numbers = rng.integers(10, 9999, count)
+    return [str(numbers[at]) if at % 10 == 0 else VOCABULARY[rank] for at, rank in enumerate(ranks)]
 
 
 def _example(at: int, text: list[str], answer: str, document: str = "") -> Example:
@@ -254,7 +256,7 @@ def _twins(changed: float) -> dict[str, int]:
     for row, (_, part) in zip(rows, placed, strict=True):
         by_part[part].append(row)
     train, test = ([example for _, example in by_part[part]] for part in ("train", "test"))
-    hits = contaminated(train, test, same_answer=True)
+    hits = repeats(train, test)
     left = {pair for at, (pair, _) in enumerate(by_part["train"]) if at not in hits}
     before = {pair for pair, _ in by_part["train"]}
     return {

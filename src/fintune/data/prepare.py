@@ -304,18 +304,23 @@ def _unrepeated(train: Part, test: Part, ledger: Ledger) -> Part:
     template have them, too.
     """
     examples = [row.example for _, row in train]
-    asked = {row.example.row_sha256: row.example for _, row in test}
-    hits = contaminated(examples, [*asked.values()], same_answer=True)
-    # Rows of one template have the same words, but other numbers and names.
-    hits = {
-        at: hit
-        for at, hit in hits.items()
-        if same_facts(examples[at], asked[hit["benchmark_sha256"]])
-    }
+    hits = repeats(examples, [row.example for _, row in test])
     for at, hit in sorted(hits.items()):
         said = "{benchmark}:{benchmark_line} {measure} {score}".format(**hit)
         ledger.drop(examples[at], "repeats_test_row", said)
     return [placed for at, placed in enumerate(train) if at not in hits]
+
+
+def repeats(train: list[Example], test: list[Example]) -> dict[int, dict[str, Any]]:
+    """Index of every training row that repeats a test row, and which one (see `contaminated`).
+
+    Rows of one template have the same words too, but other numbers and names.
+    """
+    asked = {example.row_sha256: example for example in test}
+    hits = contaminated(train, test, same_answer=True)
+    return {
+        at: hit for at, hit in hits.items() if same_facts(train[at], asked[hit["benchmark_sha256"]])
+    }
 
 
 def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
