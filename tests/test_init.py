@@ -70,7 +70,8 @@ def test_what_a_preset_knows_of_public_rows_is_not_taken_for_others(tmp_path: Pa
     """The published recipe publishes its rows and shows them to a judge; nobody else's."""
     preset = load_config("llama-3.1-8b-finance")
     assert preset.release.samples == "text" and preset.eval.judge.model is not None
-    words = ("init", "--preset", "llama-3.1-8b-finance", "--source", "tickets.csv")
+    (tmp_path / "tickets.csv").write_text("user,assistant\nWhat is a fee?,A price.\n")
+    words = ("init", "--preset", "llama-3.1-8b-finance", "--source", tmp_path / "tickets.csv")
     tiny.done(*words, "--out", tmp_path / "own.yaml")
     own = load_config(tmp_path / "own.yaml")
     assert (own.release.samples, own.eval.judge.model, own.data.pii) == ("ids", None, "mask")

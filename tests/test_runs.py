@@ -195,7 +195,7 @@ def test_states_are_told_from_the_files(chain: tiny.Chain, tmp_path: Path) -> No
     }
     assert listed["again"]["verdict"] is None, "a verdict of another adapter"
     assert rows(tmp_path)["running"]["state"] == "stopped at step 24, saved: 24"
-    assert listed["trained"]["rows"] == listed["prepared"]["rows"] == 61
+    assert listed["trained"]["rows"] == listed["prepared"]["rows"] == 64
     tiny.reseal(tmp_path / "trained" / "data")
     (tmp_path / "trained" / "data" / "train.parquet").write_bytes(b"prepared again")
     tiny.reseal(tmp_path / "trained" / "data")
@@ -268,6 +268,6 @@ def test_a_narrow_terminal_cuts_nothing(width: int, chain: tiny.Chain, tmp_path:
     wide = [line for line in lines if len(line) > width and not line.endswith((".", "'}"))]
     assert wide == [], "but for sentences, which the terminal wraps"
     text = " ".join(done.stdout.split())
-    for word in ("a-run-with-quite-a-name", "61", "0.01", "no detectable difference", "evaluated"):
+    for word in ("a-run-with-quite-a-name", "64", "0.01", "no detectable difference", "evaluated"):
         assert word in text, word
     assert "…" not in text

@@ -298,9 +298,9 @@ def verify(
     from fintune.releasing.server_check import Server
 
     try:
-        _check_release(folder)
         if server is not None:
             Server(server, folder)  # before 10 s of imports; `verify` asks it again
+        _check_release(folder)
         report = fintune.verify(
             folder, base=base, no_pickle=no_pickle, server=server, require=require
         )
@@ -398,7 +398,7 @@ def _check_release(folder: Path) -> None:
     inside = folder / "release"
     if (inside / "adapter_config.json").is_file():
         raise OutputError(f"{folder} is no release", fix=f"did you mean {inside}?")
-    if not folder.exists() and len(folder.parts) != 2:
+    if not folder.exists() and len(folder.parts) != 2 and "@" not in folder.as_posix():
         raise OutputError(f"no release folder at {folder}")
 
 

@@ -95,7 +95,8 @@ def _remedy(share: float, lacks: float, judged: bool) -> str:
     raised = math.ceil(100 * share / lacks) / 100 if lacks else 1.0
     ways = [f"raise data.test_share to {raised:g}"] * (raised <= MOST_SHARE) + ["bring eval.tasks"]
     ways += ["set a judge (eval.judge.model)"] * (not judged)
-    ways += [f"prepare {1 / lacks:.1f} times as many rows"] * (lacks > 0)
+    if lacks:
+        ways.append(f"prepare {1 / lacks:.1f} times as many rows")
     return ", ".join(ways[:-1]) + f", or {ways[-1]}"
 
 
