@@ -44,12 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     lines = sample.rows_path().read_text(encoding="utf-8").splitlines(keepends=True)
     short = [line for line in lines if '"messages"' not in line]  # no conversations
     (root / "rows.jsonl").write_text("".join(short[:260]), encoding="utf-8")
-    changes = [
-        f"data.source={root / 'rows.jsonl'}",
-        f"out={root}",
-        f"model.path={tiny_base}",
-        "data.test_share=0.27",
-    ]
+    changes = [f"data.source={root / 'rows.jsonl'}", f"out={root}", f"model.path={tiny_base}"]
     prepare(load_config("demo", [*changes, "model.id=test/tiny"]))
     return root / "data"
 
