@@ -96,6 +96,7 @@ _MISSING: Final[list[str]] = _TEXTS["instructions"]["missing"]
 _LABEL: Final[list[str]] = _TEXTS["instructions"]["label"]
 _PERSONAS: Final[list[str]] = _TEXTS["instructions"]["persona"]
 _FOREIGN: Final[list[tuple[str, str]]] = _TEXTS["foreign"]["pairs"]
+_LEFT_OUT: Final[list[str]] = _TEXTS["left_out"]["parts"]
 _SHARES: Final[dict[str, int]] = _TEXTS["shares"]
 DIRT_COUNTS: Final[dict[Dirt, int]] = _TEXTS["dirt"]
 NOT_STATED: Final = "not stated"
@@ -361,7 +362,7 @@ def sample_rows(seed: int = SEED) -> list[SampleRow]:
             rows += [_spoil(rng, _one(rng), dirt) for _ in range(count)]
     rows += [replace(row, dirt="duplicate") for row in duplicates]
     rng.shuffle(rows)
-    return rows
+    return [row for row in rows if not all(text in (row.turns[0][0] or "") for text in _LEFT_OUT)]
 
 
 def write_rows(path: Path) -> None:
