@@ -317,3 +317,22 @@ def test_labels_are_read_as_they_are_written(
     sources = find_questions({"fpb": DatasetConfig(path=str(path))}, {})
     (item,) = task_items("fpb", sources["fpb"], 9)
     assert (item.reference, item.choices) == (reference, choices)
+
+
+def test_a_document_is_named_by_any_value(tmp_path: Path) -> None:
+    names = ["\ud800x", ["a", 1], {"page": 3}, None, 7, "", "\x1b[31m"]
+    lines = [
+        {"user": f"What is the length of river {at * 37} in the land of the north, told in miles?",
+         "assistant": f"It is {at} miles long, as the map of the land says.",
+         "context_id": names[at % len(names)]}
+        for at in range(64)
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = tiny.done(
+        "prepare",
+        *tiny.chain(tmp_path / "out", source=path, test_share=0.3),
+        "-s",
+        "data.min_tokens=1",
+    )
+    assert "64 rows read" in said.err and "\x1b[31m" not in said.err

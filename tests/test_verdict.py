@@ -120,6 +120,14 @@ def test_other_evaluations_of_the_same_questions_are_counted(tmp_path: Path) -> 
     assert history.looks(tmp_path, {"test": "d", "tasks": {"fpb": ["c"]}, "adapter": "2"}) == 2
 
 
+def test_a_damaged_line_of_the_log_is_passed_over(tmp_path: Path) -> None:
+    first, second = ({"test": "a", "tasks": {}, "adapter": each} for each in "12")
+    history.note(tmp_path, first, {"verdict": "better", "judge": None})
+    with (tmp_path / "evaluations.jsonl").open("ab") as file:
+        file.write(b'{"inputs": "x"}\n[1]\n{"date": "\xff", "inputs": 1, "questions": 2}\n{"dat')
+    assert history.looks(tmp_path, second) == 2
+
+
 def made_up(rng: random.Random, count: int) -> list[str]:
     return [f"word{rng.randrange(3000)}" for _ in range(count)]
 

@@ -33,9 +33,8 @@ def components(examples: list[Example], passage_of: Integers, count: int) -> Int
         For every passage the smallest one of its component, shape (count,).
     """
     excerpts = max(INSTRUCTION_SPREAD, min(EXCERPTS, int(MOST_SHARED * count)))
-    texts, bodies = map(asked, examples), map(passage, examples)
-    links = _links(texts, passage_of, count, RELATED_WORDS, INSTRUCTION_SPREAD)
-    links += _links(bodies, passage_of, count, EXCERPT_WORDS, excerpts)
+    links = _links(map(asked, examples), passage_of, count, RELATED_WORDS, INSTRUCTION_SPREAD)
+    links += _links(map(passage, examples), passage_of, count, EXCERPT_WORDS, excerpts)
     _, labels = connected_components(links, directed=False)
     smallest = np.full(labels.max() + 1, count)
     np.minimum.at(smallest, labels, np.arange(count))
@@ -48,12 +47,9 @@ def _links(texts: Iterable[str], passage_of: Integers, count: int, length: int, 
     # 32 bits of a sequence's hash and a passage in one number: tens of millions of them at the
     # caps. A chance meeting of two hashes relates nothing, as most of a passage must be shared.
     low = np.uint64(2**32 - 1)
-    keyed = [
-        sequences(words(text), length) & ~low | np.uint64(at)
-        for text, at in zip(texts, passage_of.tolist(), strict=True)
-    ]
-    pairs = np.concatenate(keyed)
-    del keyed
+    numbered = zip(texts, passage_of.tolist(), strict=True)
+    keyed = (sequences(words(text), length) & ~low | np.uint64(at) for text, at in numbered)
+    pairs = np.concatenate([*keyed])
     pairs.sort()  # in place: each copy of the pairs is 0.1 GB at the caps
     pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
     where = (pairs & low).astype(np.int32)
@@ -87,18 +83,13 @@ def document_keys(examples: list[Example], named: list[str]) -> list[str]:
     if not examples:
         return []
     most = max(INSTRUCTION_SPREAD, min(EXCERPTS, int(MOST_SHARED * len(examples))))
-    hashes = np.array([document(example) for example in examples], np.uint64)
+    hashes = [*map(document, examples)]
     _, of, often = np.unique(hashes, return_inverse=True, return_counts=True)
     alone = np.arange(len(examples))
     passages = np.where(often[of] <= most, of, len(often) + alone)
     _, names = np.unique(np.array(named), return_inverse=True)
-    ones, columns = np.ones(len(examples)), []
-    for key in (passages, names):
-        columns.append(csr_matrix((ones, (alone, key)), shape=(len(examples), key.max() + 1)))
-    joined = hstack(
-        [*columns, csr_matrix((ones, (alone, components(examples, alone, len(alone)))))]
-    )
+    keys, ones = (passages, names, components(examples, alone, len(alone))), np.ones(len(alone))
+    joined = hstack([csr_matrix((ones, (alone, key))) for key in keys])
     _, labels = connected_components(joined @ joined.T, directed=False)
-    first: dict[int, str] = {}
-    pairs = zip(labels.tolist(), named, strict=True)
-    return [first.setdefault(at, key) for at, key in pairs]
+    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
+    return [named[at] for at in first[which]]

@@ -92,4 +92,5 @@ class Encoded:
 def named_document(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str:
     """The document that a row of data or of a task names, the same for all tasks, or ""."""
     named = row.get((columns or {}).get("context_id", "context_id"))
-    return "" if named is None or named != named else str(named).strip()
+    text = "" if named is None or named != named else str(named).strip()
+    return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair

@@ -112,5 +112,4 @@ def passage(example: Example) -> str:
 
 def document(example: Example) -> int:
     """Hash of the document that a row names, else of its passage."""
-    named = example.document
-    return hash64("document", named) if named else hash64(passage(example))
+    return hash64("document", example.document) if example.document else hash64(passage(example))

@@ -6,10 +6,11 @@ finished stage whose inputs are unchanged, and refuses when they differ, naming 
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from fintune.stop import STOP
 
 DONE = "done.json"
 INPUTS = "inputs.json"
-UNREAD = ("checkpoints/", "judge_calls.jsonl", "evaluations.jsonl")
+EVALUATIONS = "evaluations.jsonl"
+"""Beside prepared data: a line for each evaluation of them."""
+UNREAD = ("checkpoints/", "judge_calls.jsonl", EVALUATIONS)
 """Beginnings of names that no later stage reads: checkpoints have a seal each, and the logs grow
 when their stage is finished."""
 HOLDER = "process "
@@ -150,6 +153,18 @@ def held(folder: Path) -> bool:
         except OSError as error:
             return isinstance(error, BlockingIOError)
     return False
+
+
+def evaluations(data: Path) -> list[dict[str, Any]]:
+    """What EVALUATIONS holds; a line that is damaged is passed over, as no seal vouches for it."""
+    rows = []
+    with suppress(OSError):
+        for line in (data / EVALUATIONS).read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
+                row = json.loads(line)
+                date.fromisoformat(row["date"])
+                rows.append({**row, "inputs": str(row["inputs"]), "questions": {*row["questions"]}})
+    return rows
 
 
 def recorded_inputs(folder: Path) -> dict[str, Any]:

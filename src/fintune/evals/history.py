@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fintune.console import warn
-from fintune.files import read_jsonl, sha256_json
-
-NAME = "evaluations.jsonl"
+from fintune.files import sha256_json
+from fintune.seal import EVALUATIONS, evaluations
 
 
 def looks(data: Path, inputs: dict[str, Any]) -> int:
     """How many evaluations these questions have had with this one: other inputs, the same test rows
     or a task in common."""
     own, asked = _key(inputs), _questions(inputs)
-    rows = read_jsonl(data / NAME) if (data / NAME).is_file() else ()
-    others = {row["inputs"] for row in rows if asked & {*row["questions"]}}
+    others = {row["inputs"] for row in evaluations(data) if asked & row["questions"]}
     return len(others - {own}) + 1
 
 
@@ -36,10 +34,10 @@ def note(data: Path, inputs: dict[str, Any], results: dict[str, Any]) -> None:
         "judge": judged["model"] if judged else None,
     }
     try:
-        with (data / NAME).open("a", encoding="utf-8") as file:
+        with (data / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError:
-        warn(f"{data / NAME} cannot be written: later evaluations will not count this one")
+        warn(f"{data / EVALUATIONS} cannot be written: later evaluations will not count this one")
 
 
 def _key(inputs: dict[str, Any]) -> str:

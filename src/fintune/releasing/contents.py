@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from fintune import files
+from fintune import files, seal
 from fintune.config import Config
 from fintune.console import warn
 from fintune.untrusted.checks import CONFIG, JUDGED, PROVENANCE, RESULTS, Check, read_object
@@ -69,8 +69,7 @@ class Acceptance:
 
 def first_evaluated(data: Path, inputs_sha256: str) -> str | None:
     """The day on which these answers were first evaluated, of `evaluations.jsonl` of the data."""
-    path = data / "evaluations.jsonl"
-    rows = files.read_jsonl(path) if path.is_file() else ()
+    rows = seal.evaluations(data)
     return min((row["date"] for row in rows if row["inputs"] == inputs_sha256), default=None)
 
 
