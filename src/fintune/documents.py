@@ -83,7 +83,7 @@ def document_keys(examples: list[Example], named: list[str]) -> list[str]:
     if not examples:
         return []
     most = max(INSTRUCTION_SPREAD, min(EXCERPTS, int(MOST_SHARED * len(examples))))
-    hashes = [*map(document, examples)]
+    hashes = np.array([*map(document, examples)], np.uint64)
     _, of, often = np.unique(hashes, return_inverse=True, return_counts=True)
     alone = np.arange(len(examples))
     passages = np.where(often[of] <= most, of, len(often) + alone)
