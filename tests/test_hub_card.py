@@ -199,5 +199,5 @@ def test_the_pushed_release_is_verified_by_its_id_and_its_base_by_commit(
 ) -> None:
     with tiny_hub.client(published[1], tmp_path / "home"):
         found = tiny.answer_json("verify", ID)
-    assert {check["status"] for check in found} == {"ok"}
+    assert {c["status"] for c in found if c["name"] not in tiny.GATE} == {"ok"}
     assert f"{BASE_ID} at " in next(c["detail"] for c in found if c["name"] == "base")

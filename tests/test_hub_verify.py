@@ -52,7 +52,7 @@ def test_a_download_and_a_snapshot_are_verified(stranger: Path, tmp_path: Path) 
     for folder in (local, snapshot):
         tiny.done("verify", folder, "--base", built()[1])
         found = tiny.answer_json("verify", folder, "--base", built()[1], "--no-pickle")
-        assert {check["status"] for check in found} == {"ok"}
+        assert {c["status"] for c in found if c["name"] not in tiny.GATE} == {"ok"}
         assert found[0]["detail"].startswith("14 files")
 
 

@@ -38,6 +38,9 @@ SHARED = ROOT.parent / "shared"
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What the published recipe adapts."""
 
+GATE = ("verdict", "accepted", "age")
+"""Checks of `verify` that say what was found of an adapter: notes where it was not `better`."""
+
 SETTINGS: dict[str, tuple[str, Any]] = {
     "out": ("out", "runs/x"),
     "seed": ("seed", 7),
