@@ -33,6 +33,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# In a fork, torch's thread pool is made anew by the first thread that needs it, without a lock:
+# two loading threads at once end in "Invalid thread pool" about once in a thousand loads.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 import tiny  # noqa: E402
 import torch  # noqa: E402

@@ -14,6 +14,7 @@ from fintune.config import load_config
 from fintune.data.prepare import prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # see bench/bases.py: loading threads in a fork
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
