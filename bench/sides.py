@@ -14,7 +14,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,16 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+
 from fintune.collate import CPU_PAD_MULTIPLE, Collator  # noqa: E402
 from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
-from fintune.model import Base, load_base  # noqa: E402
+from fintune.loss import sum_loss  # noqa: E402
+from fintune.model import Base, device, load_base  # noqa: E402
 from fintune.training import memory, pointwise  # noqa: E402
+from fintune.training import train as loop  # noqa: E402
 from fintune.training.rows import Order, Rows  # noqa: E402
-from fintune.training.run import build  # noqa: E402
 from fintune.training.run_state import RunState  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,49 +68,67 @@ def main(name: str, folder: Path, epochs: int) -> None:
     if name.startswith("floor"):
         _frozen_base(folder, Rows(rows), ours_inside="norms" in name)
         return
-    trainer = _ours(folder, epochs) if name == "ours" else _peer(name, folder, rows, epochs)
+    ours = name == "ours"
+    run = _ours(folder, epochs) if ours else _peer(name, folder, rows, epochs)
     memory.trim_heap()  # what was tried before is not the model's
     base = _in_use()
     for order in _orders():
         if order == "check":
-            _answer(_check(trainer, rows))
+            total, count = _our_loss(run) if ours else _peer_loss(run, rows)
+            _answer({"loss": total / count, "one_at_a_time": _one_at_a_time(run.model, rows)})
+        elif ours:
+            loop.step = partial(_gated, Gate(base), loop.step)
+            loop.fit(run)
         else:
-            trainer.add_callback(Gate(base))
-            trainer.train()
+            run.add_callback(Gate(base))
+            run.train()
 
 
 class Gate(TrainerCallback):  # type: ignore[misc]
-    """Holds a Trainer at the start of every epoch until stdin says "epoch"; then times it.
+    """Holds a contestant at the start of every epoch until stdin says "epoch"; then times it.
 
-    The "epoch" that started `train()` opens the first one.
+    The "epoch" that started it opens the first one.
     """
 
     def __init__(self, base: int) -> None:
         self._base, self._open = base, True
         self._start = 0.0
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """A callback of transformers' Trainer."""
         if not self._open and next(_orders(), None) != "epoch":
             os._exit(0)
         self._open = False
         _forget_peak()
         self._start = time.perf_counter()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """A callback of transformers' Trainer."""
         _wait_for_device()
         seconds = time.perf_counter() - self._start
         _answer({"seconds": seconds, "peak": _peak() - self._base})
 
 
-def _ours(folder: Path, epochs: int) -> Any:
+def _gated(gate: Gate, step: Callable[[RunState], float], run: RunState) -> float:
+    """Our step, at the gate where an epoch begins and ends."""
+    if run.at.step % run.order.steps_per_epoch == 0:
+        gate.on_epoch_begin()
+    norm = step(run)
+    if run.at.step % run.order.steps_per_epoch == 0:
+        gate.on_epoch_end()
+    return norm
+
+
+def _ours(folder: Path, epochs: int) -> RunState:
     """What `fintune train` builds, by the function that it builds it with."""
     config = config_of(folder, epochs)
     rows = Rows(pq.read_table(folder / "data" / "train.parquet"))
     base = Base("bench/model", "", folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    run = config.run_dir
-    run.mkdir(parents=True, exist_ok=True)
-    return build(config, base, tokenizer, rows, RunState(run, {}))
+    state = RunState(config, {})
+    state.folder.mkdir(parents=True, exist_ok=True)
+    loop.build(base, tokenizer, rows, state)
+    return state
 
 
 def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
@@ -229,34 +250,46 @@ def _unsloth(folder: Path, lora: Any, common: Any, table: Dataset, tokenizer: An
     )
 
 
-def _check(trainer: Any, rows: Any) -> Answer:
-    """Mean loss over the rows by the contestant's own batches, and by one row at a time.
+def _our_loss(run: RunState) -> tuple[float, int]:
+    """Summed loss of an epoch by our batches, and its label tokens."""
+    total, counted, order = 0.0, 0, run.order
+    run.model.eval()
+    with torch.no_grad():
+        for micro in (micro for step in order.epoch(0) for micro in step):
+            batch = order.collator([order.rows[index] for index in micro])
+            part, count = sum_loss(run.model, send_to_device(batch, device()))
+            total, counted = total + float(part), counted + count
+    run.model.train()
+    return total, counted
 
-    One row at a time goes through transformers' own model and torch's cross-entropy.
-    """
+
+def _peer_loss(trainer: Any, rows: Any) -> tuple[float, int]:
+    """The same by the batches and the loss of a Trainer."""
     model = trainer.model.eval()
     count = sum(
         sum(label != IGNORE_INDEX for label in row[1:]) for row in rows["labels"].to_pylist()
     )
     with torch.no_grad():
-        batches = list(trainer.get_train_dataloader())
         total = sum(
-            float(trainer.compute_loss(model, trainer._prepare_inputs(b), num_items_in_batch=count))
-            for b in batches
+            float(trainer.compute_loss(model, trainer._prepare_inputs(b), num_items_in_batch=1))
+            for b in trainer.get_train_dataloader()
         )
-        bare = AutoModelForCausalLM.from_pretrained(
-            model.get_base_model().name_or_path, dtype=torch.bfloat16
-        )
-        alone = 0.0
-        bare = bare.to(model.device)
-        for row in rows.to_pylist():
-            logits = bare(torch.tensor([row["input_ids"]]).to(bare.device)).logits[0, :-1].float()
-            targets = torch.tensor(row["labels"][1:]).to(bare.device)
-            alone += float(
-                F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            )
     model.train()
-    return {"loss": total, "one_at_a_time": alone / count}
+    return total, count
+
+
+@torch.no_grad()
+def _one_at_a_time(model: Any, rows: Any) -> float:
+    """Mean loss of single rows by transformers' own model and torch's cross-entropy."""
+    name = model.get_base_model().name_or_path
+    bare = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(model.device)
+    total = counted = 0.0
+    for row in rows.to_pylist():
+        logits = bare(torch.tensor([row["input_ids"]]).to(bare.device)).logits[0, :-1].float()
+        targets = torch.tensor(row["labels"][1:]).to(bare.device)
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        total, counted = total + float(loss), counted + int((targets != IGNORE_INDEX).sum())
+    return total / counted
 
 
 def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
@@ -275,7 +308,7 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     for number, _ in enumerate(_orders()):
         _forget_peak()
         start = time.perf_counter()
-        for step in order.epoch(number).steps:
+        for step in order.epoch(number):
             for micro in step:
                 batch = send_to_device(collator([rows[index] for index in micro]), model.device)
                 del batch["labels"]

@@ -47,8 +47,10 @@ from fintune.errors import FintuneError  # noqa: E402
 from fintune.files import read_json, read_jsonl, sha256_file, write_json  # noqa: E402
 from fintune.sample import local_base  # noqa: E402
 from fintune.stop import STOP  # noqa: E402
-from fintune.training import run_state, trainer  # noqa: E402
-from fintune.training.run import train  # noqa: E402
+from fintune.training import checkpoint  # noqa: E402
+from fintune.training import train as loop  # noqa: E402
+from fintune.training.rows import Order  # noqa: E402
+from fintune.training.train import train  # noqa: E402
 
 KILLS, CHAINS, DEEP, SIZES = 100, 10, 5, 12
 Row = dict[str, Any]
@@ -156,11 +158,11 @@ def damage(bench: Bench) -> Row:
             if harm is not None:
                 path.write_bytes(harm)
             cases += 1
-            found = run_state.corrupt(newest) or ""
+            found = checkpoint.corrupt(newest) or ""
             # A whole manifest of the same step of another run is sound in itself: a file that
             # differs from it is named.
             named += path.name in found or (path.name == seal.DONE and bool(found))
-            used = run_state.newest_checkpoint(folder)
+            used = checkpoint.newest_checkpoint(folder)
             fell_back += used is not None and used.name == f"checkpoint-{STEPS - SAVE}"
             path.unlink(missing_ok=True)
             path.write_bytes(whole)
@@ -193,7 +195,6 @@ def drift(bench: Bench) -> Row:
 def signals(bench: Bench) -> Row:
     """Where a signal meets a run; seconds from it to the end of the process."""
     at, send, mark = victims.at_call, victims.send, bench.folder / "sent"
-    owner = trainer.LoraTrainer
 
     def term() -> None:
         send(signal.SIGTERM, mark)
@@ -206,13 +207,13 @@ def signals(bench: Bench) -> Row:
         term()
 
     places = {
-        "in a step": at(trainer, "sum_loss", 9, term),
-        "between micro-batches": at(owner, "compute_loss", 14, term),
-        "in an evaluation": at(owner, "_prepare_inputs", 12, term),
-        "in a save": at(owner, "_save_scaler", 2, term),
-        "Ctrl-C in a step": at(owner, "compute_loss", 9, interrupt),
-        "while the base is loaded": at(sys.modules[train.__module__], "load_base", 1, term),
-        "twice in a step": at(owner, "compute_loss", 26, twice),
+        "in a step": at(loop, "sum_loss", 9, term),
+        "between micro-batches": at(Order, "seed", 14, term),
+        "in an evaluation": at(loop, "send_to_device", 12, term),
+        "in a save": at(torch, "save", 2, term),
+        "Ctrl-C in a step": at(Order, "seed", 9, interrupt),
+        "while the base is loaded": at(loop, "load_base", 1, term),
+        "twice in a step": at(Order, "seed", 26, twice),
     }
     rows: Row = {}
     for name, harm in places.items():
@@ -288,7 +289,7 @@ def disk(bench: Bench) -> Row:
                 files.free_bytes = lambda folder: 2**60
                 victims.fill(volume, left)
 
-            harm = victims.at_call(trainer.LoraTrainer, "_save_checkpoint", 3, full)
+            harm = victims.at_call(checkpoint, "save", 3, full)
             row: Row = {"bytes_left": left, "exit": harmed(lambda c=config: train(c), harm).code}
             row |= {"intact": usable(config), "half_written": victims.half_written(config.run_dir)}
             (volume / "ballast").unlink()
@@ -305,7 +306,7 @@ def best(bench: Bench) -> Row:
         copy = bench.folder / f"lowest-{position}"
 
         def lowest(position: int = position, copy: Path = copy) -> None:
-            real, evaluate = trainer.sum_loss, trainer.LoraTrainer.evaluate
+            real, evaluate = loop.sum_loss, loop.evaluate
             state = {"at": 0}
 
             def sum_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
@@ -313,17 +314,17 @@ def best(bench: Bench) -> Row:
                 off = not torch.is_grad_enabled() and state["at"] != position
                 return total + off * (5 + state["at"]) * count, count
 
-            def counted(self: Any, *args: Any, **keywords: Any) -> Any:
+            def counted(run: Any) -> None:
                 state["at"] += 1
                 if state["at"] == position:
-                    self.model.save_pretrained(copy)
-                return evaluate(self, *args, **keywords)
+                    run.model.save_pretrained(copy)
+                evaluate(run)
 
-            trainer.sum_loss = sum_loss
-            trainer.LoraTrainer.evaluate = counted
+            loop.sum_loss = sum_loss
+            loop.evaluate = counted
 
         assert harmed(lambda c=config: train(c), lowest).code == 0
-        released, wanted = (path / trainer.ADAPTER for path in (config.run_dir / "best", copy))
+        released, wanted = (path / checkpoint.ADAPTER for path in (config.run_dir / "best", copy))
         right.append(sha256_file(released) == sha256_file(wanted))
     return {"positions": len(right), "released_is_the_best": sum(right)}
 
@@ -337,17 +338,17 @@ def long(bench: Bench) -> Row:
     config, samples = bench.new(*changes), bench.folder / "samples.jsonl"
 
     def sampled() -> None:
-        save, file = trainer.LoraTrainer._save_checkpoint, samples.open("w")
+        save, file = checkpoint.save, samples.open("w")
         page = os.sysconf("SC_PAGE_SIZE")
 
-        def measured(self: Any, model: Any, trial: Any) -> None:
-            save(self, model, trial)
+        def measured(run: Any, **keywords: Any) -> None:
+            save(run, **keywords)
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
             row = {"resident": resident, "handles": len(os.listdir("/proc/self/fd"))}
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-        trainer.LoraTrainer._save_checkpoint = measured
+        checkpoint.save = measured
 
     start = time.monotonic()
     outcome = harmed(lambda: train(config), sampled)
@@ -392,11 +393,11 @@ def cost(bench: Bench) -> Row:
 
             setattr(owner, name, call)
 
-        watch(trainer.LoraTrainer, "_save_checkpoint", "checkpoint")
-        watch(trainer.LoraTrainer, "_write_best", "best adapter")
+        watch(checkpoint, "save", "checkpoint")
+        watch(checkpoint, "save_best", "best adapter")
         watch(files.JsonlLog, "append", "metrics lines")
-        watch(sys.modules[train.__module__], "check_weights", "last look")
-        watch(trainer.LoraTrainer, "train", "the whole run")
+        watch(loop, "check_weights", "last look")
+        watch(loop, "fit", "the whole run")
 
     def work() -> None:
         train(config)

@@ -53,7 +53,7 @@ from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_jsonl, write_json  # noqa: E402
 from fintune.model import Base, load_tokenizer  # noqa: E402
 from fintune.training.memory import trim_heap  # noqa: E402
-from fintune.training.run import train  # noqa: E402
+from fintune.training.train import train  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 SHAPE = {

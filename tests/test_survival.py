@@ -5,6 +5,7 @@ The short form of bench/soak.py: the same harms, fewer of them.
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -13,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ import torch
 from frozen import read_json
 from safetensors.torch import save_file
 from tiny import read_lines
-from transformers import Trainer
 from victims import (
     HARMS,
     SAVE,
@@ -48,7 +48,8 @@ from fintune import seal, train
 from fintune.config import Config
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import space_for, write_json
-from fintune.training import memory, run_state, trainer
+from fintune.training import checkpoint, memory
+from fintune.training import train as loop
 from fintune.untrusted.probe import run_limited
 
 CI_KILLS = 4
@@ -117,8 +118,8 @@ def test_killed_at_boundaries_of_a_small_save(tmp_path: Path) -> None:
 
     def saves(folder: Path) -> None:
         for step in (1, 2, 3, 4):
-            run_state.save_checkpoint(folder, step, write)
-            run_state.rotate(folder, 1, step)
+            checkpoint.save_checkpoint(folder, step, write)
+            checkpoint.rotate(folder, 1, step)
 
     for number in range(1, 400, 9):
         folder = tmp_path / f"at-{number}"
@@ -126,7 +127,7 @@ def test_killed_at_boundaries_of_a_small_save(tmp_path: Path) -> None:
         outcome = harmed(lambda folder=folder: saves(folder), at_boundary(folder, number, die))
         if outcome.code == 0:
             break
-        left = [path for path in run_state.checkpoints(folder) if not run_state.corrupt(path)]
+        left = [path for path in checkpoint.checkpoints(folder) if not checkpoint.corrupt(path)]
         assert left or number <= 40, f"boundary {number}: no usable checkpoint"
         saves(folder)
         assert [path.name for path in folder.iterdir()] == ["checkpoint-4"], "nothing is left over"
@@ -287,20 +288,14 @@ def test_a_trial_that_does_not_fit_turns_recomputation_on_at_once(
     assert not read_json(config.run_dir / "record.json").get("out_of_memory")
 
 
-def test_fp16_that_never_gets_a_finite_gradient_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_that_never_gets_a_finite_gradient_stops() -> None:
     """The scaler skips an update for its scale's sake, not one after the other for ever."""
-    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.nan))
-    owner, made = object.__new__(trainer.LoraTrainer), 0
-    owner._step_loss, scale = torch.tensor(1.0), [2.0**16]
-    owner.accelerator = SimpleNamespace(
-        scaler=SimpleNamespace(get_scale=lambda: scale[0]), reduce=lambda loss, how: loss
-    )
-    owner.args = SimpleNamespace(world_size=1)
-    owner.state = SimpleNamespace(global_step=6)
-    owner.order = SimpleNamespace(example_ids=lambda step: ["a", "b"])  # type: ignore[assignment]
+    scale, made, state = [2.0**16], 0, Mock()
+    state.accelerator.scaler.get_scale = lambda: scale[0]
+    state.at.step, state.order.example_ids = 6, lambda step: ["a", "b"]
     with pytest.raises(NotFinite, match="step 7") as caught:
         while made < 1_000:
-            owner._clip_grad_norm(None)
+            loop._finite(state, 1.0, math.nan)
             made, scale[0] = made + 1, scale[0] / 2
     assert made == 16
     assert "a, b" in str(caught.value)
@@ -371,16 +366,16 @@ def test_no_size_of_a_full_disk_costs_a_checkpoint(volume: Path) -> None:
         torch.save({"a": values}, staging / "third")
         write_json(staging / "fourth", {"a": values[:4_000].tolist()})
 
-    run_state.save_checkpoint(volume, 5, write)
+    checkpoint.save_checkpoint(volume, 5, write)
     # 440,000 of 584,000 at most: a writer that failed may hold its deleted file for a while.
     for left in np.linspace(0, 440_000, 24).astype(int):
         ballast = fill(volume, int(left))
         with pytest.raises(NoSpace), space_for(volume):
-            run_state.save_checkpoint(volume, 10, write)
+            checkpoint.save_checkpoint(volume, 10, write)
         assert [path.name for path in volume.iterdir() if path != ballast] == ["checkpoint-5"]
-        assert run_state.corrupt(volume / "checkpoint-5") is None
+        assert checkpoint.corrupt(volume / "checkpoint-5") is None
         ballast.unlink()
-    run_state.save_checkpoint(volume, 10, write)
+    checkpoint.save_checkpoint(volume, 10, write)
 
 
 @pytest.mark.parametrize("name", ["a full disk", "a disk that ends in a save"])

@@ -32,8 +32,10 @@ from fintune.config import Config, load_config
 from fintune.data.prepare import prepare
 from fintune.errors import FintuneError
 from fintune.files import read_json, read_jsonl, sha256_file
-from fintune.training import memory, run, run_state, trainer
-from fintune.training.run import train
+from fintune.training import checkpoint, distributed, memory, metrics
+from fintune.training import train as loop
+from fintune.training.rows import Order
+from fintune.training.train import train
 
 Harm = Callable[[], None]
 STEPS, SAVE = 20, 5
@@ -74,7 +76,7 @@ def _in_child(log: str, work: Callable[[], Any], harms: tuple[Harm, ...]) -> int
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a shell may ignore some
         signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # a collection would walk all of torch's modules, 0.2 s each time
-    run.draw_curves = lambda metrics, picture: None  # a third of these runs
+    metrics.draw_curves = lambda log, picture: None  # a third of these runs
     try:
         for harm in harms:
             harm()
@@ -125,15 +127,15 @@ def print_of(config: Config) -> tuple[str, list[dict[str, Any]]]:
     """What two runs must have in common to be the same: adapter, losses, gradient norms."""
     keep = ("step", "loss", "grad_norm", "eval_loss")
     rows = read_jsonl(config.run_dir / "metrics.jsonl")
-    adapter = sha256_file(config.run_dir / "best" / trainer.ADAPTER)
+    adapter = sha256_file(config.run_dir / "best" / checkpoint.ADAPTER)
     return adapter, [{key: row[key] for key in keep if key in row} for row in rows]
 
 
 def usable(run: Config | Path) -> list[str]:
     """Checkpoints of a run that verify."""
     folder = run if isinstance(run, Path) else run.run_dir
-    found = run_state.checkpoints(folder / "checkpoints")
-    return [path.name for path in found if run_state.corrupt(path) is None]
+    found = checkpoint.checkpoints(folder / "checkpoints")
+    return [path.name for path in found if checkpoint.corrupt(path) is None]
 
 
 def send(number: int, mark: Path | None = None) -> None:
@@ -164,7 +166,7 @@ def poisoned(where: str, step: int, accumulation: int = 2) -> Harm:
     """A value that is not finite in the loss or gradient of an update, or an evaluation from it."""
 
     def harm() -> None:
-        real, updates = trainer.sum_loss, [0]
+        real, updates = loop.sum_loss, [0]
 
         def sum_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
             total, count = real(model, batch)
@@ -179,7 +181,7 @@ def poisoned(where: str, step: int, accumulation: int = 2) -> Harm:
                 total = total * float("nan")
             return total, count
 
-        trainer.sum_loss = sum_loss  # type: ignore[assignment]
+        loop.sum_loss = sum_loss  # type: ignore[assignment]
 
     return harm
 
@@ -237,9 +239,9 @@ def at_boundary(folder: Path, number: int, action: Callable[[int], None]) -> Har
 
 
 SAVERS: tuple[tuple[Any, str], ...] = (
-    (run_state, "save_checkpoint"),
-    (run_state, "rotate"),
-    (trainer.LoraTrainer, "_write_best"),
+    (checkpoint, "save_checkpoint"),
+    (checkpoint, "rotate"),
+    (checkpoint, "save_best"),
 )
 
 
@@ -403,7 +405,7 @@ def _full(left: int) -> None:
         files.free_bytes = lambda folder: 2**60
 
 
-def _loss(change: Callable[[Any, torch.Tensor, Any], torch.Tensor], owner: Any = trainer) -> Harm:
+def _loss(change: Callable[[Any, torch.Tensor, Any], torch.Tensor], owner: Any = loop) -> Harm:
     """Another loss: `change` gets the model, the sum and the batch, or raises."""
 
     def harm() -> None:
@@ -432,7 +434,7 @@ def _fits_recomputed(model: Any, total: torch.Tensor, batch: Any) -> torch.Tenso
 
 def _ruin_best() -> None:
     """NaN in the adapter that the run is about to seal; its folder is RUN."""
-    path = Path(os.environ["RUN"]) / "best" / trainer.ADAPTER
+    path = Path(os.environ["RUN"]) / "best" / checkpoint.ADAPTER
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
@@ -442,25 +444,24 @@ def _out_of_memory() -> None:
     raise MemoryError
 
 
-_TRAINER = trainer.LoraTrainer
 SIGNALS = {
     # the second micro-batch of the seventh update, an evaluation's second batch, a save's middle
-    "between micro-batches": at_call(_TRAINER, "compute_loss", 14, lambda: send(signal.SIGTERM)),
-    "in an evaluation": at_call(_TRAINER, "_prepare_inputs", 12, lambda: send(15)),
-    "in a save": at_call(_TRAINER, "_save_scaler", 2, lambda: send(signal.SIGINT)),
-    "while the base is loaded": at_call(run, "load_base", 1, lambda: send(15)),
-    "after step 2": at_call(trainer._Boundaries, "on_step_end", 2, lambda: send(15)),
+    "between micro-batches": at_call(Order, "seed", 14, lambda: send(signal.SIGTERM)),
+    "in an evaluation": at_call(loop, "send_to_device", 12, lambda: send(15)),
+    "in a save": at_call(torch, "save", 2, lambda: send(signal.SIGINT)),
+    "while the base is loaded": at_call(loop, "load_base", 1, lambda: send(15)),
+    "after step 2": at_call(distributed, "stop_asked", 2, lambda: send(15)),
     "twice in a step": at_call(
-        _TRAINER, "compute_loss", 26, lambda: [send(signal.SIGTERM) for _ in range(2)] and None
+        Order, "seed", 26, lambda: [send(signal.SIGTERM) for _ in range(2)] and None
     ),
 }
 HARMS = {
-    "killed at the tenth micro-batch": at_call(_TRAINER, "compute_loss", 10, lambda: die(0)),
-    "out of memory at step 13": at_call(_TRAINER, "compute_loss", 13, _out_of_memory),
+    "killed at the tenth micro-batch": at_call(Order, "seed", 10, lambda: die(0)),
+    "out of memory at step 13": at_call(Order, "seed", 13, _out_of_memory),
     "a device of 500 tokens": _loss(_scarce),
     "a trial that only fits recomputed": _loss(_fits_recomputed, memory),
-    "a ruined adapter": at_call(run, "check_weights", 1, _ruin_best),
-    "a full disk": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(60_000)),
-    "a disk that ends in a save": at_call(_TRAINER, "_save_checkpoint", 3, lambda: _full(250_000)),
+    "a ruined adapter": at_call(loop, "check_weights", 1, _ruin_best),
+    "a full disk": at_call(checkpoint, "save", 3, lambda: _full(60_000)),
+    "a disk that ends in a save": at_call(checkpoint, "save", 3, lambda: _full(250_000)),
 }
 """Of a run of `settings`; the last ones read the folders of VOLUME and RUN in the environment."""

@@ -29,7 +29,7 @@ from fintune.example import Message
 from fintune.files import read_json, write_json
 from fintune.model import find_base, load_chat
 from fintune.sample import local_base
-from fintune.training.run import train
+from fintune.training.train import train
 from sample_rows.rows import sample_rows
 
 # Made-up company names are two capitalised words ("Tarnwick Steel"); a number has two digits.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fintune.evals.grading import grade as grade
     from fintune.pipeline import release as release
     from fintune.releasing.verify import verify as verify
-    from fintune.training.run import train as train
+    from fintune.training.train import train as train
     from fintune.untrusted.checks import Check as Check
     from fintune.untrusted.checks import Report as Report
 
@@ -32,7 +32,7 @@ _MODULES = {
     "load_config": "fintune.config",
     "prepare": "fintune.data.prepare",
     "release": "fintune.pipeline",
-    "train": "fintune.training.run",
+    "train": "fintune.training.train",
     "verify": "fintune.releasing.verify",
 }
 __all__ = [*_MODULES]

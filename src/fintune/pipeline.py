@@ -19,7 +19,7 @@ from fintune.files import read_json
 from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
-from fintune.training.run import train
+from fintune.training.train import train
 
 
 def run(

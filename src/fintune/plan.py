@@ -26,9 +26,9 @@ from fintune.seal import DONE, read_data
 from fintune.sources import rows_on_disk
 from fintune.targets import Targets, find_targets
 from fintune.training import lora, memory, pointwise
+from fintune.training.arguments import training_arguments
 from fintune.training.memory import ModelSize, step_memory
 from fintune.training.rows import read_train, read_validation
-from fintune.training.trainer import training_arguments
 from fintune.untrusted.probe import model_class, probe_base, read_architecture
 
 Facts = dict[str, Any]

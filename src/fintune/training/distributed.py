@@ -16,16 +16,14 @@ A function that says "collective" communicates: every rank has to call it, or th
 """
 
 import os
-import tempfile
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,15 +90,6 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     return bool(reduce(torch.tensor(int(flag), device=device()), "max"))
-
-
-def gather_files(write: Callable[[str], None]) -> dict[str, bytes]:
-    """The files that every rank writes into a temporary folder, by name. Collective."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    every: list[dict[str, bytes]] = gather_object([files])
-    return {name: data for files in every for name, data in files.items()}
 
 
 def shard(model: Any) -> None:

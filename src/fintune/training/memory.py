@@ -10,6 +10,7 @@ from counts of parameters. All sizes are bytes.
 
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -173,6 +174,14 @@ def in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_in_use(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a CUDA device, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def needs_checkpointing(model: Any, order: Order, precision: str, train: TrainConfig) -> bool:

@@ -1,78 +1,103 @@
-"""`metrics.jsonl` (a line a logged step or evaluation), the progress line, the curves."""
+"""`metrics.jsonl` (a line a logged step or evaluation), the progress line, the curves, the facts of
+a finished run."""
 
-import time
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import TrainerCallback
+import torch
 
-from fintune.console import Meter
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
-from fintune.training.memory import in_use, trim_heap
-from fintune.training.rows import Order
+from fintune.model import device
+from fintune.training.distributed import world_size
+from fintune.training.memory import in_use, peak_in_use
+from fintune.training.run_state import PACKAGES, RunState
 
 PANELS = ("loss", "learning_rate", "grad_norm", "useful_tokens_per_second")
 
 
-def open_metrics(path: Path, resume: dict[str, Any]) -> JsonlLog:
+def open_metrics(path: Path, step: int, again: bool) -> JsonlLog:
     """The file, cut back to a checkpoint; its lines are on disk when it is closed.
 
     Args:
-        resume: of `RunState.newest_checkpoint`; lines after it are dropped and will come again, and
-            so will an evaluation of its step that was cut short.
+        step: of the checkpoint; lines after it are dropped and will come again.
+        again: and so will an evaluation of this step, which was cut short.
     """
     with JsonlLog(path) as log:
         rows = log.rows()
-    step, again = resume.get("step", 0), resume.get("pending_evaluation", False)
     write_jsonl(path, (row for row in rows if row["step"] + (again and "eval_loss" in row) <= step))
     return JsonlLog(path)
 
 
-class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Turns the Trainer's steps and logs into lines of metrics and progress."""
+def line_of_steps(state: RunState, rate: float, norm: float, spent: Any) -> dict[str, float]:
+    """What is logged of the steps since the last line.
 
-    def __init__(self, metrics: JsonlLog, progress: Meter, order: Order) -> None:
-        self._metrics, self._progress, self._order = metrics, progress, order
-        # Since the last logged step: tokens, padded tokens, seconds.
-        self._totals = np.zeros(3)
-        self._start = 0.0
+    Args:
+        rate, norm: learning rate and gradient norm of the last step.
+        spent: tokens, tokens with padding, and seconds of these steps, shape (3,).
+    """
+    at, (tokens, padded, seconds) = state.at, spent.tolist()
+    loss, steps = at.loss, at.step - at.logged
+    at.loss, at.logged = 0.0, at.step
+    return {
+        "loss": loss / steps,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "useful_tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "padding": round(1 - tokens / max(padded, 1), 4),
+        "memory_bytes": in_use(device()),
+    }
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of a step; evaluation and saving are not part of it."""
-        self._start = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step's tokens and seconds."""
-        seconds = time.monotonic() - self._start
-        self._totals += (*self._order.tokens(self._order.step(state.global_step - 1)), seconds)
-        self._progress.advance()
+def write_line(state: RunState, values: dict[str, float]) -> None:
+    """A line of a step or an evaluation: to `metrics.jsonl`, the progress line, the trackers."""
+    step = state.at.step
+    state.accelerator.log(values, step=step)
+    if state.metrics is None:  # another rank than 0
+        return
+    epoch = round(step / state.order.steps_per_epoch, 4)
+    state.metrics.append({"step": step, "epoch": epoch, **values})
+    if "eval_loss" in values:
+        note = f"validation loss {values['eval_loss']:.3f}"
+    else:
+        rate = f"{values['useful_tokens_per_second']:,.0f} tokens/s"
+        note = f"loss {values['loss']:.3f}  {rate}  {values['memory_bytes'] / 1e9:.1f} GB"
+    state.bar.advance(0, note=note)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Write a line; the Trainer's final summary, which is of no step, is left out."""
-        if "eval_loss" in logs:
-            self._metrics.append({"step": state.global_step, "epoch": state.epoch, **logs})
-            self._progress.advance(0, note=f"validation loss {logs['eval_loss']:.3f}")
-        elif "loss" in logs:
-            tokens, padded, seconds = self._totals.tolist()
-            row = {
-                "step": state.global_step,
-                "epoch": round(state.epoch, 4),
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": float(logs["grad_norm"]),
-                "useful_tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "padding": round(1 - tokens / max(padded, 1), 4),
-                "memory_bytes": in_use(kwargs["model"].device),
-            }
-            self._metrics.append(row)
-            rate = f"{row['useful_tokens_per_second']:,.0f} tokens/s"
-            memory = f"{row['memory_bytes'] / 1e9:.1f} GB"
-            self._progress.advance(0, note=f"loss {row['loss']:.3f}  {rate}  {memory}")
-            self._totals[:] = 0
-            trim_heap()
+
+def environment(state: RunState) -> dict[str, Any]:
+    """Measured facts of a run that ends, for the card."""
+    on, trained = device(), state.model.parameters()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
+        "finished": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
+        "processor": _processor(),
+        "processes": world_size(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": state.resolved["precision"],
+        "seconds": round(state.seconds, 1),
+        "peak_memory_bytes": peak_in_use(on),
+        "steps": state.at.step,
+        "trained_tokens": state.at.tokens,
+        "trainable_parameters": sum(each.numel() for each in trained if each.requires_grad),
+        **{k: state.resolved[k] for k in ("out_of_memory", "fallbacks", "without_adapter")},
+        "accepted_changes": state.accepted,
+    }
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    named = re.search(r"(?m)^model name\s*: (.+)", text)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

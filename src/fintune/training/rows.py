@@ -4,7 +4,6 @@ An optimizer step is a set of examples. How it is divided into micro-batches may
 lives (less memory, another world size); which examples it has may not.
 """
 
-from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -90,6 +89,7 @@ class Order:
             raise ConfigError(f"train.gradient_accumulation_steps: {what}", fix=fix)
         self.rows, self.collator, self._world_size = rows, collator, world_size
         self._plan = partial(plan_epoch, config, rows.lengths, world_size=world_size)
+        self._seed = config.seed
         self._epochs, self._micro_batches = config.train.num_train_epochs, micro_batches
         self.accumulation = (micro_batches or configured) // world_size
         self.epoch = lru_cache(maxsize=2)(self._epoch)
@@ -106,10 +106,15 @@ class Order:
         epoch, within = divmod(number, self.steps_per_epoch)
         return self.epoch(epoch)[within]
 
-    def rank_batches(self, step: int, rank: int) -> list[list[int]]:
-        """A rank's micro-batches, in order, of the epoch that holds optimizer step `step`."""
-        steps = self.epoch(step // self.steps_per_epoch)
-        return [b.tolist() for batches in steps for b in batches[rank :: self._world_size]]
+    def rank_batches(self, number: int, rank: int) -> list[Ints]:
+        """A rank's micro-batches of an optimizer step, in order."""
+        return self.step(number)[rank :: self._world_size]
+
+    def seed(self, number: int, batch: Ints) -> int:
+        """The seed of torch's generator for a micro-batch of a step: its dropout masks depend on
+        nothing that was before it, nor on how many processes there are."""
+        parts = np.random.SeedSequence((self._seed, number, int(batch[0])))
+        return int(parts.generate_state(1, np.uint64)[0] >> 1)
 
     def tokens(self, batches: list[Ints]) -> tuple[int, int]:
         """Non-padding tokens of micro-batches, and those with padding."""
@@ -131,16 +136,3 @@ class Order:
     def example_ids(self, step: int) -> list[str]:
         """Ids of the examples of a step, micro-batch by micro-batch."""
         return [self.rows.ids[index] for batch in self.step(step) for index in batch]
-
-
-class RankBatches:
-    """A DataLoader's `batch_sampler`: what `batches` says when an epoch begins."""
-
-    def __init__(self, batches: Callable[[], list[list[int]]]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches())

@@ -1,17 +1,12 @@
-"""A run's folder: its fingerprint, what was resolved when it began, and its checkpoints.
+"""A run: its folder, its fingerprint, what was resolved when it began, and where it is.
 
 inputs.json     the run fingerprint (config, data, base, tokenizer, versions), accepted changes
 record.json     precision, gradient checkpointing, threads and out-of-memory errors, of one
                 fingerprint: measured on the machine, which a second start must not repeat.
-checkpoints/    each written beside its place, every file synced, sealed like a stage's folder
-                (`seal.py`: size and sha256 of each file), renamed, the parent synced.
-
-transformers writes a checkpoint in place: of 60 random kill -9, 29 left a newest one on which
-resuming crashed, with an intact one beside it. A run continues from the newest one whose seal
-verifies, and says which it skipped and why.
+checkpoints/    see checkpoint.py
 """
 
-import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,21 +17,18 @@ from typing import Any
 from fintune import files, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, dump_yaml
-from fintune.console import say, warn
+from fintune.console import Meter, say, warn
 from fintune.errors import ConfigError, ModelError, OutputError, Stopped
+from fintune.files import JsonlLog
 from fintune.model import Base
 from fintune.targets import Targets
 from fintune.training import distributed, memory
 from fintune.training.distributed import world_size
-from fintune.training.rows import Order
+from fintune.training.rows import Order, Rows
 
 PACKAGES = ("fintune", "torch", "transformers", "peft", "numpy")
 """Packages whose versions are part of the fingerprint; numpy draws the order of rows."""
 RECORD = "record.json"
-RESUME = "resume.json"
-"""In a checkpoint: the state that transformers does not save."""
-KEEP = 2
-"""Newest checkpoints kept; the best adapter is kept besides."""
 _SHAPE = ("optim", "lora.r", "lora.target_modules")
 FIXED_KEYS = ("base.revision:", *(f"config.train.{key}:" for key in _SHAPE))
 """What saved weights and optimizer states were made for: no change of it can be accepted."""
@@ -69,28 +61,65 @@ def run_fingerprint(config: Config, base: Base, chat: ChatFormat) -> dict[str, A
 
 
 @dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds besides weights and optimizer state.
+
+    Attributes:
+        step: optimizer steps made.
+        updates: those of them that moved the schedule; fp16's scaler may skip one.
+        tokens: of the rows trained on.
+        loss: sum of the losses of the steps since the last line of the log.
+        logged: step of that line.
+        best_loss: lowest validation loss so far.
+        seconds: of training, evaluation and saving, before this start.
+    """
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    logged: int = 0
+    best_loss: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
 class RunState:
     """An open run.
 
     Attributes:
-        folder: the run's folder.
+        config, folder: its settings and where it lies.
         fingerprint, sha256: what the run depends on, and its hash.
         accepted: changes of the fingerprint: `reason`, `differs`, and the hash that it `was`.
         resolved: what `record.json` holds; `out_of_memory` has an entry for each such error: the
             `step`, and the `micro_batches` of an optimizer step since then.
         finished: whether there is nothing left to do.
         targets: what gets an adapter; None: to be found on the model.
+        at: where the run is.
+        order, validation, model, optimizer, schedule, accelerator, metrics, bar: what it works
+            with, set by `train.build` and `train.fit`.
     """
 
-    folder: Path
+    config: Config
     fingerprint: dict[str, Any]
     accepted: list[dict[str, Any]] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     targets: Targets | None = None
+    at: Progress = field(default_factory=Progress)
+    order: Order = field(init=False)
+    validation: Rows = field(init=False)
+    model: Any = field(init=False)
+    optimizer: Any = field(init=False)
+    schedule: Any = field(init=False)
+    accelerator: Any = field(init=False)
+    metrics: JsonlLog | None = field(init=False, default=None)
+    bar: Meter = field(init=False)
 
     def __post_init__(self) -> None:
+        self.folder = self.config.run_dir
         self.sha256 = files.sha256_json(self.fingerprint)
+        self._started = time.monotonic()
         if self.resolved.get("fingerprint_sha256") != self.sha256:
             # A changed fingerprint resolves anew; how much memory there is stays known.
             known = self.resolved.get("out_of_memory", [])
@@ -127,7 +156,30 @@ class RunState:
             resolved = files.read_json(folder / RECORD) if known else {}
             return accepted, resolved, finished
 
-        return cls(folder, fingerprint, *distributed.from_rank0(begin))
+        return cls(config, fingerprint, *distributed.from_rank0(begin))
+
+    @property
+    def best(self) -> Path:
+        """Folder of the best evaluation's adapter."""
+        return self.folder / "best"
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.config.train
+        whole = self.order.steps_per_epoch * train.num_train_epochs
+        return whole if train.max_steps < 0 else train.max_steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps that count: until the checkpoint resumed from, and since."""
+        return self.at.seconds + time.monotonic() - self._started
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Upper bound of a checkpoint: adapter and best one, two fp32 moments a parameter."""
+        trained = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
+        return files.SMALL_FILES + 4 * 4 * int(trained)
 
     def resolve(self, name: str, decide: Callable[[], Any]) -> Any:
         """The value that this run resolved before under `name`, or that of `decide()`, recorded."""
@@ -141,11 +193,8 @@ class RunState:
         return value
 
     @contextmanager
-    def noting_memory(self, order: Order, step: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    def noting_memory(self) -> Iterator[None]:
         """Turn an out-of-memory error into twice as many micro-batches for the next start.
-
-        Args:
-            step: optimizer steps made so far.
 
         Raises:
             Stopped: out of memory; the same command continues with smaller micro-batches.
@@ -157,38 +206,18 @@ class RunState:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        what = f"step {step() + 1}: out of memory on micro-batches of {order.most_tokens:,} tokens"
+        order, step = self.order, self.at.step
+        what = f"step {step + 1}: out of memory on micro-batches of {order.most_tokens:,} tokens"
         if len(order.largest) == 1:
             fix = "it is one example: set train.gradient_checkpointing=on, or lower data.max_length"
             raise ModelError(what, fix=fix)
         more = 2 * order.accumulation * world_size()
         self.resolved.pop("gradient_checkpointing", None)
-        self.resolved["out_of_memory"].append({"step": step(), "micro_batches": more})
+        self.resolved["out_of_memory"].append({"step": step, "micro_batches": more})
         # By the rank that met it; the others wait.
         files.write_json(self.folder / RECORD, self.resolved)
         fix = f"the same command continues from the last checkpoint, with {more} micro-batches"
         raise Stopped(what, fix=f"{fix} an optimizer step (of the same examples)")
-
-    def newest_checkpoint(self) -> dict[str, Any]:
-        """RESUME of the checkpoint to continue from and its folder, as `checkpoint`; empty where
-        there is none. Collective.
-
-        Raises:
-            OutputError: none verifies, or it is of another run.
-        """
-        newest = distributed.from_rank0(lambda: newest_checkpoint(self.folder / "checkpoints"))
-        if newest is None:
-            return {}
-        resume = files.read_json(newest / RESUME)
-        if resume["fingerprint_sha256"] not in {self.sha256, *(c["was"] for c in self.accepted)}:
-            raise OutputError(f"{newest} is of another run", fix="remove it")
-        if resume["processes"] != world_size():
-            warn(
-                f"{newest} is of {resume['processes']} processes, this is a run of {world_size()}:"
-                " rows and order are the same, dropout masks are not"
-            )
-        say(f"continuing from {newest}")
-        return {**resume, "checkpoint": newest}
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
@@ -210,65 +239,3 @@ def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:
         change = {"reason": reason, "differs": differs, "was": files.sha256_json(before)}
         files.write_json(path, {"inputs": fingerprint, "accepted": [*changes, change]})
         warn(f"accepted, and recorded: {'; '.join(differs)}")
-
-
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write a checkpoint whole: `write` fills a staging folder, the rest is done here.
-
-    One of the same step that verifies is kept: it is of the same state.
-    """
-    final = folder / f"checkpoint-{step}"
-    if final.exists() and corrupt(final) is None:
-        return
-    with files.staged_folder(final, free=lambda: shutil.rmtree(final, True)) as staging:
-        write(staging)
-        seal.seal(staging, {"step": step})
-
-
-def corrupt(checkpoint: Path) -> str | None:
-    """Why a checkpoint is corrupt, with the file's name, or None if it verifies."""
-    try:
-        seal.read_seal(checkpoint, stage="checkpoint", make="fintune train")
-    except OutputError as error:
-        return error.what.removeprefix(f"checkpoint: {checkpoint}: ")
-    return None
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not is named.
-
-    Raises:
-        OutputError: there are checkpoints, and none verifies.
-    """
-    by_step = checkpoints(folder)
-    for checkpoint in reversed(by_step):
-        if (reason := corrupt(checkpoint)) is None:
-            return checkpoint
-        warn(f"{checkpoint} is skipped: {reason}")
-    if by_step:
-        fix = "start again: fintune train --fresh (the old folder is moved aside)"
-        raise OutputError(f"none of the {len(by_step)} checkpoints in {folder} verifies", fix=fix)
-    return None
-
-
-def rotate(folder: Path, keep: int, step: int) -> None:
-    """Remove all but the `keep` newest until `step`, the one just written.
-
-    Those after it were skipped when the run resumed, so they must not push out sound ones. The
-    best adapter is in each checkpoint and in `best/`, out of reach of this.
-    """
-    by_step = checkpoints(folder)
-    kept = [path for path in by_step if step_of(path) <= step][-keep:]
-    for removed in {*by_step, *folder.glob(".staging-*")} - {*kept}:
-        (removed / seal.DONE).unlink(missing_ok=True)  # first: half a checkpoint is none
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint folder holds, by its name."""
-    return int(checkpoint.name.rpartition("-")[2])
