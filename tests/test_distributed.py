@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from tiny import read_lines
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from victims import SIGNALS, usable
+from victims import HARMS, SIGNALS, usable
 
 from fintune import train
 from fintune.batches import plan_epoch
@@ -61,7 +61,7 @@ def settings(root: Path, prepared: Path, base: Path, **changes: Any) -> list[str
         "train.max_eval_samples": 20,
         "train.learning_rate": 1e-2,
         "train.precision": "fp32",
-        "train.lora.lora_dropout": 0.0,
+        "train.lora.lora_dropout": 0.1,
     }
     return [f"{key}={value}" for key, value in {**values, **changes}.items()]
 
@@ -171,7 +171,68 @@ def test_several_processes_train_the_adapter_of_one(
     assert_same_run(folder, alone)
     assert read_json(folder / "environment.json")["processes"] == world
     assert usable(folder) == ["checkpoint-3", "checkpoint-6"]
-    assert len(list((folder / "checkpoints").glob("checkpoint-6/rng_state_*.pth"))) == world
+
+
+LAUNCHES = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--no-python"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        "--no_python",
+    ],
+}
+TWO_NODES = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--no-python"]
+
+
+def launched(words: list[str], values: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A launcher of `fintune train`, in a process group of its own."""
+    command = [sys.executable, "-m", *words, str(Path(sys.executable).parent / "fintune"), "train"]
+    command += ["-c", "demo", *(word for value in values for word in ("-s", value))]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=env, start_new_session=True, **output)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.skipif("FINTUNE_TEST_ALL" not in os.environ, reason="15 s a launch")
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_the_launchers_themselves_train_the_adapter_of_one(
+    launcher: str, alone: Path, tmp_path: Path, prepared: Path, tiny_base: Path
+) -> None:
+    port = {"MASTER_PORT": free_port(), "PET_MASTER_PORT": free_port()}
+    launch = launched(LAUNCHES[launcher], settings(tmp_path, prepared, tiny_base), **port)
+    said = launch.communicate(timeout=DEADLINE_S)[0]
+    assert launch.returncode == 0, said[-3000:]
+    assert_same_run(tmp_path / "run", alone)
+    assert read_json(tmp_path / "run" / "environment.json")["processes"] == 2
+
+
+@pytest.mark.skipif("FINTUNE_TEST_ALL" not in os.environ, reason="15 s a launch")
+def test_two_nodes_on_loopback_train_the_adapter_of_one(
+    alone: Path, tmp_path: Path, prepared: Path, tiny_base: Path
+) -> None:
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words, values = [*TWO_NODES[:-1], *meet, TWO_NODES[-1]], settings(tmp_path, prepared, tiny_base)
+    nodes = [launched(words, values) for _ in range(2)]
+    said = [node.communicate(timeout=DEADLINE_S)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_killed_rank_ends_all_and_the_same_command_continues(
+    alone: Path, tmp_path: Path, prepared: Path, tiny_base: Path
+) -> None:
+    values = settings(tmp_path, prepared, tiny_base)
+    config = load_config("demo", values)
+
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            HARMS["killed at the tenth micro-batch"]()  # of its own: the fifth step
+        train(config)
+
+    log = tmp_path / "log.txt"
+    assert together(2, log, work) == [75, -signal.SIGKILL], log.read_text()[-3000:]
+    assert "another process of this run has ended" in log.read_text()
+    assert_same_run(run(2, values), alone)
 
 
 def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
@@ -190,7 +251,6 @@ def test_a_signal_to_one_stops_all_at_one_step_and_another_number_goes_on(
     assert usable(config.run_dir) == ["checkpoint-2"]
     assert not (config.run_dir / "done.json").exists()
     assert_same_run(run(4, values), alone)
-    assert "is of 2 processes, this is a run of 4" in log.read_text()
 
 
 def test_the_loss_and_gradients_of_a_sharded_base_are_those_of_a_whole_one(

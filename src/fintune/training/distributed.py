@@ -16,7 +16,8 @@ A function that says "collective" communicates: every rank has to call it, or th
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fintune import console
-from fintune.errors import ConfigError, FintuneError, ModelError
+from fintune.errors import ConfigError, FintuneError, ModelError, Stopped
 from fintune.model import device
 from fintune.stop import STOP
 
@@ -61,6 +62,24 @@ def start(strategy: str) -> None:
             fix = "unset the ACCELERATE_* variables, or: fintune train in one process"
             raise ConfigError(what, fix=fix)
         console.err.quiet = not is_rank0()
+
+
+@contextmanager
+def losing_none() -> Iterator[None]:
+    """Stop where another process has ended: this one can neither go on nor save alone.
+
+    Raises:
+        Stopped: it waited for a process that is no more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        if world_size() == 1 or not lost:
+            raise
+        fix = "see what that one said; the same command continues from the last checkpoint"
+        what, why = "another process of this run has ended", str(error).partition(". ")[0]
+        raise Stopped(what, why=why, fix=fix) from error
 
 
 def stop_asked() -> bool:

@@ -72,7 +72,8 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         STOP.guard()  # also where another process holds the lock for this one
         distributed.start(config.train.strategy)
         # Rank 0 writes, and holds the lock for all.
-        with seal.lock(run) if distributed.is_rank0() else nullcontext():
+        lock = seal.lock(run) if distributed.is_rank0() else nullcontext()
+        with lock, distributed.losing_none():
             # The data's commit, unless the run has begun with one.
             kept_in = [config.run_dir] * (not fresh) + [config.data_dir]
             base = distributed.from_rank0(lambda: find_base(config.model, kept_in=kept_in))
@@ -227,7 +228,8 @@ def fit(state: RunState) -> None:
                 evaluate(state)
             if last or stop or state.at.step % train.save_steps == 0:
                 checkpoint.save(state)
-    state.accelerator.end_training()
+    for tracker in state.accelerator.trackers:
+        tracker.finish()
     if stop:
         what = f"stopped at step {state.at.step} of {state.total}, saved"
         raise Stopped(what, fix="the same command continues")
