@@ -53,7 +53,7 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
 }
-SEED = {"micro": 16, "accumulation": 4, "rank": 64, "cpu": False}
+SEED = {"micro": 16, "accumulation": 4, "rank": 64, "cpu": False, "dtype": "bf16"}
 SIDES = {
     "ours": None,
     "floor": None,

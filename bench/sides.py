@@ -4,8 +4,9 @@
 
 Lines on stdin are orders ("check", "epoch"), lines on stdout are answers in JSON. Everything a
 contestant does between them is what its own library does: its sampler, collator, loop, optimizer.
-Every base is bf16 and frozen, every adapter fp32 with dropout 0.1. FOLDER/setting.json has the
-rest: `micro`, `accumulation`, `rank`, `cpu`.
+Every base is frozen, every adapter fp32 with dropout 0.1. FOLDER/setting.json has the rest:
+`micro`, `accumulation`, `rank`, `cpu`, and the `dtype` of every base (bf16, but fp32 on a CPU
+without AMX).
 """
 
 import importlib.util
@@ -47,7 +48,7 @@ from fintune.config import Config, load_config  # noqa: E402
 from fintune.example import IGNORE_INDEX  # noqa: E402
 from fintune.files import read_json  # noqa: E402
 from fintune.loss import sum_loss  # noqa: E402
-from fintune.model import Base, device, load_base  # noqa: E402
+from fintune.model import DTYPES, Base, device, load_base  # noqa: E402
 from fintune.training import memory, pointwise  # noqa: E402
 from fintune.training import train as loop  # noqa: E402
 from fintune.training.rows import Order, Rows  # noqa: E402
@@ -145,7 +146,7 @@ def config_of(folder: Path, epochs: int, **changes: Any) -> Config:
         "train.lora.r": setting["rank"],
         "train.lora.lora_alpha": 2 * setting["rank"],
         "train.lora.lora_dropout": DROPOUT,
-        "train.precision": "bf16",
+        "train.precision": setting["dtype"],
         "train.learning_rate": 1e-4,
         "train.optim": "adamw_torch",
         "train.eval_steps": 10**6,
@@ -177,7 +178,7 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "learning_rate": 1e-4,
         "optim": "adamw_torch",
-        "bf16": True,
+        "bf16": setting["dtype"] == "bf16",
         "use_cpu": setting["cpu"],
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -193,7 +194,7 @@ def _peer(name: str, folder: Path, rows: Any, epochs: int) -> Any:
     flash = "padding-free" in name and importlib.util.find_spec("flash_attn") is not None
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model",
-        dtype=torch.bfloat16,
+        dtype=DTYPES[setting["dtype"]],
         attn_implementation="flash_attention_2" if flash else None,
     )
     config = LoraConfig(task_type="CAUSAL_LM", **lora)
@@ -282,7 +283,7 @@ def _peer_loss(trainer: Any, rows: Any) -> tuple[float, int]:
 def _one_at_a_time(model: Any, rows: Any) -> float:
     """Mean loss of single rows by transformers' own model and torch's cross-entropy."""
     name = model.get_base_model().name_or_path
-    bare = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(model.device)
+    bare = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).to(model.device)
     total = counted = 0.0
     for row in rows.to_pylist():
         logits = bare(torch.tensor([row["input_ids"]]).to(bare.device)).logits[0, :-1].float()
@@ -296,7 +297,7 @@ def _frozen_base(folder: Path, rows: Rows, ours_inside: bool) -> None:
     """The floor: our batches and attention through the frozen base of transformers and back to its
     inputs; nothing else. `ours_inside`: with the norms and the rotation that training puts in."""
     base = Base("bench/model", "", folder / "model")
-    model = load_base(base, "none", "bf16")
+    model = load_base(base, "none", read_json(folder / "setting.json")["dtype"])
     if ours_inside:
         pointwise.fuse(model)
     memory.retain_heap()

@@ -1,13 +1,15 @@
 """The engine: tokens a second against what a user would pick instead, and what the plan costs.
 
-    python bench/throughput.py [race] [--rounds N] [--rows N] [--sides "NAME;..."]
+    python bench/throughput.py [race] [--base small|smollm2] [--rank R] [--rounds N] [--rows N]
+                               [--sides "NAME;..."] [--busy N]
     python bench/throughput.py curve [--seeds 5] [--steps 60]
     python bench/throughput.py deal
 
 race   Contestants (sides.py) live in processes of their own and take turns, an epoch each, so that
        the machine's moods meet all of them; a ratio is the median over rounds. Their rows are the
-       same: real conversations of shared/data in the Llama 3 format, ids folded into the small
-       model's vocabulary.
+       same: real conversations of shared/data in the Llama 3 format, ids folded into the model's
+       vocabulary. With --busy N, N spinning processes of the same priority run beside: ours and
+       group_by_length, each alone, one epoch of 32 rows after one that warms up.
 curve  Final held-out loss at equal updates, the tests' tiny base on the sample rows: `stratified`
        against `random` and `bucketed`, and one dropout mask for projections that share an input
        against one each. Relative differences, paired by seed, with a 95 % t interval; what is above
@@ -16,7 +18,8 @@ deal   The batch plan's own cost for 500,000 rows (real lengths, drawn again), a
        shares of processes are: an update's imbalance is its busiest process over the mean, less
        one, for the updates of an epoch but the ragged last.
 
-Results go to bench/results/throughput.json, curve.json, deal.json.
+Results go to bench/results/throughput.json (of SmolLM2's shape throughput-smollm2.json),
+curve.json, deal.json.
 """
 
 import argparse
@@ -50,9 +53,10 @@ from fintune.batches import Ints, Steps, plan_epoch  # noqa: E402
 from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import ChatConfig, Config, load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
-from fintune.files import read_jsonl, write_json  # noqa: E402
-from fintune.model import Base, load_tokenizer  # noqa: E402
+from fintune.files import read_json, read_jsonl, write_json  # noqa: E402
+from fintune.model import DTYPES, Base, load_tokenizer  # noqa: E402
 from fintune.training.memory import trim_heap  # noqa: E402
+from fintune.training.metrics import processor  # noqa: E402
 from fintune.training.train import train  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -65,10 +69,28 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 2_048,
 }
+SMOLLM2 = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8_192,
+    "tie_word_embeddings": True,
+}
+"""The shape of SmolLM2-135M."""
 LONGEST = 2_048
 MICRO, ACCUMULATION = 16, 4
 """The seed's step, for the facts of plans."""
-SETTING = {"micro": 4, "accumulation": 16, "rank": 8, "cpu": True}
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+SETTING = {
+    "micro": 4,
+    "accumulation": 16,
+    "rank": 8,
+    "cpu": True,
+    "dtype": "bf16" if AMX else "fp32",
+}
 """The race deals the same 64 rows into micro-batches of 4: with 16 rows of 2,048 tokens a padded
 contestant takes more than 12 GB."""
 PADDED = "transformers group_by_length"
@@ -79,6 +101,12 @@ PEERS = (
     "trl packed (bfd)",
     "trl padding-free",
 )
+BASES: dict[str, tuple[dict[str, Any], int, int, str]] = {
+    "small": (SHAPE, 8, LONGEST, "throughput.json"),
+    "smollm2": (SMOLLM2, 16, 1_024, "throughput-smollm2.json"),
+}
+"""Shape, rank, longest row, file of results."""
+BUSY_ROWS, SPIN = 32, "while True: pass"
 SIDES = ("ours", "floor", "floor, our norms and rotation", *PEERS)
 SEEDS = 100
 """Plans whose neighbour correlation is averaged: of one epoch of 187 steps it is hardly known."""
@@ -123,8 +151,8 @@ class Side:
         self._process.wait()
 
 
-def encoded(vocabulary: int = SHAPE["vocab_size"]) -> pa.Table:
-    """Real rows of at most LONGEST tokens; ids folded into a smaller vocabulary."""
+def encoded(vocabulary: int = SHAPE["vocab_size"], longest: int = LONGEST) -> pa.Table:
+    """Real rows of at most `longest` tokens; ids folded into a smaller vocabulary."""
     tokenizer = load_tokenizer(Base("llama", "", SHARED / "tokenizers" / "llama3"))
     rows = conversations()
     chat = ChatFormat(tokenizer, ChatConfig(date_string=DATE))
@@ -133,7 +161,7 @@ def encoded(vocabulary: int = SHAPE["vocab_size"]) -> pa.Table:
         for number, made in enumerate(chat.encode_many(rows[at : at + 512])):
             row = made[-1]
             assert not isinstance(row, str)
-            if len(row.input_ids) <= LONGEST:
+            if len(row.input_ids) <= longest:
                 ids = np.array(row.input_ids, np.int32) % vocabulary
                 labels = np.array(row.labels, np.int32)
                 kept.append((f"{at + number:05}", ids, np.where(labels < 0, labels, ids)))
@@ -158,7 +186,7 @@ def make(
     (folder / "data").mkdir(parents=True)
     write_json(folder / "setting.json", setting)
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES[setting["dtype"]])
     with torch.device("cpu" if setting["cpu"] else "cuda"):
         model = LlamaForCausalLM(LlamaConfig(**shape))
     torch.set_default_dtype(torch.float32)
@@ -283,29 +311,59 @@ def summary(answers: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
 
 
 def whole_race(options: argparse.Namespace) -> None:
-    """Check, race, write."""
+    """Check, race, write; or, with --busy, add to what was written."""
     names = options.sides.split(";")
     if unknown := set(names) - set(SIDES):
         raise SystemExit(f"no such contestant: {', '.join(sorted(unknown))}; known: {SIDES}")
-    table = encoded()
-    plan = plans(table["length"].to_numpy().astype(np.int64))
-    _say(json.dumps(plan, indent=1))
+    shape, rank, longest, file = BASES[options.base]
+    setting = SETTING | {"rank": options.rank or rank}
+    table, out = encoded(shape["vocab_size"], longest), options.out or RESULTS / file
     with tempfile.TemporaryDirectory() as scratch:
-        make(Path(scratch) / "check", table, 64)
-        losses = check(Path(scratch) / "check", [n for n in names if not n.startswith("floor")])
-        right = [name for name in names if losses.get(name, {}).get("difference", 0) <= AGREES]
-        left_out = sorted(set(names) - set(right))
-        folder = Path(scratch) / "race"
-        tokens = int(np.sum(make(folder, table, options.rows)["length"].to_numpy()))
-        _say(f"{options.rows} rows, {tokens:,} tokens an epoch")
-        trl = heats(folder, [name for name in right if name.startswith("trl")], tokens)
-        slower = sorted(trl, key=trl.__getitem__)[:-1]
-        names = [name for name in right if name not in slower]
-        found = summary(race(folder, names, options.rounds, tokens), tokens)
-    layer = 4 * SHAPE["hidden_size"] ** 2 + 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
-    results = {
-        "format": 1,
-        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
+        if options.busy:
+            results = read_json(out) if out.is_file() else {}
+            made = make(Path(scratch) / "race", table, BUSY_ROWS, shape, setting)
+            results.setdefault("busy", {})[str(options.busy)] = busy(
+                Path(scratch) / "race", options.busy, int(np.sum(made["length"].to_numpy()))
+            )
+        else:
+            results = quiet(Path(scratch), table, names, options, setting)
+    write_json(out, results)
+    _say(json.dumps({key: results.get(key) for key in ("sides", "busy")}, indent=1))
+
+
+def quiet(
+    scratch: Path,
+    table: pa.Table,
+    names: list[str],
+    options: argparse.Namespace,
+    setting: dict[str, Any],
+) -> dict[str, Any]:
+    """The race on a machine that does nothing else."""
+    shape, plan = BASES[options.base][0], plans(table["length"].to_numpy().astype(np.int64))
+    _say(json.dumps(plan, indent=1))
+    make(scratch / "check", table, 64, shape, setting)
+    losses = check(scratch / "check", [n for n in names if not n.startswith("floor")])
+    right = [name for name in names if losses.get(name, {}).get("difference", 0) <= AGREES]
+    folder, left_out = scratch / "race", sorted(set(names) - set(right))
+    tokens = int(np.sum(make(folder, table, options.rows, shape, setting)["length"].to_numpy()))
+    _say(f"{options.rows} rows, {tokens:,} tokens an epoch")
+    trl = heats(folder, [name for name in right if name.startswith("trl")], tokens)
+    slower = sorted(trl, key=trl.__getitem__)[:-1]
+    names = [name for name in right if name not in slower]
+    width, up = shape["hidden_size"], shape["intermediate_size"]
+    kv = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    found = summary(race(folder, names, options.rounds, tokens), tokens)
+    layer = 2 * width * (width + kv) + 3 * width * up
+    return {
+        "format": 2,
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "amx": AMX,
+            "torch": torch.__version__,
+        },
+        "base": options.base,
+        **{key: setting[key] for key in ("rank", "dtype")},
         "rows": options.rows,
         "tokens": tokens,
         "rounds": options.rounds,
@@ -314,16 +372,33 @@ def whole_race(options: argparse.Namespace) -> None:
         "left_out": left_out,
         "heats": trl,
         "sides": found,
-        "matrix_rate_share": round(share(found, layer), 3),
+        "matrix_rate_share": round(share(found, layer * shape["num_hidden_layers"]), 3),
     }
-    write_json(options.out, results)
-    _say(json.dumps({key: results[key] for key in ("sides", "matrix_rate_share")}, indent=1))
 
 
-def share(found: dict[str, Any], layer: int) -> float:
-    """Our share of the machine's bf16 matrix rate, at 4 x layer parameters a token."""
-    floor = 4 * layer * SHAPE["num_hidden_layers"]
-    return float(found["ours"]["useful_tokens_per_second"] * floor / matrix_rate())
+def busy(folder: Path, spinning: int, tokens: int) -> dict[str, int]:
+    """Useful tokens a second of ours and of group_by_length, each alone beside spinning processes
+    and on the quiet machine."""
+    found = {}
+    for name in ("ours", PADDED):
+        for beside in (0, spinning):
+            loops = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(beside)]
+            try:
+                side = Side(name, folder, 3)
+                side.ask("epoch")
+                label = f"{name}, {'busy' if beside else 'quiet'}"
+                found[label] = round(tokens / side.ask("epoch")["seconds"])
+                side.end()
+            finally:
+                for process in loops:
+                    process.kill()
+            _say(f"{label:45} {found[label]:8,} useful tokens/s")
+    return found
+
+
+def share(found: dict[str, Any], layers: int) -> float:
+    """Our share of the machine's bf16 matrix rate, at 4 x parameters of the layers a token."""
+    return float(found["ours"]["useful_tokens_per_second"] * 4 * layers / matrix_rate())
 
 
 def final_loss(out: Path, data: Path, seed: int, steps: int, changes: dict[str, Any]) -> float:
@@ -432,7 +507,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the race")
     parser.add_argument("--rows", type=int, default=128, help="of the race")
     parser.add_argument("--sides", default=";".join(SIDES), help="of the race, separated by ;")
-    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json", help="of the race")
+    parser.add_argument("--base", choices=BASES, default="small", help="of the race")
+    parser.add_argument("--rank", type=int, help="of the race; absent: 8, or 16 of smollm2")
+    parser.add_argument("--busy", type=int, default=0, help="spinning processes beside the race")
+    parser.add_argument("--out", type=Path, help="of the race")
     parser.add_argument("--seeds", type=int, default=5, help="of the curve")
     parser.add_argument("--steps", type=int, default=60, help="of the curve")
     options = parser.parse_args()

@@ -4,6 +4,7 @@ a finished run."""
 import os
 import platform
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,9 @@ def line_of_steps(state: RunState, rate: float, norm: float, spent: Any) -> dict
 
 def write_line(state: RunState, values: dict[str, float]) -> None:
     """A line of a step or an evaluation: to `metrics.jsonl`, the progress line, the trackers."""
-    step = state.at.step
+    step, joules = state.at.step, state.energy.spent()
+    if joules is not None:
+        state.at.joules = (state.at.joules or 0) + round(joules, 1)
     state.accelerator.log(values, step=step)
     if state.metrics is None:  # another rank than 0
         return
@@ -69,6 +72,41 @@ def write_line(state: RunState, values: dict[str, float]) -> None:
     state.bar.advance(0, note=note)
 
 
+class EnergyMeter:
+    """Joules that the machine counts: of CUDA devices by NVML, else of the processors by RAPL.
+
+    Read at least every few minutes: a counter of RAPL begins again at `max_energy_range_uj`.
+    """
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def spent(self) -> float | None:
+        """Joules of the whole machine since the last call; None where nothing counts them."""
+        last, self._last = self._last, self._read()
+        if not last:
+            return None
+        pairs = zip(last, self._last, strict=True)
+        return sum((now - before) % most for (before, most), (now, _) in pairs) / 1e6
+
+    def _read(self) -> list[tuple[int, int]]:
+        """Each counter in microjoules, and where it begins again."""
+        with suppress(Exception):  # nothing of a run depends on it, and drivers raise many kinds
+            if torch.cuda.is_available():
+                import pynvml
+
+                pynvml.nvmlInit()
+                devices = map(pynvml.nvmlDeviceGetHandleByIndex, range(torch.cuda.device_count()))
+                read = pynvml.nvmlDeviceGetTotalEnergyConsumption
+                return [(1_000 * read(each), 2**64) for each in devices]
+            names = sorted(Path("/sys/class/powercap").glob("intel-rapl:?"))
+            return [
+                (int((n / "energy_uj").read_text()), int((n / "max_energy_range_uj").read_text()))
+                for n in names
+            ]
+        return []
+
+
 def environment(state: RunState) -> dict[str, Any]:
     """Measured facts of a run that ends, for the card."""
     on, trained = device(), state.model.parameters()
@@ -77,13 +115,14 @@ def environment(state: RunState) -> dict[str, Any]:
         "packages": {name: version(name) for name in (*PACKAGES, "accelerate")},
         "finished": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "processes": world_size(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": state.resolved["precision"],
         "seconds": round(state.seconds, 1),
         "peak_memory_bytes": peak_in_use(on),
+        "energy_joules": state.at.joules,
         "steps": state.at.step,
         "trained_tokens": state.at.tokens,
         "trainable_parameters": sum(each.numel() for each in trained if each.requires_grad),
@@ -92,7 +131,7 @@ def environment(state: RunState) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name where the system tells it, else its architecture."""
     about = Path("/proc/cpuinfo")
     text = about.read_text(errors="replace") if about.is_file() else ""

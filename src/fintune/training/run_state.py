@@ -72,6 +72,7 @@ class Progress:
         logged: step of that line.
         best_loss: lowest validation loss so far.
         seconds: of training, evaluation and saving, before this start.
+        joules: of the whole machine meanwhile; None where nothing counts them.
     """
 
     step: int = 0
@@ -81,6 +82,7 @@ class Progress:
     logged: int = 0
     best_loss: float | None = None
     seconds: float = 0.0
+    joules: float | None = None
 
 
 @dataclass
@@ -96,8 +98,8 @@ class RunState:
         finished: whether there is nothing left to do.
         targets: what gets an adapter; None: to be found on the model.
         at: where the run is.
-        order, validation, model, optimizer, schedule, accelerator, metrics, bar: what it works
-            with, set by `train.build` and `train.fit`.
+        order, validation, model, optimizer, schedule, accelerator, metrics, bar, energy: what it
+            works with, set by `train.build` and `train.fit`.
     """
 
     config: Config
@@ -115,6 +117,7 @@ class RunState:
     accelerator: Any = field(init=False)
     metrics: JsonlLog | None = field(init=False, default=None)
     bar: Meter = field(init=False)
+    energy: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder = self.config.run_dir

@@ -200,6 +200,7 @@ def fit(state: RunState) -> None:
     again, begun = at.get("pending_evaluation", False), bool(at)
     needed = state.checkpoint_bytes * (1 if begun else KEEP + 1)
     distributed.from_rank0(lambda: files.require_free_space(state.folder, needed))
+    state.energy = metrics.EnergyMeter()
     if distributed.is_rank0():
         state.metrics = metrics.open_metrics(state.folder / "metrics.jsonl", state.at.step, again)
     with (
