@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_release import tiny_adapter, tiny_base
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     Gemma3TextConfig,
     Lfm2Config,
     Qwen2Config,
@@ -19,7 +20,7 @@ from fintune import model
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig
 from fintune.errors import NotFinite
-from fintune.generation import Batch, Request, generate, sample
+from fintune.generation import Batch, Request, _GrowingLayer, generate, sample
 from fintune.untrusted.probe import stop_token_ids
 
 Tiny = tuple[model.Base, Any, Any, list[int]]
@@ -53,6 +54,31 @@ def answers(
         loaded or tiny[2], ChatFormat(tiny[1], ChatConfig()), requests(rows, limit), **settings
     )
     return [found.token_ids for found in sorted(sum(parts, []), key=lambda found: found.id)]
+
+
+def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks of ten prompts each: fewer tokens pass the model, the answers are the same."""
+    first, second = prompts(50)[:2], prompts(20)
+    tasks = [ids * (1 + 80 // len(ids)) for ids in first]
+    rows = [tasks[at % 2] + ids for at, ids in enumerate(second)]
+    seen: list[int] = []
+    forward = Batch._forward
+
+    def counted(batch: Batch, new: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(ids.numel() if ids.shape[1] > 1 else 0)
+        return forward(batch, new, ids, *rest)
+
+    monkeypatch.setattr(Batch, "_forward", counted)
+    shared = answers(tiny, rows, 12)
+    tokens = sum(seen)
+    monkeypatch.setattr(Batch, "_begin", lambda batch, new: (growing_cache(), 0))
+    assert shared == answers(tiny, rows, 12)
+    assert tokens < 0.5 * (sum(seen) - tokens)
+    assert shared == [one_by_one(tiny[2], ids, 12, tiny[3]) for ids in rows]
+
+
+def growing_cache() -> Cache:
+    return Cache(layer_class_to_replicate=_GrowingLayer)
 
 
 def one_by_one(loaded: Any, ids: list[int], limit: int, ends: list[int]) -> list[int]:

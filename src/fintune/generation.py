@@ -7,6 +7,7 @@ Why not transformers' `generate`:
 - Rows of base and adapter share a forward pass (peft's `adapter_names`), so that no adapter has
   to be switched on or off between requests.
 - The cache grows in place; DynamicCache copies every key and value at every token.
+- A beginning that the prompts of a batch share (the instruction of a task) is computed once.
 
 Prompts are padded on the left; padding is masked out and positions count from each row's first
 token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
@@ -15,11 +16,13 @@ state than keys and values (Mamba, convolutions, linear attention) answers its r
 with transformers' own cache.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
@@ -39,6 +42,8 @@ CACHE_GROWTH = 64
 """Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
+SHARED_TOKENS, SHARED_ROWS = 48, 8
+"""Tokens in which prompts are alike, and how many such prompts there are, that are grouped."""
 _PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 """Layers of transformers' cache that hold keys and values alone, or nothing."""
 
@@ -100,7 +105,8 @@ def generate(
 ) -> Iterator[list[Request]]:
     """Answer requests; yield lists of them as they are finished.
 
-    The longest prompts come first, so that memory that does not suffice shows at once.
+    Prompts that begin alike are answered together, the longest first, so that memory that does not
+    suffice shows at once.
 
     Args:
         model: a causal language model of transformers, or a PeftModel (adapter on or off).
@@ -111,13 +117,15 @@ def generate(
     Raises:
         NotFinite: the model's logits are NaN or infinite.
     """
-    waiting = deque(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)))
+    waiting = _by_beginning(requests)
     stops = chat.stop_token_ids if stop_token_ids is None else stop_token_ids
     batch = open_batch(model, stops)
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
-            free = min(batch_size - len(batch.requests), len(waiting))
-            done = batch.add([waiting.popleft() for _ in range(free)])
+            free = min(batch_size - len(batch.requests), len(waiting[0]))
+            done = batch.add([waiting[0].popleft() for _ in range(free)])
+            if not waiting[0]:
+                waiting.popleft()
         else:
             done = batch.step()
         for request in done:
@@ -126,11 +134,30 @@ def generate(
             yield done
 
 
-class Batch:
-    """Requests that are answered together. `add` gives new rows a token, `step` every row."""
+def _by_beginning(requests: Iterable[Request]) -> deque[deque[Request]]:
+    """Groups of prompts that begin alike, and one of all that begin like few others."""
+    alike = defaultdict[tuple[int, ...], list[Request]](list)
+    for request in sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)):
+        alike[request.adapter, *request.prompt_ids[:SHARED_TOKENS]].append(request)
+    groups = [group for group in alike.values() if len(group) >= SHARED_ROWS]
+    rest = [each for group in alike.values() if len(group) < SHARED_ROWS for each in group]
+    groups = sorted([*groups, rest] if rest else groups, key=lambda g: -len(g[0].prompt_ids))
+    return deque(map(deque, groups))
 
-    def __init__(self, model: Any, stop_token_ids: Collection[int]) -> None:
+
+class Batch:
+    """Requests that are answered together. `add` gives new rows a token, `step` every row.
+
+    Args:
+        sharing: whether a beginning that prompts share is computed once. Padding then stands behind
+            it, within a row, so a base that counts a window of keys by their place cannot.
+    """
+
+    def __init__(self, model: Any, stop_token_ids: Collection[int], sharing: bool = False) -> None:
         self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
+        self._sharing = sharing
+        self._beginning: tuple[bool, list[int]] = True, []
+        self._begun: Cache | None = None  # of the last beginning, one row
         self.requests: list[Request] = []
         self._cache: Cache | None = None
         self._mask = self._last = torch.empty(0)  # [rows, tokens so far] and [rows, 1]
@@ -141,12 +168,13 @@ class Batch:
         Raises:
             NotFinite: the logits of a prompt are NaN or infinite.
         """
-        prompts = [torch.tensor(request.prompt_ids) for request in new]
-        ones = [torch.ones_like(prompt) for prompt in prompts]
-        padded = partial(pad_sequence, batch_first=True, padding_side="left")
-        ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
         with torch.inference_mode():
-            cache = Cache(layer_class_to_replicate=_GrowingLayer)
+            cache, shared = self._begin(new)
+            prompts = [torch.tensor(request.prompt_ids[shared:]) for request in new]
+            ones = [torch.ones_like(prompt) for prompt in prompts]
+            padded = partial(pad_sequence, batch_first=True, padding_side="left")
+            ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
+            mask = pad(mask, (shared, 0), value=1)
             logits = self._forward(new, ids, mask, cache)
             last = torch.zeros_like(ids[:, :1])
             if self._cache is not None:
@@ -160,6 +188,26 @@ class Batch:
             self.requests = [*self.requests, *new]
             return self._append(logits)
 
+    def _begin(self, new: list[Request]) -> tuple[Cache, int]:
+        """A cache that holds what the prompts begin with, and of how many tokens that is."""
+        cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        adapter, alike = new[0].adapter, len({request.adapter for request in new}) == 1
+        if not (self._sharing and alike):
+            return cache, 0
+        # Each prompt keeps a token of its own, of which the logits are wanted.
+        shared = list(commonprefix([request.prompt_ids[:-1] for request in new]))
+        known = self._beginning[1] if self._beginning[0] is adapter else []
+        if not known or shared[: len(known)] != known:
+            if len(new) < 2 or len(shared) < SHARED_TOKENS:
+                return cache, 0
+            ids = torch.tensor([shared], device=self._model.device)
+            self._forward(new[:1], ids, torch.ones_like(ids), cache)
+            self._beginning, self._begun, known = (adapter, shared), cache, shared
+        begun, cache = self._begun, copy(cache)
+        assert begun is not None
+        cache.layers = [layer.repeated(len(new)) for layer in begun.layers]
+        return cache, len(known)
+
     def step(self) -> list[Request]:
         """Generate one token of every row; returns the rows that leave, finished or cancelled."""
         with torch.inference_mode():
@@ -169,10 +217,12 @@ class Batch:
 
     def _forward(self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
+        # Behind a beginning, several tokens without a mask would be taken for the first ones.
+        plain = ids.shape[1] in (1, mask.shape[1])
         with _adapter_of_each_row(self._model, requests):
             logits: Tensor = self._model(
                 input_ids=ids,
-                attention_mask=None if mask.all() else mask,
+                attention_mask=None if plain and mask.all() else mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
@@ -272,7 +322,9 @@ def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
     """
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - _PADDED
     if not kinds:
-        return Batch(model, stop_token_ids)
+        layers = DynamicCache(config=model.config).layers
+        sharing = not any(type(layer) is DynamicSlidingWindowLayer for layer in layers)
+        return Batch(model, stop_token_ids, sharing)
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     warn(f"answers are made one by one: the base keeps a state of another kind ({names})")
     return _RowByRow(model, stop_token_ids)
@@ -297,6 +349,13 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
+
+    def repeated(self, rows: int) -> "_GrowingLayer":
+        """As many rows of the one that this is; the memory is shared until tokens are added."""
+        layer = copy(self)
+        layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (self.keys, self.values))
+        layer._buffers = None
+        return layer
 
     def join(self, other: DynamicLayer, width: int) -> None:
         """Append another layer's rows; all rows are padded on the left to `width` tokens."""
