@@ -12,6 +12,7 @@ import torch
 from fintune import sample
 from fintune.config import load_config
 from fintune.data.prepare import prepare
+from fintune.evals import kept
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # see bench/bases.py: loading threads in a fork
@@ -22,6 +23,12 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 def _one_thread() -> None:
     # Tiny matrices: a second thread costs more in waiting than it computes.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No answer of the base is one that other code has given."""
+    kept.FILE = str(tmp_path_factory.mktemp("kept") / kept.FILE)  # absolute: the cache is left out
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -10,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from fake_judge import FakeJudge, serve
+from safetensors.torch import load_file, save_file
 
-from fintune.evals import verdict
+from fintune.evals import kept, verdict
 
 
 def test_a_leaked_row_makes_it_invalid_and_a_task_asks_without_a_file(
@@ -48,6 +50,32 @@ def test_a_question_that_was_trained_on_is_not_asked(chain: tiny.Chain, tmp_path
     assert json.loads((copy.eval / "run.json").read_text())["repeated"] == [
         f"fpb/{n}" for n in range(5)
     ]
+
+
+def test_answers_of_the_base_are_asked_once(chain: tiny.Chain, tmp_path: Path) -> None:
+    """Over evaluations of unchanged weights, prompts and settings; not of others."""
+    copy = chain.copy(tmp_path, "data", "run")
+    settings = tiny.words(max_new_tokens=3)
+
+    def asked(*words: str) -> tuple[int, list[str]]:
+        shutil.rmtree(copy.eval, ignore_errors=True)
+        found = tiny.answer_json("eval", *copy.words(), *settings, *words)
+        lines = tiny.read_lines(copy.eval / "predictions.jsonl")
+        return found["n"]["base_answers_kept"], [
+            each["text"] for each in lines if each["model"] == "base"
+        ]
+
+    none, first = asked()
+    adapter = copy.run / "best" / "adapter_model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(adapter).items()}
+    save_file(tensors, adapter)
+    tiny.reseal(copy.run)
+    assert (none, asked()) == (0, (len(first), first)), "another adapter, the same base"
+    assert asked("--fresh") == (0, first)
+    settings = tiny.words(max_new_tokens=4)
+    assert asked()[0] == 0
+    Path(kept.FILE).write_bytes(b"no data base")
+    assert asked()[0] == 0
 
 
 def test_unfinished_runs_missing_rows_and_unknown_tasks_are_said(

@@ -147,7 +147,7 @@ def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Pa
         why = "pickled weights (.bin, .pt) are never read"
         raise ModelError(f"{folder} holds no weights {', '.join(lacks[:3])}", why=why)
     commit = folder.name if folder.parent.name == "snapshots" else None
-    revision = read.sha256 if read else commit or config.revision or _weights_sha256(folder)
+    revision = read.sha256 if read else commit or config.revision or weights_sha256(folder)
     named = kept["named"] if kept.get("revision") == revision else config.revision
     return Base(config.id, revision, folder, named, read.about if read else "")
 
@@ -189,8 +189,8 @@ def _weight_files(folder: Path, top: Iterable[str] | None = None) -> set[str]:
     return {*map(str, shards.values())}
 
 
-def _weights_sha256(folder: Path) -> str:
-    """Name of a local base without a commit: its weights' sha256 (of several: of their hashes)."""
+def weights_sha256(folder: Path) -> str:
+    """The sha256 of a base's weights (of several files: of their hashes)."""
     hashes = [cached_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
 

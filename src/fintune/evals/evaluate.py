@@ -28,6 +28,7 @@ from fintune.documents import document_keys
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import history, judge, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, as_example, load_pairs
+from fintune.evals.kept import KeptAnswers
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
@@ -73,7 +74,7 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             seal.start(folder, inputs)
             looks = history.looks(config.data_dir, inputs)
-            _answer(config, base, folder, inputs, asked, looks)
+            _answer(config, base, folder, inputs, asked, looks, fresh)
             _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
             history.note(config.data_dir, inputs, read_json(folder / results.RESULTS))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
@@ -191,6 +192,7 @@ def _answer(
     inputs: dict[str, Any],
     asked: list[Item],
     looks: int,
+    fresh: bool,
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
@@ -217,8 +219,17 @@ def _answer(
     run_info["looks"] = looks
     write_json(folder / "run.json", run_info)
     _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
+    packages = run_info["provenance"]["packages"]
+    weights = model.weights_sha256(base.folder)
+    facts = {
+        "weights": weights,
+        "packages": packages,
+        "precision": dtype,
+        "stops": sorted(chat.stop_token_ids),
+    }
+    kept = KeptAnswers(facts | {"quantization": config.model.quantization}, read=not fresh)
     answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
-    _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens)
+    _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens, chat, kept)
 
 
 def _choose(
@@ -357,22 +368,41 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
     return total, tokens
 
 
-def _generate(folder: Path, peft_model: Any, answer: Any, prompts: Prompts, limit: int) -> None:
+def _generate(
+    folder: Path,
+    peft_model: Any,
+    answer: Any,
+    prompts: Prompts,
+    limit: int,
+    chat: ChatFormat,
+    kept: KeptAnswers,
+) -> None:
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
     Args:
         answer: `generate` with its model, chat format and batch size.
         limit: most tokens of an answer.
+        kept: answers of the base from earlier evaluations.
     """
     path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}
     with JsonlLog(path) as file, meter("answers", 2 * len(prompts)) as progress:
         done = {(row["model"], row["item"]["id"]) for row in file.rows()}
         progress.advance(len(done))
         for variant in VARIANTS:
-            todo = [(key, ids) for key, (_, ids) in by_id.items() if (variant, key) not in done]
+            keys = [key for key in by_id if (variant, key) not in done]
+            todo = {key: Request(key, by_id[key][1], limit) for key in keys}
+            if variant == "base" and (known := kept.fill(todo.values())):
+                for request in known:
+                    request.text, request.in_thought = chat.answer(request.token_ids)
+                    del todo[request.id]
+                say(f"{len(known)} answers of the base are kept from an earlier evaluation")
+                file.append(*(_line(variant, *by_id[r.id], r) | {"kept": True} for r in known))
+                progress.advance(len(known))
             with model.adapter_set(peft_model, variant == "adapter"):
-                for batch in answer([Request(key, ids, limit) for key, ids in todo]):
+                for batch in answer(todo.values()):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
+                    if variant == "base":
+                        kept.keep(batch)
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])

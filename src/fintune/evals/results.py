@@ -61,7 +61,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(folder / "predictions.jsonl")
+    answers = list(read_jsonl(folder / "predictions.jsonl"))
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -87,6 +87,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
             "deciding": len(deciding),
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
+            "base_answers_kept": sum("kept" in row for row in answers),
             "thoughts_cut": {name: cut[name] for name in VARIANTS},
         },
         "provenance": run["provenance"],

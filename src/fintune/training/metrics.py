@@ -1,6 +1,7 @@
 """`metrics.jsonl` (a line a logged step or evaluation), the progress line, the curves, the facts of
 a finished run."""
 
+import ctypes
 import os
 import platform
 import re
@@ -91,20 +92,33 @@ class EnergyMeter:
 
     def _read(self) -> list[tuple[int, int]]:
         """Each counter in microjoules, and where it begins again."""
-        with suppress(Exception):  # nothing of a run depends on it, and drivers raise many kinds
+        with suppress(OSError):
             if torch.cuda.is_available():
-                import pynvml
-
-                pynvml.nvmlInit()
-                devices = map(pynvml.nvmlDeviceGetHandleByIndex, range(torch.cuda.device_count()))
-                read = pynvml.nvmlDeviceGetTotalEnergyConsumption
-                return [(1_000 * read(each), 2**64) for each in devices]
+                return [(1_000 * _nvml_energy(n), 2**64) for n in range(torch.cuda.device_count())]
             names = sorted(Path("/sys/class/powercap").glob("intel-rapl:?"))
             return [
                 (int((n / "energy_uj").read_text()), int((n / "max_energy_range_uj").read_text()))
                 for n in names
             ]
         return []
+
+
+def _nvml_energy(index: int) -> int:
+    """Millijoules that a GPU has taken since its driver was loaded.
+
+    Raises:
+        OSError: no NVML, or a GPU older than Volta.
+    """
+    library, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
+    energy = ctypes.c_ulonglong()
+    failed = (
+        library.nvmlInit_v2()
+        or library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+        or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(energy))
+    )
+    if failed:
+        raise OSError(f"NVML: error {failed}")
+    return energy.value
 
 
 def environment(state: RunState) -> dict[str, Any]:
