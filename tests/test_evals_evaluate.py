@@ -78,6 +78,29 @@ def test_answers_of_the_base_are_asked_once(chain: tiny.Chain, tmp_path: Path) -
     assert asked()[0] == 0
 
 
+def test_labels_by_their_likelihoods_are_named_and_kept(chain: tiny.Chain, tmp_path: Path) -> None:
+    copy, path = chain.copy(tmp_path, "data", "run"), tmp_path / "fpb.jsonl"
+    choices = ["negative", "neutral", "positive"]
+    lines = [
+        {"prompt": f"Is report {n} positive, neutral or negative?", "answer": choices[n % 3]}
+        for n in range(9)
+    ]
+    path.write_text("".join(json.dumps(line | {"choices": choices}) + "\n" for line in lines))
+    asked = tiny.words(tasks={"fpb": str(path)}, max_new_tokens=2)
+    words = (*copy.words(), *asked, "-s", "eval.label_scoring=likelihood")
+    found = tiny.answer_json("eval", *words)
+    assert found["provenance"]["settings"]["label_scoring"] == "likelihood"
+    rows = tiny.read_lines(copy.eval / "predictions.jsonl")
+    scored = [row for row in rows if row["item"]["task"] == "fpb"]
+    assert len(scored) == 18
+    for row in scored:
+        best = max(row["choice_logprobs"], key=row["choice_logprobs"].__getitem__)
+        assert sorted(row["choice_logprobs"]) == choices and row["text"] == best
+    assert "the likeliest of the choices" in (copy.eval / "report.html").read_text()
+    said = tiny.fintune("eval", *copy.words(), *asked)
+    assert said.code == 1 and "label_scoring" in said.err, "never mixed"
+
+
 def test_unfinished_runs_missing_rows_and_unknown_tasks_are_said(
     chain: tiny.Chain, tmp_path: Path
 ) -> None:

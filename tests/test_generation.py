@@ -20,7 +20,8 @@ from fintune import model
 from fintune.chat import ChatFormat
 from fintune.config import ChatConfig
 from fintune.errors import NotFinite
-from fintune.generation import Batch, Request, _GrowingLayer, generate, sample
+from fintune.evals.likelihood import Labelled, log_likelihoods
+from fintune.generation import Batch, GrowingLayer, Request, generate, sample
 from fintune.untrusted.probe import stop_token_ids
 
 Tiny = tuple[model.Base, Any, Any, list[int]]
@@ -77,8 +78,24 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
     assert shared == [one_by_one(tiny[2], ids, 12, tiny[3]) for ids in rows]
 
 
+def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny) -> None:
+    """Questions of several lengths behind one beginning; choices of one token and of several."""
+    beginning, rows = prompts(1)[0] * 3, prompts(9)
+    choices = ((50, 3), (60, 61, 62, 3), (70, 3))
+    questions = [Labelled(f"{n}", beginning + ids, ("a", "b", "c"), choices) for n, ids in
+                 enumerate(rows)]  # fmt: skip
+    found = [pair for part in log_likelihoods(tiny[2], questions) for pair in part]
+    for question, scores in found:
+        for ids, score in zip(choices, scores, strict=True):
+            whole = torch.tensor([[*question.prompt_ids, *ids]])
+            likely = tiny[2](whole).logits.log_softmax(-1)[0, len(question.prompt_ids) - 1 : -1]
+            alone = likely.gather(-1, torch.tensor(ids)[:, None]).sum()
+            assert score == pytest.approx(float(alone), abs=1e-4)
+    assert len(found) == 9
+
+
 def growing_cache() -> Cache:
-    return Cache(layer_class_to_replicate=_GrowingLayer)
+    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def one_by_one(loaded: Any, ids: list[int], limit: int, ends: list[int]) -> list[int]:

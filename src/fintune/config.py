@@ -275,6 +275,8 @@ class EvalConfig(Section):
     """items of the judged set, by hash: 60 to smoke-test, 200 to decide"""
     max_new_tokens: int = Field(256, ge=1)
     """longest answer"""
+    label_scoring: Literal["generate", "likelihood"] = "generate"
+    """label tasks: grade a generated answer, or take the choice that is likeliest as one"""
     per_device_eval_batch_size: int = Field(32, ge=1)
     """prompts answered at once"""
     judge: JudgeConfig = JudgeConfig()

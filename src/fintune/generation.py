@@ -155,7 +155,7 @@ class Batch:
 
     def __init__(self, model: Any, stop_token_ids: Collection[int], sharing: bool = False) -> None:
         self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
-        self._sharing = sharing
+        self.sharing = sharing
         self._beginning: tuple[bool, list[int]] = True, []
         self._begun: Cache | None = None  # of the last beginning, one row
         self.requests: list[Request] = []
@@ -190,9 +190,9 @@ class Batch:
 
     def _begin(self, new: list[Request]) -> tuple[Cache, int]:
         """A cache that holds what the prompts begin with, and of how many tokens that is."""
-        cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
         adapter, alike = new[0].adapter, len({request.adapter for request in new}) == 1
-        if not (self._sharing and alike):
+        if not (self.sharing and alike):
             return cache, 0
         # Each prompt keeps a token of its own, of which the logits are wanted.
         shared = list(commonprefix([request.prompt_ids[:-1] for request in new]))
@@ -330,7 +330,7 @@ def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
     return _RowByRow(model, stop_token_ids)
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """DynamicLayer whose keys and values are views of buffers with space for more tokens."""
 
     _buffers: list[Tensor] | None = None
@@ -350,7 +350,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def repeated(self, rows: int) -> "_GrowingLayer":
+    def repeated(self, rows: int) -> "GrowingLayer":
         """As many rows of the one that this is; the memory is shared until tokens are added."""
         layer = copy(self)
         layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (self.keys, self.values))

@@ -29,6 +29,7 @@ from fintune.errors import ConfigError, DataError, NotFinite, OutputError
 from fintune.evals import history, judge, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, as_example, load_pairs
 from fintune.evals.kept import KeptAnswers
+from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
@@ -229,7 +230,9 @@ def _answer(
     }
     kept = KeptAnswers(facts | {"quantization": config.model.quantization}, read=not fresh)
     answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
-    _generate(folder, peft_model, answer, prompts, config.eval.max_new_tokens, chat, kept)
+    labelled = with_choices(chat, prompts) if config.eval.label_scoring == "likelihood" else {}
+    limit = config.eval.max_new_tokens
+    _generate(folder, peft_model, answer, prompts, limit, chat, kept, labelled)
 
 
 def _choose(
@@ -376,6 +379,7 @@ def _generate(
     limit: int,
     chat: ChatFormat,
     kept: KeptAnswers,
+    labelled: dict[str, Labelled],
 ) -> None:
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
@@ -383,6 +387,7 @@ def _generate(
         answer: `generate` with its model, chat format and batch size.
         limit: most tokens of an answer.
         kept: answers of the base from earlier evaluations.
+        labelled: items by id whose choices are compared by their likelihoods instead.
     """
     path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}
     with JsonlLog(path) as file, meter("answers", 2 * len(prompts)) as progress:
@@ -390,7 +395,7 @@ def _generate(
         progress.advance(len(done))
         for variant in VARIANTS:
             keys = [key for key in by_id if (variant, key) not in done]
-            todo = {key: Request(key, by_id[key][1], limit) for key in keys}
+            todo = {key: Request(key, by_id[key][1], limit) for key in keys if key not in labelled}
             if variant == "base" and (known := kept.fill(todo.values())):
                 for request in known:
                     request.text, request.in_thought = chat.answer(request.token_ids)
@@ -399,6 +404,12 @@ def _generate(
                 file.append(*(_line(variant, *by_id[r.id], r) | {"kept": True} for r in known))
                 progress.advance(len(known))
             with model.adapter_set(peft_model, variant == "adapter"):
+                asked = [labelled[key] for key in keys if key in labelled]
+                for scored in log_likelihoods(peft_model, asked) if asked else ():
+                    file.append(
+                        *(_labelled(variant, by_id[q.id][0], q, likely) for q, likely in scored)
+                    )
+                    progress.advance(len(scored), note=variant)
                 for batch in answer(todo.values()):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
                     if variant == "base":
@@ -406,6 +417,15 @@ def _generate(
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
+
+
+def _labelled(variant: str, item: Item, asked: Labelled, likely: list[float]) -> dict[str, Any]:
+    """A line of predictions.jsonl whose answer is the likeliest choice."""
+    best = likely.index(max(likely))
+    answer = Request(item.id, asked.prompt_ids, 0, finish_reason="stop", text=item.choices[best])
+    answer.token_ids = list(asked.choice_ids[best])
+    logprobs = dict(zip(item.choices, (round(each, 5) for each in likely), strict=True))
+    return _line(variant, item, asked.prompt_ids, answer) | {"choice_logprobs": logprobs}
 
 
 def _line(variant: str, item: Item, ids: list[int], answer: Request) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Labels by their likelihoods: every choice of a question in one forward pass.
+
+A row is the question behind the beginning that questions share, then the tokens of all choices,
+each of which sees the question and itself. A choice counts by the log-probability of its tokens
+and of the end of the turn, as training taught it; nothing is divided by its length.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fintune.chat import ChatFormat
+from fintune.errors import ConfigError, NotFinite
+from fintune.evals.grading import Item
+from fintune.example import IGNORE_INDEX, Message
+from fintune.generation import GrowingLayer, open_batch
+
+MOST_TOKENS, MOST_LOGITS = 4_096, 2**27
+"""Of a forward pass: tokens, and logits (0.5 GB in fp32)."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A question with the choices of its answer, and the ids of both."""
+
+    id: str
+    prompt_ids: list[int]
+    choices: tuple[str, ...]
+    choice_ids: tuple[tuple[int, ...], ...]
+
+
+def choice_ids(
+    chat: ChatFormat, messages: Sequence[Message], choices: Iterable[str]
+) -> tuple[tuple[int, ...], ...]:
+    """Ids of each choice as the answer to a question, with the end of the turn."""
+    start = len(chat.prompt_ids(messages))
+    found = []
+    for choice in choices:
+        made = chat.encode([*messages, Message("assistant", choice)])
+        answer = zip(made.input_ids[start:], made.labels[start:], strict=True)
+        found.append(tuple(token for token, label in answer if label != IGNORE_INDEX))
+    return tuple(found)
+
+
+def with_choices(
+    chat: ChatFormat, prompts: Iterable[tuple[Item, list[int]]]
+) -> dict[str, Labelled]:
+    """The questions of which the likeliest choice is the answer, by id of their item."""
+    known: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+    found = {}
+    for item, ids in prompts:
+        if item.kind == "label" and item.choices:
+            if item.choices not in known:
+                known[item.choices] = choice_ids(chat, item.messages, item.choices)
+            found[item.id] = Labelled(item.id, ids, item.choices, known[item.choices])
+    return found
+
+
+def log_likelihoods(
+    model: Any, questions: Iterable[Labelled]
+) -> Iterator[list[tuple[Labelled, list[float]]]]:
+    """Yield questions with the log-probability of each choice, in nats.
+
+    Raises:
+        ConfigError: the base's keys cannot be shared by several answers.
+        NotFinite: a log-probability.
+    """
+    if not open_batch(model, ()).sharing:
+        what = "eval.label_scoring=likelihood: this base keeps a window or a state, not all keys"
+        raise ConfigError(what, fix="--set eval.label_scoring=generate")
+    waiting = sorted(questions, key=lambda each: (each.choice_ids, each.prompt_ids))
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    while waiting:
+        first = waiting[0]
+        width = sum(map(len, first.choice_ids))
+        most = max(1, min(MOST_LOGITS // (vocabulary * width), len(waiting)))
+        rows = [each for each in waiting[:most] if each.choice_ids == first.choice_ids]
+        shared = len(commonprefix([row.prompt_ids[:-1] for row in rows]))
+        while len(rows) > 1 and len(rows) * (_longest(rows) - shared + width) > MOST_TOKENS:
+            rows = rows[: len(rows) // 2]
+        waiting = waiting[len(rows) :]
+        yield list(zip(rows, _scores(model, rows), strict=True))
+
+
+def _longest(rows: list[Labelled]) -> int:
+    return max(len(row.prompt_ids) for row in rows)
+
+
+@torch.inference_mode()
+def _scores(model: Any, rows: list[Labelled]) -> list[list[float]]:
+    """Log-probabilities of the choices that all rows have in common, a list a row."""
+    device, choices = model.device, rows[0].choice_ids
+    shared = list(commonprefix([row.prompt_ids[:-1] for row in rows]))
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    if shared:
+        model(input_ids=torch.tensor([shared], device=device), past_key_values=cache)
+        cache.layers = [layer.repeated(len(rows)) for layer in cache.layers]
+    ends = [row.prompt_ids[len(shared) :] for row in rows]
+    longest, tail = max(map(len, ends)), [token for ids in choices for token in ids]
+    padding = [longest - len(ids) for ids in ends]
+    ids = [[0] * left + end + tail for left, end in zip(padding, ends, strict=True)]
+    offsets = [place for choice in choices for place in range(len(choice))]
+    places = [
+        [0] * left
+        + list(range(len(shared), len(row.prompt_ids)))
+        + [len(row.prompt_ids) + offset for offset in offsets]
+        for left, row in zip(padding, rows, strict=True)
+    ]
+    logits = model(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(places, device=device),
+        attention_mask=_mask(len(shared), longest, padding, choices).to(device, model.dtype),
+        past_key_values=cache,
+        logits_to_keep=len(tail) + 1,
+    ).logits
+    likely = logits.log_softmax(-1, dtype=torch.float32)
+    # The first token of a choice follows the question, each further one the token before it.
+    before = [0 if offset == 0 else at for at, offset in enumerate(offsets)]
+    tokens = torch.tensor(tail, device=device)
+    each = likely[:, before].gather(-1, tokens.expand(len(rows), -1)[..., None])[..., 0]
+    scores = torch.stack([part.sum(-1) for part in each.split(list(map(len, choices)), 1)], 1)
+    if not torch.isfinite(scores).all():
+        raise NotFinite("the model's logits are not finite", fix="use --set train.precision=fp32")
+    found: list[list[float]] = scores.tolist()
+    return found
+
+
+def _mask(
+    shared: int, longest: int, padding: list[int], choices: tuple[tuple[int, ...], ...]
+) -> Tensor:
+    """What is added to attention's scores, [rows, 1, queries, keys]: 0, or the least number."""
+    width = sum(map(len, choices))
+    size = longest + width
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    seen[longest:, longest:] = torch.block_diag(
+        *(torch.ones(len(ids), len(ids)).tril() for ids in choices)
+    ).bool()
+    rows = torch.cat([torch.ones(size, shared, dtype=torch.bool), seen], 1)
+    rows = rows.repeat(len(padding), 1, 1)
+    for row, left in enumerate(padding):
+        rows[row, :, shared : shared + left] = False
+        rows[row, :left, shared] = True  # a query that sees nothing would be NaN
+    return torch.zeros(rows.shape).masked_fill(~rows, torch.finfo(torch.float32).min)[:, None]
