@@ -63,17 +63,16 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
     tasks = [ids * (1 + 80 // len(ids)) for ids in first]
     rows = [tasks[at % 2] + ids for at, ids in enumerate(second)]
     seen: list[int] = []
-    forward = Batch._forward
 
-    def counted(batch: Batch, new: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(ids.numel() if ids.shape[1] > 1 else 0)
-        return forward(batch, new, ids, *rest)
+    def counted(module: Any, args: Any, given: Any) -> None:
+        seen.append(given["input_ids"].numel() if given["input_ids"].shape[1] > 1 else 0)
 
-    monkeypatch.setattr(Batch, "_forward", counted)
+    hook = tiny[2].register_forward_pre_hook(counted, with_kwargs=True)
     shared = answers(tiny, rows, 12)
     tokens = sum(seen)
     monkeypatch.setattr(Batch, "_begin", lambda batch, new: (growing_cache(), 0))
     assert shared == answers(tiny, rows, 12)
+    hook.remove()
     assert tokens < 0.5 * (sum(seen) - tokens)
     assert shared == [one_by_one(tiny[2], ids, 12, tiny[3]) for ids in rows]
 

@@ -26,6 +26,7 @@ from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
@@ -34,9 +35,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from fintune.attention import why_padded
 from fintune.chat import ChatFormat
+from fintune.collate import padding_free_batch
 from fintune.console import warn
 from fintune.errors import NotFinite
+from fintune.loss import causal_model
 
 CACHE_GROWTH = 64
 """Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
@@ -151,10 +155,19 @@ class Batch:
     Args:
         sharing: whether a beginning that prompts share is computed once. Padding then stands behind
             it, within a row, so a base that counts a window of keys by their place cannot.
+        flat: whether prompts are computed end to end, without padding.
     """
 
-    def __init__(self, model: Any, stop_token_ids: Collection[int], sharing: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stop_token_ids: Collection[int],
+        *,
+        sharing: bool = False,
+        flat: bool = False,
+    ) -> None:
         self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
+        self._flat = flat
         self.sharing = sharing
         self._beginning: tuple[bool, list[int]] = True, []
         self._begun: Cache | None = None  # of the last beginning, one row
@@ -169,14 +182,8 @@ class Batch:
             NotFinite: the logits of a prompt are NaN or infinite.
         """
         with torch.inference_mode():
-            cache, shared = self._begin(new)
-            prompts = [torch.tensor(request.prompt_ids[shared:]) for request in new]
-            ones = [torch.ones_like(prompt) for prompt in prompts]
-            padded = partial(pad_sequence, batch_first=True, padding_side="left")
-            ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
-            mask = pad(mask, (shared, 0), value=1)
-            logits = self._forward(new, ids, mask, cache)
-            last = torch.zeros_like(ids[:, :1])
+            logits, mask, cache = self._prefill(new)
+            last = torch.zeros_like(mask[:, :1])
             if self._cache is not None:
                 width = max(self._mask.shape[1], mask.shape[1])
                 for old, joining in zip(self._cache.layers, cache.layers, strict=True):
@@ -187,6 +194,29 @@ class Batch:
             self._cache, self._mask, self._last = cache, mask, last
             self.requests = [*self.requests, *new]
             return self._append(logits)
+
+    def _prefill(self, new: list[Request]) -> tuple[Tensor, Tensor, Cache]:
+        """Logits of the prompts' last tokens, their mask, and the cache, padded on the left."""
+        cache, shared = self._begin(new)
+        prompts = [torch.tensor(request.prompt_ids[shared:]) for request in new]
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
+        alike = len({request.adapter for request in new}) == 1
+        if shared or not self._flat or not alike or mask.all():
+            mask = pad(mask, (shared, 0), value=1)
+            return self._forward(new, ids, mask, cache), mask, cache
+        rows = [{"input_ids": request.prompt_ids, "labels": request.prompt_ids} for request in new]
+        batch = send_to_device(padding_free_batch(rows), self._model.device)
+        del batch["labels"]
+        last = batch["cu_seq_lens_q"][1:] - 1
+        with _adapter_of_each_row(self._model, new[:1]):
+            logits = self._model(
+                **batch, past_key_values=cache, use_cache=True, logits_to_keep=last
+            ).logits[0]
+        for layer in cache.layers:
+            layer.cut([len(prompt) for prompt in prompts])
+        return _finite(logits), mask, cache
 
     def _begin(self, new: list[Request]) -> tuple[Cache, int]:
         """A cache that holds what the prompts begin with, and of how many tokens that is."""
@@ -228,11 +258,7 @@ class Batch:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-        if ids.shape[1] > 1 and not torch.isfinite(logits).all():
-            fix = "check the weights, or use --set train.precision=fp32"
-            why = "every answer would be noise"
-            raise NotFinite("the model's logits are not finite", why=why, fix=fix)
-        return logits
+        return _finite(logits) if ids.shape[1] > 1 else logits
 
     def _append(self, logits: Tensor) -> list[Request]:
         """Choose the next token of the last rows, and drop and return every complete row."""
@@ -288,6 +314,14 @@ def _adapter_of_each_row(model: Any, requests: list[Request]) -> Iterator[None]:
             hook.remove()
 
 
+def _finite(logits: Tensor) -> Tensor:
+    if not torch.isfinite(logits).all():
+        fix = "check the weights, or use --set train.precision=fp32"
+        why = "every answer would be noise"
+        raise NotFinite("the model's logits are not finite", why=why, fix=fix)
+    return logits
+
+
 class _RowByRow(Batch):
     """Requests whose caches cannot be padded nor joined: a forward pass each."""
 
@@ -324,7 +358,8 @@ def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
     if not kinds:
         layers = DynamicCache(config=model.config).layers
         sharing = not any(type(layer) is DynamicSlidingWindowLayer for layer in layers)
-        return Batch(model, stop_token_ids, sharing)
+        flat = why_padded(causal_model(model)) is None
+        return Batch(model, stop_token_ids, sharing=sharing, flat=flat)
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     warn(f"answers are made one by one: the base keeps a state of another kind ({names})")
     return _RowByRow(model, stop_token_ids)
@@ -356,6 +391,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (self.keys, self.values))
         layer._buffers = None
         return layer
+
+    def cut(self, lengths: list[int]) -> None:
+        """Make rows of the one that this is: of so many tokens, padded on the left."""
+        self.keys, self.values = (
+            torch.cat([_left_padded(part, max(lengths), 2) for part in whole.split(lengths, 2)])
+            for whole in (self.keys, self.values)
+        )
+        self._buffers = None
 
     def join(self, other: DynamicLayer, width: int) -> None:
         """Append another layer's rows; all rows are padded on the left to `width` tokens."""

@@ -1,8 +1,9 @@
 """Labels by their likelihoods: every choice of a question in one forward pass.
 
-A row is the question behind the beginning that questions share, then the tokens of all choices,
-each of which sees the question and itself. A choice counts by the log-probability of its tokens
-and of the end of the turn, as training taught it; nothing is divided by its length.
+A row is the question behind the beginning that questions share, then a tree of the choices' tokens:
+a node for each way in which some choice begins, which sees the question and its own ancestors. The
+last token of a choice is asked for and not read. A choice counts by the log-probability of its
+tokens and of the end of the turn, as training taught it; nothing is divided by its length.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,10 +55,10 @@ def with_choices(
     known: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
     found = {}
     for item, ids in prompts:
-        if item.kind == "label" and item.choices:
-            if item.choices not in known:
-                known[item.choices] = choice_ids(chat, item.messages, item.choices)
-            found[item.id] = Labelled(item.id, ids, item.choices, known[item.choices])
+        if item.kind == "label" and (choices := tuple(item.choices)):
+            if choices not in known:
+                known[choices] = choice_ids(chat, item.messages, choices)
+            found[item.id] = Labelled(item.id, ids, choices, known[choices])
     return found
 
 
@@ -77,7 +78,7 @@ def log_likelihoods(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     while waiting:
         first = waiting[0]
-        width = sum(map(len, first.choice_ids))
+        width = 1 + len(_nodes(first.choice_ids))
         most = max(1, min(MOST_LOGITS // (vocabulary * width), len(waiting)))
         rows = [each for each in waiting[:most] if each.choice_ids == first.choice_ids]
         shared = len(commonprefix([row.prompt_ids[:-1] for row in rows]))
@@ -100,29 +101,30 @@ def _scores(model: Any, rows: list[Labelled]) -> list[list[float]]:
     if shared:
         model(input_ids=torch.tensor([shared], device=device), past_key_values=cache)
         cache.layers = [layer.repeated(len(rows)) for layer in cache.layers]
+    nodes = _nodes(choices)
     ends = [row.prompt_ids[len(shared) :] for row in rows]
-    longest, tail = max(map(len, ends)), [token for ids in choices for token in ids]
+    longest = max(map(len, ends))
     padding = [longest - len(ids) for ids in ends]
+    tail = [node[-1] for node in nodes]
     ids = [[0] * left + end + tail for left, end in zip(padding, ends, strict=True)]
-    offsets = [place for choice in choices for place in range(len(choice))]
     places = [
         [0] * left
         + list(range(len(shared), len(row.prompt_ids)))
-        + [len(row.prompt_ids) + offset for offset in offsets]
+        + [len(row.prompt_ids) + len(node) - 1 for node in nodes]
         for left, row in zip(padding, rows, strict=True)
     ]
     logits = model(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(places, device=device),
-        attention_mask=_mask(len(shared), longest, padding, choices).to(device, model.dtype),
+        attention_mask=_mask(len(shared), longest, padding, nodes).to(device, model.dtype),
         past_key_values=cache,
-        logits_to_keep=len(tail) + 1,
+        logits_to_keep=len(nodes) + 1,
     ).logits
     likely = logits.log_softmax(-1, dtype=torch.float32)
-    # The first token of a choice follows the question, each further one the token before it.
-    before = [0 if offset == 0 else at for at, offset in enumerate(offsets)]
-    tokens = torch.tensor(tail, device=device)
-    each = likely[:, before].gather(-1, tokens.expand(len(rows), -1)[..., None])[..., 0]
+    # Logits of the question's last token come first, then those of each node.
+    at = {node: number for number, node in enumerate([(), *nodes])}
+    before = [at[choice[:place]] for choice in choices for place in range(len(choice))]
+    each = likely[:, before, [token for choice in choices for token in choice]]
     scores = torch.stack([part.sum(-1) for part in each.split(list(map(len, choices)), 1)], 1)
     if not torch.isfinite(scores).all():
         raise NotFinite("the model's logits are not finite", fix="use --set train.precision=fp32")
@@ -130,16 +132,18 @@ def _scores(model: Any, rows: list[Labelled]) -> list[list[float]]:
     return found
 
 
-def _mask(
-    shared: int, longest: int, padding: list[int], choices: tuple[tuple[int, ...], ...]
-) -> Tensor:
+def _nodes(choices: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+    """Every beginning of a choice that another token of it follows."""
+    return sorted({choice[:size] for choice in choices for size in range(1, len(choice))})
+
+
+def _mask(shared: int, longest: int, padding: list[int], nodes: list[tuple[int, ...]]) -> Tensor:
     """What is added to attention's scores, [rows, 1, queries, keys]: 0, or the least number."""
-    width = sum(map(len, choices))
-    size = longest + width
+    size = longest + len(nodes)
     seen = torch.ones(size, size, dtype=torch.bool).tril()
-    seen[longest:, longest:] = torch.block_diag(
-        *(torch.ones(len(ids), len(ids)).tril() for ids in choices)
-    ).bool()
+    seen[longest:, longest:] = torch.tensor(
+        [[other == node[: len(other)] for other in nodes] for node in nodes], dtype=torch.bool
+    ).view(len(nodes), len(nodes))
     rows = torch.cat([torch.ones(size, shared, dtype=torch.bool), seen], 1)
     rows = rows.repeat(len(padding), 1, 1)
     for row, left in enumerate(padding):
