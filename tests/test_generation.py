@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_release import tiny_adapter, tiny_base
 from transformers import (
     AutoModelForCausalLM,
-    Cache,
     Gemma3TextConfig,
     Lfm2Config,
     Qwen2Config,
@@ -21,7 +20,7 @@ from fintune.chat import ChatFormat
 from fintune.config import ChatConfig
 from fintune.errors import NotFinite
 from fintune.evals.likelihood import Labelled, log_likelihoods
-from fintune.generation import Batch, GrowingLayer, Request, generate, sample
+from fintune.generation import Batch, Request, generate, sample
 from fintune.untrusted.probe import stop_token_ids
 
 Tiny = tuple[model.Base, Any, Any, list[int]]
@@ -70,7 +69,7 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
     hook = tiny[2].register_forward_pre_hook(counted, with_kwargs=True)
     shared = answers(tiny, rows, 12)
     tokens = sum(seen)
-    monkeypatch.setattr(Batch, "_begin", lambda batch, new: (growing_cache(), 0))
+    monkeypatch.setattr(Batch, "begin", lambda batch, prompts: None)
     assert shared == answers(tiny, rows, 12)
     hook.remove()
     assert tokens < 0.5 * (sum(seen) - tokens)
@@ -91,10 +90,6 @@ def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny)
             alone = likely.gather(-1, torch.tensor(ids)[:, None]).sum()
             assert score == pytest.approx(float(alone), abs=1e-4)
     assert len(found) == 9
-
-
-def growing_cache() -> Cache:
-    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def one_by_one(loaded: Any, ids: list[int], limit: int, ends: list[int]) -> list[int]:

@@ -43,6 +43,7 @@ SPINE = (
     "batches",
     "collate",
     "loss",
+    "kv_cache",
     "generation",
     "page",
 )

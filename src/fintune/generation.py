@@ -17,13 +17,12 @@ with transformers' own cache.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -40,14 +39,15 @@ from fintune.chat import ChatFormat
 from fintune.collate import padding_free_batch
 from fintune.console import warn
 from fintune.errors import NotFinite
+from fintune.kv_cache import growing_cache, left_padded
 from fintune.loss import causal_model
 
-CACHE_GROWTH = 64
-"""Tokens by which a cache layer's buffer grows: one copy every 64 tokens instead of each."""
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
-SHARED_TOKENS, SHARED_ROWS = 48, 8
+SHARED_TOKENS, SHARED_ROWS = 48, 4
 """Tokens in which prompts are alike, and how many such prompts there are, that are grouped."""
+PART_ROWS = 16
+"""Rows that are prefilled at once behind a shared beginning: of like lengths, so little padding."""
 _PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 """Layers of transformers' cache that hold keys and values alone, or nothing."""
 
@@ -121,14 +121,18 @@ def generate(
     Raises:
         NotFinite: the model's logits are NaN or infinite.
     """
-    waiting = _by_beginning(requests)
+    waiting = by_beginning(requests, lambda request: request.adapter)
     stops = chat.stop_token_ids if stop_token_ids is None else stop_token_ids
-    batch = open_batch(model, stops)
+    batch, begun = open_batch(model, stops), None
     while waiting or batch.requests:
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
-            free = min(batch_size - len(batch.requests), len(waiting[0]))
-            done = batch.add([waiting[0].popleft() for _ in range(free)])
-            if not waiting[0]:
+            group = waiting[0]
+            if len(group) >= SHARED_ROWS and group is not begun:
+                batch.begin(group)
+                begun = group
+            free = min(batch_size - len(batch.requests), len(group))
+            done = batch.add([group.popleft() for _ in range(free)])
+            if not group:
                 waiting.popleft()
         else:
             done = batch.step()
@@ -138,15 +142,29 @@ def generate(
             yield done
 
 
-def _by_beginning(requests: Iterable[Request]) -> deque[deque[Request]]:
-    """Groups of prompts that begin alike, and one of all that begin like few others."""
-    alike = defaultdict[tuple[int, ...], list[Request]](list)
-    for request in sorted(requests, key=lambda request: (-len(request.prompt_ids), request.id)):
-        alike[request.adapter, *request.prompt_ids[:SHARED_TOKENS]].append(request)
-    groups = [group for group in alike.values() if len(group) >= SHARED_ROWS]
-    rest = [each for group in alike.values() if len(group) < SHARED_ROWS for each in group]
-    groups = sorted([*groups, rest] if rest else groups, key=lambda g: -len(g[0].prompt_ids))
-    return deque(map(deque, groups))
+class _Prompt(Protocol):
+    """What has an id and a prompt."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> list[int]: ...
+
+
+P = TypeVar("P", bound=_Prompt)
+
+
+def by_beginning(prompts: Iterable[P], kind: Callable[[P], Hashable]) -> deque[deque[P]]:
+    """Groups of prompts that begin alike, and of each kind one of all that begin like few others;
+    the longest prompt first, of groups and within each."""
+    alike = defaultdict[Hashable, list[P]](list)
+    for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.prompt_ids), prompt.id)):
+        alike[kind(prompt), *prompt.prompt_ids[:SHARED_TOKENS]].append(prompt)
+    groups = defaultdict[Hashable, list[P]](list)
+    for key, group in alike.items():
+        groups[key if len(group) >= SHARED_ROWS else kind(group[0])] += group
+    longest = sorted(groups.values(), key=lambda group: -len(group[0].prompt_ids))
+    return deque(map(deque, longest))
 
 
 class Batch:
@@ -182,26 +200,35 @@ class Batch:
             NotFinite: the logits of a prompt are NaN or infinite.
         """
         with torch.inference_mode():
-            logits, mask, cache = self._prefill(new)
-            last = torch.zeros_like(mask[:, :1])
-            if self._cache is not None:
-                width = max(self._mask.shape[1], mask.shape[1])
-                for old, joining in zip(self._cache.layers, cache.layers, strict=True):
-                    old.join(joining, width)
-                cache = self._cache
-                mask = torch.cat([_left_padded(part, width) for part in (self._mask, mask)])
-                last = torch.cat([self._last, last])
-            self._cache, self._mask, self._last = cache, mask, last
+            shared = self._shared(new)
+            size = PART_ROWS if shared else len(new)
+            parts = [new[start : start + size] for start in range(0, len(new), size)]
+            logits = [self._join(*self._prefill(part, shared)) for part in parts]
             self.requests = [*self.requests, *new]
-            return self._append(logits)
+            return self._append(torch.cat(logits))
 
-    def _prefill(self, new: list[Request]) -> tuple[Tensor, Tensor, Cache]:
+    def _join(self, logits: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Add rows to those of the batch; returns their logits."""
+        last = torch.zeros_like(mask[:, :1])
+        if self._cache is not None:
+            width = max(self._mask.shape[1], mask.shape[1])
+            for old, joining in zip(self._cache.layers, cache.layers, strict=True):
+                old.join(joining, width)
+            cache = self._cache
+            mask = torch.cat([left_padded(part, width) for part in (self._mask, mask)])
+            last = torch.cat([self._last, last])
+        self._cache, self._mask, self._last = cache, mask, last
+        return logits
+
+    def _prefill(self, new: list[Request], shared: int) -> tuple[Tensor, Tensor, Cache]:
         """Logits of the prompts' last tokens, their mask, and the cache, padded on the left."""
-        cache, shared = self._begin(new)
+        cache = growing_cache()
         prompts = [torch.tensor(request.prompt_ids[shared:]) for request in new]
         ones = [torch.ones_like(prompt) for prompt in prompts]
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
+        if shared and self._begun is not None:
+            cache.layers = [layer.repeated(len(new)) for layer in self._begun.layers]
         alike = len({request.adapter for request in new}) == 1
         if shared or not self._flat or not alike or mask.all():
             mask = pad(mask, (shared, 0), value=1)
@@ -218,25 +245,23 @@ class Batch:
             layer.cut([len(prompt) for prompt in prompts])
         return _finite(logits), mask, cache
 
-    def _begin(self, new: list[Request]) -> tuple[Cache, int]:
-        """A cache that holds what the prompts begin with, and of how many tokens that is."""
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
-        adapter, alike = new[0].adapter, len({request.adapter for request in new}) == 1
-        if not (self.sharing and alike):
-            return cache, 0
+    def begin(self, prompts: Sequence[Request]) -> None:
+        """Compute what these prompts begin with, of which all ask for base or adapter alike; rows
+        that are added later and begin so are computed from there."""
         # Each prompt keeps a token of its own, of which the logits are wanted.
-        shared = list(commonprefix([request.prompt_ids[:-1] for request in new]))
-        known = self._beginning[1] if self._beginning[0] is adapter else []
-        if not known or shared[: len(known)] != known:
-            if len(new) < 2 or len(shared) < SHARED_TOKENS:
-                return cache, 0
+        shared = list(commonprefix([request.prompt_ids[:-1] for request in prompts]))
+        if self.sharing and len(shared) >= SHARED_TOKENS:
+            self._beginning, self._begun = (prompts[0].adapter, shared), growing_cache()
             ids = torch.tensor([shared], device=self._model.device)
-            self._forward(new[:1], ids, torch.ones_like(ids), cache)
-            self._beginning, self._begun, known = (adapter, shared), cache, shared
-        begun, cache = self._begun, copy(cache)
-        assert begun is not None
-        cache.layers = [layer.repeated(len(new)) for layer in begun.layers]
-        return cache, len(known)
+            with torch.inference_mode():
+                self._forward([prompts[0]], ids, torch.ones_like(ids), self._begun)
+
+    def _shared(self, new: list[Request]) -> int:
+        """Tokens of the beginning that is computed, where every one of these rows begins so."""
+        adapter, known = self._beginning
+        begins = (r.adapter is adapter and r.prompt_ids[: len(known)] == known for r in new)
+        fits = all(len(request.prompt_ids) > len(known) for request in new)
+        return len(known) if fits and all(begins) else 0
 
     def step(self) -> list[Request]:
         """Generate one token of every row; returns the rows that leave, finished or cancelled."""
@@ -363,61 +388,6 @@ def open_batch(model: Any, stop_token_ids: Collection[int]) -> Batch:
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     warn(f"answers are made one by one: the base keeps a state of another kind ({names})")
     return _RowByRow(model, stop_token_ids)
-
-
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """DynamicLayer whose keys and values are views of buffers with space for more tokens."""
-
-    _buffers: list[Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, new, size] behind what is there; return views of everything."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        if self._buffers is None or self._buffers[0].shape[-2] < end:
-            space = (0, 0, 0, end + CACHE_GROWTH - start)
-            self._buffers = [pad(self.keys, space), pad(self.values, space)]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def repeated(self, rows: int) -> "GrowingLayer":
-        """As many rows of the one that this is; the memory is shared until tokens are added."""
-        layer = copy(self)
-        layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (self.keys, self.values))
-        layer._buffers = None
-        return layer
-
-    def cut(self, lengths: list[int]) -> None:
-        """Make rows of the one that this is: of so many tokens, padded on the left."""
-        self.keys, self.values = (
-            torch.cat([_left_padded(part, max(lengths), 2) for part in whole.split(lengths, 2)])
-            for whole in (self.keys, self.values)
-        )
-        self._buffers = None
-
-    def join(self, other: DynamicLayer, width: int) -> None:
-        """Append another layer's rows; all rows are padded on the left to `width` tokens."""
-        pairs = (self.keys, other.keys), (self.values, other.values)
-        self.keys, self.values = (
-            torch.cat([_left_padded(part, width, 2) for part in pair]) for pair in pairs
-        )
-        self._buffers = None
-
-    def select(self, rows: Tensor, first: int) -> None:
-        """Keep these rows, and of them the tokens from column `first` on."""
-        self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
-        self._buffers = None
-
-
-def _left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
-    """Zeros before [rows, tokens] or, with `dim` 2, [rows, heads, tokens, size]."""
-    missing = width - tensor.shape[dim]
-    return pad(tensor, (missing, 0) if dim == 1 else (0, 0, missing, 0))
 
 
 def sample(logits: Tensor, requests: list[Request]) -> Tensor:

@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from fintune.chat import ChatFormat
 from fintune.errors import ConfigError, NotFinite
 from fintune.evals.grading import Item
 from fintune.example import IGNORE_INDEX, Message
-from fintune.generation import GrowingLayer, open_batch
+from fintune.generation import PART_ROWS, by_beginning, open_batch
+from fintune.kv_cache import growing_cache
 
-MOST_TOKENS, MOST_LOGITS = 4_096, 2**27
-"""Of a forward pass: tokens, and logits (0.5 GB in fp32)."""
+MOST_LOGITS = 2**27
+"""Of a forward pass: 0.5 GB in fp32."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A question with the choices of its answer, and the ids of both."""
+    """A question with the choices of its answer, and the ids of each."""
 
     id: str
     prompt_ids: list[int]
@@ -74,22 +74,13 @@ def log_likelihoods(
     if not open_batch(model, ()).sharing:
         what = "eval.label_scoring=likelihood: this base keeps a window or a state, not all keys"
         raise ConfigError(what, fix="--set eval.label_scoring=generate")
-    waiting = sorted(questions, key=lambda each: (each.choice_ids, each.prompt_ids))
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    while waiting:
-        first = waiting[0]
-        width = 1 + len(_nodes(first.choice_ids))
-        most = max(1, min(MOST_LOGITS // (vocabulary * width), len(waiting)))
-        rows = [each for each in waiting[:most] if each.choice_ids == first.choice_ids]
-        shared = len(commonprefix([row.prompt_ids[:-1] for row in rows]))
-        while len(rows) > 1 and len(rows) * (_longest(rows) - shared + width) > MOST_TOKENS:
-            rows = rows[: len(rows) // 2]
-        waiting = waiting[len(rows) :]
-        yield list(zip(rows, _scores(model, rows), strict=True))
-
-
-def _longest(rows: list[Labelled]) -> int:
-    return max(len(row.prompt_ids) for row in rows)
+    for group in by_beginning(questions, lambda question: question.choice_ids):
+        most = MOST_LOGITS // (vocabulary * (1 + len(_nodes(group[0].choice_ids))))
+        size, rows = max(1, min(most, PART_ROWS)), list(group)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield list(zip(part, _scores(model, part), strict=True))
 
 
 @torch.inference_mode()
@@ -97,7 +88,7 @@ def _scores(model: Any, rows: list[Labelled]) -> list[list[float]]:
     """Log-probabilities of the choices that all rows have in common, a list a row."""
     device, choices = model.device, rows[0].choice_ids
     shared = list(commonprefix([row.prompt_ids[:-1] for row in rows]))
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    cache = growing_cache()
     if shared:
         model(input_ids=torch.tensor([shared], device=device), past_key_values=cache)
         cache.layers = [layer.repeated(len(rows)) for layer in cache.layers]

@@ -1,0 +1,73 @@
+"""Keys and values of a batch whose rows come and go: views of buffers that grow in place."""
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+CACHE_GROWTH = 64
+"""Tokens by which a layer's buffer grows: one copy every 64 tokens instead of each."""
+
+
+def growing_cache() -> Cache:
+    """An empty cache of such layers."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """DynamicLayer whose keys and values are views of buffers with space for more tokens."""
+
+    _buffers: list[Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, new, size] behind what is there; return views of everything."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            space = (0, 0, 0, end + CACHE_GROWTH - start)
+            self._buffers = [pad(self.keys, space), pad(self.values, space)]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def repeated(self, rows: int) -> "GrowingLayer":
+        """As many rows of the one that this is; the memory is shared until tokens are added."""
+        layer: GrowingLayer = copy(self)
+        layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (self.keys, self.values))
+        layer._buffers = None
+        return layer
+
+    def cut(self, lengths: list[int]) -> None:
+        """Make rows of the one that this is: of so many tokens, padded on the left."""
+        self.keys, self.values = (
+            torch.cat([left_padded(part, max(lengths), 2) for part in whole.split(lengths, 2)])
+            for whole in (self.keys, self.values)
+        )
+        self._buffers = None
+
+    def join(self, other: DynamicLayer, width: int) -> None:
+        """Append another layer's rows; all rows are padded on the left to `width` tokens."""
+        pairs = (self.keys, other.keys), (self.values, other.values)
+        self.keys, self.values = (
+            torch.cat([left_padded(part, width, 2) for part in pair]) for pair in pairs
+        )
+        self._buffers = None
+
+    def select(self, rows: Tensor, first: int) -> None:
+        """Keep these rows, and of them the tokens from column `first` on."""
+        self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
+        self._buffers = None
+
+
+def left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
+    """Zeros before [rows, tokens] or, with `dim` 2, [rows, heads, tokens, size]."""
+    missing = width - tensor.shape[dim]
+    return pad(tensor, (missing, 0) if dim == 1 else (0, 0, missing, 0))
