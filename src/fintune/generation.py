@@ -46,8 +46,10 @@ REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
 SHARED_TOKENS, SHARED_ROWS = 48, 4
 """Tokens in which prompts are alike, and how many such prompts there are, that are grouped."""
-PART_ROWS = 16
-"""Rows that are prefilled at once behind a shared beginning: of like lengths, so little padding."""
+SHARED_SHARE = 0.2
+"""Of the tokens of a group that must be shared, or prefilling end to end is faster."""
+PART_SHARE = 0.75
+"""Rows behind a shared beginning are prefilled with those that are at least as long a share."""
 _PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 """Layers of transformers' cache that hold keys and values alone, or nothing."""
 
@@ -167,6 +169,17 @@ def by_beginning(prompts: Iterable[P], kind: Callable[[P], Hashable]) -> deque[d
     return deque(map(deque, longest))
 
 
+def of_like_lengths(prompts: Sequence[P], shared: int) -> list[list[P]]:
+    """Cut prompts, the longest first, where they are much shorter behind what they share."""
+    parts: list[list[P]] = []
+    for prompt in prompts:
+        own = len(prompt.prompt_ids) - shared
+        if not parts or own < PART_SHARE * (len(parts[-1][0].prompt_ids) - shared):
+            parts.append([])
+        parts[-1].append(prompt)
+    return parts
+
+
 class Batch:
     """Requests that are answered together. `add` gives new rows a token, `step` every row.
 
@@ -201,8 +214,7 @@ class Batch:
         """
         with torch.inference_mode():
             shared = self._shared(new)
-            size = PART_ROWS if shared else len(new)
-            parts = [new[start : start + size] for start in range(0, len(new), size)]
+            parts = of_like_lengths(new, shared) if shared else [new]
             logits = [self._join(*self._prefill(part, shared)) for part in parts]
             self.requests = [*self.requests, *new]
             return self._append(torch.cat(logits))
@@ -250,7 +262,8 @@ class Batch:
         that are added later and begin so are computed from there."""
         # Each prompt keeps a token of its own, of which the logits are wanted.
         shared = list(commonprefix([request.prompt_ids[:-1] for request in prompts]))
-        if self.sharing and len(shared) >= SHARED_TOKENS:
+        tokens = sum(len(request.prompt_ids) for request in prompts)
+        if self.sharing and len(shared) * len(prompts) >= SHARED_SHARE * tokens:
             self._beginning, self._begun = (prompts[0].adapter, shared), growing_cache()
             ids = torch.tensor([shared], device=self._model.device)
             with torch.inference_mode():

@@ -18,7 +18,7 @@ from fintune.chat import ChatFormat
 from fintune.errors import ConfigError, NotFinite
 from fintune.evals.grading import Item
 from fintune.example import IGNORE_INDEX, Message
-from fintune.generation import PART_ROWS, by_beginning, open_batch
+from fintune.generation import by_beginning, of_like_lengths, open_batch
 from fintune.kv_cache import growing_cache
 
 MOST_LOGITS = 2**27
@@ -77,10 +77,11 @@ def log_likelihoods(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     for group in by_beginning(questions, lambda question: question.choice_ids):
         most = MOST_LOGITS // (vocabulary * (1 + len(_nodes(group[0].choice_ids))))
-        size, rows = max(1, min(most, PART_ROWS)), list(group)
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield list(zip(part, _scores(model, part), strict=True))
+        size, shared = max(1, most), commonprefix([each.prompt_ids[:-1] for each in group])
+        for part in of_like_lengths(list(group), len(shared)):
+            for start in range(0, len(part), size):
+                rows = part[start : start + size]
+                yield list(zip(rows, _scores(model, rows), strict=True))
 
 
 @torch.inference_mode()
