@@ -80,7 +80,8 @@ def of_results(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "verdict": results["verdict"],
         "primary": results["primary"],
-        "n": results["n"],
+        # The base's answers may be kept: of another test's evaluation.
+        "n": {key: n for key, n in results["n"].items() if key != "base_answers_kept"},
         "accuracy": {key: accuracy[key] for key in ("base", "adapter", "gained", "lost")},
         "tasks": results["tasks"],
         "loss": {key: results["loss"][key] for key in ("base", "adapter", "rows", "tokens")},

@@ -224,7 +224,7 @@ def test_the_card_says_what_nobody_checked(chain: tiny.Chain) -> None:
         assert "| general ability, kept or lost | not checked" in text
         assert "| benchmark questions among the training rows | not checked" in text
         assert "- Intended use: not stated" in text
-        assert "| energy | not measured |" in text
+        assert "| energy of training | not measured" in text
     assert "Owner of the model | ____" in risk
     assert risk.count("# SR 11-7") == risk.count("# EU AI Act, Annex XI") == 1
     accounts = "dropped: personal_data, holds personal data, and the config says drop"

@@ -396,12 +396,9 @@ def _generate(
         for variant in VARIANTS:
             keys = [key for key in by_id if (variant, key) not in done]
             todo = {key: Request(key, by_id[key][1], limit) for key in keys if key not in labelled}
-            if variant == "base" and (known := kept.fill(todo.values())):
-                for request in known:
-                    request.text, request.in_thought = chat.answer(request.token_ids)
-                    del todo[request.id]
-                say(f"{len(known)} answers of the base are kept from an earlier evaluation")
-                file.append(*(_line(variant, *by_id[r.id], r) | {"kept": True} for r in known))
+            if variant == "base":
+                known = _kept(folder, kept, todo, chat)
+                file.append(*(_line(variant, *by_id[each.id], each) for each in known))
                 progress.advance(len(known))
             with model.adapter_set(peft_model, variant == "adapter"):
                 asked = [labelled[key] for key in keys if key in labelled]
@@ -417,6 +414,22 @@ def _generate(
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
+
+
+def _kept(
+    folder: Path, kept: KeptAnswers, todo: dict[str, Request], chat: ChatFormat
+) -> list[Request]:
+    """Take the requests from `todo` that the base has answered in an earlier evaluation."""
+    known = kept.fill(todo.values())
+    path = folder / results.KEPT
+    if not path.exists():  # else this one was cut off: what it answered itself is kept too
+        write_json(path, {"items": sorted(request.id for request in known)})
+    for request in known:
+        request.text, request.in_thought = chat.answer(request.token_ids)
+        del todo[request.id]
+    if known:
+        say(f"{len(known)} answers of the base are kept from an earlier evaluation")
+    return known
 
 
 def _labelled(variant: str, item: Item, asked: Labelled, likely: list[float]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ Known = dict[str, tuple[str | None, str]]
 """By item the variant that is correct where only one is (`Pair.better`), and its document or group
 of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
+KEPT = "kept.json"
+"""In an evaluation: which items' answers of the base it did not ask for itself."""
 RESULTS, REPORT = "test_results.json", "report.html"
 MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
@@ -61,7 +63,8 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(folder / "run.json")
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = list(read_jsonl(folder / "predictions.jsonl"))
+    answers = read_jsonl(folder / "predictions.jsonl")
+    kept = read_json(folder / KEPT) if (folder / KEPT).exists() else {"items": []}
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -87,7 +90,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
             "deciding": len(deciding),
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
-            "base_answers_kept": sum("kept" in row for row in answers),
+            "base_answers_kept": len(kept["items"]),
             "thoughts_cut": {name: cut[name] for name in VARIANTS},
         },
         "provenance": run["provenance"],
