@@ -158,7 +158,7 @@ def test_overlapping_excerpts_of_a_report_are_one_group(excerpts: int) -> None:
         text = made_up(rng, 200 + 10 * excerpts)
         rows += [question(at, text[10 * at :][:200]) for at in range(excerpts)]
         assert len(rows) == (report + 1) * excerpts
-    placed = split(rows, 0.1, 0.2)
+    placed = split(rows, {"validation": 0.1, "test": 0.2})
     for report in range(60):
         groups = {group for group, _ in placed[report * excerpts :][:excerpts]}
         parts = {part for _, part in placed[report * excerpts :][:excerpts]}

@@ -17,7 +17,8 @@ from fintune.files import write_json
 from fintune.page import save_page
 from fintune.sources import Source
 
-PARTS = ("train", "validation", "test")
+PARTS, FINAL = ("train", "validation", "test"), "final"
+"""The last where `data.final_share` keeps a part back."""
 
 SAMPLES = 3
 """Rows of each reason whose text the report shows."""
