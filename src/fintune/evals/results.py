@@ -16,7 +16,7 @@ from typing import Any
 
 from fintune import seal
 from fintune.console import say, warn
-from fintune.errors import GateRefused
+from fintune.errors import GateRefused, OutputError
 from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
 from fintune.evals.verdict import decide, summary
@@ -28,7 +28,9 @@ Known = dict[str, tuple[str | None, str]]
 """By item the variant that is correct where only one is (`Pair.better`), and its document or group
 of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
-RESULTS, REPORT = "test_results.json", "report.html"
+RUN, RESULTS, REPORT = "run.json", "test_results.json", "report.html"
+RAW = (RUN, "predictions.jsonl", "heldout.jsonl")
+"""The files of an evaluation that every judging of it reads."""
 MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
 would decide alone."""
@@ -55,15 +57,16 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """The content of test_results.json without its format number.
 
     Args:
-        folder: of the evaluation.
+        folder: of an evaluation or a judging.
         pairs: its items with answers and grades (`load_pairs`).
     """
-    run = read_json(folder / "run.json")
+    answered = evaluation_of(folder)
+    run = read_json(answered / RUN) | read_json(folder / RUN)
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(folder / "predictions.jsonl")
+    answers = read_jsonl(answered / "predictions.jsonl")
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
-    loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
+    loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
     tasks = by_task(checked, deciding, run["max_task_drop"])
@@ -303,10 +306,44 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
     return dict(Counter(misses).most_common())
 
 
+def evaluation_of(folder: Path) -> Path:
+    """The evaluation that a judging is of; of an evaluation itself."""
+    return folder.parent.parent if folder.parent.name == seal.JUDGINGS else folder
+
+
+def latest(folder: Path) -> Path:
+    """The last finished judging of an evaluation; without any the evaluation itself."""
+    made = [path.parent for path in folder.glob(f"{seal.JUDGINGS}/*/{seal.DONE}")]
+    return max(made, key=lambda path: int(read_json(path / RUN)["looks"]), default=folder)
+
+
+def answers(done: Json) -> dict[str, str]:
+    """sha256 of the raw files of an evaluation, by its seal."""
+    return {name: done["files"][name]["sha256"] for name in RAW}
+
+
 def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
-    """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
-    needed = ("run.json", "predictions.jsonl", "heldout.jsonl", judge.NAME)
-    return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+    """The seal of a finished evaluation, or of a judging, with its raw files (`seal.read_seal`).
+
+    Raises:
+        OutputError: it is unfinished or changed, or the judging is of other answers.
+    """
+    tested = evaluation_of(folder)
+    needed = (*RAW, judge.NAME)
+    done = seal.read_seal(tested, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+    if tested == folder:
+        return done
+    judged = seal.read_seal(
+        folder,
+        stage="judging",
+        make="fintune judge, or --set eval.judge.model=null",
+        needed=(RUN, judge.NAME),
+        unread=unread,
+    )
+    if judged["inputs"].get("evaluation") != answers(done):
+        what = f"{folder} is the judging of other answers than {tested} holds"
+        raise OutputError(what, fix=f"make both again: {COMMAND} --fresh")
+    return judged
 
 
 def check_results(folder: Path) -> None:
@@ -319,7 +356,7 @@ def check_results(folder: Path) -> None:
     read_evaluation(folder)
     path, differing = folder / RESULTS, ["they cannot be read"]
     with contextlib.suppress(Exception):  # whatever forged raw files raise
-        text = json_text(compute_results(folder, load_pairs(folder)))
+        text = json_text(compute_results(folder, load_pairs(evaluation_of(folder))))
         if path.read_text(encoding="utf-8") == text:
             return
         differing = seal.differences(read_json(path), json.loads(text)) or ["its formatting"]
@@ -365,12 +402,12 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
     return results
 
 
-def write_results(folder: Path) -> None:
-    """Write test_results.json and report.html from the raw files.
+def write_results(folder: Path) -> Json:
+    """Write test_results.json and report.html from the raw files; returns the results.
 
     The report carries no date, so that rescoring makes the same bytes.
     """
-    pairs = load_pairs(folder)
+    pairs = load_pairs(evaluation_of(folder))
     results = compute_results(folder, pairs)
     write_json(folder / RESULTS, results)
     rows = read_jsonl(folder / judge.NAME)
@@ -389,3 +426,4 @@ def write_results(folder: Path) -> None:
         groups=groups,
         verdicts=verdicts,
     )
+    return results
