@@ -206,8 +206,8 @@ def evaluate(
         results = make_again(rescore)
     else:
         loaded = _load(config, overrides, data)
-        opened: Any = {"final": final, "again": again} if final else {}
-        results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host, **opened)
+        asked: Any = {"judge_host": judge_host, "final": final, "again": again}
+        results = fintune.evaluate(loaded, fresh=fresh, **asked)
     console.emit(results, as_json)
 
 

@@ -131,6 +131,9 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
         say(f"data.test_share is not set: {share:.0%} of so many rows are test rows")
     kept = " + ".join(f"{rows[part]} {part}" for part in (*PARTS, FINAL) if part in rows)
     say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped")
+    if (most := manifest["related"]["largest"]) > (rows["read"] - out.total()) / 2:
+        more = "give rows of more reports, or texts that overlap less"
+        warn(f"{most} rows are one group of related texts, none of which can be tested: {more}")
     for reason, count in out.most_common():
         hint = f"; {HINTS[reason]}" if reason in HINTS else ""
         say(f"{count:>8,} {reason}: {MEANINGS[reason]}{hint}")
@@ -199,7 +202,6 @@ def _select(
         if full or complete:
             asked = [row for part in ("test", FINAL) for row in parts.get(part, [])]
             parts["train"] = _unrepeated(parts["train"], asked, ledger)
-            _warn_of_one_group(parts)
             _check_left(Ledger.beside(config.data_dir), ledger, parts)
             record = chat.template.record
             found = [*hits.values()]
@@ -333,17 +335,6 @@ def repeats(train: list[Example], test: list[Example]) -> dict[int, dict[str, An
     return {
         at: hit for at, hit in hits.items() if same_facts(train[at], asked[hit["benchmark_sha256"]])
     }
-
-
-def _warn_of_one_group(parts: Parts) -> None:
-    """Say that one group of related rows holds most of the data: little of it can be tested."""
-    groups = Counter(group for rows in parts.values() for group, _ in rows)
-    ((_, most),) = groups.most_common(1) or [("", 0)]
-    if most > groups.total() / 2:
-        warn(
-            f"{most} of {groups.total()} rows are one group of related texts, none of which can be "
-            "tested: give rows of more reports, or texts that overlap less"
-        )
 
 
 def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:

@@ -8,7 +8,7 @@ from these files alone (`results.rescore`).
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -24,10 +24,9 @@ from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
 from fintune.console import meter, say, warn
-from fintune.documents import document_keys
 from fintune.errors import DataError, NotFinite, OutputError
 from fintune.evals import history, judge, judging, results, verdict
-from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example
+from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
@@ -92,8 +91,7 @@ def evaluate(
             if final:
                 history.open_final(config.data_dir, inputs, again)
             seal.start(folder, inputs)
-            looks = history.looks(config.data_dir, inputs)
-            _answer(config, base, folder, inputs, asked, looks, part)
+            _answer(config, base, folder, inputs, asked, part)
             write_jsonl(folder / judge.NAME, judge.raw_rows(judging.judged_set(folder)))
             found = results.write_results(folder)
             seal.seal(folder, inputs)
@@ -162,7 +160,6 @@ def _answer(
     folder: Path,
     inputs: dict[str, Any],
     asked: list[Item],
-    looks: int,
     part: str,
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
@@ -188,7 +185,7 @@ def _answer(
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    run_info["looks"] = looks
+    run_info["looks"] = history.looks(config.data_dir, inputs)
     write_json(folder / "run.json", run_info)
     _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
     answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
@@ -228,9 +225,13 @@ def _choose(
     longest = context - config.eval.max_new_tokens
     encoded = [(item, chat.prompt_ids(item.messages)) for item in items]
     prompts = [(item, ids) for item, ids in encoded if len(ids) <= longest]
-    prompts, contaminated_ids = _by_document(config, prompts)
     fitting, test_ids = [item for item, _ in prompts], {item.id for item in test_items}
-    _warn_of_no_documents(fitting, test_ids)
+    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
+    trained = set(groups.to_pylist())
+    contaminated_ids = [item.id for item in fitting if item.group in trained]
+    fitting = by_document(fitting)
+    prompts = [(item, ids) for item, (_, ids) in zip(fitting, prompts, strict=True)]
+    _warn_of_no_documents([item for item in fitting if item.id not in test_ids])
     pool = [item for item in fitting if item.id in test_ids or item.kind == "text"]
     return prompts, {
         "primary": config.eval.primary,
@@ -263,30 +264,14 @@ def _repeated(config: Config, asked: list[Item]) -> set[str]:
     return found
 
 
-def _by_document(config: Config, prompts: Prompts) -> tuple[Prompts, list[str]]:
-    """The prompts with one key a document for all tasks, and the ids of those whose group of
-    related rows was trained on."""
-    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
-    trained = set(groups.to_pylist())
-    met = [item.id for item, _ in prompts if item.group in trained]
-    keys = document_keys(
-        [as_example(item) for item, _ in prompts], [item.group for item, _ in prompts]
-    )
-    keyed = zip(prompts, keys, strict=True)
-    return [(replace(item, group=key), ids) for (item, ids), key in keyed], met
-
-
-def _warn_of_no_documents(items: list[Item], test_ids: set[str]) -> None:
+def _warn_of_no_documents(asked: list[Item]) -> None:
     """Say which tasks' questions count as independent, as nothing tells their documents."""
-    spread: dict[str, Counter[str]] = {}
-    for item in items:
-        if item.id not in test_ids:
-            spread.setdefault(item.task, Counter())[item.group] += 1
-    alone = [name for name, groups in spread.items() if max(groups.values()) == 1]
-    if alone:
+    often = Counter((item.task, item.group) for item in asked)
+    shared = {task for (task, _), count in often.items() if count > 1}
+    if alone := {item.task for item in asked} - shared:
         warn(
-            f"{', '.join(alone)}: no two questions share a document, so they count as independent; "
-            "where some do, name it in each line: context_id"
+            f"{', '.join(sorted(alone))}: no two questions share a document, so they count as "
+            "independent; where some do, name it in each line: context_id"
         )
 
 

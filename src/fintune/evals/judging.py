@@ -47,7 +47,7 @@ def ask(config: Config, judge_host: str, labels: Path | None = None) -> None:
     tested = results.read_evaluation(config.eval_dir)
     asked = {"model": settings.model, "base_url": settings.base_url}
     asked["rubric_sha256"] = sha256_bytes(RUBRIC.encode())
-    inputs = {"evaluation": results.answers(tested), "judge": asked}
+    inputs = {"answers": tested["files"][results.ANSWERS]["sha256"], "judge": asked}
     if seal.finished(folder, inputs, command=results.COMMAND) and labels is None:
         say(f"{folder}: unchanged, kept")
         return

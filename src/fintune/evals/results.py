@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from fintune import seal
@@ -29,8 +30,7 @@ Known = dict[str, tuple[str | None, str]]
 of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
 RUN, RESULTS, REPORT = "run.json", "test_results.json", "report.html"
-RAW = (RUN, "predictions.jsonl", "heldout.jsonl")
-"""The files of an evaluation that every judging of it reads."""
+ANSWERS = "predictions.jsonl"
 MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
 would decide alone."""
@@ -64,7 +64,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(answered / RUN) | read_json(folder / RUN)
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(answered / "predictions.jsonl")
+    answers = read_jsonl(answered / ANSWERS)
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -148,19 +148,12 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
     Two orders with different outcomes are a tie; where `known` names a variant, it wins.
     """
     orders: dict[str, list[str | None]] = {}
-    human: dict[str, str] = {}
     for row in rows:
         orders.setdefault(row["id"], []).append(row["outcome"])
-        human |= {row["id"]: row["human"]} if row["human"] else {}
-    wins, opinions = dict[str, str](), dict[str, str]()
-    against = 0
-    for key, (first, second) in orders.items():
-        if first and second:
-            opinions[key] = first if first == second else "tie"
-        exact, opinion = known[key][0], opinions.get(key)
-        against += exact is not None and opinion not in (None, "tie", exact)
-        if exact or opinion:
-            wins[key] = exact or opinion or ""
+    human = {row["id"]: row["human"] for row in rows if row["human"]}
+    said = {key: a if a == b else "tie" for key, (a, b) in orders.items() if a and b}
+    exact = {key: known[key][0] or "" for key in orders if known[key][0]}
+    wins = {key: win for key in orders if (win := exact.get(key) or said.get(key))}
     scores = [judge.SCORE[winner] for winner in wins.values()]
     groups = [known[key][1] for key in wins]
     chosen = [row for row in rows if row["outcome"] in VARIANTS]
@@ -176,8 +169,8 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
         },
         "position_consistency": stats.rate([a is not None and a == b for a, b in orders.values()]),
         "first_position": stats.rate(chose_first, [row["id"] for row in chosen]),
-        "against_arithmetic": against,
-        "human": stats.agreement([(opinions[key], human[key]) for key in opinions if key in human]),
+        "against_arithmetic": sum(said.get(k, "tie") not in ("tie", exact[k]) for k in exact),
+        "human": stats.agreement([(said[key], human[key]) for key in said if key in human]),
         "items": wins,
     }
 
@@ -220,18 +213,14 @@ def _compare(pairs: list[Pair], test: Callable[[Graded], bool]) -> Json:
 def _majority_flags(pairs: list[Pair]) -> list[bool]:
     """For every pair whether the commonest answer is right: of its kind in the training rows, of a
     task without any the one that most of these questions have."""
-    common: dict[str, Counter[str]] = {}
-    for pair in pairs:
-        if pair.item.kind == "label":
-            common.setdefault(pair.item.task, Counter())[pair.item.reference] += 1
-    flags = []
-    for pair in pairs:
-        answer = pair.item.majority
-        if answer is None and pair.item.task in common:
-            answer = common[pair.item.task].most_common(1)[0][0]
-        graded = pair.item.grade(answer) if answer is not None else None
-        flags.append(graded is not None and graded.correct)
-    return flags
+    items = [pair.item for pair in pairs]
+    labels: dict[str, list[str]] = {item.task: [] for item in items}
+    for item in items:
+        labels[item.task] += [item.reference] * (item.kind == "label")
+    common = {task: mode(said) for task, said in labels.items() if said}
+    answers = [item.majority or common.get(item.task, "") for item in items]
+    graded = [item.grade(answer) for item, answer in zip(items, answers, strict=True)]
+    return [one is not None and one.correct for one in graded]
 
 
 def _over_majority(pairs: list[Pair]) -> Json:
@@ -317,19 +306,13 @@ def latest(folder: Path) -> Path:
     return max(made, key=lambda path: int(read_json(path / RUN)["looks"]), default=folder)
 
 
-def answers(done: Json) -> dict[str, str]:
-    """sha256 of the raw files of an evaluation, by its seal."""
-    return {name: done["files"][name]["sha256"] for name in RAW}
-
-
 def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
     """The seal of a finished evaluation, or of a judging, with its raw files (`seal.read_seal`).
 
     Raises:
         OutputError: it is unfinished or changed, or the judging is of other answers.
     """
-    tested = evaluation_of(folder)
-    needed = (*RAW, judge.NAME)
+    tested, needed = evaluation_of(folder), (RUN, ANSWERS, "heldout.jsonl", judge.NAME)
     done = seal.read_seal(tested, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
     if tested == folder:
         return done
@@ -340,7 +323,7 @@ def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
         needed=(RUN, judge.NAME),
         unread=unread,
     )
-    if judged["inputs"].get("evaluation") != answers(done):
+    if judged["inputs"].get("answers") != done["files"][ANSWERS]["sha256"]:
         what = f"{folder} is the judging of other answers than {tested} holds"
         raise OutputError(what, fix=f"make both again: {COMMAND} --fresh")
     return judged
