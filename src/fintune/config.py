@@ -17,14 +17,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fintune.errors import ConfigError
-from fintune.files import read_toml, sha256_json
-from fintune.seal import JUDGINGS
+from fintune.files import read_toml
 from fintune.yaml_reader import read_yaml, redacted
 
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
-RUBRIC = Path(__file__).with_name("rubric.md").read_text("utf-8")
-"""What the judge is told; another one makes another judging."""
 SECRET_NAME = re.compile(r"(?i)key|token\b|secret|passw|credential|auth|url")
 URL = r"^https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/[^@?#\s\\]*)?$"
 """A plain form without credentials, which every reader takes apart in the same way."""
@@ -360,16 +357,6 @@ class Config(Section):
     def eval_dir(self) -> Path:
         """Folder of the evaluation."""
         return self.folders()["eval.out"]
-
-    @property
-    def results_dir(self) -> Path:
-        """Folder of the results: of the judging by the configured judge, else the evaluation's."""
-        judge = self.eval.judge
-        if judge.model is None:
-            return self.eval_dir
-        name = re.sub(r"[^\w.-]+", "-", judge.model)[:60]
-        asked = sha256_json([judge.model, judge.base_url, RUBRIC])[:8]
-        return self.eval_dir / JUDGINGS / f"{name}-{asked}"
 
     @property
     def release_dir(self) -> Path:

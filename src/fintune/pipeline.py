@@ -16,6 +16,7 @@ from fintune.evals.outlook import outlook, tell
 from fintune.evals.results import REPORT, RESULTS, check_results
 from fintune.evals.verdict import summary
 from fintune.files import read_json
+from fintune.judgings import results_dir
 from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
@@ -76,7 +77,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         GateRefused: the gate refuses, or the results are not those of the stored answers.
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
-    check_results(config.results_dir)
+    check_results(results_dir(config))
     told = bundle.Told(MEANINGS, _report(config))
     return bundle.release(config, fresh=fresh, accept=accept, told=told)
 
@@ -84,7 +85,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
 def _report(config: Config) -> str:
     """report.html as the release may hold it: with its questions where samples are text."""
     if config.release.samples == "text":
-        return (config.results_dir / REPORT).read_text(encoding="utf-8")
-    results = read_json(config.results_dir / RESULTS)
+        return (results_dir(config) / REPORT).read_text(encoding="utf-8")
+    results = read_json(results_dir(config) / RESULTS)
     shown = {"sentences": summary(results), "phrases": PHRASES, "groups": {}, "verdicts": []}
     return render("eval_report.html.jinja", results=results, **shown)

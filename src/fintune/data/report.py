@@ -194,7 +194,7 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _related(parts: Parts) -> dict[str, int]:
-    """Groups of related rows, rows of the largest, and groups with rows in training and held out."""
+    """Groups of related rows, rows of the largest, groups with rows in training and held out."""
     sizes = Counter(group for rows in parts.values() for group, _ in rows)
     trained = {group for group, _ in parts["train"]}
     held_out = [group for part, rows in parts.items() if part != "train" for group, _ in rows]

@@ -31,6 +31,7 @@ from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
+from fintune.judgings import results_dir
 from fintune.loss import causal_model, sum_loss
 from fintune.rewording import contaminated
 from fintune.sources import Source, recorded_commits
@@ -98,7 +99,7 @@ def evaluate(
             history.note(config.data_dir, inputs, found["verdict"])
         if config.eval.judge.model:
             judging.ask(config, judge_host)
-    return results.tell(config.results_dir)
+    return results.tell(results_dir(config))
 
 
 def check_tasks(config: Config, *, fresh: bool = False) -> None:

@@ -19,13 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fintune.config import RUBRIC, JudgeConfig
+from fintune.config import JudgeConfig
 from fintune.console import meter, say
 from fintune.errors import DataError, GateRefused
 from fintune.evals.endpoint import LIMITS, SCHEMA, Endpoint, NoCompletion
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
 from fintune.files import FORMAT, JsonlLog, read_jsonl, sha256_bytes, sha256_json
+from fintune.judgings import RUBRIC
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fintune import seal
-from fintune.config import RUBRIC, Config
+from fintune.config import Config
 from fintune.console import say
 from fintune.errors import ConfigError
 from fintune.evals import history, judge, results
 from fintune.evals.grading import Pair, load_pairs
 from fintune.files import read_json, sha256_bytes, write_json, write_jsonl
+from fintune.judgings import RUBRIC, results_dir
 
 
 def judge_answers(
@@ -38,12 +39,12 @@ def judge_answers(
         raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
     with seal.lock(config.eval_dir):
         ask(config, judge_host, labels)
-    return results.tell(config.results_dir)
+    return results.tell(results_dir(config))
 
 
 def ask(config: Config, judge_host: str, labels: Path | None = None) -> None:
     """Make the judging, or keep a finished one. The evaluation's lock is held."""
-    folder, settings = config.results_dir, config.eval.judge
+    folder, settings = results_dir(config), config.eval.judge
     tested = results.read_evaluation(config.eval_dir)
     asked = {"model": settings.model, "base_url": settings.base_url}
     asked["rubric_sha256"] = sha256_bytes(RUBRIC.encode())

@@ -23,6 +23,7 @@ from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
+from fintune.judgings import results_dir
 from fintune.releasing.contents import Acceptance, announced, first_evaluated, shipped_rows
 from fintune.releasing.verify import make_golden_prompts
 from fintune.sources import LICENCE
@@ -134,7 +135,7 @@ def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
         OutputError: one is absent, unfinished or changed since.
     """
     run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
-    found, needed = config.results_dir, (RESULTS, JUDGED, "run.json")
+    found, needed = results_dir(config), (RESULTS, JUDGED, "run.json")
     data = seal.read_data(config.data_dir)
     trained = seal.read_seal(
         run, stage="training run", make="fintune train", needed=(adapter, *RUN_FILES)
@@ -233,7 +234,7 @@ def _build(staging: Path, inputs: Inputs) -> None:
     kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
-    files.copy_file(config.results_dir / RESULTS, staging / RESULTS)
+    files.copy_file(results_dir(config) / RESULTS, staging / RESULTS)
     for name, text in ((JUDGED, inputs.judged), (REPORT, inputs.told.report)):
         if text is not None:
             files.write_text(staging / name, text)
