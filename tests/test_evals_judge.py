@@ -286,6 +286,11 @@ def test_another_judge_is_another_judging_and_both_are_kept_and_counted(
     folder = judged.eval / "judgings"
     tiny.done("eval", "--rescore", *folder.glob("fake-*"))
     assert tiny.tree_sha256(judged.eval).items() >= kept.items()
+    answers = judged.eval / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace('"text": "', '"text": "So: '))
+    tiny.reseal(judged.eval)
+    forged = tiny.fintune("release", *judged.words(judge="fake", judge_url=server.url))
+    assert (forged.code, "judging of other answers" in forged.err) == (1, True), forged.err
 
 
 def test_the_published_file_holds_the_first_50_of_those_that_are_judged(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
     judged = seal.read_seal(
         folder,
         stage="judging",
-        make="fintune judge, or --set eval.judge.model=null",
+        make="fintune judge",
         needed=(RUN, judge.NAME),
         unread=unread,
     )

@@ -143,8 +143,7 @@ def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
     tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=needed)
     judged = tested
     if found != evaluation:
-        make = "fintune judge, or --set eval.judge.model=null"
-        judged = seal.read_seal(found, stage="judging", make=make, needed=needed)
+        judged = seal.read_seal(found, stage="judging", make="fintune judge", needed=needed)
     recipe, environment, arguments = (run / name for name in RUN_FILES)
     base = model.find_base(config.model, kept_in=[run])
     results = files.read_json(found / RESULTS)
