@@ -247,11 +247,11 @@ def overall(deciding: list[Pair], tasks: int) -> Json:
 
 
 def _measures(pairs: list[Pair]) -> Json:
-    measures = {}
-    for name, (kinds, test) in MEASURES.items():
-        if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
-            measures[name] = _compare(chosen, test)
-    return measures
+    return {
+        name: _compare(chosen, test)
+        for name, (kinds, test) in MEASURES.items()
+        if (chosen := [pair for pair in pairs if pair.item.kind in kinds])
+    }
 
 
 def by_task(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
@@ -312,17 +312,12 @@ def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
     Raises:
         OutputError: it is unfinished or changed, or the judging is of other answers.
     """
-    tested, needed = evaluation_of(folder), (RUN, ANSWERS, "heldout.jsonl", judge.NAME)
-    done = seal.read_seal(tested, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+    tested, raw = evaluation_of(folder), (RUN, ANSWERS, "heldout.jsonl", judge.NAME)
+    done = seal.read_seal(tested, stage="evaluation", make=COMMAND, needed=raw, unread=unread)
     if tested == folder:
         return done
-    judged = seal.read_seal(
-        folder,
-        stage="judging",
-        make="fintune judge",
-        needed=(RUN, judge.NAME),
-        unread=unread,
-    )
+    made, make = (RUN, judge.NAME), "fintune judge"
+    judged = seal.read_seal(folder, stage="judging", make=make, needed=made, unread=unread)
     if judged["inputs"].get("answers") != done["files"][ANSWERS]["sha256"]:
         what = f"{folder} is the judging of other answers than {tested} holds"
         raise OutputError(what, fix=f"make both again: {COMMAND} --fresh")
