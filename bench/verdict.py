@@ -205,6 +205,7 @@ def leaks(runs: int) -> dict[str, Any]:
     return cells
 
 
+SHARES = {"validation": 0.1, "test": 0.1}
 SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 VOCABULARY = [one + other for one in SYLLABLES for other in SYLLABLES][:4000]
 
@@ -231,13 +232,14 @@ def _reports(excerpts: int, named: bool) -> Iterator[tuple[int, Example]]:
             yield report, _example(report * excerpts + at, words, str(at), name)
 
 
-def _straddling(rows: list[tuple[int, Example]]) -> dict[str, int]:
-    """Test rows, and those of a report that was trained on."""
-    placed = split([example for _, example in rows], 0.1, 0.1)
+def _straddling(rows: list[tuple[int, Example]]) -> dict[str, float]:
+    """Test rows, their share, and those of a report that was trained on."""
+    placed = split([example for _, example in rows], SHARES)
     parts = list(zip((report for report, _ in rows), placed, strict=True))
     trained = {report for report, (_, part) in parts if part == "train"}
     test = [report for report, (_, part) in parts if part == "test"]
-    return {"test_rows": len(test), "leaked": sum(report in trained for report in test)}
+    rows_and_share = {"test_rows": len(test), "share": round(len(test) / len(rows), 3)}
+    return {**rows_and_share, "leaked": sum(report in trained for report in test)}
 
 
 def _twins(changed: float) -> dict[str, int]:
@@ -251,7 +253,7 @@ def _twins(changed: float) -> dict[str, int]:
         rows += [
             (pair, _example(2 * pair + at, one, answer)) for at, one in enumerate((text, other))
         ]
-    placed = split([example for _, example in rows], 0.1, 0.1)
+    placed = split([example for _, example in rows], SHARES)
     by_part: dict[str, list[tuple[int, Example]]] = {"train": [], "validation": [], "test": []}
     for row, (_, part) in zip(rows, placed, strict=True):
         by_part[part].append(row)

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,37 @@ def test_related_rows_of_another_passage_are_no_test_rows(tmp_path: Path) -> Non
     groups: dict[str, set[str]] = {}
     for row in done.rows():
         groups.setdefault(row["group"], set()).add(row["part"])
-    assert len(groups) == 60 and any(len(parts) > 1 for parts in groups.values())
+    assert len(groups) == 60 and all(len(parts) == 1 for parts in groups.values())
     assert set(PARTS) == set().union(*groups.values())
-    assert all(parts == {"test"} for parts in groups.values() if "test" in parts)
+    tested = sum(row["part"] == "test" for row in done.rows())
+    assert 0.1 < tested / len(done.rows()) < 0.4, "a quarter is asked for"
+
+
+def test_a_group_of_most_rows_is_never_tested_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = [f"item {n} is {n * 37} now" for n in range(300)]
+    one = [
+        {"user": f"Read.\n{', '.join(text[n:][:50])}\nWhat is it?", "assistant": f"row {n}"}
+        for n in range(200)
+    ]
+    source = write(tmp_path / "rows.jsonl", [*one, *rows(120)])
+    shares = {"validation_share": 0.2, "test_share": 0.2, "max_length": 8192}
+    done = prepared(tmp_path / "out", source=source, **{**AS_GIVEN, **shares, "pii": "off"})
+    (most, _), *_ = Counter(row["group"] for row in done.rows()).most_common()
+    assert {row["part"] for row in done.rows() if row["group"] == most} == {"train", "validation"}
+    assert "rows are one group of related texts" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_final_part_holds_whole_documents_of_its_own(tmp_path: Path) -> None:
+    found = [{**row, "context_id": f"report {at % 60}"} for at, row in enumerate(rows(300))]
+    source = write(tmp_path / "rows.jsonl", found)
+    shares = {"test_share": 0.2, "final_share": 0.2}
+    done = prepared(tmp_path / "out", source=source, **{**AS_GIVEN, **shares})
+    kept_back = pq.read_table(done.folder / "final.parquet").to_pylist()
+    assert done.manifest["rows"]["final"] == len(kept_back) > 20
+    others = {row["group"] for row in done.rows()}
+    assert not others & {row["group"] for row in kept_back}
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,27 @@ def test_labels_by_their_likelihoods_are_named_and_kept(chain: tiny.Chain, tmp_p
     assert said.code == 1 and "label_scoring" in said.err, "never mixed"
 
 
+def test_the_part_kept_back_is_opened_once(chain: tiny.Chain, tmp_path: Path) -> None:
+    copy, few = chain.copy(tmp_path, "data", "run"), tiny.words(max_new_tokens=2)
+    words = [*copy.words(), *few, "--final"]
+    refused = tiny.fintune("eval", *words)
+    assert (refused.code, "holds no final part" in refused.err) == (1, True)
+    rows = pq.read_table(copy.data / "test.parquet")
+    pq.write_table(rows.slice(0, 5), copy.data / "final.parquet")
+    tiny.reseal(copy.data)
+    found = tiny.answer_json("eval", *words)
+    assert found["looks"] == 1 and found["loss"]["rows"] == 5
+    assert not copy.eval.exists() and "fpb" not in found["tasks"]
+    assert tiny.answer_json("eval", *words) == found, "kept"
+    other = [*words, "-s", f"eval.out={tmp_path / 'other'}", "-s", "eval.max_new_tokens=3"]
+    refused = tiny.fintune("eval", *other)
+    assert (refused.code, "opened already" in refused.err) == (3, True), refused.err
+    assert not (tmp_path / "other-final").exists()
+    assert tiny.answer_json("eval", *other, "--again", "a slip in the limit")["looks"] == 2
+    opened = [row.get("opened") for row in tiny.read_lines(copy.data / "evaluations.jsonl")]
+    assert [each for each in opened if each] == ["first", "a slip in the limit"]
+
+
 def test_unfinished_runs_missing_rows_and_unknown_tasks_are_said(
     chain: tiny.Chain, tmp_path: Path
 ) -> None:
@@ -137,10 +158,10 @@ def test_a_shared_config_gets_no_key_and_harms_no_evaluation(
             said = tiny.fintune(verb, *given)
             refused = ("--judge-host 127.0.0.1" in said.err, "sesame1" in said.err)
             assert (said.code, *refused) == (1, True, False)
-        assert not server.asked and tiny.tree_sha256(copy.eval) == before
+        assert not server.asked and before.items() <= tiny.tree_sha256(copy.eval).items()
         tiny.done("judge", *given, "--judge-host", "127.0.0.1")
         assert server.keys == {"Bearer hf_sesame1"}
-    assert "looked" in (copy.eval / "report.html").read_text(), "what the judge said"
+    assert "looked" in (copy.judging / "report.html").read_text(), "what the judge said"
 
 
 # ---- the rules -----------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import pytest
 import tiny
 from fake_judge import FENCED, UNSCORED, FakeJudge, honest, serve
 
-from fintune.config import JudgeConfig
+from fintune.config import Config, JudgeConfig, load_config
 from fintune.errors import ConfigError
 from fintune.evals import endpoint, judge, results
 from fintune.evals.grading import Item, Pair
 from fintune.example import Message
+from fintune.files import read_json, write_jsonl
+from fintune.releasing.contents import shipped_rows
 
 
 def items(count=6, adapter=None):
@@ -160,7 +162,7 @@ def ask(judged: tiny.Chain, server: FakeJudge, *words: object, **environment: st
 def test_a_reply_without_a_verdict_is_unscored(judged: tiny.Chain, fault: str) -> None:
     with serve(FakeJudge(fault)) as server:
         assert ask(judged, server).code == 0
-        rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+        rows = tiny.read_lines(judged.judging / "eval_50_gpt_judged_raw.jsonl")
         assert {(row["status"], row["outcome"]) for row in rows} == {("unscored", None)}
         assert sum(server.asked.values()) == len(rows)
 
@@ -188,7 +190,7 @@ def test_the_first_call_finds_out_what_the_endpoint_takes(
         said = ask(judged, server)
         bodies = [json.loads(body) for body in server.bodies]
     assert said.code == 0, said.err
-    rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+    rows = tiny.read_lines(judged.judging / "eval_50_gpt_judged_raw.jsonl")
     assert {row["response_format"] for row in rows} == {form}
     assert {row["status"] for row in rows} == {"scored"}
     refused = len(bodies) - len(rows)
@@ -228,8 +230,8 @@ def test_a_refused_judge_leaves_the_evaluation_finished(
             process.send(signal.SIGTERM)
         assert process.wait() == {"--max-usd": 3, "SIGTERM": 75}.get(how, 1), process.text()
         after = tiny.tree_sha256(judged.eval)
-        after.pop("judge_calls.jsonl", None)
-        assert after == before
+        assert before.items() <= after.items()
+        assert {name.split("/")[0] for name in after.keys() - before.keys()} <= {"judgings"}
         server.refuse, server.delay = lambda _: (0, None), 0.0
         said = ask(judged, server)
         assert said.code == 0, said.err
@@ -252,16 +254,64 @@ def test_a_proxy_does_not_get_what_is_for_this_machine(judged: tiny.Chain) -> No
         assert ask(judged, server, HTTP_PROXY="http://127.0.0.1:9").code == 0
 
 
+def test_another_judge_is_another_judging_and_both_are_kept_and_counted(
+    judged: tiny.Chain, tmp_path: Path
+) -> None:
+    before = tiny.tree_sha256(judged.eval)
+    tiny.done("release", *judged.words(), "--accept", tiny.REASON)
+    unjudged = read_json(judged.release / "test_results.json")
+    with serve(FakeJudge()) as server:
+        first = ask(judged, server, "--json")
+        kept = tiny.tree_sha256(judged.eval)
+        other = ask(judged, server, "--json", "-s", "eval.judge.model=other/judge")
+        again = ask(judged, server, "--json")
+        found = [json.loads(said.out) for said in (first, other, again)]
+    assert [each["judge"]["model"] for each in found] == ["fake", "other/judge", "fake"]
+    assert [each["looks"] for each in found] == [1, 2, 1]
+    assert before.items() <= kept.items() <= tiny.tree_sha256(judged.eval).items()
+    assert len([*(judged.eval / "judgings").iterdir()]) == 2
+    rows = tiny.read_lines(judged.data / "evaluations.jsonl")
+    assert [row["judge"] for row in rows[-2:]] == ["fake", "other/judge"]
+    assert tiny.done("show", judged.out).out.count("Evaluation 2 of these questions") == 1
+    for model, wanted in (("fake", found[0]), ("other/judge", found[1])):
+        words = judged.words(judge=model, judge_url=server.url, release_out=tmp_path / model[:4])
+        said = tiny.done("release", *words, "--accept", tiny.REASON)
+        released = read_json(tmp_path / model[:4] / "test_results.json")
+        assert {**released, "format": 0} == {**wanted, "format": 0}, said.err
+        assert model in (tmp_path / model[:4] / "README.md").read_text()
+        assert tiny.fintune("verify", tmp_path / model[:4], "--base", tiny.base()).code == 0
+    assert unjudged["judge"] is None
+    never = tiny.fintune("release", *judged.words(judge="third", release_out=tmp_path / "r"))
+    assert (never.code, "fintune judge" in never.err) == (1, True), never.err
+    folder = judged.eval / "judgings"
+    tiny.done("eval", "--rescore", *folder.glob("fake-*"))
+    assert tiny.tree_sha256(judged.eval).items() >= kept.items()
+    answers = judged.eval / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace('"text": "', '"text": "So: '))
+    tiny.reseal(judged.eval)
+    forged = tiny.fintune("release", *judged.words(judge="fake", judge_url=server.url))
+    assert (forged.code, "judging of other answers" in forged.err) == (1, True), forged.err
+
+
+def test_the_published_file_holds_the_first_50_of_those_that_are_judged(tmp_path: Path) -> None:
+    assert load_config("llama-3.1-8b-finance").eval.judged_items == 60
+    rows = [{"id": f"i{at // 2}", "key": "k", "question": "?"} for at in range(120)]
+    write_jsonl(tmp_path / "eval_50_gpt_judged_raw.jsonl", rows)
+    text, _ = shipped_rows(tmp_path, Config(), judged=True)
+    held = [json.loads(line)["id"] for line in (text or "").splitlines()]
+    assert held == [f"i{at // 2}" for at in range(100)]
+
+
 def test_human_labels_are_compared_with_the_judge(judged: tiny.Chain, tmp_path: Path) -> None:
     with serve(FakeJudge()) as server:
         assert ask(judged, server).code == 0
-        rows = tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+        rows = tiny.read_lines(judged.judging / "eval_50_gpt_judged_raw.jsonl")
         said = {row["id"]: row["outcome"] for row in rows if not row["control"]}
         path = tmp_path / "labels.jsonl"
         lines = [json.dumps({"id": key, "verdict": word}) + "\n" for key, word in said.items()]
         path.write_text("".join(lines))
         assert ask(judged, server, "--labels", path).code == 0
-        human = json.loads((judged.eval / "test_results.json").read_text())["judge"]["human"]
+        human = json.loads((judged.judging / "test_results.json").read_text())["judge"]["human"]
         assert human["agreement"]["value"] == 1.0
         assert human["kappa"] == (1.0 if len(set(said.values())) > 1 else None)
         path.write_text('{"id": "x", "verdict": "both"}\n')

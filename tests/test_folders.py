@@ -236,8 +236,8 @@ def test_every_verb_that_writes_takes_the_lock(
     taken, base = tmp_path / "taken", tiny.base()
     if name in ("rescore", "judge"):
         shutil.copytree(chain.eval, taken)
-    out = ["-s", f"{KEYS.get(name, 'eval.out')}={taken}", "-s", "eval.judge.model=m"]
-    given: list[object] = [name, *chain.words(), *out]
+    out = ["-s", f"{KEYS.get(name, 'eval.out')}={taken}"]
+    given: list[object] = [name, *chain.words(), *out, *tiny.words(judge="m") * (name == "judge")]
     if name == "rescore":
         given = ["eval", "--rescore", taken]
     if name in ("merged", "gguf", "ollama"):
@@ -287,12 +287,10 @@ def in_imports(root: Path, number: str, *given: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "verb", ["prepare", "train", "eval", "release", "judge", "run", "demo", "export"]
-)
+@pytest.mark.parametrize("verb", ["prepare", "train", "eval", "release", "run", "demo", "export"])
 def test_a_signal_in_the_imports_ends_with_75(verb: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "o ut")]
-    others = {"demo": out, "export": ["merged", "release", *out], "judge": ["-c", "demo"]}
+    others = {"demo": out, "export": ["merged", "release", *out]}
     given = others.get(verb, ["-c", "demo", "--fresh"])
     for number in ("SIGTERM", "SIGHUP", "SIGINT")[: 3 if verb == "train" else 1]:
         done = in_imports(tmp_path, number, verb, *given)

@@ -123,12 +123,12 @@ def ask(
 
 def results(judged: tiny.Chain) -> dict[str, Any]:
     """What the evaluation says of its judge."""
-    return dict(frozen.read_json(judged.eval / "test_results.json")["judge"])
+    return dict(frozen.read_json(judged.judging / "test_results.json")["judge"])
 
 
 def raw(judged: tiny.Chain) -> list[dict[str, Any]]:
     """A line a call."""
-    return tiny.read_lines(judged.eval / "eval_50_gpt_judged_raw.jsonl")
+    return tiny.read_lines(judged.judging / "eval_50_gpt_judged_raw.jsonl")
 
 
 def test_every_call_is_made_once_and_a_second_run_makes_none(judged: tiny.Chain) -> None:
@@ -145,7 +145,7 @@ def test_every_call_is_made_once_and_a_second_run_makes_none(judged: tiny.Chain)
     assert found["control_items"] == {"ok": 6, "of": 6, "failed": []}
     assert found["usd"] == pytest.approx(CALLS * (1000 * 10 + 100 * 30) / 1e6)
     assert found["win_rate"]["won"] + found["win_rate"]["tied"] + found["win_rate"]["lost"] == 3
-    assert (judged.eval / "done.json").is_file()
+    assert (judged.judging / "done.json").is_file()
     rows = raw(judged)
     assert len(rows) == CALLS
     assert {row["served_model"] for row in rows} == {"fake-2026-01-01"}
@@ -160,8 +160,9 @@ def test_no_file_holds_the_key(judged: tiny.Chain) -> None:
     judge.secret = KEY
     with fake_judge.serve(judge):
         assert ask(judge, judged).code == 0
-    assert not [p.name for p in judged.eval.iterdir() if KEY.encode() in p.read_bytes()]
-    assert "[redacted]" in (judged.eval / "judge_calls.jsonl").read_text()
+    files = [path for path in judged.eval.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if KEY.encode() in path.read_bytes()]
+    assert "[redacted]" in (judged.judging / "judge_calls.jsonl").read_text()
 
 
 @pytest.mark.parametrize("fault", ["429 after seconds", "reset in the reply", "5 MB"])
@@ -199,7 +200,7 @@ def test_replies_that_are_never_verdicts_are_counted_and_decide_nothing(
     assert said.code == 0, said.err
     assert results(judged)["unscored"]["value"] == 1.0
     assert {row["unscored_reason"] for row in raw(judged)} == {"parse_failure"}
-    found = frozen.read_json(judged.eval / "test_results.json")
+    found = frozen.read_json(judged.judging / "test_results.json")
     assert found["verdict"] == "invalid"
     assert any("unscored" in reason for reason in found["invalid_reasons"])
 
@@ -249,12 +250,17 @@ def test_a_judge_that_was_killed_asks_again_only_what_was_under_way(
     with fake_judge.serve(fake_judge.FakeJudge(delay=0.2)) as judge:
         words = judged.words(judge_url=judge.url, **given)
         process = tiny.Forked("judge", *words, log=tmp_path / "log")
-        log = judged.eval / "judge_calls.jsonl"
-        tiny.until(lambda: log.is_file() and b'"done"' in log.read_bytes(), process)
+
+        def logged() -> bytes:
+            return b"".join(
+                p.read_bytes() for p in judged.eval.glob("judgings/*/judge_calls.jsonl")
+            )
+
+        tiny.until(lambda: b'"done"' in logged(), process)
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         judge.delay = 0
-        lines = [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
+        lines = [json.loads(line) for line in logged().split(b"\n")[:-1]]
         finished = {line["key"] for line in lines if line["row"] == "done"}
         assert tiny.fintune("eval", *words).code == 0
     assert finished

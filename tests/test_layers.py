@@ -28,6 +28,7 @@ SPINE = (
     "sample",
     "yaml_reader",
     "config",
+    "judgings",
     "sources",
     "example",
     "ngrams",

@@ -114,7 +114,7 @@ def test_other_evaluations_of_the_same_questions_are_counted(tmp_path: Path) -> 
     second, other = first | {"adapter": "2"}, {"test": "b", "tasks": {"fpb": ["c"]}, "adapter": "3"}
     assert history.looks(tmp_path, first) == 1
     for inputs in (first, first, other):
-        history.note(tmp_path, inputs, {"verdict": "better", "judge": None})
+        history.note(tmp_path, inputs, "better")
     assert history.looks(tmp_path, first) == history.looks(tmp_path, other) == 1
     assert history.looks(tmp_path, second) == 2
     assert history.looks(tmp_path, {"test": "d", "tasks": {"fpb": ["c"]}, "adapter": "2"}) == 2
@@ -122,10 +122,20 @@ def test_other_evaluations_of_the_same_questions_are_counted(tmp_path: Path) -> 
 
 def test_a_damaged_line_of_the_log_is_passed_over(tmp_path: Path) -> None:
     first, second = ({"test": "a", "tasks": {}, "adapter": each} for each in "12")
-    history.note(tmp_path, first, {"verdict": "better", "judge": None})
+    history.note(tmp_path, first, "better")
     with (tmp_path / "evaluations.jsonl").open("ab") as file:
         file.write(b'{"inputs": "x"}\n[1]\n{"date": "\xff", "inputs": 1, "questions": 2}\n{"dat')
     assert history.looks(tmp_path, second) == 2
+
+
+def test_a_judging_more_of_one_evaluation_is_a_look_more(tmp_path: Path) -> None:
+    inputs = {"test": "a", "tasks": {}, "adapter": "1"}
+    judgings = [{"judge": {"model": model}} for model in ("one", "two")]
+    assert [history.looks(tmp_path, inputs, each) for each in (None, *judgings)] == [1, 1, 1]
+    for each in (None, *judgings):
+        history.note(tmp_path, inputs, "better", each)
+    assert [history.looks(tmp_path, inputs, each) for each in (None, *judgings)] == [2, 2, 2]
+    assert history.looks(tmp_path, inputs | {"adapter": "2"}) == 3
 
 
 def made_up(rng: random.Random, count: int) -> list[str]:
@@ -158,7 +168,7 @@ def test_overlapping_excerpts_of_a_report_are_one_group(excerpts: int) -> None:
         text = made_up(rng, 200 + 10 * excerpts)
         rows += [question(at, text[10 * at :][:200]) for at in range(excerpts)]
         assert len(rows) == (report + 1) * excerpts
-    placed = split(rows, 0.1, 0.2)
+    placed = split(rows, {"validation": 0.1, "test": 0.2})
     for report in range(60):
         groups = {group for group, _ in placed[report * excerpts :][:excerpts]}
         parts = {part for _, part in placed[report * excerpts :][:excerpts]}

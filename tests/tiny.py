@@ -360,6 +360,12 @@ class Chain(NamedTuple):
     def release(self) -> Path:
         return self.out / "release"
 
+    @property
+    def judging(self) -> Path:
+        """The folder of the one judging of the evaluation."""
+        (folder,) = (self.eval / "judgings").iterdir()
+        return folder
+
     def words(self, **changes: Any) -> list[str]:
         """The settings that made it."""
         return chain(self.out, tasks=tasks(), **changes)

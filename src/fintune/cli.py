@@ -195,6 +195,8 @@ def evaluate(
     fresh: Fresh = False,
     rescore: Annotated[Path | None, typer.Option(help="Grade this folder's answers again.")] = None,
     judge_host: JudgeHost = "",
+    final: Annotated[bool, typer.Option("--final", help="Open the part kept back: once.")] = False,
+    again: Annotated[str, typer.Option(help="Why --final opens it again; kept.")] = "",
     as_json: Json = False,
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
@@ -204,7 +206,8 @@ def evaluate(
         results = make_again(rescore)
     else:
         loaded = _load(config, overrides, data)
-        results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
+        asked: Any = {"judge_host": judge_host, "final": final, "again": again}
+        results = fintune.evaluate(loaded, fresh=fresh, **asked)
     console.emit(results, as_json)
 
 
@@ -276,7 +279,7 @@ def judge(
 ) -> None:
     """Ask the judge about a finished evaluation's answers. Calls already paid are not repeated."""
     loaded = fintune.load_config(config, overrides)
-    from fintune.evals.evaluate import judge_answers
+    from fintune.evals.judging import judge_answers
 
     console.emit(judge_answers(loaded, judge_host=judge_host, labels=labels), as_json)
 

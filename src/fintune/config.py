@@ -155,6 +155,8 @@ class DataConfig(Section):
     """share of rows that choose the checkpoint, before the caps"""
     test_share: float | None = Field(None, gt=0, lt=0.5)
     """share of rows that decide the verdict, before the caps; absent: 0.05, of few rows more"""
+    final_share: float = Field(0.0, ge=0, lt=0.5)
+    """share of rows kept back, before the caps: `fintune eval --final` opens them once"""
     min_tokens: int = Field(1, ge=0)
     """fewest tokens of system, user and assistant text, template apart"""
     filter_english_only: bool = True

@@ -16,6 +16,7 @@ from fintune.evals.outlook import outlook, tell
 from fintune.evals.results import REPORT, RESULTS, check_results
 from fintune.evals.verdict import summary
 from fintune.files import read_json
+from fintune.judgings import results_dir
 from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
@@ -46,7 +47,7 @@ def run(
         judging = config.eval.model_copy(update={"judge": JudgeConfig()})
         asked = config.model_copy(update={"eval": judging})
     evaluate(asked, fresh=fresh, judge_host=judge_host)
-    folder = release(config, fresh=fresh, accept=accept)
+    folder = release(asked, fresh=fresh, accept=accept)
     if keyless:
         warn(f"nothing was judged: {keyless} is not set; with a key: fintune judge")
     return folder
@@ -76,7 +77,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         GateRefused: the gate refuses, or the results are not those of the stored answers.
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
-    check_results(config.eval_dir)
+    check_results(results_dir(config))
     told = bundle.Told(MEANINGS, _report(config))
     return bundle.release(config, fresh=fresh, accept=accept, told=told)
 
@@ -84,7 +85,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
 def _report(config: Config) -> str:
     """report.html as the release may hold it: with its questions where samples are text."""
     if config.release.samples == "text":
-        return (config.eval_dir / REPORT).read_text(encoding="utf-8")
-    results = read_json(config.eval_dir / RESULTS)
+        return (results_dir(config) / REPORT).read_text(encoding="utf-8")
+    results = read_json(results_dir(config) / RESULTS)
     shown = {"sentences": summary(results), "phrases": PHRASES, "groups": {}, "verdicts": []}
     return render("eval_report.html.jinja", results=results, **shown)

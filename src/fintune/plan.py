@@ -166,7 +166,8 @@ def _rows(config: Config) -> tuple[int, int, str]:
     if there := rows_on_disk(data):
         test_share = data.test_share or share_of_test(there)
         held_out = min(held_out, math.ceil(there * data.validation_share))
-        train = min(train, math.ceil(there * (1 - data.validation_share - test_share)))
+        shares = data.validation_share + test_share + data.final_share
+        train = min(train, math.ceil(there * (1 - shares)))
         said = f"of {there:,} on disk"
     return train, min(config.train.max_eval_samples, held_out), said
 

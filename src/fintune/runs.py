@@ -63,7 +63,7 @@ def _facts(root: Path) -> Json:
     same = _done(made) and (not run or run["inputs"]["data"].items() <= parts.items())
     trained = run["files"][ADAPTER]["sha256"] if _done(run) else None
     current = _done(tested) and (not run or tested["inputs"]["adapter"] == trained)
-    found = read_json(root / "eval" / results.RESULTS) if current else {}
+    found = read_json(results.latest(root / "eval") / results.RESULTS) if current else {}
     loss = float(found["loss"]["adapter"]) if current else None
     if not isfinite(loss or 0):
         raise ValueError("a loss that is no number")
@@ -149,6 +149,7 @@ def show(run: str, line: Callable[[str], None]) -> Json:
     """
     folder = evaluation(run)
     with failing(f"{folder} is not of this version", *UNLIKE, fix="fintune eval --fresh"):
+        folder = results.latest(folder)
         results.read_evaluation(folder)
         return results.tell(folder, line)
 

@@ -24,9 +24,11 @@ DONE = "done.json"
 INPUTS = "inputs.json"
 EVALUATIONS = "evaluations.jsonl"
 """Beside prepared data: a line for each evaluation of them."""
-UNREAD = ("checkpoints/", "judge_calls.jsonl", EVALUATIONS)
-"""Beginnings of names that no later stage reads: checkpoints have a seal each, and the logs grow
-when their stage is finished."""
+JUDGINGS = "judgings"
+"""In an evaluation: a folder with a seal of its own for each judge."""
+UNREAD = ("checkpoints/", f"{JUDGINGS}/", "judge_calls.jsonl", EVALUATIONS)
+"""Beginnings of names that are not read with a folder: checkpoints and judgings have a seal each,
+and the logs grow when their stage is finished."""
 HOLDER = "process "
 """Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."
@@ -163,7 +165,8 @@ def evaluations(data: Path) -> list[dict[str, Any]]:
             with suppress(ValueError, LookupError, TypeError, RecursionError):
                 row = json.loads(line)
                 date.fromisoformat(row["date"])
-                rows.append({**row, "inputs": str(row["inputs"]), "questions": {*row["questions"]}})
+                names = {key: str(row.get(key) or "") for key in ("inputs", "judging")}
+                rows.append({**row, **names, "questions": {*row["questions"]}})
     return rows
 
 

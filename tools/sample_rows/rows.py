@@ -284,7 +284,8 @@ def _trained(draw: Callable[[], SampleRow]) -> SampleRow:
         row = draw()
         said = [Message("user", question) for question, _ in row.turns]
         place = hash64(passage(Example("", 0, "", tuple(said))))
-        if part_of(place, shares.validation_share, shares.test_share or 0.0) == "train":
+        held_out = {"validation": shares.validation_share, "test": shares.test_share or 0.0}
+        if part_of(place, held_out) == "train":
             return row
 
 

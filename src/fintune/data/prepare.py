@@ -22,7 +22,16 @@ from fintune.console import heading, meter, say, warn
 from fintune.data import WORDS
 from fintune.data.decontaminate import read_benchmarks
 from fintune.data.filters import MEANINGS
-from fintune.data.report import PARTS, Ledger, Part, Parts, Selected, Tokenized, write_account
+from fintune.data.report import (
+    FINAL,
+    PARTS,
+    Ledger,
+    Part,
+    Parts,
+    Selected,
+    Tokenized,
+    write_account,
+)
 from fintune.data.scan import scan
 from fintune.data.split import LEAST_TEST_SHARE, near_duplicates, share_of_test, split
 from fintune.data.texts import mask_messages
@@ -120,8 +129,11 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
         warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
     if manifest["inputs"]["settings"]["test_share"] != (share := manifest["test_share"]):
         say(f"data.test_share is not set: {share:.0%} of so many rows are test rows")
-    kept = " + ".join(f"{rows[part]} {part}" for part in PARTS)
+    kept = " + ".join(f"{rows[part]} {part}" for part in (*PARTS, FINAL) if part in rows)
     say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped")
+    if (most := manifest["related"]["largest"]) > (rows["read"] - out.total()) / 2:
+        more = "give rows of more reports, or texts that overlap less"
+        warn(f"{most} rows are one group of related texts, none of which can be tested: {more}")
     for reason, count in out.most_common():
         hint = f"; {HINTS[reason]}" if reason in HINTS else ""
         say(f"{count:>8,} {reason}: {MEANINGS[reason]}{hint}")
@@ -163,7 +175,7 @@ def _select(
 ) -> Selected:
     """Select the rows; where the caps are not filled, again among four times the candidates."""
     data = config.data
-    share = data.validation_share + (data.test_share or LEAST_TEST_SHARE)
+    share = data.validation_share + (data.test_share or LEAST_TEST_SHARE) + data.final_share
     most = max(data.max_train_rows / (1 - share), data.max_held_out_rows / share)
     wanted = math.ceil(MARGIN * most)
     while True:
@@ -188,7 +200,8 @@ def _select(
         test_share = data.test_share or share_of_test(len(rows))
         parts, full = _fill(rows, sources, data, test_share, ledger)
         if full or complete:
-            parts["train"] = _unrepeated(parts["train"], parts["test"], ledger)
+            asked = [row for part in ("test", FINAL) for row in parts.get(part, [])]
+            parts["train"] = _unrepeated(parts["train"], asked, ledger)
             _check_left(Ledger.beside(config.data_dir), ledger, parts)
             record = chat.template.record
             found = [*hits.values()]
@@ -277,14 +290,15 @@ def _fill(
     ledger: Ledger,
 ) -> tuple[Parts, bool]:
     """Put rows in hash order into their parts until the caps are full; whether all are."""
-    shares = (data.validation_share, test_share)
-    validation = max(1, round(data.max_held_out_rows * shares[0] / sum(shares)))
-    test = max(1, data.max_held_out_rows - validation)
-    caps = dict(zip(PARTS, (data.max_train_rows, validation, test), strict=True))
-    parts: Parts = {part: [] for part in PARTS}
+    shares = {"validation": data.validation_share, "test": test_share, FINAL: data.final_share}
+    shares = {part: share for part, share in shares.items() if share}
+    held_out = data.max_held_out_rows / sum(shares.values())
+    caps = {part: max(1, round(held_out * share)) for part, share in shares.items()}
+    caps = {"train": data.max_train_rows, **caps}
+    parts: Parts = {part: [] for part in caps}
     configs = {source.name: source.config for source in sources}
     taken: Counter[int] = Counter()
-    placed = split([row.example for row in rows], *shares)
+    placed = split([row.example for row in rows], shares)
     for row, (group, part) in zip(rows, placed, strict=True):
         source = configs[row.example.source]
         if taken[id(source)] >= (source.max_rows or math.inf):

@@ -17,7 +17,8 @@ from fintune.files import write_json
 from fintune.page import save_page
 from fintune.sources import Source
 
-PARTS = ("train", "validation", "test")
+PARTS, FINAL = ("train", "validation", "test"), "final"
+"""The last where `data.final_share` keeps a part back."""
 
 SAMPLES = 3
 """Rows of each reason whose text the report shows."""
@@ -193,11 +194,13 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def _related(parts: Parts) -> dict[str, int]:
-    """Groups of related rows, and those with rows in training and held out."""
+    """Groups of related rows, rows of the largest, groups with rows in training and held out."""
+    sizes = Counter(group for rows in parts.values() for group, _ in rows)
     trained = {group for group, _ in parts["train"]}
     held_out = [group for part, rows in parts.items() if part != "train" for group, _ in rows]
     return {
-        "groups": len(trained.union(held_out)),
+        "groups": len(sizes),
+        "largest": max(sizes.values()),
         "groups_on_both_sides": len(trained.intersection(held_out)),
         "held_out_rows_of_those": sum(group in trained for group in held_out),
     }

@@ -6,13 +6,14 @@ besides instructions must be near too, and numbers, names and words of direction
 *Related*: the same longest passage, or most word sequences of the smaller one shared. Sequences
 that many different passages share are instructions and are left out.
 
-A row's part is a function of the hash of the document that it names (`context_id`), else of its
-longest passage, so adding rows never moves a row.
-Related rows of different passages may therefore fall into two parts. None is dropped; those held
-out choose the checkpoint (validation), and only groups wholly held out for it decide the verdict.
+A group goes into one part as a whole, by the smallest hash of its documents: those that its rows
+name (`context_id`), else its longest passages. So adding a row moves no other one, but where it is
+related to them. A group with more rows than a held-out part should have is never held out as a
+whole: its rows choose the checkpoint (validation) or are trained on, one passage by one.
 """
 
 import re
+from itertools import accumulate
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -38,32 +39,32 @@ def share_of_test(rows: int) -> float:
     return next((share for most, share in TEST_SHARES.items() if rows < most), LEAST_TEST_SHARE)
 
 
-def part_of(passage_hash: int, validation: float, test: float) -> str:
-    """`validation`, `test` or `train`, by the shares of all passages that the first two get."""
-    at = hash64("split", str(passage_hash)) / 2**64
-    return "validation" if at < validation else "test" if at < validation + test else "train"
-
-
-def split(examples: list[Example], validation: float, test: float) -> list[tuple[str, str]]:
+def split(examples: list[Example], shares: dict[str, float]) -> list[tuple[str, str]]:
     """The key of every row's group of related rows, and its part.
 
-    A test row of a group that has rows in other parts goes to validation.
+    Args:
+        shares: the share of all rows that each held-out part gets; the others are `train`.
     """
     if not examples:
         return []
     hashes = np.array([document(example) for example in examples], np.uint64)
     passages, passage_of = np.unique(hashes, return_inverse=True)
-    groups = components(examples, passage_of, len(passages))
-    parts = [part_of(int(each), validation, test) for each in passages]
-    of_group: dict[int, set[str]] = {}
-    for at in passage_of:
-        of_group.setdefault(groups[at], set()).add(parts[at])
+    group_of = components(examples, passage_of, len(passages))[passage_of]
+    fits = np.bincount(group_of) <= max(1, len(examples) * max(shares.values()))
     placed = []
-    for at in passage_of:
-        mixed = parts[at] == "test" and len(of_group[groups[at]]) > 1
-        part = "validation" if mixed else parts[at]
-        placed.append((f"{passages[groups[at]]:016x}", part))
+    for passage, group in zip(passage_of, group_of, strict=True):
+        part = part_of(int(passages[group if fits[group] else passage]), shares)
+        if part != "validation" and not fits[group]:
+            part = "train"
+        placed.append((f"{passages[group]:016x}", part))
     return placed
+
+
+def part_of(document_hash: int, shares: dict[str, float]) -> str:
+    """The part of a document by its hash: the shares of all documents that held-out parts get."""
+    at = hash64("split", str(document_hash)) / 2**64
+    ends = zip(shares, accumulate(shares.values()), strict=True)
+    return next((part for part, end in ends if at < end), "train")
 
 
 def near_duplicates(examples: list[Example], threshold: float) -> dict[int, int]:

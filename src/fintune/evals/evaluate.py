@@ -8,7 +8,7 @@ from these files alone (`results.rescore`).
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -24,16 +24,16 @@ from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
 from fintune.console import meter, say, warn
-from fintune.documents import document_keys
-from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import history, judge, results, verdict
-from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, as_example, load_pairs
+from fintune.errors import DataError, NotFinite, OutputError
+from fintune.evals import history, judge, judging, results, verdict
+from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
-from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
+from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
+from fintune.judgings import results_dir
 from fintune.loss import causal_model, sum_loss
 from fintune.rewording import contaminated
 from fintune.sources import Source, recorded_commits
@@ -41,30 +41,48 @@ from fintune.sources import Source, recorded_commits
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
 PACKAGES = ("fintune", "torch", "transformers", "peft")
+FINAL = "final"
+"""The part of the prepared rows that is kept back (`data.final_share`)."""
 ROWS_AT_ONCE = 20_000
 """Training rows that are compared with the questions at once: 0.3 GB of rows of 300 words."""
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
 
-def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> dict[str, Any]:
+def evaluate(
+    config: Config,
+    *,
+    fresh: bool = False,
+    judge_host: str = "",
+    final: bool = False,
+    again: str = "",
+) -> dict[str, Any]:
     """Evaluate the best adapter of a run against its base.
 
     Args:
         fresh: move an existing evaluation aside instead of keeping or continuing it.
         judge_host: another host that may get the judge's key (see `judge.api_key`).
+        final: ask the part of the rows that was kept back (`data.final_share`), without tasks, in
+            a folder of its own beside the evaluation's.
+        again: why that part is opened another time.
 
     Returns:
-        The content of test_results.json.
+        The content of test_results.json; with a judge, of its judging.
 
     Raises:
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
-        DataError: no test row. GateRefused: the judge's budget is spent.
+        DataError: no test row. GateRefused: the judge's budget is spent, or the
+        part kept back was opened before.
     """
+    part = FINAL if final else "test"
+    if final:
+        place = config.eval_dir.with_name(f"{config.eval_dir.name}-{FINAL}")
+        settings = config.eval.model_copy(update={"out": place, "tasks": {}})
+        config = config.model_copy(update={"eval": settings})
     base = model.find_base(config.model, kept_in=[config.run_dir])
     folder = config.eval_dir
     tasks = _find_tasks(config, fresh)
-    inputs = _inputs(config, base, tasks)
+    inputs = _inputs(config, base, tasks, part)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -73,15 +91,17 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
         else:
             most = config.eval.max_items
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
+            if final:
+                history.open_final(config.data_dir, inputs, again)
             seal.start(folder, inputs)
-            looks = history.looks(config.data_dir, inputs)
-            _answer(config, base, folder, inputs, asked, looks, fresh)
-            _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
-            history.note(config.data_dir, inputs, read_json(folder / results.RESULTS))
-        planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
-        if {call.key for call in planned} - judge.finished(folder).keys():
-            _judge(config, folder, inputs, judge_host)
-    return results.tell(folder)
+            _answer(config, base, folder, inputs, asked, part, fresh)
+            write_jsonl(folder / judge.NAME, judge.raw_rows(judging.judged_set(folder)))
+            found = results.write_results(folder)
+            seal.seal(folder, inputs)
+            history.note(config.data_dir, inputs, found["verdict"])
+        if config.eval.judge.model:
+            judging.ask(config, judge_host)
+    return results.tell(results_dir(config))
 
 
 def check_tasks(config: Config, *, fresh: bool = False) -> None:
@@ -92,59 +112,6 @@ def check_tasks(config: Config, *, fresh: bool = False) -> None:
     """
     for name, sources in _find_tasks(config, fresh).items():
         task_items(name, sources, config.eval.max_items)
-
-
-def judge_answers(
-    config: Config, *, judge_host: str = "", labels: Path | None = None
-) -> dict[str, Any]:
-    """Ask the judge about the answers of a finished evaluation and compute its results again.
-
-    Args:
-        judge_host: another host that may get the judge's key (see `judge.api_key`).
-        labels: human verdicts to compare the judge's with (see `judge.raw_rows`).
-
-    Raises:
-        ConfigError: no judge is configured. DataError: `labels` is no such file.
-        OutputError: the evaluation is unfinished.
-    """
-    folder = config.eval_dir
-    inputs = results.read_evaluation(folder)["inputs"]
-    if config.eval.judge.model is None:
-        raise ConfigError("no judge is configured", fix="--set eval.judge.model=MODEL")
-    with seal.lock(folder):
-        _judge(config, folder, inputs, judge_host, labels)
-    return results.tell(folder)
-
-
-def _judge(
-    config: Config,
-    folder: Path,
-    inputs: dict[str, Any],
-    judge_host: str,
-    labels: Path | None = None,
-) -> None:
-    """Ask the judge, then make the results again with its verdicts.
-
-    Where a call fails, the results from before stay as they are.
-    """
-    pairs, settings = _judged_set(folder), config.eval.judge
-    planned = judge.plan(pairs, settings, config.seed)
-    done = judge.ask(folder, planned, settings, judge_host)
-    _finish(folder, inputs, judge.raw_rows(pairs, planned, done, settings.model, labels))
-
-
-def _finish(folder: Path, inputs: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the judge's raw file and the results, and seal the folder."""
-    (folder / seal.DONE).unlink(missing_ok=True)
-    write_jsonl(folder / judge.NAME, rows)
-    results.write_results(folder)
-    seal.seal(folder, inputs)
-
-
-def _judged_set(folder: Path) -> list[Pair]:
-    """The items of the judged set with the answers of base and adapter."""
-    chosen = set(read_json(folder / "run.json")["judged"])
-    return [pair for pair in load_pairs(folder) if pair.item.id in chosen]
 
 
 def _find_tasks(config: Config, fresh: bool) -> Tasks:
@@ -158,8 +125,11 @@ def _find_tasks(config: Config, fresh: bool) -> Tasks:
     return find_questions(config.eval.tasks, recorded_commits(prepared, begun))
 
 
-def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
+def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[str, Any]:
     data = seal.read_data(config.data_dir)
+    if f"{part}.parquet" not in data["files"]:
+        what = f"{config.data_dir} holds no {part} part"
+        raise DataError(what, fix="prepare with a share of it: --set data.final_share=0.1 --fresh")
     adapter = "best/adapter_model.safetensors"
     run = seal.read_seal(
         config.run_dir, stage="training run", make="fintune train", needed=[adapter]
@@ -170,7 +140,8 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks) -> dict[str, Any]:
         raise OutputError(what, fix="set model.revision and model.path as they were")
     excluded = {"out", "judge", "tasks"}  # paths are others on another machine
     return {
-        **{part: data["files"][f"{part}.parquet"]["sha256"] for part in ("train", "test")},
+        "train": data["files"]["train.parquet"]["sha256"],
+        "test": data["files"][f"{part}.parquet"]["sha256"],
         "adapter": run["files"][adapter]["sha256"],
         "base": config.model.id,
         "base_revision": base.revision,
@@ -192,16 +163,17 @@ def _answer(
     folder: Path,
     inputs: dict[str, Any],
     asked: list[Item],
-    looks: int,
+    part: str,
     fresh: bool,
 ) -> None:
     """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
     precision, device = config.train.precision, model.device()
     model.set_threads(model.free_threads())
     chat = model.load_chat(base, config.chat, config.data_dir)
-    rows = pq.read_table(config.data_dir / "test.parquet").to_pylist()
+    path = config.data_dir / f"{part}.parquet"
+    rows = pq.read_table(path).to_pylist()
     if not rows:
-        what = f"{config.data_dir / 'test.parquet'} has no row"
+        what = f"{path} has no row"
         raise DataError(what, fix="prepare more rows, or raise data.test_share")
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
@@ -217,7 +189,7 @@ def _answer(
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    run_info["looks"] = looks
+    run_info["looks"] = history.looks(config.data_dir, inputs)
     write_json(folder / "run.json", run_info)
     _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
     packages = run_info["provenance"]["packages"]
@@ -268,9 +240,13 @@ def _choose(
     longest = context - config.eval.max_new_tokens
     encoded = [(item, chat.prompt_ids(item.messages)) for item in items]
     prompts = [(item, ids) for item, ids in encoded if len(ids) <= longest]
-    prompts, contaminated_ids = _by_document(config, prompts)
     fitting, test_ids = [item for item, _ in prompts], {item.id for item in test_items}
-    _warn_of_no_documents(fitting, test_ids)
+    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
+    trained = set(groups.to_pylist())
+    contaminated_ids = [item.id for item in fitting if item.group in trained]
+    fitting = by_document(fitting)
+    prompts = [(item, ids) for item, (_, ids) in zip(fitting, prompts, strict=True)]
+    _warn_of_no_documents([item for item in fitting if item.id not in test_ids])
     pool = [item for item in fitting if item.id in test_ids or item.kind == "text"]
     return prompts, {
         "primary": config.eval.primary,
@@ -303,30 +279,14 @@ def _repeated(config: Config, asked: list[Item]) -> set[str]:
     return found
 
 
-def _by_document(config: Config, prompts: Prompts) -> tuple[Prompts, list[str]]:
-    """The prompts with one key a document for all tasks, and the ids of those whose group of
-    related rows was trained on."""
-    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
-    trained = set(groups.to_pylist())
-    met = [item.id for item, _ in prompts if item.group in trained]
-    keys = document_keys(
-        [as_example(item) for item, _ in prompts], [item.group for item, _ in prompts]
-    )
-    keyed = zip(prompts, keys, strict=True)
-    return [(replace(item, group=key), ids) for (item, ids), key in keyed], met
-
-
-def _warn_of_no_documents(items: list[Item], test_ids: set[str]) -> None:
+def _warn_of_no_documents(asked: list[Item]) -> None:
     """Say which tasks' questions count as independent, as nothing tells their documents."""
-    spread: dict[str, Counter[str]] = {}
-    for item in items:
-        if item.id not in test_ids:
-            spread.setdefault(item.task, Counter())[item.group] += 1
-    alone = [name for name, groups in spread.items() if max(groups.values()) == 1]
-    if alone:
+    often = Counter((item.task, item.group) for item in asked)
+    shared = {task for (task, _), count in often.items() if count > 1}
+    if alone := {item.task for item in asked} - shared:
         warn(
-            f"{', '.join(alone)}: no two questions share a document, so they count as independent; "
-            "where some do, name it in each line: context_id"
+            f"{', '.join(sorted(alone))}: no two questions share a document, so they count as "
+            "independent; where some do, name it in each line: context_id"
         )
 
 

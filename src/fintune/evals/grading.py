@@ -8,11 +8,12 @@ labels by the words offered.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from fintune.documents import document_keys
 from fintune.evals import numbers
 from fintune.evals.amounts import clean
 from fintune.example import Example, Message
@@ -317,6 +318,12 @@ def as_example(item: Item) -> Example:
     """A question with its reference, as training rows are compared with it."""
     answer = Message("assistant", item.reference)
     return Example(item.task, 0, item.id, (*item.messages, answer))
+
+
+def by_document(items: list[Item]) -> list[Item]:
+    """The questions with one key a document as their group, for all tasks."""
+    keys = document_keys([as_example(item) for item in items], [item.group for item in items])
+    return [replace(item, group=key) for item, key in zip(items, keys, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

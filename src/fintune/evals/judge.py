@@ -26,11 +26,11 @@ from fintune.evals.endpoint import LIMITS, SCHEMA, Endpoint, NoCompletion
 from fintune.evals.grading import PHRASES, VARIANTS, Item, Pair
 from fintune.evals.numbers import compare
 from fintune.files import FORMAT, JsonlLog, read_jsonl, sha256_bytes, sha256_json
+from fintune.judgings import RUBRIC
 
 Json = dict[str, Any]
 NAME = "eval_50_gpt_judged_raw.jsonl"
 """The raw file: a line per judge call, or without a judge a line per item of the judged set."""
-RUBRIC = Path(__file__).with_name("rubric.md").read_text("utf-8")
 SCORE = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
 """What an outcome counts in the adapter's win rate."""
 MOST_OBJECTS = 1000
@@ -234,7 +234,7 @@ def ask(
     reply that is no completion fails its call alone, unless CONCURRENCY come and no completion.
 
     Args:
-        folder: of the evaluation; its `judge_calls.jsonl` gets a line per finished call.
+        folder: of the judging; its `judge_calls.jsonl` gets a line per finished call.
         judge_host: another host that may get the key (see `endpoint.api_key`).
 
     Returns:

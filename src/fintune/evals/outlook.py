@@ -3,17 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from fintune import console, seal
 from fintune.config import Config
-from fintune.documents import document_keys
 from fintune.errors import FintuneError
 from fintune.evals import stats
-from fintune.evals.grading import HeldOutItems, Item, Pair, as_example
+from fintune.evals.grading import HeldOutItems, Item, Pair, by_document
 from fintune.evals.results import CHECKED, deciding_pairs
 from fintune.evals.tasks import find_questions, task_items
 from fintune.evals.verdict import FEWEST_CHECKABLE, FEWEST_DOCUMENTS, FEWEST_ITEMS
@@ -44,11 +42,11 @@ def outlook(config: Config) -> dict[str, Any]:
     items, settings = _test_items(config), config.eval
     checked = [item for item in items if item.kind in CHECKED][: settings.max_items]
     checked += [item for item in _of_tasks(config) if item.kind in CHECKED]
-    chosen = [pair.item for pair in deciding_pairs([Pair(i, {}, {}) for i in _keyed(checked)])]
+    chosen = [pair.item for pair in deciding_pairs([Pair(i, {}, {}) for i in by_document(checked)])]
     wanted = len(chosen) < FEWEST_CHECKABLE or settings.primary == "win_rate"
     judged, fewest = wanted and settings.judge.model is not None, FEWEST_CHECKABLE
     if judged:
-        chosen, fewest = _keyed(items[: settings.judged_items]), FEWEST_ITEMS
+        chosen, fewest = by_document(items[: settings.judged_items]), FEWEST_ITEMS
     sizes = [*Counter(item.group for item in chosen).values()]
     effective = len(chosen) ** 2 / max(1, sum(size**2 for size in sizes))
     impossible, lacks = "", min(len(chosen) / fewest, effective / FEWEST_DOCUMENTS)
@@ -82,12 +80,6 @@ def _of_tasks(config: Config) -> list[Item]:
     except FintuneError as error:
         console.warn(f"the questions of eval.tasks are not counted: {error.what}")
         return []
-
-
-def _keyed(items: list[Item]) -> list[Item]:
-    """The items with one key a document."""
-    keys = document_keys([as_example(item) for item in items], [item.group for item in items])
-    return [replace(item, group=key) for item, key in zip(items, keys, strict=True)]
 
 
 def _remedy(share: float, lacks: float, judged: bool) -> str:

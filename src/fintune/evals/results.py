@@ -12,11 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from fintune import seal
 from fintune.console import say, warn
-from fintune.errors import GateRefused
+from fintune.errors import GateRefused, OutputError
 from fintune.evals import judge, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
 from fintune.evals.verdict import decide, summary
@@ -30,7 +31,8 @@ of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
 KEPT = "kept.json"
 """In an evaluation: which items' answers of the base it did not ask for itself."""
-RESULTS, REPORT = "test_results.json", "report.html"
+RUN, RESULTS, REPORT = "run.json", "test_results.json", "report.html"
+ANSWERS = "predictions.jsonl"
 MOST_A_DOCUMENT = 10
 """Questions of one document that decide, drawn by hash: more tell little, and one large document
 would decide alone."""
@@ -57,16 +59,17 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     """The content of test_results.json without its format number.
 
     Args:
-        folder: of the evaluation.
+        folder: of an evaluation or a judging.
         pairs: its items with answers and grades (`load_pairs`).
     """
-    run = read_json(folder / "run.json")
+    answered = evaluation_of(folder)
+    run = read_json(answered / RUN) | read_json(folder / RUN)
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(folder / "predictions.jsonl")
-    kept = read_json(folder / KEPT) if (folder / KEPT).exists() else {"items": []}
+    answers = read_jsonl(answered / ANSWERS)
+    kept = read_json(answered / KEPT) if (answered / KEPT).exists() else {"items": []}
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
-    loss = loss_summary(list(read_jsonl(folder / "heldout.jsonl")))
+    loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
     tasks = by_task(checked, deciding, run["max_task_drop"])
@@ -149,19 +152,12 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
     Two orders with different outcomes are a tie; where `known` names a variant, it wins.
     """
     orders: dict[str, list[str | None]] = {}
-    human: dict[str, str] = {}
     for row in rows:
         orders.setdefault(row["id"], []).append(row["outcome"])
-        human |= {row["id"]: row["human"]} if row["human"] else {}
-    wins, opinions = dict[str, str](), dict[str, str]()
-    against = 0
-    for key, (first, second) in orders.items():
-        if first and second:
-            opinions[key] = first if first == second else "tie"
-        exact, opinion = known[key][0], opinions.get(key)
-        against += exact is not None and opinion not in (None, "tie", exact)
-        if exact or opinion:
-            wins[key] = exact or opinion or ""
+    human = {row["id"]: row["human"] for row in rows if row["human"]}
+    said = {key: a if a == b else "tie" for key, (a, b) in orders.items() if a and b}
+    exact = {key: known[key][0] or "" for key in orders if known[key][0]}
+    wins = {key: win for key in orders if (win := exact.get(key) or said.get(key))}
     scores = [judge.SCORE[winner] for winner in wins.values()]
     groups = [known[key][1] for key in wins]
     chosen = [row for row in rows if row["outcome"] in VARIANTS]
@@ -177,8 +173,8 @@ def _pairwise(rows: list[Json], known: Known) -> Json:
         },
         "position_consistency": stats.rate([a is not None and a == b for a, b in orders.values()]),
         "first_position": stats.rate(chose_first, [row["id"] for row in chosen]),
-        "against_arithmetic": against,
-        "human": stats.agreement([(opinions[key], human[key]) for key in opinions if key in human]),
+        "against_arithmetic": sum(said.get(k, "tie") not in ("tie", exact[k]) for k in exact),
+        "human": stats.agreement([(said[key], human[key]) for key in said if key in human]),
         "items": wins,
     }
 
@@ -221,18 +217,14 @@ def _compare(pairs: list[Pair], test: Callable[[Graded], bool]) -> Json:
 def _majority_flags(pairs: list[Pair]) -> list[bool]:
     """For every pair whether the commonest answer is right: of its kind in the training rows, of a
     task without any the one that most of these questions have."""
-    common: dict[str, Counter[str]] = {}
-    for pair in pairs:
-        if pair.item.kind == "label":
-            common.setdefault(pair.item.task, Counter())[pair.item.reference] += 1
-    flags = []
-    for pair in pairs:
-        answer = pair.item.majority
-        if answer is None and pair.item.task in common:
-            answer = common[pair.item.task].most_common(1)[0][0]
-        graded = pair.item.grade(answer) if answer is not None else None
-        flags.append(graded is not None and graded.correct)
-    return flags
+    items = [pair.item for pair in pairs]
+    labels: dict[str, list[str]] = {item.task: [] for item in items}
+    for item in items:
+        labels[item.task] += [item.reference] * (item.kind == "label")
+    common = {task: mode(said) for task, said in labels.items() if said}
+    answers = [item.majority or common.get(item.task, "") for item in items]
+    graded = [item.grade(answer) for item, answer in zip(items, answers, strict=True)]
+    return [one is not None and one.correct for one in graded]
 
 
 def _over_majority(pairs: list[Pair]) -> Json:
@@ -259,11 +251,11 @@ def overall(deciding: list[Pair], tasks: int) -> Json:
 
 
 def _measures(pairs: list[Pair]) -> Json:
-    measures = {}
-    for name, (kinds, test) in MEASURES.items():
-        if chosen := [pair for pair in pairs if pair.item.kind in kinds]:
-            measures[name] = _compare(chosen, test)
-    return measures
+    return {
+        name: _compare(chosen, test)
+        for name, (kinds, test) in MEASURES.items()
+        if (chosen := [pair for pair in pairs if pair.item.kind in kinds])
+    }
 
 
 def by_task(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
@@ -307,10 +299,33 @@ def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
     return dict(Counter(misses).most_common())
 
 
+def evaluation_of(folder: Path) -> Path:
+    """The evaluation that a judging is of; of an evaluation itself."""
+    return folder.parent.parent if folder.parent.name == seal.JUDGINGS else folder
+
+
+def latest(folder: Path) -> Path:
+    """The last finished judging of an evaluation; without any the evaluation itself."""
+    made = [path.parent for path in folder.glob(f"{seal.JUDGINGS}/*/{seal.DONE}")]
+    return max(made, key=lambda path: int(read_json(path / RUN)["looks"]), default=folder)
+
+
 def read_evaluation(folder: Path, *, unread: tuple[str, ...] = ()) -> Json:
-    """The seal of a finished evaluation with its raw files; see `seal.read_seal`."""
-    needed = ("run.json", "predictions.jsonl", "heldout.jsonl", judge.NAME)
-    return seal.read_seal(folder, stage="evaluation", make=COMMAND, needed=needed, unread=unread)
+    """The seal of a finished evaluation, or of a judging, with its raw files (`seal.read_seal`).
+
+    Raises:
+        OutputError: it is unfinished or changed, or the judging is of other answers.
+    """
+    tested, raw = evaluation_of(folder), (RUN, ANSWERS, "heldout.jsonl", judge.NAME)
+    done = seal.read_seal(tested, stage="evaluation", make=COMMAND, needed=raw, unread=unread)
+    if tested == folder:
+        return done
+    made, make = (RUN, judge.NAME), "fintune judge"
+    judged = seal.read_seal(folder, stage="judging", make=make, needed=made, unread=unread)
+    if judged["inputs"].get("answers") != done["files"][ANSWERS]["sha256"]:
+        what = f"{folder} is the judging of other answers than {tested} holds"
+        raise OutputError(what, fix=f"make both again: {COMMAND} --fresh")
+    return judged
 
 
 def check_results(folder: Path) -> None:
@@ -323,7 +338,7 @@ def check_results(folder: Path) -> None:
     read_evaluation(folder)
     path, differing = folder / RESULTS, ["they cannot be read"]
     with contextlib.suppress(Exception):  # whatever forged raw files raise
-        text = json_text(compute_results(folder, load_pairs(folder)))
+        text = json_text(compute_results(folder, load_pairs(evaluation_of(folder))))
         if path.read_text(encoding="utf-8") == text:
             return
         differing = seal.differences(read_json(path), json.loads(text)) or ["its formatting"]
@@ -369,12 +384,12 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
     return results
 
 
-def write_results(folder: Path) -> None:
-    """Write test_results.json and report.html from the raw files.
+def write_results(folder: Path) -> Json:
+    """Write test_results.json and report.html from the raw files; returns the results.
 
     The report carries no date, so that rescoring makes the same bytes.
     """
-    pairs = load_pairs(folder)
+    pairs = load_pairs(evaluation_of(folder))
     results = compute_results(folder, pairs)
     write_json(folder / RESULTS, results)
     rows = read_jsonl(folder / judge.NAME)
@@ -393,3 +408,4 @@ def write_results(folder: Path) -> None:
         groups=groups,
         verdicts=verdicts,
     )
+    return results

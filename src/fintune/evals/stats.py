@@ -6,6 +6,7 @@ and Price 2012 (Stat Methods Med Res 21:479) for the two added questions; Dean a
 (JSSAM 3:484) for rates over documents; Holm 1979; Cohen 1960 for kappa.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ POWER, SIMULATED = 0.8, 4_000
 """Power at the minimum detectable effect; the simulated comparisons that it is found by."""
 FINEST = 4_000
 """Most steps on which a sign flip test places the sums of documents."""
+_Z = float(stats.norm.ppf(1 - LEVEL / 2))
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -108,7 +110,7 @@ def rate(passed: Sequence[bool], documents: Sequence[str] | None = None) -> dict
         return {"value": None, "k": 0, "n": 0, "ci95": [0.0, 1.0]}
     mean = cluster_mean([float(each) for each in passed], documents, (0.0, 1.0))
     independent = len(mean.sizes) == n
-    z = stats.norm.ppf(1 - LEVEL / 2) if independent else stats.t.ppf(1 - LEVEL / 2, mean.df)
+    z = _Z if independent else stats.t.ppf(1 - LEVEL / 2, mean.df)
     p, size = count / n, n / (1 if independent else mean.design_effect)
     middle = (p + z**2 / (2 * size)) / (1 + z**2 / size)
     reach = z * np.sqrt(p * (1 - p) / size + (z / (2 * size)) ** 2) / (1 + z**2 / size)
@@ -168,15 +170,10 @@ def sign_flip(sums: Sequence[float] | Floats) -> float:
     scaled = exact * (2 if halves else FINEST / max(np.abs(exact).sum(), 1e-12))
     steps = np.abs(np.round(scaled)).astype(int)
     steps //= max(1, np.gcd.reduce(steps))
-    chance = np.zeros(int(steps.sum()) + 1)  # of every sum of those that are not flipped
-    chance[0] = 1.0
-    top = 0
+    chance = np.ones(1)  # of every sum of those that are not flipped
     for step in steps[steps > 0].tolist():
-        kept = chance[: top + 1] / 2
-        chance[: top + 1] = kept
-        chance[step : step + top + 1] += kept
-        top += step
-    reached = np.abs(2 * np.arange(top + 1) - top)
+        chance = np.convolve(chance, np.bincount([0, step]) / 2)
+    reached = np.abs(2 * np.arange(len(chance)) - len(chance) + 1)
     seen = abs(int((np.sign(exact) * steps).sum()))
     beyond = chance[reached > seen].sum() + chance[reached == seen].sum() / 2
     return float(beyond) if seen else 1.0
@@ -204,10 +201,8 @@ def detectable(lost: float, n: float, df: float) -> float:
         error = np.sqrt(((wins + losses + 2) / (count + 2) - mean**2) / (count + 1))
         null = stats.binom(wins + losses, 0.5)
         tail = null.cdf(losses) - null.pmf(losses) / 2
-        if np.mean((mean > reach * error) & (2 * tail < LEVEL)) < POWER:
-            low = gain
-        else:
-            high = gain
+        found = np.mean((mean > reach * error) & (2 * tail < LEVEL)) >= POWER
+        low, high = (low, gain) if found else (gain, high)
     return float(high)
 
 
@@ -222,29 +217,19 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def agreement(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Share of equal verdicts of two graders, and Cohen's kappa with its 95 % interval (percentiles
-    of 9,999 resamples of the items).
+    """Share of equal verdicts of two graders, and Cohen's kappa with its 95 % interval.
 
     None without any. Kappa is None where a grader says one and the same word throughout.
     """
     if not pairs:
         return None
-    words = {word: at for at, word in enumerate(sorted({word for pair in pairs for word in pair}))}
-    k, n = len(words), len(pairs)
-    table = np.bincount([words[a] * k + words[b] for a, b in pairs], minlength=k * k)
-    drawn = np.random.default_rng(0).multinomial(n, table / n, 9_999)
-    tables = np.vstack([table, drawn]).reshape(-1, k, k) / n
-    equal = np.trace(tables, axis1=1, axis2=2)
-    expected = (tables.sum(axis=1) * tables.sum(axis=2)).sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kappa = (equal - expected) / (1 - expected)
-    constant = (table.reshape(k, k).sum(axis=0) == n).any() or (
-        table.reshape(k, k).sum(axis=1) == n
-    ).any()
-    ends = np.nanpercentile(kappa[1:], [2.5, 97.5]) if not constant else ()
-    return {
-        "kappa": None if constant else round(float(kappa[0]), 6),
-        "ci95": [round(float(end), 6) for end in ends] or None,
-        "n": n,
-        "agreement": rate([first == second for first, second in pairs]),
-    }
+    n, equal = len(pairs), [first == second for first, second in pairs]
+    first, second = (Counter(words) for words in zip(*pairs, strict=True))
+    found = {"kappa": None, "ci95": None, "n": n, "agreement": rate(equal)}
+    if n in (*first.values(), *second.values()):
+        return found
+    share, chance = sum(equal) / n, sum(first[word] * second[word] for word in first) / n**2
+    kappa, reach = (share - chance, _Z * (share * (1 - share) / n) ** 0.5)
+    ends = (kappa - reach, kappa, min(1 - chance, kappa + reach))
+    low, value, high = (round(end / (1 - chance), 6) for end in ends)
+    return {**found, "kappa": value, "ci95": [low, high]}

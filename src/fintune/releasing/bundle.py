@@ -23,6 +23,7 @@ from fintune import __version__, console, files, model, page, seal
 from fintune.config import Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
+from fintune.judgings import results_dir
 from fintune.releasing.contents import Acceptance, announced, first_evaluated, shipped_rows
 from fintune.releasing.verify import make_golden_prompts
 from fintune.sources import LICENCE
@@ -134,26 +135,29 @@ def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
         OutputError: one is absent, unfinished or changed since.
     """
     run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
-    judged = (RESULTS, JUDGED, "run.json")
+    found, needed = results_dir(config), (RESULTS, JUDGED, "run.json")
     data = seal.read_data(config.data_dir)
     trained = seal.read_seal(
         run, stage="training run", make="fintune train", needed=(adapter, *RUN_FILES)
     )
-    tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=judged)
+    tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=needed)
+    judged = tested
+    if found != evaluation:
+        judged = seal.read_seal(found, stage="judging", make="fintune judge", needed=needed)
     recipe, environment, arguments = (run / name for name in RUN_FILES)
     base = model.find_base(config.model, kept_in=[run])
-    results = files.read_json(evaluation / RESULTS)
+    results = files.read_json(found / RESULTS)
     provenance = {
         "adapter_sha256": trained["files"][adapter]["sha256"],
         "manifest_sha256": data["files"]["manifest.json"]["sha256"],
-        "test_results_sha256": tested["files"][RESULTS]["sha256"],
+        "test_results_sha256": judged["files"][RESULTS]["sha256"],
         "release": config.release.model_dump(mode="json", exclude={"out"}),
         "trained_on": files.read_json(environment).get("finished"),
         "evaluated_on": first_evaluated(config.data_dir, tested["inputs_sha256"]),
     }
-    accepted = Acceptance.of(evaluation, accept, provenance["test_results_sha256"])
+    accepted = Acceptance.of(found, accept, provenance["test_results_sha256"])
     provenance |= accepted.facts
-    text, rows = shipped_rows(evaluation, config, judged=bool(results.get("judge")))
+    text, rows = shipped_rows(found, config, judged=bool(results.get("judge")))
     if text is not None:
         provenance["judged_sha256"] = files.sha256_bytes(text.encode())
     provenance["base"] = base.about
@@ -229,7 +233,7 @@ def _build(staging: Path, inputs: Inputs) -> None:
     kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
     if config.release.training_args_bin:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
-    files.copy_file(config.eval_dir / RESULTS, staging / RESULTS)
+    files.copy_file(results_dir(config) / RESULTS, staging / RESULTS)
     for name, text in ((JUDGED, inputs.judged), (REPORT, inputs.told.report)):
         if text is not None:
             files.write_text(staging / name, text)

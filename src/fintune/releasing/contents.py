@@ -15,7 +15,9 @@ from fintune.untrusted.checks import CONFIG, JUDGED, PROVENANCE, RESULTS, Check,
 
 Json = dict[str, Any]
 ACCEPTED = ".accepted.json"
-"""In the evaluation's folder, hidden from its seal: who accepted its verdict, when and why."""
+"""In the folder of the results, hidden from its seal: who accepted its verdict, when and why."""
+PUBLISHED = 50
+"""Items of the judged file, as its name says; more may be judged."""
 NOT_STATED = "not stated"
 _KEPT = (
     *("format", "id", "task", "key", "status", "unscored_reason", "outcome", "model", "positions"),
@@ -34,7 +36,7 @@ class Acceptance:
     release built again has the same bytes.
 
     Attributes:
-        folder: of the evaluation.
+        folder: of the results.
         reason: None where nothing was accepted.
         facts: what the release states of it.
     """
@@ -74,14 +76,16 @@ def first_evaluated(data: Path, inputs_sha256: str) -> str | None:
 
 
 def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | None, Json]:
-    """The judged file of an evaluation as a release holds it, and what the release holds of the
-    data's rows.
+    """The judged file as a release holds it, of the first items that were judged, and what the
+    release holds of the data's rows.
 
     Args:
-        folder: of the evaluation.
+        folder: of the results: the evaluation's, or a judging's.
         judged: whether a judge was asked; if not, no line looks as if one had been.
     """
     samples, rows = config.release.samples, list(files.read_jsonl(folder / JUDGED))
+    first = [*dict.fromkeys(row.get("id") for row in rows)][:PUBLISHED]
+    rows = [row for row in rows if row.get("id") in first]
     if not judged:
         rows = [row | {"status": "not_judged", "unscored_reason": "no_judge"} for row in rows]
     held: Json = {"samples": samples, "word_for_word": 0}
@@ -93,7 +97,7 @@ def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | N
             graded = row.pop("deterministic", None) or {}
             row["graded"] = {name: one and one["outcome"] for name, one in graded.items()}
         return _lines(rows), held
-    answered = files.read_jsonl(folder / "predictions.jsonl")
+    answered = files.read_jsonl(config.eval_dir / "predictions.jsonl")
     items = (row["item"] for row in answered if row["item"]["task"] not in config.eval.tasks)
     questions = {row["question"] for row in rows if row.get("question")}
     held["word_for_word"] = max(len({item["id"] for item in items}), len(questions))
