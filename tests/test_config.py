@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from accelerate.utils import LoggerType
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -283,7 +283,7 @@ def test_names_of_transformers_are_known_to_it() -> None:
     schedules = {name.value for name in SchedulerType}
     known = tomllib.loads((Path(config.__file__).parent / "names.toml").read_text())
     assert {*known["optim"]} <= optimizers and {*known["lr_scheduler_type"]} <= schedules
-    assert {*known["report_to"]} <= INTEGRATION_TO_CALLBACK.keys()
+    assert {*known["report_to"]} <= {tracker.value for tracker in LoggerType}
     for key in ("optim", "lr_scheduler_type", "report_to"):
         with pytest.raises(ConfigError, match=f"train.{key}"):
             load_config(presets()[0], [f"train.{key}={'[x]' if key == 'report_to' else 'x'}"])

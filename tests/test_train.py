@@ -12,6 +12,7 @@ import torch
 from fintune import train
 from fintune.collate import Collator
 from fintune.config import Config, load_config
+from fintune.errors import ConfigError
 from fintune.files import read_json, read_jsonl, sha256_file
 from fintune.model import Base, attach, find_base, load_base, load_tokenizer
 from fintune.training import checkpoint, memory
@@ -107,6 +108,13 @@ def test_an_update_is_the_same_however_it_is_dealt(
     for gradient, other in zip(*found, strict=True):
         scale = max(float(gradient.norm()), 1e-6)
         assert float((gradient - other).norm()) <= 1e-5 * scale
+
+
+def test_a_tracker_that_is_absent_is_said_before_any_work(config: Config) -> None:
+    changed = config.train.model_copy(update={"report_to": ("clearml",)})
+    with pytest.raises(ConfigError, match="clearml not installed"):
+        train(config.model_copy(update={"train": changed}))
+    assert not config.run_dir.exists()
 
 
 def test_damage_is_found_and_named(config: Config) -> None:

@@ -46,7 +46,7 @@ def filled(page: Path) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=False, **settings)
     environment.filters["f"] = format
     files = (ROOT / "bench" / "results").glob("*.json")
-    results = {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+    results = {path.stem.replace("-", "_"): json.loads(path.read_text("utf-8")) for path in files}
     results |= {"rows": [_found(rows) for rows in ROWS], "fewest": FEWEST_CHECKABLE}
     template = environment.get_template("tables.jinja")
 

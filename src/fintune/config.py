@@ -236,7 +236,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory"""
     report_to: tuple[Annotated[str, Field(pattern=_KNOWN["report_to"])], ...] = ()
-    """trackers of transformers, such as trackio"""
+    """trackers of accelerate, such as trackio"""
 
 
 class JudgeConfig(Section):

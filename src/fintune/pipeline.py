@@ -20,6 +20,7 @@ from fintune.judgings import results_dir
 from fintune.page import render
 from fintune.releasing import bundle
 from fintune.seal import check_place
+from fintune.training.metrics import check_trackers
 from fintune.training.train import train
 
 
@@ -38,6 +39,7 @@ def run(
     """
     for folder in config.folders().values():
         check_place(folder)  # before hours of training, not after
+    check_trackers(config)
     check_tasks(config, fresh=fresh)
     prepare(config, fresh=fresh)
     tell(outlook(config))

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 
+from fintune.config import Config
+from fintune.errors import ConfigError
 from fintune.files import JsonlLog, read_jsonl, write_jsonl
 from fintune.model import device
 from fintune.training.distributed import world_size
@@ -33,6 +36,18 @@ def open_metrics(path: Path, step: int, again: bool) -> JsonlLog:
         rows = log.rows()
     write_jsonl(path, (row for row in rows if row["step"] + (again and "eval_loss" in row) <= step))
     return JsonlLog(path)
+
+
+def check_trackers(config: Config) -> None:
+    """Before any work: accelerate leaves out a tracker that is not installed, without a word.
+
+    Raises:
+        ConfigError: one of `train.report_to`.
+    """
+    installed = {tracker.value for tracker in get_available_trackers()}
+    if absent := sorted({*config.train.report_to} - installed):
+        what = f"train.report_to: {', '.join(absent)} not installed"
+        raise ConfigError(what, fix=f"pip install {' '.join(absent)}")
 
 
 def line_of_steps(state: RunState, rate: float, norm: float, spent: Any) -> dict[str, float]:

@@ -68,6 +68,7 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
         Stopped: SIGTERM, SIGINT or no memory left; the same command continues.
     """
     run = config.run_dir
+    metrics.check_trackers(config)
     with STOP.listening():
         STOP.guard()  # also where another process holds the lock for this one
         distributed.start(config.train.strategy)
