@@ -48,7 +48,7 @@ from fintune import seal, train
 from fintune.config import Config
 from fintune.errors import FintuneError, NoSpace, NotFinite, OutputError
 from fintune.files import space_for, write_json
-from fintune.training import checkpoint, memory
+from fintune.training import checkpoint, run_state
 from fintune.training import train as loop
 from fintune.untrusted.probe import run_limited
 
@@ -326,9 +326,9 @@ def test_a_lock_ends_with_its_owner_not_with_a_child_of_it(tmp_path: Path) -> No
 def test_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert memory.is_out_of_memory(caught.value)
-    assert memory.is_out_of_memory(MemoryError())
-    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert run_state.is_out_of_memory(caught.value)
+    assert run_state.is_out_of_memory(MemoryError())
+    assert not run_state.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_cap_in_the_middle_changes_no_step(new: Callable[..., Config]) -> None:

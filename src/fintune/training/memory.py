@@ -29,6 +29,7 @@ from fintune.model import DTYPES
 from fintune.training import lora
 from fintune.training.distributed import any_rank
 from fintune.training.rows import Order
+from fintune.training.run_state import RunState, is_out_of_memory
 
 HEADROOM = 0.7
 """Share of the free memory that a step may take: glibc needs up to 1.5 times the live bytes, as
@@ -225,11 +226,23 @@ def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool
         model.zero_grad(set_to_none=True)
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(word in str(error) for word in words)
+def decide_checkpointing(state: RunState, model: Any, name: str) -> bool:
+    """Whether gradient checkpointing is on: as set, or as estimated; then tried. Collective."""
+    train, order, key, fits = state.config.train, state.order, "gradient_checkpointing", True
+    auto, on = train.gradient_checkpointing == "auto", train.gradient_checkpointing == "on"
+    if auto:
+        on = state.resolve(key, lambda: needs_checkpointing(model, order, name, train))
+    try:
+        try_largest(model, order, name, checkpointing=on)
+    except (RuntimeError, MemoryError) as error:
+        if on or not auto or not is_out_of_memory(error):
+            raise
+        fits = False
+    if any_rank(not fits):
+        say("gradient checkpointing is on: the largest micro-batch did not fit without")
+        on = state.record(key, True)
+        try_largest(model, order, name, checkpointing=True)
+    return on
 
 
 def _same_masks(model: Any) -> AbstractContextManager[None]:

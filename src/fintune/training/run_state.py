@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fintune import files, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, dump_yaml
@@ -22,7 +24,7 @@ from fintune.errors import ConfigError, ModelError, OutputError, Stopped
 from fintune.files import JsonlLog
 from fintune.model import Base
 from fintune.targets import Targets
-from fintune.training import distributed, memory
+from fintune.training import distributed
 from fintune.training.distributed import world_size
 from fintune.training.rows import Order, Rows
 
@@ -207,7 +209,7 @@ class RunState:
             yield
             return
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         order, step = self.order, self.at.step
         what = f"step {step + 1}: out of memory on micro-batches of {order.most_tokens:,} tokens"
@@ -221,6 +223,13 @@ class RunState:
         files.write_json(self.folder / RECORD, self.resolved)
         fix = f"the same command continues from the last checkpoint, with {more} micro-batches"
         raise Stopped(what, fix=f"{fix} an optimizer step (of the same examples)")
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an allocation failed on the device or the machine; only CUDA has a class for it."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in words)
 
 
 def _accept(folder: Path, fingerprint: dict[str, Any], reason: str) -> None:

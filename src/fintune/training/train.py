@@ -122,7 +122,7 @@ def build(base: Base, tokenizer: Any, rows: Rows, state: RunState) -> None:
     state.order = order = Order(config, rows, collator, distributed.world_size(), more)
     state.validation = read_validation(config.data_dir, config.train.max_eval_samples)
     with state.noting_memory():
-        checkpointing = _checkpointing(state, model, name)
+        checkpointing = memory.decide_checkpointing(state, model, name)
 
     arguments = training_arguments(config, name, checkpointing, order.accumulation)
     if distributed.is_rank0():
@@ -170,25 +170,6 @@ def _model(base: Base, state: RunState) -> tuple[Any, str, bool]:
     if sharded:
         distributed.shard(peft)
     return peft, name, padded is None
-
-
-def _checkpointing(state: RunState, model: Any, name: str) -> bool:
-    """Whether gradient checkpointing is on: as set, or as estimated; then tried. Collective."""
-    train, order, key, fits = state.config.train, state.order, "gradient_checkpointing", True
-    auto, on = train.gradient_checkpointing == "auto", train.gradient_checkpointing == "on"
-    if auto:
-        on = state.resolve(key, lambda: memory.needs_checkpointing(model, order, name, train))
-    try:
-        memory.try_largest(model, order, name, checkpointing=on)
-    except (RuntimeError, MemoryError) as error:
-        if on or not auto or not memory.is_out_of_memory(error):
-            raise
-        fits = False
-    if distributed.any_rank(not fits):
-        say("gradient checkpointing is on: the largest micro-batch did not fit without")
-        on = state.record(key, True)
-        memory.try_largest(model, order, name, checkpointing=True)
-    return on
 
 
 def fit(state: RunState) -> None:
