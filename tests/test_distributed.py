@@ -341,7 +341,9 @@ def test_processes_that_accelerate_would_run_apart_are_refused(tmp_path: Path) -
     """What accelerate says it made of the launch is believed, not what was asked for."""
 
     def apart() -> None:
-        PartialState(cpu=True).distributed_type = DistributedType.NO
+        state = PartialState(cpu=True)
+        dist.barrier()  # else one may be gone while the other still joins
+        state.distributed_type = DistributedType.NO
         distributed.start("ddp")
 
     log = tmp_path / "log.txt"
