@@ -89,7 +89,13 @@ def bases(folder: Path, names: list[str]) -> Iterator[Path]:
 def preload() -> None:
     """Import once what every command imports; they run in forks of this process."""
     torch.set_num_threads(1)
-    for name in ("data.prepare", "training.train", "evals.evaluate", "releasing.export", "serve.app"):
+    for name in (
+        "data.prepare",
+        "training.train",
+        "evals.evaluate",
+        "releasing.export",
+        "serve.app",
+    ):
         __import__(f"fintune.{name}")
 
 
