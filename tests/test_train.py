@@ -217,7 +217,7 @@ def test_recomputing_is_decided_by_measured_memory(
         monkeypatch.setattr(
             memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free)
         )
-        assert memory.needs_checkpointing(peft, order, "fp32", config.train) is expected
+        assert memory.needs_checkpointing(peft, order, "fp32", config.train)[0] is expected
         assert f"{order.most_tokens:,} tokens" in capsys.readouterr().err
     before = {name: value.clone() for name, value in peft.named_parameters()}
     state = torch.random.get_rng_state()

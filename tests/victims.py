@@ -432,6 +432,11 @@ def _fits_recomputed(model: Any, total: torch.Tensor, batch: Any) -> torch.Tenso
     return total
 
 
+def _tried_and_recomputed() -> None:
+    memory.SPARED = 0
+    _loss(_fits_recomputed, memory)()
+
+
 def _ruin_best() -> None:
     """NaN in the adapter that the run is about to seal; its folder is RUN."""
     path = Path(os.environ["RUN"]) / "best" / checkpoint.ADAPTER
@@ -459,7 +464,7 @@ HARMS = {
     "killed at the tenth micro-batch": at_call(Order, "seed", 10, lambda: die(0)),
     "out of memory at step 13": at_call(Order, "seed", 13, _out_of_memory),
     "a device of 500 tokens": _loss(_scarce),
-    "a trial that only fits recomputed": _loss(_fits_recomputed, memory),
+    "a trial that only fits recomputed": _tried_and_recomputed,
     "a ruined adapter": at_call(loop, "check_weights", 1, _ruin_best),
     "a full disk": at_call(checkpoint, "save", 3, lambda: _full(60_000)),
     "a disk that ends in a save": at_call(checkpoint, "save", 3, lambda: _full(250_000)),

@@ -27,13 +27,16 @@ from fintune.console import say
 from fintune.loss import CHUNK_BYTES, causal_model, sum_loss, why_full_logits
 from fintune.model import DTYPES
 from fintune.training import lora
-from fintune.training.distributed import any_rank
+from fintune.training.distributed import any_rank, world_size
 from fintune.training.rows import Order
 from fintune.training.run_state import RunState, is_out_of_memory
 
 HEADROOM = 0.7
 """Share of the free memory that a step may take: glibc needs up to 1.5 times the live bytes, as
 tensors come in many sizes, and a CUDA allocator has its fragments."""
+SPARED = 0.25
+"""Share of the free memory below which a step on a CPU is not tried: there the trial costs as much
+time as a micro-batch, and the count was never off by four times."""
 PROBE_TOKENS = 256
 """Tokens of the first of the two forward passes that are counted; the second has twice as many."""
 PACKED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -185,10 +188,13 @@ def peak_in_use(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def needs_checkpointing(model: Any, order: Order, precision: str, train: TrainConfig) -> bool:
-    """Whether the largest micro-batch is estimated not to fit without. Collective."""
+def needs_checkpointing(
+    model: Any, order: Order, precision: str, train: TrainConfig
+) -> tuple[bool, float]:
+    """Whether the largest micro-batch is estimated not to fit without, and the share of the free
+    memory that it takes. Collective."""
     if train.strategy == "fsdp":
-        return True  # a sharded base is one that hardly fits
+        return True, 1.0  # a sharded base is one that hardly fits
     batches = (
         send_to_device(order.collator([{"input_ids": ids, "labels": ids}]), model.device)
         for ids in ([0] * PROBE_TOKENS, [0] * 2 * PROBE_TOKENS)
@@ -206,7 +212,7 @@ def needs_checkpointing(model: Any, order: Order, precision: str, train: TrainCo
         f"gradient checkpointing is {'on' if on else 'off'}: {needed / 1e9:.2f} GB for a step"
         f" with the largest micro-batch ({largest:,} tokens), {free / 1e9:.1f} GB free"
     )
-    return on
+    return on, needed / max(free, 1)
 
 
 def try_largest(model: Any, order: Order, precision: str, *, checkpointing: bool) -> None:
@@ -230,8 +236,14 @@ def decide_checkpointing(state: RunState, model: Any, name: str) -> bool:
     """Whether gradient checkpointing is on: as set, or as estimated; then tried. Collective."""
     train, order, key, fits = state.config.train, state.order, "gradient_checkpointing", True
     auto, on = train.gradient_checkpointing == "auto", train.gradient_checkpointing == "on"
-    if auto:
-        on = state.resolve(key, lambda: needs_checkpointing(model, order, name, train))
+    if auto and key not in state.resolved:
+        needed, share = needs_checkpointing(model, order, name, train)
+        on = bool(state.record(key, needed))
+        alone = model.device.type == "cpu" and world_size() == 1
+        if alone and share < SPARED and not state.resolved["out_of_memory"]:
+            return on
+    elif auto:
+        on = state.resolved[key]
     try:
         try_largest(model, order, name, checkpointing=on)
     except (RuntimeError, MemoryError) as error:
