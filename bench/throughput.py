@@ -323,7 +323,10 @@ def whole_race(options: argparse.Namespace) -> None:
             results = read_json(out) if out.is_file() else {}
             made = make(Path(scratch) / "race", table, BUSY_ROWS, shape, setting)
             results.setdefault("busy", {})[str(options.busy)] = busy(
-                Path(scratch) / "race", options.busy, int(np.sum(made["length"].to_numpy()))
+                Path(scratch) / "race",
+                [name for name in ("ours", PADDED) if name in names],
+                options.busy,
+                int(np.sum(made["length"].to_numpy())),
             )
         else:
             results = quiet(Path(scratch), table, names, options, setting)
@@ -376,11 +379,11 @@ def quiet(
     }
 
 
-def busy(folder: Path, spinning: int, tokens: int) -> dict[str, int]:
-    """Useful tokens a second of ours and of group_by_length, each alone beside spinning processes
-    and on the quiet machine."""
+def busy(folder: Path, names: list[str], spinning: int, tokens: int) -> dict[str, int]:
+    """Useful tokens a second of contestants, each alone beside spinning processes and on the quiet
+    machine."""
     found = {}
-    for name in ("ours", PADDED):
+    for name in names:
         for beside in (0, spinning):
             loops = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(beside)]
             try:

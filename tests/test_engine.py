@@ -4,6 +4,7 @@ import contextlib
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -398,7 +399,10 @@ def test_threads_are_as_many_as_cores_are_free(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda _: busy)
+    times = SimpleNamespace(idle=100.0 - busy, nice=0.0)
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda _: times)
     assert free_threads() == threads
+    times.idle, times.nice = 0.0, 100.0 - busy
+    assert free_threads() == threads, "work of a lower priority gives way"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert free_threads() == 4

@@ -106,7 +106,9 @@ def free_threads() -> int:
     most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return most
-    free = int(cores - psutil.cpu_percent(BUSY_SECONDS) / 100 * cores + 0.5)
+    times = psutil.cpu_times_percent(BUSY_SECONDS)
+    given_way = getattr(times, "nice", 0.0) if os.nice(0) <= 0 else 0.0  # work of a lower priority
+    free = int((times.idle + given_way) / 100 * cores + 0.5)
     if free < most:
         console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
     return max(1, min(most, free))
