@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -399,6 +400,7 @@ def test_threads_are_as_many_as_cores_are_free(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "nice", lambda _: 0)
     times = SimpleNamespace(idle=100.0 - busy, nice=0.0)
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda _: times)
     assert free_threads() == threads

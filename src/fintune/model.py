@@ -98,17 +98,15 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
 
 
 def free_threads() -> int:
-    """Threads for torch on a CPU: as many as cores are free, unless OMP_NUM_THREADS says.
-
-    Threads wait for each other a thousand times a step, so that one on a core that another process
-    works on holds up all: two beside one busy process made a tenth of the tokens of one thread.
-    """
+    """Threads for torch on a CPU: as many as cores are free, unless OMP_NUM_THREADS says. They wait
+    for each other a thousand times a step, so one on a busy core holds up all: two beside one busy
+    process made a tenth of the tokens of one thread."""
     most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return most
-    times = psutil.cpu_times_percent(BUSY_SECONDS)
-    given_way = getattr(times, "nice", 0.0) if os.nice(0) <= 0 else 0.0  # work of a lower priority
-    free = int((times.idle + given_way) / 100 * cores + 0.5)
+    times, lower = psutil.cpu_times_percent(BUSY_SECONDS), os.nice(0) <= 0
+    idle = times.idle + (getattr(times, "nice", 0.0) if lower else 0.0)  # which gives way
+    free = int(idle / 100 * cores + 0.5)
     if free < most:
         console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
     return max(1, min(most, free))
