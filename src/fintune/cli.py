@@ -18,9 +18,10 @@ import typer
 from typer.core import TyperGroup
 
 import fintune
-from fintune import __version__, console, sample
+from fintune import __version__, console, kept, sample
 from fintune.cli_looks import looks
 from fintune.errors import FintuneError, OutputError, Stopped, needing
+from fintune.files import read_json
 from fintune.stop import STOP
 
 app = typer.Typer(
@@ -120,9 +121,8 @@ def demo(
     if config.model.path is None:
         console.say(f"the base comes from the hub; without one: {sample.INSTALL}")
     from fintune.demo import show
-    from fintune.pipeline import run as all_stages
 
-    all_stages(config, fresh=fresh)
+    _all_stages(config, fresh=fresh)
     show(config)
 
 
@@ -137,9 +137,7 @@ def run(
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
     loaded = _load(config, overrides, data)
-    from fintune.pipeline import run as all_stages
-
-    all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
+    _all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -151,11 +149,11 @@ def prepare(
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     loaded = fintune.load_config(config, overrides)
-    manifest = fintune.prepare(loaded, fresh=fresh)
+    kept.once(lambda: fintune.prepare(loaded, fresh=fresh), loaded, "data", fresh=fresh)
     from fintune.evals import outlook
 
     outlook.tell(outlook.outlook(loaded))
-    console.emit(manifest, as_json)
+    console.emit(read_json(loaded.data_dir / "manifest.json"), as_json)
 
 
 @app.command()
@@ -171,8 +169,9 @@ def train(
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
     loaded = _load(config, overrides, data)
-    folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
-    console.emit({"run": str(folder)}, as_json)
+    work = lambda: fintune.train(loaded, fresh=fresh, force_resume=force_resume)  # noqa: E731
+    kept.once(work, loaded, "train", fresh=fresh or force_resume is not None)
+    console.emit({"run": str(loaded.run_dir)}, as_json)
 
 
 @app.command()
@@ -204,7 +203,9 @@ def evaluate(
         results = make_again(rescore)
     else:
         loaded = _load(config, overrides, data)
-        results = fintune.evaluate(loaded, fresh=fresh, judge_host=judge_host)
+        given: dict[str, Any] = {"fresh": fresh, "judge_host": judge_host}
+        kept.once(lambda: fintune.evaluate(loaded, **given), loaded, "eval", **given)
+        results = read_json(loaded.eval_dir / "test_results.json")
     console.emit(results, as_json)
 
 
@@ -218,7 +219,8 @@ def release(
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     loaded = _load(config, overrides, data)
-    fintune.release(loaded, fresh=fresh, accept=accept)
+    given: dict[str, Any] = {"fresh": fresh, "accept": accept}
+    kept.once(lambda: fintune.release(loaded, **given), loaded, "release", **given)
 
 
 @app.command()
@@ -400,6 +402,15 @@ def _check_release(folder: Path) -> None:
         raise OutputError(f"{folder} is no release", fix=f"did you mean {inside}?")
     if not folder.exists() and len(folder.parts) != 2 and "@" not in folder.as_posix():
         raise OutputError(f"no release folder at {folder}")
+
+
+def _all_stages(config: fintune.Config, **given: Any) -> None:
+    def work() -> None:
+        from fintune.pipeline import run as all_stages
+
+        all_stages(config, **given)
+
+    kept.once(work, config, *kept.STAGES, **given)
 
 
 def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintune.Config:

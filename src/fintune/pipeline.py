@@ -1,15 +1,10 @@
 """Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
-from fintune.config import Config, JudgeConfig
-from fintune.console import warn
+from fintune.config import Config
 from fintune.data.filters import MEANINGS
 from fintune.data.prepare import prepare
-from fintune.errors import ConfigError
-from fintune.evals.endpoint import api_key
 from fintune.evals.evaluate import check_tasks, evaluate
 from fintune.evals.grading import PHRASES
 from fintune.evals.outlook import outlook, tell
@@ -41,25 +36,8 @@ def run(
     prepare(config, fresh=fresh)
     tell(outlook(config))
     train(config, fresh=fresh)
-    asked, keyless = config, _keyless(config, judge_host)
-    if keyless:
-        judging = config.eval.model_copy(update={"judge": JudgeConfig()})
-        asked = config.model_copy(update={"eval": judging})
-    evaluate(asked, fresh=fresh, judge_host=judge_host)
-    folder = release(config, fresh=fresh, accept=accept)
-    if keyless:
-        warn(f"nothing was judged: {keyless} is not set; with a key: fintune judge")
-    return folder
-
-
-def _keyless(config: Config, judge_host: str) -> str:
-    """The variable that lacks the key of the config's judge; empty where the judge can be asked."""
-    judge = config.eval.judge
-    if judge.model is None or os.environ.get(judge.key_variable, "").strip():
-        return ""
-    with suppress(ConfigError):
-        return "" if api_key(judge, judge_host) else judge.key_variable
-    return judge.key_variable
+    evaluate(config, fresh=fresh, judge_host=judge_host)
+    return release(config, fresh=fresh, accept=accept)
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:

@@ -6,12 +6,13 @@ exponential backoff and jitter.
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fintune.config import JudgeConfig
-from fintune.console import printable, say
+from fintune.console import printable, say, warn
 from fintune.errors import ConfigError, ModelError
 from fintune.evals.grading import PHRASES
 from fintune.files import read_json
@@ -163,6 +164,21 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
         what = f"judge: the environment variable {variable} is not set"
         raise ConfigError(what, fix=f"export {variable}=..., or evaluate without a judge")
     return key
+
+
+def keyless(config: JudgeConfig, judge_host: str) -> str:
+    """The variable that lacks the key of a judge; empty where the judge can be asked, or is none."""
+    if config.model is None or os.environ.get(config.key_variable, "").strip():
+        return ""
+    with suppress(ConfigError):
+        return "" if api_key(config, judge_host) else config.key_variable
+    return config.key_variable
+
+
+def tell_unjudged(config: JudgeConfig, judge_host: str, results: dict[str, Any]) -> None:
+    """Say that a judge is configured, and that it was not asked as there is no key."""
+    if (variable := keyless(config, judge_host)) and not results.get("judge"):
+        warn(f"nothing was judged: {variable} is not set; with a key: fintune judge")
 
 
 def _is_loopback(config: JudgeConfig) -> bool:

@@ -26,7 +26,7 @@ from fintune.config import Config
 from fintune.console import meter, say, warn
 from fintune.documents import document_keys
 from fintune.errors import ConfigError, DataError, NotFinite, OutputError
-from fintune.evals import history, judge, results, verdict
+from fintune.evals import endpoint, history, judge, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, Pair, as_example, load_pairs
 from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
@@ -77,9 +77,12 @@ def evaluate(config: Config, *, fresh: bool = False, judge_host: str = "") -> di
             _finish(folder, inputs, judge.raw_rows(_judged_set(folder)))
             history.note(config.data_dir, inputs, read_json(folder / results.RESULTS))
         planned = judge.plan(_judged_set(folder), config.eval.judge, config.seed)
-        if {call.key for call in planned} - judge.finished(folder).keys():
+        missing = {call.key for call in planned} - judge.finished(folder).keys()
+        if missing and not endpoint.keyless(config.eval.judge, judge_host):
             _judge(config, folder, inputs, judge_host)
-    return results.tell(folder)
+    found = results.tell(folder)
+    endpoint.tell_unjudged(config.eval.judge, judge_host, found)
+    return found
 
 
 def check_tasks(config: Config, *, fresh: bool = False) -> None:
