@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -66,8 +67,9 @@ def main() -> None:
     words = sys.argv[1:]
     console.GIVEN[:] = _config_words(words)
     sys.argv[1:] = sorted(words, key=lambda word: word != OFFLINE)  # it may stand anywhere
-    again = shlex.join(["fintune", *words])
-    last_words = f"stopped before anything was written; continue with: {again}\n"
+    console.PROGRAM[:] = _program()
+    again = f"continue with: {' '.join(console.PROGRAM)} "
+    last_words = f"stopped before anything was written; {again}{shlex.join(words)}\n"
     try:
         with STOP.listening(last_words.encode(errors="backslashreplace")):
             _quiet()
@@ -77,9 +79,17 @@ def main() -> None:
         (console.say if stopped else console.fail)(str(error))
         if isinstance(error, Stopped):
             # An old folder is moved aside once; an old release when the new one is complete.
-            kept = [word for word in words if word != "--fresh" or words[0] == "release"]
-            console.say(f"continue with: {shlex.join(['fintune', *kept])}")
+            without = [word for word in words if word != "--fresh" or words[0] == "release"]
+            console.say(again + shlex.join(without))
         sys.exit(error.exit_code)
+
+
+def _program() -> list[str]:
+    """The words that this program was called by: a module of a Python, a path, or just its name."""
+    name, found = sys.argv[0], shutil.which("fintune")
+    if Path(name).name == "__main__.py":
+        return [shlex.quote(sys.orig_argv[0]), "-m", "fintune"]
+    return ["fintune"] if found == name else [shlex.quote(name)]
 
 
 def _config_words(words: list[str]) -> list[str]:
@@ -370,7 +380,9 @@ def serve(
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
-    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "smollm2-135m",
+    preset: Annotated[
+        str | None, typer.Option(help="The preset to start from; else one that suits the rows.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
     base: Annotated[
@@ -381,7 +393,7 @@ def init(
     """Write a commented config to edit. Never over a file."""
     from fintune.init import init as write
 
-    write(out, preset=preset, name=name, source=source, base=base, force=force)
+    write(out, given=preset, name=name, source=source, base=base, force=force)
 
 
 @app.command("help")

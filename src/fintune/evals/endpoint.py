@@ -167,7 +167,7 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
 
 
 def keyless(config: JudgeConfig, judge_host: str) -> str:
-    """The variable that lacks the key of a judge; empty where the judge can be asked, or is none."""
+    """The variable that lacks a judge's key; empty where it can be asked, or there is none."""
     if config.model is None or os.environ.get(config.key_variable, "").strip():
         return ""
     with suppress(ConfigError):
