@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 import fintune
-from fintune import __version__, console, sample
-from fintune.cli_looks import looks
+from fintune import __version__, console, kept, sample
+from fintune.cli_looks import export, looks
 from fintune.errors import FintuneError, OutputError, Stopped, needing
+from fintune.files import read_json
 from fintune.stop import STOP
 
 app = typer.Typer(
@@ -65,8 +66,9 @@ def main() -> None:
     words = sys.argv[1:]
     console.GIVEN[:] = _config_words(words)
     sys.argv[1:] = sorted(words, key=lambda word: word != OFFLINE)  # it may stand anywhere
-    again = shlex.join(["fintune", *words])
-    last_words = f"stopped before anything was written; continue with: {again}\n"
+    console.PROGRAM[:] = _program()
+    again = f"continue with: {' '.join(console.PROGRAM)} "
+    last_words = f"stopped before anything was written; {again}{shlex.join(words)}\n"
     try:
         with STOP.listening(last_words.encode(errors="backslashreplace")):
             _quiet()
@@ -76,9 +78,17 @@ def main() -> None:
         (console.say if stopped else console.fail)(str(error))
         if isinstance(error, Stopped):
             # An old folder is moved aside once; an old release when the new one is complete.
-            kept = [word for word in words if word != "--fresh" or words[0] == "release"]
-            console.say(f"continue with: {shlex.join(['fintune', *kept])}")
+            without = [word for word in words if word != "--fresh" or words[0] == "release"]
+            console.say(again + shlex.join(without))
         sys.exit(error.exit_code)
+
+
+def _program() -> list[str]:
+    """The words that this program was called by: a module of a Python, a path, or just its name."""
+    name, found = sys.argv[0], shutil.which("fintune")
+    if Path(name).name == "__main__.py":
+        return [shlex.quote(sys.orig_argv[0]), "-m", "fintune"]
+    return ["fintune"] if found == name else [shlex.quote(name)]
 
 
 def _config_words(words: list[str]) -> list[str]:
@@ -120,9 +130,8 @@ def demo(
     if config.model.path is None:
         console.say(f"the base comes from the hub; without one: {sample.INSTALL}")
     from fintune.demo import show
-    from fintune.pipeline import run as all_stages
 
-    all_stages(config, fresh=fresh)
+    _all_stages(config, fresh=fresh)
     show(config)
 
 
@@ -137,9 +146,7 @@ def run(
 ) -> None:
     """All stages of a config: prepare, train, eval, release. Finished ones are kept."""
     loaded = _load(config, overrides, data)
-    from fintune.pipeline import run as all_stages
-
-    all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
+    _all_stages(loaded, fresh=fresh, accept=accept, judge_host=judge_host)
 
 
 @app.command()
@@ -151,11 +158,11 @@ def prepare(
 ) -> None:
     """Raw rows -> train, validation and test rows, with a ledger of every dropped row."""
     loaded = fintune.load_config(config, overrides)
-    manifest = fintune.prepare(loaded, fresh=fresh)
+    kept.once(lambda: fintune.prepare(loaded, fresh=fresh), loaded, "data", fresh=fresh)
     from fintune.evals import outlook
 
     outlook.tell(outlook.outlook(loaded))
-    console.emit(manifest, as_json)
+    console.emit(read_json(loaded.data_dir / "manifest.json"), as_json)
 
 
 @app.command()
@@ -171,8 +178,9 @@ def train(
 ) -> None:
     """Prepared rows -> the best adapter. The same command continues a stopped or killed run."""
     loaded = _load(config, overrides, data)
-    folder = fintune.train(loaded, fresh=fresh, force_resume=force_resume)
-    console.emit({"run": str(folder)}, as_json)
+    work = lambda: fintune.train(loaded, fresh=fresh, force_resume=force_resume)  # noqa: E731
+    kept.once(work, loaded, "train", fresh=fresh or force_resume is not None)
+    console.emit({"run": str(loaded.run_dir)}, as_json)
 
 
 @app.command()
@@ -206,8 +214,14 @@ def evaluate(
         results = make_again(rescore)
     else:
         loaded = _load(config, overrides, data)
-        asked: Any = {"judge_host": judge_host, "final": final, "again": again}
-        results = fintune.evaluate(loaded, fresh=fresh, **asked)
+        given: dict[str, Any] = {"fresh": fresh, "judge_host": judge_host}
+        if final:
+            results = fintune.evaluate(loaded, **given, final=final, again=again)
+        else:
+            kept.once(lambda: fintune.evaluate(loaded, **given), loaded, "eval", **given)
+            from fintune.evals.endpoint import shown_dir
+
+            results = read_json(shown_dir(loaded, judge_host) / "test_results.json")
     console.emit(results, as_json)
 
 
@@ -221,7 +235,8 @@ def release(
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
     loaded = _load(config, overrides, data)
-    fintune.release(loaded, fresh=fresh, accept=accept)
+    given: dict[str, Any] = {"fresh": fresh, "accept": accept}
+    kept.once(lambda: fintune.release(loaded, **given), loaded, "release", **given)
 
 
 @app.command()
@@ -319,26 +334,6 @@ def verify(
     report.settle()
 
 
-class _ExportGroup(TyperGroup):
-    """Subcommands of `export`, which are loaded when one is asked for."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return self._loaded().list_commands(ctx)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return self._loaded().get_command(ctx, cmd_name)
-
-    def _loaded(self) -> TyperGroup:
-        from fintune.releasing.export import exports
-
-        return typer.main.get_group(exports)
-
-
-export = typer.Typer(
-    cls=_ExportGroup,
-    no_args_is_help=True,
-    result_callback=lambda value: console.result(str(value)),
-)
 app.add_typer(export, name="export", help="A verified release in another form.")
 
 
@@ -371,7 +366,9 @@ def serve(
 @app.command()
 def init(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path(CONFIG),
-    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "smollm2-135m",
+    preset: Annotated[
+        str | None, typer.Option(help="The preset to start from; else one that suits the rows.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     source: Annotated[str | None, typer.Option(help="Rows: file, folder, glob or hub id.")] = None,
     base: Annotated[
@@ -382,7 +379,7 @@ def init(
     """Write a commented config to edit. Never over a file."""
     from fintune.init import init as write
 
-    write(out, preset=preset, name=name, source=source, base=base, force=force)
+    write(out, given=preset, name=name, source=source, base=base, force=force)
 
 
 @app.command("help")
@@ -403,6 +400,15 @@ def _check_release(folder: Path) -> None:
         raise OutputError(f"{folder} is no release", fix=f"did you mean {inside}?")
     if not folder.exists() and len(folder.parts) != 2 and "@" not in folder.as_posix():
         raise OutputError(f"no release folder at {folder}")
+
+
+def _all_stages(config: fintune.Config, **given: Any) -> None:
+    def work() -> None:
+        from fintune.pipeline import run as all_stages
+
+        all_stages(config, **given)
+
+    kept.once(work, config, *kept.STAGES, **given)
 
 
 def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintune.Config:

@@ -1,9 +1,10 @@
-"""Commands that only look: at runs, at the bases that are known, at this machine."""
+"""Commands that only look (at runs, at the bases that are known, at this machine), and the exports."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fintune import console
 from fintune.files import read_json
@@ -66,3 +67,25 @@ def doctor(as_json: Json = False) -> None:
             console.result(line.rstrip())
     if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+class _ExportGroup(TyperGroup):
+    """Subcommands of `export`, which are loaded when one is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._loaded().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._loaded().get_command(ctx, cmd_name)
+
+    def _loaded(self) -> TyperGroup:
+        from fintune.releasing.export import exports
+
+        return typer.main.get_group(exports)
+
+
+export = typer.Typer(
+    cls=_ExportGroup,
+    no_args_is_help=True,
+    result_callback=lambda value: console.result(str(value)),
+)

@@ -29,16 +29,19 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
+PROGRAM = ["fintune"]
+"""The program as it was called, for hints."""
 GIVEN: list[str] = []
 """Words of the command line, such as `--config mine.yaml`, that every hint to a command repeats."""
 _HINT = re.compile(
-    r"\bfintune (?:prepare|train|eval|release|inspect|dropped|judge|plan|run)\b(?: --fresh)?"
+    r"\bfintune (?:((?:prepare|train|eval|release|inspect|dropped|judge|plan|run)\b(?: --fresh)?)"
+    r"|(?=(?:init|runs|show|compare|verify|export|doctor|demo|bases)\b))"
 )
 
 
 def repeating(text: str) -> str:
-    """A message whose hints to commands name the config of this one."""
-    return _HINT.sub(lambda match: " ".join([match[0], *GIVEN]), text)
+    """A message whose hints to commands call this program, with the config that it was given."""
+    return _HINT.sub(lambda h: " ".join([*PROGRAM, h[1] or "", *GIVEN * bool(h[1])]), text)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fintune import console
+from fintune import console, sample
 from fintune.config import Config, load_config, local_id
 from fintune.data.filters import not_english
 from fintune.data.schema import FORMATS, TURNS, Rejected, to_messages
@@ -25,21 +26,35 @@ from fintune.sources import HUB_ID, find_sources, rows_on_disk
 COMMENT_COLUMN = 44
 HEAD = 100
 """Rows of a source that are looked at."""
+MOST_SHORT = 0.05
+"""Share of rows under the preset's `data.min_tokens`, which is of its own rows, above which they
+are kept."""
+MOST_FOREIGN = 0.2
+"""Share of rows of another language above which those stay."""
+ANY_LANGUAGE = "data.filter_english_only=false"
+SMALL, MULTILINGUAL = "smollm2-135m", "qwen3-0.6b"
+"""Presets that are proposed: the smallest, and the smallest of many languages."""
 CP1252 = {"encoding": "cp1252"}
 NAMES = (
     r"quest|query|prompt|instruct|frage|user|customer|kunde|client|pregunta",
-    r"answ|repl|respon|complet|antwort|agent|assistant|label|output|r[ée]ponse|respuesta",
+    r"answ|repl|respon|complet|antwort|agent|assistant|label|output|l(ö|oe)sung|solution|r[ée]ponse|respuesta",
 )
 """Words in the name of a column of questions, and of one of answers."""
 
 
 def init(
-    out: Path, *, preset: str, name: str | None, source: str | None, base: str | None, force: bool
+    out: Path,
+    *,
+    given: str | None,
+    name: str | None,
+    source: str | None,
+    base: str | None,
+    force: bool,
 ) -> None:
     """Write a commented config, with what a look at the source's first rows proposes.
 
     Args:
-        preset: the shipped config to start from.
+        given: the shipped config to start from; None: the one that suits the rows.
         name: name of the run, and of its folder under runs/.
         source: file, folder, glob or hub id of the rows.
         base: hub id of the base, or a folder or GGUF file that holds one.
@@ -52,15 +67,23 @@ def init(
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists already", fix="give another --out, or --force")
+    preset = given or SMALL
     config = load_config(preset, _overrides(name, source, base))
     proposed = _look(config) if source else []
+    if source and not given and not base:
+        if ANY_LANGUAGE in proposed:
+            preset = MULTILINGUAL
+            console.say(f"preset {preset}: the base of {SMALL} learnt English alone")
+        else:
+            proposed += sample.local_base()  # the same, where it lies on this machine
     config = load_config(preset, [*_overrides(name, source, base), *proposed])
     lines = _lines(config, Config())
     with reaching(out):
         write_text(out, render("config.yaml.jinja", preset=preset, out=out, lines=lines))
     where = "" if config.model.path else " of the hub"
     about = ", ".join([f"base {config.model.id}{where}", *proposed])
-    console.result(f"wrote {out} ({about}); next: fintune prepare --config {out}")
+    next_command = console.repeating("fintune prepare")
+    console.result(f"wrote {out} ({about}); next: {next_command} --config {shlex.quote(str(out))}")
 
 
 def _look(config: Config) -> list[str]:
@@ -76,14 +99,19 @@ def _look(config: Config) -> list[str]:
         return ["data.encoding=cp1252", *_look(again)] if config.data.encoding == "utf-8" else []
     rows = [row for row in head if isinstance(row, dict)]
     columns = _columns(rows)
-    proposed = [f"data.sources={json.dumps([{'path': path, 'columns': columns}])}"] * bool(columns)
+    named = json.dumps([{"path": path, "columns": columns}], ensure_ascii=False)
+    proposed = [f"data.sources={named}"] * bool(columns)
     asked = []
     for row in rows:
         with suppress(Rejected):
             asked.append([turn.record for turn in to_messages(row, columns)])
     texts = [(turns[-2]["content"], turns[-1]["content"]) for turns in asked if len(turns) > 1]
     foreign = sum(not_english([user], [said], config.data) is not None for user, said in texts)
-    proposed += ["data.filter_english_only=false"] * (foreign > len(texts) / 2)
+    if foreign > len(texts) * MOST_FOREIGN:
+        proposed.append(ANY_LANGUAGE)
+    # Words are fewer than tokens, so that rows at the limit are rather kept.
+    short = sum(len(f"{user} {said}".split()) < config.data.min_tokens for user, said in texts)
+    proposed += ["data.min_tokens=1"] * (short > len(texts) * MOST_SHORT)
     reader = HeldOutItems({"messages": turns} for turns in asked)
     row = {"example_id": "", "source": "", "group": ""}
     kinds = [reader.item({**row, "messages": turns}).kind for turns in asked]
@@ -105,7 +133,8 @@ def _columns(rows: list[Any]) -> dict[str, str] | None:
     )
     if asked is None or said is None or asked == said:
         names = ", ".join(rows[0])
-        console.warn(f"columns {names}: name question and answer in data.sources[].columns")
+        form = "[{path: ..., columns: {user: QUESTION, assistant: ANSWER}}]"
+        console.warn(f"columns {names}: name question and answer: data.sources={form}")
         return None
     return {"user": asked, "assistant": said}
 

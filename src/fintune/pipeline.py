@@ -1,15 +1,11 @@
 """Commands of several stages: all of them in order, and `release`, which checks `eval` first."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from fintune.config import Config, JudgeConfig
-from fintune.console import warn
 from fintune.data.filters import MEANINGS
 from fintune.data.prepare import prepare
-from fintune.errors import ConfigError
-from fintune.evals.endpoint import api_key
+from fintune.evals.endpoint import shown_dir
 from fintune.evals.evaluate import check_tasks, evaluate
 from fintune.evals.grading import PHRASES
 from fintune.evals.outlook import outlook, tell
@@ -44,25 +40,8 @@ def run(
     prepare(config, fresh=fresh)
     tell(outlook(config))
     train(config, fresh=fresh)
-    asked, keyless = config, _keyless(config, judge_host)
-    if keyless:
-        judging = config.eval.model_copy(update={"judge": JudgeConfig()})
-        asked = config.model_copy(update={"eval": judging})
-    evaluate(asked, fresh=fresh, judge_host=judge_host)
-    folder = release(asked, fresh=fresh, accept=accept)
-    if keyless:
-        warn(f"nothing was judged: {keyless} is not set; with a key: fintune judge")
-    return folder
-
-
-def _keyless(config: Config, judge_host: str) -> str:
-    """The variable that lacks the key of the config's judge; empty where the judge can be asked."""
-    judge = config.eval.judge
-    if judge.model is None or os.environ.get(judge.key_variable, "").strip():
-        return ""
-    with suppress(ConfigError):
-        return "" if api_key(judge, judge_host) else judge.key_variable
-    return judge.key_variable
+    evaluate(config, fresh=fresh, judge_host=judge_host)
+    return release(config, fresh=fresh, accept=accept)
 
 
 def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
@@ -79,6 +58,9 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         GateRefused: the gate refuses, or the results are not those of the stored answers.
         OutputError: an earlier stage is unfinished or changed, or the folder holds other files.
     """
+    if shown_dir(config) == config.eval_dir:  # no judging, and no key for one
+        judging = config.eval.model_copy(update={"judge": JudgeConfig()})
+        config = config.model_copy(update={"eval": judging})
     check_results(results_dir(config))
     told = bundle.Told(MEANINGS, _report(config))
     return bundle.release(config, fresh=fresh, accept=accept, told=told)

@@ -40,18 +40,18 @@ def seal(folder: Path, inputs: dict[str, Any], **more: Any) -> None:
     Args:
         more: further keys, such as the changes of the inputs that were accepted meanwhile.
     """
-    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": _manifest(folder)}
+    done = {"inputs": inputs, "inputs_sha256": sha256_json(inputs), "files": manifest(folder)}
     write_json(folder / DONE, {**done, **more})
 
 
-def _manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+def manifest(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Any]:
     """`bytes` and `sha256` of every file but hidden ones, the seal and what is not read."""
-    manifest = {}
+    facts = {}
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != DONE and not name.startswith(unread):
-            manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return manifest
+            facts[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return facts
 
 
 def read_seal(
@@ -74,7 +74,7 @@ def read_seal(
         state = "is unfinished (no done.json)" if folder.is_dir() else "does not exist"
         raise OutputError(f"{stage}: {folder} {state}", fix=f"run: {make}")
     done, passed = read_checked(folder / DONE), (*UNREAD, *unread)
-    present = _manifest(folder, passed)
+    present = manifest(folder, passed)
     listed = {name: fact for name, fact in done["files"].items() if not name.startswith(passed)}
     problems = [f"{name} is missing" for name in sorted({*listed, *needed} - present.keys())]
     for name, fact in present.items():

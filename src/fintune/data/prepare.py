@@ -348,17 +348,18 @@ def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
     empty = [part for part, rows in parts.items() if not rows]
     if not empty:
         return
+    why = "without validation rows no checkpoint can be chosen, without test rows no verdict"
+    if not reasons:
+        what = f"{read or 'no'} rows: too few, no {empty[0]} row is among them"
+        raise DataError(what, why=why, fix="give more rows: 300 can decide, see docs/own-data.md")
     ledger.write(path)
-    ((reason, count),) = reasons.most_common(1) or [("", 0)]
+    ((reason, count),) = reasons.most_common(1)
     shown = " ".join(" ".join(ledger.samples[reason][:1]).split())[:SHOWN]
     what = f"no {empty[0]} row is left of {read} rows read: {_listed(reasons)}"
     if reason == "unknown_columns" and count == read:
         what = f"no row fits a known format; the first one's columns: {', '.join(ledger.columns)}"
-    elif not read:
-        what += "the sources are empty"
     columns = f"columns: {', '.join(ledger.columns) or 'none'}; the first row that is out: {shown}"
     what = f"{what}\n  {columns}\n  every row and its reason: {path} (fintune dropped)"
-    why = "without validation rows no checkpoint can be chosen, without test rows no verdict"
     fix = "give more rows, relax the filters, or raise data.validation_share and test_share"
     raise DataError(what, why=why, fix=HINTS.get(reason) or fix)
 

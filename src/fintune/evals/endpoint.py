@@ -6,15 +6,17 @@ exponential backoff and jitter.
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fintune.config import JudgeConfig
-from fintune.console import printable, say
+from fintune.config import Config, JudgeConfig
+from fintune.console import printable, say, warn
 from fintune.errors import ConfigError, ModelError
 from fintune.evals.grading import PHRASES
 from fintune.files import read_json
+from fintune.judgings import results_dir
 
 SCHEMA = read_json(Path(__file__).with_name("verdict_schema.json"))
 _STRICT = {"name": "verdict", "strict": True, "schema": SCHEMA}
@@ -163,6 +165,29 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
         what = f"judge: the environment variable {variable} is not set"
         raise ConfigError(what, fix=f"export {variable}=..., or evaluate without a judge")
     return key
+
+
+def keyless(config: JudgeConfig, judge_host: str) -> str:
+    """The variable that lacks a judge's key; empty where it can be asked, or there is none."""
+    if config.model is None or os.environ.get(config.key_variable, "").strip():
+        return ""
+    with suppress(ConfigError):
+        return "" if api_key(config, judge_host) else config.key_variable
+    return config.key_variable
+
+
+def shown_dir(config: Config, judge_host: str = "") -> Path:
+    """Folder of the results that count: of the judging, but the evaluation's where there is none
+    and the judge cannot be asked."""
+    folder = results_dir(config)
+    unasked = keyless(config.eval.judge, judge_host) and not folder.exists()
+    return config.eval_dir if unasked else folder
+
+
+def tell_unjudged(config: JudgeConfig, judge_host: str, results: dict[str, Any]) -> None:
+    """Say that a judge is configured, and that it was not asked as there is no key."""
+    if (variable := keyless(config, judge_host)) and not results.get("judge"):
+        warn(f"nothing was judged: {variable} is not set; with a key: fintune judge")
 
 
 def _is_loopback(config: JudgeConfig) -> bool:

@@ -25,7 +25,7 @@ from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
 from fintune.console import meter, say, warn
 from fintune.errors import DataError, NotFinite, OutputError
-from fintune.evals import history, judge, judging, results, verdict
+from fintune.evals import endpoint, history, judge, judging, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
@@ -33,7 +33,6 @@ from fintune.evals.tasks import find_questions, identity, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
-from fintune.judgings import results_dir
 from fintune.loss import causal_model, sum_loss
 from fintune.rewording import contaminated
 from fintune.sources import Source, recorded_commits
@@ -99,9 +98,11 @@ def evaluate(
             found = results.write_results(folder)
             seal.seal(folder, inputs)
             history.note(config.data_dir, inputs, found["verdict"])
-        if config.eval.judge.model:
+        if config.eval.judge.model and not endpoint.keyless(config.eval.judge, judge_host):
             judging.ask(config, judge_host)
-    return results.tell(results_dir(config))
+    found = results.tell(endpoint.shown_dir(config, judge_host))
+    endpoint.tell_unjudged(config.eval.judge, judge_host, found)
+    return found
 
 
 def check_tasks(config: Config, *, fresh: bool = False) -> None:

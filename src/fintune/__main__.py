@@ -1,0 +1,5 @@
+"""`python -m fintune`."""
+
+from fintune.cli import main
+
+main()
