@@ -80,8 +80,7 @@ def of_results(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "verdict": results["verdict"],
         "primary": results["primary"],
-        # The base's answers may be kept: of another test's evaluation.
-        "n": {key: n for key, n in results["n"].items() if key != "base_answers_kept"},
+        "n": results["n"],
         "accuracy": {key: accuracy[key] for key in ("base", "adapter", "gained", "lost")},
         "tasks": results["tasks"],
         "loss": {key: results["loss"][key] for key in ("base", "adapter", "rows", "tokens")},

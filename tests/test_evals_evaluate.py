@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -59,9 +60,10 @@ def test_answers_of_the_base_are_asked_once(chain: tiny.Chain, tmp_path: Path) -
 
     def asked(*words: str) -> tuple[int, list[str]]:
         shutil.rmtree(copy.eval, ignore_errors=True)
-        found = tiny.answer_json("eval", *copy.words(), *settings, *words)
+        said = tiny.done("eval", *copy.words(), *settings, *words).err
         lines = tiny.read_lines(copy.eval / "predictions.jsonl")
-        return found["n"]["base_answers_kept"], [
+        told = re.search(r"(\d+) answers of the base are kept", said)
+        return int(told[1]) if told else 0, [
             each["text"] for each in lines if each["model"] == "base"
         ]
 

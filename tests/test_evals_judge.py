@@ -281,7 +281,8 @@ def test_another_judge_is_another_judging_and_both_are_kept_and_counted(
         assert model in (tmp_path / model[:4] / "README.md").read_text()
         assert tiny.fintune("verify", tmp_path / model[:4], "--base", tiny.base()).code == 0
     assert unjudged["judge"] is None
-    never = tiny.fintune("release", *judged.words(judge="third", release_out=tmp_path / "r"))
+    third = judged.words(judge="third", judge_url=server.url, release_out=tmp_path / "r")
+    never = tiny.fintune("release", *third)
     assert (never.code, "fintune judge" in never.err) == (1, True), never.err
     folder = judged.eval / "judgings"
     tiny.done("eval", "--rescore", *folder.glob("fake-*"))

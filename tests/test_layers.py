@@ -50,7 +50,7 @@ SPINE = (
 )
 """A module imports only what stands before it; `sample` is a folder of data with an __init__."""
 STAGES = ("data", "training", "evals", "releasing", "serve")
-TOP = ("kept", "pipeline", "demo", "doctor", "init", "plan", "runs", "cli_looks", "cli")
+TOP = ("kept", "pipeline", "demo", "doctor", "init", "plan", "runs", "cli_looks", "cli", "__main__")
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fintune"]
 
 

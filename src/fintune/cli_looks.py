@@ -1,4 +1,4 @@
-"""Commands that only look (at runs, at the bases that are known, at this machine), and the exports."""
+"""Commands that only look (at runs, known bases, this machine), and the exports."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -87,4 +87,3 @@ def _tell(stage: str, config: Config, judge_host: str) -> None:
         endpoint.tell_unjudged(config.eval.judge, judge_host, found)
     elif stage == "release":
         console.say(announced(read_json(folder / "training_config.json")))
-        console.say(f"released already, unchanged: {folder}")

@@ -187,6 +187,7 @@ def _answer(
         **inputs,
         "precision": dtype,
         "decoding": "greedy",
+        "base_answers": "generated, here or in an evaluation before of all that is named here",
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
@@ -358,7 +359,7 @@ def _generate(
             keys = [key for key in by_id if (variant, key) not in done]
             todo = {key: Request(key, by_id[key][1], limit) for key in keys if key not in labelled}
             if variant == "base":
-                known = _kept(folder, kept, todo, chat)
+                known = _kept(kept, todo, chat)
                 file.append(*(_line(variant, *by_id[each.id], each) for each in known))
                 progress.advance(len(known))
             with model.adapter_set(peft_model, variant == "adapter"):
@@ -377,14 +378,9 @@ def _generate(
     write_jsonl(path, [rows[key, variant] for key in by_id for variant in VARIANTS])
 
 
-def _kept(
-    folder: Path, kept: KeptAnswers, todo: dict[str, Request], chat: ChatFormat
-) -> list[Request]:
+def _kept(kept: KeptAnswers, todo: dict[str, Request], chat: ChatFormat) -> list[Request]:
     """Take the requests from `todo` that the base has answered in an earlier evaluation."""
     known = kept.fill(todo.values())
-    path = folder / results.KEPT
-    if not path.exists():  # else this one was cut off: what it answered itself is kept too
-        write_json(path, {"items": sorted(request.id for request in known)})
     for request in known:
         request.text, request.in_thought = chat.answer(request.token_ids)
         del todo[request.id]

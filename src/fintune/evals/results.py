@@ -29,8 +29,6 @@ Known = dict[str, tuple[str | None, str]]
 """By item the variant that is correct where only one is (`Pair.better`), and its document or group
 of related rows, the unit of resampling."""
 COMMAND = "fintune eval"
-KEPT = "kept.json"
-"""In an evaluation: which items' answers of the base it did not ask for itself."""
 RUN, RESULTS, REPORT = "run.json", "test_results.json", "report.html"
 ANSWERS = "predictions.jsonl"
 MOST_A_DOCUMENT = 10
@@ -67,7 +65,6 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
     answers = read_jsonl(answered / ANSWERS)
-    kept = read_json(answered / KEPT) if (answered / KEPT).exists() else {"items": []}
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -93,7 +90,6 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
             "deciding": len(deciding),
             "clusters": len({pair.item.group for pair in pairs}),
             "contaminated": len(run["contaminated"]),
-            "base_answers_kept": len(kept["items"]),
             "thoughts_cut": {name: cut[name] for name in VARIANTS},
         },
         "provenance": run["provenance"],
