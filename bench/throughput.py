@@ -320,7 +320,7 @@ def whole_race(options: argparse.Namespace) -> None:
     table, out = encoded(shape["vocab_size"], longest), options.out or RESULTS / file
     with tempfile.TemporaryDirectory() as scratch:
         if options.busy:
-            results = read_json(out) if out.is_file() else {}
+            results = {"machine": machine()} | (read_json(out) if out.is_file() else {})
             made = make(Path(scratch) / "race", table, BUSY_ROWS, shape, setting)
             results.setdefault("busy", {})[str(options.busy)] = busy(
                 Path(scratch) / "race",
@@ -359,12 +359,7 @@ def quiet(
     layer = 2 * width * (width + kv) + 3 * width * up
     return {
         "format": 2,
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "amx": AMX,
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "base": options.base,
         **{key: setting[key] for key in ("rank", "dtype")},
         "rows": options.rows,
@@ -377,6 +372,12 @@ def quiet(
         "sides": found,
         "matrix_rate_share": round(share(found, layer * shape["num_hidden_layers"]), 3),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What a rate depends on."""
+    facts = {"processor": processor(), "cores": os.cpu_count(), "amx": AMX}
+    return facts | {"torch": torch.__version__}
 
 
 def busy(folder: Path, names: list[str], spinning: int, tokens: int) -> dict[str, int]:

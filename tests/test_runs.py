@@ -271,3 +271,39 @@ def test_a_narrow_terminal_cuts_nothing(width: int, chain: tiny.Chain, tmp_path:
     for word in ("a-run-with-quite-a-name", "64", "0.01", "no detectable difference", "evaluated"):
         assert word in text, word
     assert "…" not in text
+
+
+def test_a_kept_stage_loads_no_torch_until_what_it_depends_on_changes(
+    chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy, source = (
+        chain.copy(tmp_path / "out", "data", "run", "eval", "release"),
+        tmp_path / "rows.jsonl",
+    )
+    source.write_bytes(tiny.rows().read_bytes())
+    words = {verb: [verb, *copy.words(source=str(source))] for verb in tiny.VERBS}
+    words["release"] += ["--accept", tiny.REASON]
+    code = (
+        "import json, sys; from fintune import cli\n"
+        "for words in json.loads(sys.argv.pop()).values():\n"
+        "    sys.argv = ['fintune', *map(str, words)]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit: pass\n"
+        "    print('torch' in sys.modules)"
+    )
+
+    def torch_was_loaded(verbs: dict[str, list[str]]) -> list[str]:
+        given = [sys.executable, "-c", code, json.dumps(verbs, default=str)]
+        return subprocess.run(given, capture_output=True, text=True, check=True).stdout.split()
+
+    for each in words.values():
+        tiny.done(*each)
+    assert torch_was_loaded(words) == ["False"] * 4
+    assert "base: accuracy" in tiny.done(*words["eval"]).err
+    (copy.run / "best" / "adapter_model.safetensors").write_bytes(b"another")
+    said = tiny.fintune(*words["train"])
+    assert (said.code, "was changed after it was finished" in said.err) == (1, True), said.err
+    source.write_bytes(source.read_bytes() + b"\n")
+    said = tiny.fintune(*words["prepare"])
+    assert (said.code, "holds the finished result of other inputs" in said.err) == (1, True)

@@ -3,7 +3,9 @@ narrow terminals, and wrong paths answered before torch is loaded."""
 
 import io
 import json
+import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -125,6 +127,21 @@ def test_hints_repeat_the_config(tmp_path: Path) -> None:
     words = ("-c", tiny.config(), "-s", f"out={tmp_path / 'a b'}")
     said = tiny.fintune("train", *words)
     assert f"run: fintune prepare -c {tiny.config()} -s 'out={tmp_path / 'a b'}'" in said.err
+    for called in ([sys.executable, "-m", "fintune"], [tiny.program()]):
+        given = [*called, "show", tmp_path / "none"]
+        env = {**os.environ, "PATH": "/nowhere"}
+        done = subprocess.run(given, capture_output=True, text=True, check=False, env=env)
+        name = shlex.join(called)
+        assert f"({name} runs shows them); to make one: {name} eval" in done.stderr
+
+
+def test_a_row_or_two_are_refused_with_the_reason(tmp_path: Path) -> None:
+    for count in range(3):
+        source, out = tmp_path / f"{count}.csv", tmp_path / str(count)
+        lines = [f"What is the fee of card {at} a year?,{at}0 euros a year" for at in range(count)]
+        source.write_text("\n".join(["customer_query,agent_reply", *lines]) + "\n")
+        said = prepare(out, source)
+        assert said.code == 1 and f"{count or 'no'} rows: too few, no " in said.err
 
 
 @pytest.mark.parametrize(

@@ -44,16 +44,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fintune"
 
 
-def cached_sha256(path: Path) -> str:
-    """Hex sha256 of a large file that seldom changes, kept in the user's cache directory.
+def same_file(path: Path) -> str:
+    """Path, inode, size and times of a file that was not changed since it was last described.
 
-    It counts for the same path, inode, size and times alone. The time of the inode is one of
-    them: a program can set the time of the content back, that one it cannot.
+    The time of the inode is one: a program can set the time of the content back, that one not.
     """
     facts = path.stat()
     times = (facts.st_mtime_ns, facts.st_ctime_ns)
-    key = sha256_bytes(f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}".encode())
-    cache = cache_dir() / key
+    return f"{path.resolve()} {facts.st_ino} {facts.st_size} {times}"
+
+
+def cached_sha256(path: Path) -> str:
+    """Hex sha256 of a large file that seldom changes, kept in the user's cache directory; it counts
+    for the same file alone."""
+    cache = cache_dir() / sha256_bytes(same_file(path).encode())
     with contextlib.suppress(OSError):
         return cache.read_text()
     digest = sha256_file(path)

@@ -26,11 +26,8 @@ from fintune.sources import HUB_ID, find_sources, rows_on_disk
 COMMENT_COLUMN = 44
 HEAD = 100
 """Rows of a source that are looked at."""
-MOST_SHORT = 0.05
-"""Share of rows under the preset's `data.min_tokens`, which is of its own rows, above which they
-are kept."""
-MOST_FOREIGN = 0.2
-"""Share of rows of another language above which those stay."""
+MANY = 0.2
+"""Share of rows, of another language or too short for the preset, above which they are kept."""
 ANY_LANGUAGE = "data.filter_english_only=false"
 SMALL, MULTILINGUAL = "smollm2-135m", "qwen3-0.6b"
 """Presets that are proposed: the smallest, and the smallest of many languages."""
@@ -107,11 +104,11 @@ def _look(config: Config) -> list[str]:
             asked.append([turn.record for turn in to_messages(row, columns)])
     texts = [(turns[-2]["content"], turns[-1]["content"]) for turns in asked if len(turns) > 1]
     foreign = sum(not_english([user], [said], config.data) is not None for user, said in texts)
-    if foreign > len(texts) * MOST_FOREIGN:
+    if foreign > len(texts) * MANY:
         proposed.append(ANY_LANGUAGE)
     # Words are fewer than tokens, so that rows at the limit are rather kept.
     short = sum(len(f"{user} {said}".split()) < config.data.min_tokens for user, said in texts)
-    proposed += ["data.min_tokens=1"] * (short > len(texts) * MOST_SHORT)
+    proposed += ["data.min_tokens=1"] * (short > len(texts) * MANY)
     reader = HeldOutItems({"messages": turns} for turns in asked)
     row = {"example_id": "", "source": "", "group": ""}
     kinds = [reader.item({**row, "messages": turns}).kind for turns in asked]

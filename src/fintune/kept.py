@@ -7,9 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fintune import console, seal
+from fintune import console, files, seal
 from fintune.config import Config
-from fintune.files import cache_dir, read_json, sha256_file, sha256_json, write_text
 from fintune.hub import COMMIT
 from fintune.sample import SAMPLE
 
@@ -19,43 +18,39 @@ STAGES = {"data": seal.DONE, "train": seal.DONE, "eval": seal.DONE, "release": "
 
 
 def once(
-    work: Callable[[], object],
-    config: Config,
-    *stages: str,
-    fresh: object,
-    accept: str | None = None,
-    judge_host: str = "",
+    work: Callable[[], object], config: Config, *stages: str, fresh: object, **given: str | None
 ) -> None:
     """Do the work of stages, unless they were kept with everything as it is now.
 
     Args:
         stages: the last of them needs all others.
         fresh: do it in any case.
+        given: what else the work was given.
     """
-    given = [stages, accept, judge_host, config.model_dump(mode="json")]
-    if not fresh and (mark := _mark(config, stages[-1], given)) and mark.exists():
+    asked = [stages, given, config.model_dump(mode="json"), *map(version, PACKAGES)]
+    if not fresh and (mark := _mark(config, stages[-1], asked)) and mark.exists():
         for stage in stages:
-            _tell(stage, config, judge_host)
+            _tell(stage, config, given.get("judge_host") or "")
         return
     work()
     with suppress(OSError):  # it only saves time
-        if mark := _mark(config, stages[-1], given):
-            write_text(mark, "")
+        if mark := _mark(config, stages[-1], asked):
+            files.write_text(mark, "")
 
 
-def _mark(config: Config, last: str, given: list[Any]) -> Path | None:
+def _mark(config: Config, last: str, asked: list[Any]) -> Path | None:
     """A file of the user's cache that is there once a stage was kept with everything as it is now.
 
-    Its name is a hash of what is given, of versions, of the content of the stage's folder and those
-    before it, and of path, inode, size and times of what the config names on this machine. None
-    where a folder is unfinished, or a name of the hub may mean another commit today.
+    Its name is a hash of what was asked, of the content of the stage's folder and those before it,
+    and of what the config names on this machine, by `files.same_file`. None where a folder is
+    unfinished, or a name of the hub may mean another commit today.
     """
-    facts: list[Any] = [version(name) for name in PACKAGES]
-    base, data = config.model, config.data
+    facts, base, data = list[Any](), config.model, config.data
     named = [(str(base.path or base.id), base.revision), (data.source, None)]
     sets = (*data.sources, *data.benchmarks, *config.eval.tasks.values())
+    named += [(each.path, each.revision) for each in sets]
     with suppress(OSError):
-        for name, revision in named + [(each.path, each.revision) for each in sets]:
+        for name, revision in named:
             if name in ("", SAMPLE):
                 continue
             place = Path(name).expanduser()
@@ -63,15 +58,12 @@ def _mark(config: Config, last: str, given: list[Any]) -> Path | None:
             paths = [path for root in found for path in (root, *sorted(root.rglob("*")))]
             if not paths and not COMMIT.fullmatch(str(revision)):
                 return None
-            for path in paths:
-                at = path.stat()
-                facts.append([str(path.resolve()), at.st_ino, at.st_size, at.st_mtime_ns])
-                facts.append(at.st_ctime_ns)
+            facts += [files.same_file(path) for path in paths]
         for stage in [*STAGES][: [*STAGES].index(last) + 1]:
             folder = config.folders()[f"{stage}.out"]
-            sealed = sha256_file(folder / STAGES[stage])
+            sealed = files.sha256_file(folder / STAGES[stage])
             facts.append([str(folder.resolve()), sealed, seal.manifest(folder, seal.UNREAD)])
-        return cache_dir() / "kept" / sha256_json([given, facts])
+        return files.cache_dir() / "kept" / files.sha256_json([asked, facts])
     return None
 
 
@@ -81,9 +73,11 @@ def _tell(stage: str, config: Config, judge_host: str) -> None:
     from fintune.releasing.contents import announced
 
     folder = config.folders()[f"{stage}.out"]
+    if stage == "release":
+        console.say(announced(files.read_json(folder / "training_config.json")))
+        console.say(f"released already, unchanged: {folder}")
+        return
     console.say(f"{folder}: unchanged, kept")
     if stage == "eval":
         found = results.tell(endpoint.shown_dir(config, judge_host))
         endpoint.tell_unjudged(config.eval.judge, judge_host, found)
-    elif stage == "release":
-        console.say(announced(read_json(folder / "training_config.json")))

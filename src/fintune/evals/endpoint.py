@@ -169,11 +169,10 @@ def api_key(config: JudgeConfig, judge_host: str = "") -> str:
 
 def keyless(config: JudgeConfig, judge_host: str) -> str:
     """The variable that lacks a judge's key; empty where it can be asked, or there is none."""
-    if config.model is None or os.environ.get(config.key_variable, "").strip():
-        return ""
     with suppress(ConfigError):
-        return "" if api_key(config, judge_host) else config.key_variable
-    return config.key_variable
+        if config.model is None or api_key(config, judge_host):
+            return ""
+    return "" if os.environ.get(config.key_variable, "").strip() else config.key_variable
 
 
 def shown_dir(config: Config, judge_host: str = "") -> Path:
