@@ -53,8 +53,11 @@ def test_a_question_that_was_trained_on_is_not_asked(chain: tiny.Chain, tmp_path
     ]
 
 
-def test_answers_of_the_base_are_asked_once(chain: tiny.Chain, tmp_path: Path) -> None:
+def test_answers_of_the_base_are_asked_once(
+    chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over evaluations of unchanged weights, prompts and settings; not of others."""
+    monkeypatch.setattr(kept, "FILE", str(tmp_path / "answers.sqlite"))
     copy = chain.copy(tmp_path, "data", "run")
     settings = tiny.words(max_new_tokens=3)
 

@@ -1,6 +1,7 @@
 """A stage that was kept is kept again without torch, while all that it depends on is as it was."""
 
 import glob
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -9,7 +10,6 @@ from typing import Any
 
 from fintune import console, files, seal
 from fintune.config import Config
-from fintune.hub import COMMIT
 from fintune.sample import SAMPLE
 
 PACKAGES = ("fintune", "torch", "transformers", "peft", "numpy")
@@ -56,7 +56,7 @@ def _mark(config: Config, last: str, asked: list[Any]) -> Path | None:
             place = Path(name).expanduser()
             found = [place] if place.exists() else map(Path, glob.glob(str(place), recursive=True))
             paths = [path for root in found for path in (root, *sorted(root.rglob("*")))]
-            if not paths and not COMMIT.fullmatch(str(revision)):
+            if not paths and not re.fullmatch("[0-9a-f]{40}", str(revision)):
                 return None
             facts += [files.same_file(path) for path in paths]
         for stage in [*STAGES][: [*STAGES].index(last) + 1]:

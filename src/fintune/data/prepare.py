@@ -349,8 +349,10 @@ def _check_left(path: Path, ledger: Ledger, parts: Parts) -> None:
     if not empty:
         return
     why = "without validation rows no checkpoint can be chosen, without test rows no verdict"
+    if not read:
+        raise DataError("0 rows read: the sources are empty", fix="see data.source and its split")
     if not reasons:
-        what = f"{read or 'no'} rows: too few, no {empty[0]} row is among them"
+        what = f"{read} rows: too few, no {empty[0]} row is among them"
         raise DataError(what, why=why, fix="give more rows: 300 can decide, see docs/own-data.md")
     ledger.write(path)
     ((reason, count),) = reasons.most_common(1)
