@@ -139,6 +139,11 @@ def test_hostile_text_is_read_in_linear_time(text: str) -> None:
 
 
 def _seconds(text: str) -> float:
+    """The least of three, because other processes on the same cores only add to it."""
+    return min(_once(text) for _ in range(3))
+
+
+def _once(text: str) -> float:
     started = time.process_time()
     read_amounts(text)
     return time.process_time() - started

@@ -141,7 +141,8 @@ def test_a_row_or_two_are_refused_with_the_reason(tmp_path: Path) -> None:
         lines = [f"What is the fee of card {at} a year?,{at}0 euros a year" for at in range(count)]
         source.write_text("\n".join(["customer_query,agent_reply", *lines]) + "\n")
         said = prepare(out, source)
-        assert said.code == 1 and f"{count or 'no'} rows: too few, no " in said.err
+        reason = f"{count} rows: too few, no " if count else "0 rows read: the sources are empty"
+        assert said.code == 1 and reason in said.err
 
 
 @pytest.mark.parametrize(
