@@ -53,8 +53,8 @@ LENGTH_MULTIPLE = 64
 KEPT_SHARE = 0.99
 """Share of rows that the adaptive maximum length must keep, as the published recipe's."""
 
-MOST_TOO_LONG = 0.1
-"""Share of rows that may be dropped as too long; more are a wrong cap, no outliers."""
+MANY_TOO_LONG = 0.1
+"""Share of rows dropped as too long from which a warning tells of the cap."""
 
 MOST_DROPPED = 0.2
 """Share of the rows above which it is said that many are dropped."""
@@ -259,15 +259,11 @@ def _fit(rows: list[Tokenized], max_length: int, policy: str, ledger: Ledger) ->
     """Drop rows over the maximum length, or cut their end off.
 
     A row without a token left to train is dropped in any case.
-
-    Raises:
-        DataError: more than `MOST_TOO_LONG` of the rows would be dropped.
     """
     long = sum(row.length > max_length for row in rows)
-    if policy == "drop" and long > MOST_TOO_LONG * len(rows):
-        fix = "raise data.max_length, or set data.over_length=truncate"
-        what = f"{long} of {len(rows)} rows are longer than {max_length} tokens"
-        raise DataError(what, fix=fix)
+    if policy == "drop" and long > MANY_TOO_LONG * len(rows):
+        fix = "to keep them raise data.max_length, or set data.over_length=truncate"
+        warn(f"{long} of {len(rows)} rows are longer than {max_length} tokens and dropped: {fix}")
     kept = []
     for row in rows:
         excess = row.length - max_length

@@ -1,11 +1,12 @@
 """Finance tasks: how the rows of a benchmark become questions.
 
-A task is an entry of `[tasks]` in phrases.toml, or a function registered by `@task` where rows need
-more than other names of columns. Its questions are a file, a folder, a data set of the hub, or
-`questions`, a file beside this one.
+A task is a file of `suite/`, or a function registered by `@task` where rows need more than other
+names of columns. Its questions are a file, a folder, a data set of the hub, or `questions`, a file
+beside this one.
 """
 
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from heapq import nsmallest
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 from fintune.config import DatasetConfig, SourceConfig
 from fintune.errors import ConfigError, DataError
-from fintune.evals.grading import PHRASES, UNREFERENCED, Item, Kind, grade, listed_choices, plain
+from fintune.evals.grading import UNREFERENCED, Item, Kind, grade, listed_choices, plain
 from fintune.evals.numbers import is_number_answer
 from fintune.example import Message, named_document
 from fintune.formats import Unreadable, parse
@@ -38,6 +39,9 @@ class Task(NamedTuple):
             prompt lists.
         questions: a JSON Lines file of this folder, for a task whose questions are bundled.
         columns: columns of the data set, by the name that is read here.
+        ask: the prompt of a row without one, with the row's columns in braces.
+        file: of the questions, in a folder of the suite's (`eval.suite`).
+        source: where the questions come from. licence: theirs.
         read: makes such a row of the data set's.
     """
 
@@ -45,10 +49,22 @@ class Task(NamedTuple):
     choices: tuple[str, ...] = ()
     questions: str = ""
     columns: dict[str, str] = {}
+    ask: str = ""
+    file: str = ""
+    source: str = ""
+    licence: str = ""
     read: Reader = dict
 
+    def prompt(self, row: Row) -> str:
+        """The question of a row that has none, by `ask`; a brace that names no column stays."""
+        given = lambda found: str(row.get(found[1], found[0]))  # noqa: E731
+        return re.sub(r"\{(\w+)\}", given, self.ask)
 
-TASKS = {name: Task(**entry) for name, entry in PHRASES["tasks"].items()}
+
+TASKS = {
+    path.stem: Task(**tomllib.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(Path(__file__).with_name("suite").glob("*.toml"))
+}
 """Every task by name, the key in `eval.tasks`."""
 
 
