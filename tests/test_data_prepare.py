@@ -183,14 +183,17 @@ def test_a_truncated_row_is_cut_at_its_end_counted_and_where_it_was(tmp_path: Pa
             assert row[name] == full[name][:128]
 
 
-def test_rows_over_the_length_are_dropped_unless_they_are_many(tmp_path: Path) -> None:
+def test_rows_over_the_length_are_dropped_and_many_of_them_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = {"user": "Read this. " + "The revenue rose. " * 300, "assistant": "So it did, it says."}
     found = [*rows(120), asked, listed(1)]
     done = prepared(tmp_path / "a", source=write(tmp_path / "a.jsonl", found), max_length=384)
     assert {done.dropped("a")[line] for line in (125, 126)} == {"too_long"}
     many = write(tmp_path / "b.jsonl", [*rows(120), *(listed(at) for at in range(20))])
-    with pytest.raises(DataError, match="20 of 140 rows are longer than 384 tokens"):
-        prepared(tmp_path / "b", source=many, max_length=384)
+    assert "longer than 384 tokens" not in capsys.readouterr().err
+    prepared(tmp_path / "b", source=many, max_length=384)
+    assert "20 of 140 rows are longer than 384 tokens and dropped" in capsys.readouterr().err
     cut = prepared(
         tmp_path / "c", source=tmp_path / "a.jsonl", max_length=384, over_length="truncate"
     )

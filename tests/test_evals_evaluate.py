@@ -101,7 +101,11 @@ def test_labels_by_their_likelihoods_are_named_and_kept(chain: tiny.Chain, tmp_p
     for row in scored:
         best = max(row["choice_logprobs"], key=row["choice_logprobs"].__getitem__)
         assert sorted(row["choice_logprobs"]) == choices and row["text"] == best
-    assert "the likeliest of the choices" in (copy.eval / "report.html").read_text()
+    report = (copy.eval / "report.html").read_text()
+    assert "the likeliest of the choices" in report and "Does it know when it is right" in report
+    of_adapter, graded = found["calibration"]["adapter"], found["tasks"]["fpb"]
+    assert of_adapter["accuracy"] * 9 == pytest.approx(graded["adapter"]["correct"], abs=1e-4)
+    assert 0 <= graded["weighted_f1"]["base"] <= 1
     said = tiny.fintune("eval", *copy.words(), *asked)
     assert said.code == 1 and "label_scoring" in said.err, "never mixed"
 

@@ -27,6 +27,7 @@ SPINE = (
     "seal",
     "sample",
     "yaml_reader",
+    "presets",
     "config",
     "judgings",
     "sources",

@@ -54,6 +54,40 @@ def bases(as_json: Json = False) -> None:
         console.say("transformers {transformers}, peft {peft}. {how}".format(**known))
 
 
+tasks = typer.Typer(help="The public finance tasks, and how lm-eval is given them.")
+looks.add_typer(tasks, name="tasks", invoke_without_command=True)
+
+
+@tasks.callback()
+def list_tasks(context: typer.Context, as_json: Json = False) -> None:
+    """The public finance tasks: what is asked, where the questions come from, their licence."""
+    if context.invoked_subcommand:
+        return
+    from fintune.evals.tasks import TASKS
+
+    rows = [{"name": name, **task._asdict()} for name, task in TASKS.items()]
+    rows = [{key: value for key, value in row.items() if key != "read"} for row in rows]
+    console.emit(rows, as_json)
+    if not as_json:
+        for row in rows:
+            console.result("{name:14} {kind:17} {source}; {licence}".format(**row).rstrip("; "))
+
+
+@tasks.command("export")
+def export_tasks(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    config: Annotated[str, typer.Option("--config", "-c")] = "smollm2-135m",
+    overrides: Annotated[list[str] | None, typer.Option("--set", "-s")] = None,
+) -> None:
+    """Write eval.suite and eval.tasks for lm-evaluation-harness, graded as here."""
+    import fintune
+    from fintune.evals.lm_eval import export
+
+    names = export(fintune.load_config(config, overrides), folder)
+    console.say(f"lm_eval --include_path {folder} --tasks {','.join(names)} --apply_chat_template")
+    console.result("\n".join(names))
+
+
 @looks.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what is missing; exit 1 when something essential is."""

@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fintune.errors import ConfigError
 from fintune.files import read_toml
+from fintune.presets import preset_dir
+from fintune.presets import presets as presets
 from fintune.yaml_reader import read_yaml, redacted
 
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
@@ -271,6 +273,8 @@ class EvalConfig(Section):
     """a task that certainly fell by more is lost, and the verdict is not `better`"""
     max_items: int = Field(400, ge=1)
     """most items of the checkable test rows, and of each task"""
+    suite: str | None = None
+    """every public finance task: a folder of their files, or `hub`"""
     tasks: dict[str, DatasetConfig] = {}
     """finance tasks by name: a path (empty if bundled), or path, revision, subset, split (test)"""
     judged_items: int = Field(60, ge=1)
@@ -369,17 +373,6 @@ class Config(Section):
         """The named sections as plain values without `out` folders, so that a run can be moved."""
         folders = {stage: {"out"} for stage in ("data", "train", "eval", "release")}
         return self.model_dump(mode="json", include=set(names), exclude=folders)
-
-
-def preset_dir() -> Path:
-    """Folder of the shipped presets: in the installed package, or beside `src` in a checkout."""
-    inside = Path(__file__).parent / "presets"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "presets"
-
-
-def presets() -> list[str]:
-    """Names that `--config` finds without a path."""
-    return sorted(path.stem for path in preset_dir().glob("*.yaml"))
 
 
 def load_config(name: str | Path, overrides: Iterable[str] | None = None) -> Config:

@@ -49,6 +49,7 @@ def _mark(config: Config, last: str, asked: list[Any]) -> Path | None:
     named = [(str(base.path or base.id), base.revision), (data.source, None)]
     sets = (*data.sources, *data.benchmarks, *config.eval.tasks.values())
     named += [(each.path, each.revision) for each in sets]
+    named += [(config.eval.suite or "", None)]
     with suppress(OSError):
         for name, revision in named:
             if name in ("", SAMPLE):

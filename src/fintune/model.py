@@ -87,17 +87,16 @@ def device() -> torch.device:
 def precision(choice: str, on: torch.device) -> PrecisionName:
     """Resolve `auto`: bf16 where the device has it (a CPU: where faster), else fp16 or fp32."""
     if choice == "fp16" and on.type == "cpu":
-        what = "precision fp16 on a CPU: its gradient scaler works on CUDA only"
-        raise ModelError(what, fix="use --set train.precision=auto")
+        what = "fp16 on a CPU: its gradient scaler works on CUDA only"
+        raise ModelError(what, fix="--set train.precision=auto")
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    # With avx512_bf16 alone a bf16 product of 1,024 rows takes a third of the time in fp32 on an
-    # AMD EPYC (family 26), and 1.8 times as long on a Xeon.
+    # With avx512_bf16 alone a bf16 product takes a third of fp32's time on an EPYC, 1.8 on a Xeon.
     has = torch.cpu.get_capabilities()
-    amd = str(has.get("cpu_name", "")).startswith("AMD")
-    return "bf16" if has.get("amx_bf16") or amd and has.get("avx512_bf16") else "fp32"
+    amd = str(has.get("cpu_name")).startswith("AMD")
+    return "bf16" if has.get("avx512_bf16" if amd else "amx_bf16") else "fp32"
 
 
 def free_threads() -> int:
@@ -340,8 +339,7 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
     Raises:
         ModelError: it does not load, or the files lack weights of the model.
     """
-    # oneDNN keeps 1,024 compiled products by default, about 3 MB each; 512 serve the sizes that
-    # collate.CPU_PAD_MULTIPLE leaves. Read at its first product; a setting of the user wins.
+    # Of 1,024 compiled products, 3 MB each, oneDNN needs 512 for collate.CPU_PAD_MULTIPLE's sizes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     packed = BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",

@@ -9,7 +9,7 @@ from fintune.evals.endpoint import shown_dir
 from fintune.evals.evaluate import check_tasks, evaluate
 from fintune.evals.grading import PHRASES
 from fintune.evals.outlook import outlook, tell
-from fintune.evals.results import REPORT, RESULTS, check_results
+from fintune.evals.results import REPORT, RESULTS, RUN, check_results
 from fintune.evals.verdict import summary
 from fintune.files import read_json
 from fintune.judgings import results_dir
@@ -72,4 +72,5 @@ def _report(config: Config) -> str:
         return (results_dir(config) / REPORT).read_text(encoding="utf-8")
     results = read_json(results_dir(config) / RESULTS)
     shown = {"sentences": summary(results), "phrases": PHRASES, "groups": {}, "verdicts": []}
-    return render("eval_report.html.jinja", results=results, **shown)
+    head = read_json(config.eval_dir / RUN).get("run")
+    return render("eval_report.html.jinja", results=results, head=head, **shown)

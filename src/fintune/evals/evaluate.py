@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -29,7 +30,7 @@ from fintune.evals import endpoint, history, judge, judging, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
-from fintune.evals.tasks import find_questions, identity, task_items
+from fintune.evals.tasks import find_questions, identity, suite_tasks, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
@@ -76,7 +77,7 @@ def evaluate(
     part = FINAL if final else "test"
     if final:
         place = config.eval_dir.with_name(f"{config.eval_dir.name}-{FINAL}")
-        settings = config.eval.model_copy(update={"out": place, "tasks": {}})
+        settings = config.eval.model_copy(update={"out": place, "tasks": {}, "suite": None})
         config = config.model_copy(update={"eval": settings})
     base = model.find_base(config.model, kept_in=[config.run_dir])
     folder = config.eval_dir
@@ -123,7 +124,7 @@ def _find_tasks(config: Config, fresh: bool) -> Tasks:
     """
     prepared = seal.recorded_inputs(config.data_dir).get("benchmarks", {})
     begun = {} if fresh else seal.recorded_inputs(config.eval_dir).get("tasks", {})
-    return find_questions(config.eval.tasks, recorded_commits(prepared, begun))
+    return find_questions(suite_tasks(config.eval), recorded_commits(prepared, begun))
 
 
 def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[str, Any]:
@@ -139,7 +140,8 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[s
     if trained != base.revision:
         what = f"the run was trained on {base.id} at {trained}, this base is {base.revision}"
         raise OutputError(what, fix="set model.revision and model.path as they were")
-    excluded = {"out", "judge", "tasks"}  # paths are others on another machine
+    excluded = {"out", "judge", "tasks", "suite"}  # paths are others on another machine
+    asked = suite_tasks(config.eval)
     return {
         "train": data["files"]["train.parquet"]["sha256"],
         "test": data["files"][f"{part}.parquet"]["sha256"],
@@ -152,9 +154,7 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[s
         "precision": config.train.precision,
         "seed": config.seed,
         "settings": config.eval.model_dump(mode="json", exclude=excluded),
-        "tasks": {
-            name: identity(config.eval.tasks[name], sources) for name, sources in tasks.items()
-        },
+        "tasks": {name: identity(asked[name], sources) for name, sources in tasks.items()},
     }
 
 
@@ -190,6 +190,11 @@ def _answer(
         "base_answers": "generated, here or in an evaluation before of all that is named here",
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+    run_info["run"] = {
+        "name": config.name,
+        "date": date.today().isoformat(),
+        "part": f"the {part} part of {config.data_dir.name} and {len(asked)} questions of tasks",
     }
     run_info["looks"] = history.looks(config.data_dir, inputs)
     write_json(folder / "run.json", run_info)

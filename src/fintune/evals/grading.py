@@ -105,7 +105,7 @@ def grade(
         kind, choices = "label", _YES_NO
     if kind == "label":
         read = read_label(answer, choices)
-        right = read is not None and _words(read) == _words(reference)
+        right = read is not None and label_key(read) == label_key(reference)
     elif kind == "tags":
         wanted, given = ([tag.strip() for tag in text.split(",")] for text in (reference, answer))
         read, right = answer.split("\n")[0][:400] or None, wanted == given
@@ -157,7 +157,7 @@ def read_label(answer: str, choices: tuple[str, ...]) -> str | None:
     ("isn't positive", "non-negative") or stands in a list ("positive or negative") does not
     count, and none where the same sentence is said of several.
     """
-    names = {_words(choice): choice for choice in choices}
+    names = {label_key(choice): choice for choice in choices}
     words = (re.escape(name).replace(r"\ ", "[ _-]") for name in sorted(names, key=len)[::-1])
     pattern = re.compile(rf"(?i)(?<!\w)(?<!\w-)(?:{'|'.join(words) or '(?!)'})(?!\w|-\w)")
     answer = clean(answer)
@@ -177,7 +177,7 @@ def _said(text: str, pattern: re.Pattern[str]) -> str | None:
     gaps = [_JOINT.fullmatch(text, a.end(), b.start()) for a, b in pairwise(matches)]
     said: dict[str, int] = {}
     for at, match in enumerate(matches):
-        name, listed = _words(match[0]), any(gaps[max(0, at - 1) : at + 1])
+        name, listed = label_key(match[0]), any(gaps[max(0, at - 1) : at + 1])
         inner = (name in _YES_NO or len(name) == 1) and not _ALONE.match(text, match.end())
         if not listed and not inner and _SAYS.search(_before(text, match).lstrip(_OUTER)):
             said.setdefault(name, len(text[: match.start()].strip(_OUTER)))
@@ -190,7 +190,7 @@ def _before(text: str, match: re.Match[str]) -> str:
     return text[max(0, match.start() - 80) : match.start()]
 
 
-def _words(label: str) -> str:
+def label_key(label: str) -> str:
     """A label in words, as it is compared: card_arrival is "card arrival"."""
     return re.sub(r"(?<=\w)[ _-]+(?=\w)", " ", plain(label))
 

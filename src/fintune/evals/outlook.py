@@ -13,7 +13,7 @@ from fintune.errors import FintuneError
 from fintune.evals import stats
 from fintune.evals.grading import HeldOutItems, Item, Pair, by_document
 from fintune.evals.results import CHECKED, deciding_pairs
-from fintune.evals.tasks import find_questions, task_items
+from fintune.evals.tasks import find_questions, suite_tasks, task_items
 from fintune.evals.verdict import FEWEST_CHECKABLE, FEWEST_DOCUMENTS, FEWEST_ITEMS
 from fintune.files import read_json, sha256_bytes
 from fintune.sources import recorded_commits
@@ -75,7 +75,7 @@ def _of_tasks(config: Config) -> list[Item]:
     """The items of `eval.tasks`; none, and a note, where they cannot be read here."""
     known, most = seal.recorded_inputs(config.data_dir).get("benchmarks", {}), config.eval.max_items
     try:
-        found = find_questions(config.eval.tasks, recorded_commits(known)).items()
+        found = find_questions(suite_tasks(config.eval), recorded_commits(known)).items()
         return [item for name, sources in found for item in task_items(name, sources, most)]
     except FintuneError as error:
         console.warn(f"the questions of eval.tasks are not counted: {error.what}")

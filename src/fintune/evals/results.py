@@ -19,7 +19,8 @@ from fintune import seal
 from fintune.console import say, warn
 from fintune.errors import GateRefused, OutputError
 from fintune.evals import judge, stats
-from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
+from fintune.evals.calibration import calibration
+from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, label_key, load_pairs
 from fintune.evals.verdict import decide, summary
 from fintune.files import json_text, read_json, read_jsonl, sha256_bytes, write_json
 from fintune.page import save_page
@@ -64,7 +65,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(answered / RUN) | read_json(folder / RUN)
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(answered / ANSWERS)
+    answers = list(read_jsonl(answered / ANSWERS))
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -83,6 +84,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
         "tasks": tasks,
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
+        "calibration": _calibration(answers, pairs),
         "judge": judged,
         "n": {
             "items": len(pairs),
@@ -271,6 +273,8 @@ def by_task(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
         table[name] = {"n": len(chosen), "kind": chosen[0].item.kind}
         table[name] |= {"difference": stats.paired(change, groups), **_over_majority(decide)}
         table[name] |= {variant: _outcomes(chosen, variant) for variant in VARIANTS}
+        if {pair.item.kind for pair in chosen} == {"label"}:
+            table[name]["weighted_f1"] = {each: _weighted_f1(chosen, each) for each in VARIANTS}
     for name, p in stats.holm(p_values).items():
         task = table[name]
         task["p_lost"], task["lost"] = p, p < stats.LEVEL
@@ -288,6 +292,26 @@ def _outcomes(pairs: list[Pair], variant: str) -> Json:
         "correct_less_wrong": round((right - wrong) / len(pairs), 6),
         "correct_less_3_wrong": round((right - 3 * wrong) / len(pairs), 6),
     }
+
+
+def _weighted_f1(pairs: list[Pair], variant: str) -> float:
+    """Of a label task, the classes as references and answers name them."""
+    read = (pair.graded[variant] for pair in pairs)
+    said = [label_key(graded.read) if graded and graded.read else None for graded in read]
+    return stats.weighted_f1([label_key(pair.item.reference) for pair in pairs], said)
+
+
+def _calibration(answers: list[Json], pairs: list[Pair]) -> Json:
+    """By variant, of the labels whose choices were compared by their likelihoods."""
+    right = {
+        (pair.item.id, name): pair.passes(name, _correct) for pair in pairs for name in VARIANTS
+    }
+    known: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in VARIANTS}
+    for row in answers:
+        if likely := row.get("choice_logprobs"):
+            passed = right[row["item"]["id"], row["model"]]
+            known[row["model"]].append(([*likely.values()], passed))
+    return {name: found for name, each in known.items() if (found := calibration(each))}
 
 
 def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
@@ -399,6 +423,7 @@ def write_results(folder: Path) -> Json:
         folder / REPORT,
         "eval_report",
         results=results,
+        head=read_json(evaluation_of(folder) / RUN).get("run"),
         sentences=summary(results),
         phrases=PHRASES,
         groups=groups,

@@ -216,6 +216,14 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def weighted_f1(gold: Sequence[str], said: Sequence[str | None]) -> float:
+    """F1 of each class, weighted by how often it is the right one; None is no class."""
+    hits = Counter(a for a, b in zip(gold, said, strict=True) if a == b)
+    claimed, support = Counter(said), Counter(gold)
+    total = sum(n * 2 * hits[name] / (n + claimed[name]) for name, n in support.items())
+    return round(total / len(gold), 6)
+
+
 def agreement(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
     """Share of equal verdicts of two graders, and Cohen's kappa with its 95 % interval.
 

@@ -15,7 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from fintune.config import DatasetConfig, SourceConfig
+from fintune.config import DatasetConfig, EvalConfig, SourceConfig
+from fintune.console import some, warn
 from fintune.errors import ConfigError, DataError
 from fintune.evals.grading import UNREFERENCED, Item, Kind, grade, listed_choices, plain
 from fintune.evals.numbers import is_number_answer
@@ -40,7 +41,9 @@ class Task(NamedTuple):
         questions: a JSON Lines file of this folder, for a task whose questions are bundled.
         columns: columns of the data set, by the name that is read here.
         ask: the prompt of a row without one, with the row's columns in braces.
+        labels: what the integers of a data set's label column mean, in their order.
         file: of the questions, in a folder of the suite's (`eval.suite`).
+        hub: the data set of the hub that holds the questions, and its split.
         source: where the questions come from. licence: theirs.
         read: makes such a row of the data set's.
     """
@@ -50,15 +53,17 @@ class Task(NamedTuple):
     questions: str = ""
     columns: dict[str, str] = {}
     ask: str = ""
+    labels: tuple[str, ...] = ()
     file: str = ""
+    hub: dict[str, str] = {}
     source: str = ""
     licence: str = ""
     read: Reader = dict
 
     def prompt(self, row: Row) -> str:
         """The question of a row that has none, by `ask`; a brace that names no column stays."""
-        given = lambda found: str(row.get(found[1], found[0]))  # noqa: E731
-        return re.sub(r"\{(\w+)\}", given, self.ask)
+        known = {"options": ", ".join(self.choices)} | row
+        return re.sub(r"\{(\w+)\}", lambda found: str(known.get(found[1], found[0])), self.ask)
 
 
 TASKS = {
@@ -84,6 +89,34 @@ def task(name: str, kind: str, **options: Any) -> Callable[[Reader], Reader]:
         return function
 
     return register
+
+
+def suite_tasks(settings: EvalConfig) -> dict[str, DatasetConfig]:
+    """The tasks of `eval.suite` and `eval.tasks`; of one that both name, the latter's questions.
+
+    Raises:
+        ConfigError: a folder that holds no task's file.
+    """
+    named, suite = settings.tasks, settings.suite
+    if suite is None:
+        return named
+    bundled = {name: DatasetConfig() for name, task in TASKS.items() if task.questions}
+    if suite == "hub":
+        held = {name: task.hub for name, task in TASKS.items() if task.hub}
+        return bundled | {name: DatasetConfig(**hub) for name, hub in held.items()} | named
+    files = {
+        name: Path(suite).expanduser() / task.file for name, task in TASKS.items() if task.file
+    }
+    there = {name: DatasetConfig(path=str(path)) for name, path in files.items() if path.exists()}
+    if not there:
+        what, names = (
+            f"eval.suite: no task's file in {suite}",
+            (path.name for path in files.values()),
+        )
+        raise ConfigError(what, fix=f"a folder of {some([*names])}; or `hub`")
+    if absent := files.keys() - there.keys() - named.keys():
+        warn(f"eval.suite: {suite} has no file of {', '.join(sorted(absent))}")
+    return bundled | there | named
 
 
 def find_questions(tasks: dict[str, DatasetConfig], known: Known) -> dict[str, list[Source]]:
@@ -139,11 +172,19 @@ def _read(name: str, source: Source) -> Iterator[tuple[Row, int, str]]:
             raise DataError(f"{place}: {wrong}")
         named = {ours: row.get(theirs) for ours, theirs in columns.items()}
         row |= {ours: value for ours, value in named.items() if value not in (None, "")}
+        row.setdefault("prompt", TASKS[name].prompt(row))
         try:
+            row["answer"] = _labelled(TASKS[name], row.get("answer"))
             yield TASKS[name].read(row), line, source.name
         except (LookupError, TypeError):
             what = f"{place}: columns are missing"
             raise DataError(what, fix="a line needs what the task reads") from None
+
+
+def _labelled(task: Task, answer: Any) -> Any:
+    """The label that an integer of the data set means."""
+    index = str(answer)
+    return task.labels[int(index)] if task.labels and index.isdecimal() else answer
 
 
 def _item(name: str, row: Row, line: int, file: str, number: int) -> Item:
