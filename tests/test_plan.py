@@ -159,3 +159,19 @@ def test_the_tables(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (facts["learning_rate"], facts["lora alpha"], facts["H100"]) == ("0.002", "32", "none")
     assert re.search(r"400 training rows \(of [\d,]+ on disk\) of 2", said.err)
+
+
+def test_this_machine_has_a_line_and_times_have_a_unit_that_fits(tmp_path: Path) -> None:
+    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    changes = write_shape(tmp_path / "b", "llama", **small, **heads)
+    found = planned("smollm2-135m", *changes)["machine"]
+    assert found["device"] == "cpu" and found["threads"] >= 1 and found["gflops"] > 0
+    less, more = found["hours"]
+    assert 0 < less < more < 10
+    words = (word for each in changes for word in ("-s", each))
+    told = tiny.done("plan", "-c", "smollm2-135m", *words)
+    assert re.search(
+        r"this machine \(cpu, [\d,]+ GFLOP/s in (bf16|fp32), .*\): .* (s|min)\n", told.out
+    )
+    assert "e-0" not in told.out.split("one GPU, one process")[1]

@@ -250,3 +250,14 @@ def test_a_judge_without_a_key_is_said_at_the_end(
     assert said.code == 0, said.err
     last = said.err.splitlines()[-1]
     assert "nothing was judged" in said.err and "OPENAI_API_KEY" in said.err, last
+
+
+def test_a_base_of_no_hub_is_asked_for_by_its_folder(chain: tiny.Chain, tmp_path: Path) -> None:
+    release = chain.copy(tmp_path, "release").release
+    path = release / "adapter_config.json"
+    tree = json.loads(path.read_text()) | {"base_model_name_or_path": "local/my-base"}
+    path.write_text(json.dumps(tree))
+    tiny.rewrite_stated(release)
+    said = tiny.fintune("verify", release)
+    assert said.code and "which is not here" in said.err and "--base PATH" in said.err
+    assert "hub" not in said.err

@@ -33,6 +33,8 @@ Folder = Annotated[Path, _EXPANDED]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "names.toml").items()}
 """Key -> pattern of the names that it takes."""
+LOCAL = "local/"
+"""What the id of a base begins with that is named after its folder."""
 Price = Annotated[float, Field(ge=0)]
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history|context_id)$")]
 
@@ -73,7 +75,7 @@ class ModelConfig(Section):
 def local_id(path: str) -> str:
     """The id of a base on this machine that is given none: the name of its folder or file."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".gguf")
-    return "local/" + re.sub(r"[^\w.-]+", "-", name)
+    return LOCAL + re.sub(r"[^\w.-]+", "-", name)
 
 
 class ChatConfig(Section):

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fintune import attention, console, gguf_base, seal
 from fintune.chat import ChatFormat
-from fintune.config import ChatConfig, LoraConfig, ModelConfig
+from fintune.config import LOCAL, ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ConfigError, ModelError, OutputError, failing
 from fintune.files import cached_sha256, read_json, sha256_bytes
 from fintune.hub import COMMIT, resolve
@@ -248,18 +248,18 @@ def release_base(folder: Path, base: Path | None) -> Base:
             trained on, else the hub's by id and revision.
 
     Raises:
-        ModelError: trained on a GGUF file that is not kept here: the hub's weights are others.
+        ModelError: trained on a GGUF file that is not kept here, or on a folder: no hub has it.
     """
     config = checks.read_object(folder, checks.ADAPTER_CONFIG)
     name = str(config.get("base_model_name_or_path"))
     stated = checks.read_object(folder, CONFIG, absent=True).get(PROVENANCE) or {}
     # No revision for a local folder: it is named by its weights, so that another base shows.
     revision = None if base else config.get("revision")
-    if base is None and stated.get("base_read_as"):
+    if base is None and (stated.get("base_read_as") or name.startswith(LOCAL)):
         revision = str(stated.get("base_sha256"))
         if not gguf_base.find_kept(revision):
-            what = f"{folder.name} was trained on {stated.get('base')}, which is not here"
-            raise ModelError(what, fix="name that file: --base FILE.gguf")
+            what = f"{folder.name} was trained on {stated.get('base') or name}, which is not here"
+            raise ModelError(what, fix="name its file or folder: --base PATH")
     return find_base(ModelConfig(id=name, path=base, revision=revision))
 
 

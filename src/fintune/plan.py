@@ -6,6 +6,7 @@ is counted (`training/memory.py`). Hours rest on an assumed share of a GPU's pea
 
 import itertools
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from fintune.data.split import share_of_test
 from fintune.errors import failing
 from fintune.evals.outlook import outlook, tell
 from fintune.files import read_toml
-from fintune.model import attach, find_base
+from fintune.model import DTYPES, attach, find_base, free_threads, precision, set_threads
+from fintune.model import device as here
 from fintune.seal import DONE, read_data
 from fintune.sources import rows_on_disk
 from fintune.targets import Targets, find_targets
@@ -42,6 +44,11 @@ CONTEXT_BYTES = 600 * 2**20
 PEAK_SHARE = (0.25, 0.55)
 """Share of the dense bf16 peak that training is assumed to reach: least and most. The range covers
 what trainers publish for 7B-8B models on A100 and H100."""
+HERE_SHARE = (0.4, 0.9)
+"""Share that training reaches of the rate of a product timed on this machine: 63 % in bf16 and 83 %
+in fp32, SmolLM2-135M on two cores of an AMD EPYC."""
+TIMED = 1024
+"""Rows and columns of that product."""
 HELD = ("weights", "activations", "working")
 """Parts of the memory that the table shows; adapter, gradients and optimizer are a few percent."""
 EVALUATION_WARNING = 0.10
@@ -58,7 +65,8 @@ def plan(config: Config) -> Facts:
     Returns:
         `training_arguments` (on a GPU with bf16) and `lora_config`; facts of a run on any device
         (`base`, `adapter`, `rows`, `batches`, `flops`, `notes`); `settings` (peak memory by
-        quantization and checkpointing); `gpus` (a setting that fits, hours).
+        quantization and checkpointing); `gpus` (a setting that fits, hours); `machine` (hours here,
+        from a product of matrices that is timed).
 
     Raises:
         ModelError: no configuration of the base, or one whose memory cannot be counted.
@@ -84,6 +92,7 @@ def plan(config: Config) -> Facts:
         "settings": settings,
         "memory_band": MEMORY_BAND,
         "gpus": [_on_gpu(gpu, settings) for gpu in DATA["gpu"]],
+        "machine": _here(config, settings),
     }
 
 
@@ -257,6 +266,24 @@ def _on_gpu(gpu: Facts, settings: list[Facts]) -> Facts:
     return facts | {"set": chosen, "peak": best["peak"], "hours": hours}
 
 
+def _here(config: Config, settings: list[Facts]) -> Facts:
+    """The rate of a product of matrices on this machine, and the hours that follow from it."""
+    device = here()
+    name = precision(config.train.precision, device)
+    set_threads(threads := free_threads())
+    left = torch.ones(TIMED, TIMED, dtype=DTYPES[name], device=device)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        float((left @ left)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    rate = 2 * TIMED**3 / min(seconds)
+    chosen = [each for each in settings if each["configured"]] or settings
+    hours = [chosen[0]["flops"] / (3600 * rate * share) for share in reversed(HERE_SHARE)]
+    facts = {"device": str(device), "threads": threads, "precision": name}
+    return facts | {"gflops": round(rate / 1e9), "hours": hours}
+
+
 def show(planned: Facts) -> None:
     """A plan as tables of at most 80 columns."""
     parts = ("lora_config", "base", "adapter", "rows", "batches", "flops")
@@ -269,10 +296,13 @@ def show(planned: Facts) -> None:
     title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"
     columns = ["base", "checkpointing", *HELD, "peak"]
     console.table(title, columns, map(_setting_row, planned["settings"]))
-    columns = ["GPU", "base", "checkpointing", "peak", "hours"]
+    columns = ["GPU", "base", "checkpointing", "peak", "time"]
     console.table("one GPU, one process", columns, map(_gpu_row, planned["gpus"]))
     share = f"{PEAK_SHARE[0]:.0%} to {PEAK_SHARE[1]:.0%}"
-    console.warn(f"hours assume {share} of the bf16 peak; no GPU was measured")
+    console.warn(f"times assume {share} of the bf16 peak; no GPU was measured")
+    machine = planned["machine"]
+    rate = f"{machine['gflops']:,} GFLOP/s in {machine['precision']}, a product timed now"
+    console.result(f"this machine ({machine['device']}, {rate}): {_time(machine['hours'])}")
     for note in planned["notes"]:
         console.warn(note)
     if planned["verdict"]:
@@ -295,5 +325,11 @@ def _setting_row(setting: Facts) -> list[str]:
 def _gpu_row(row: Facts) -> list[str]:
     if not row["fits"]:
         return [row["gpu"], "does not fit"]
-    hours = "-".join(f"{hours:.2g}" for hours in row["hours"])
-    return [row["gpu"], *row["set"].values(), f"{row['peak'] / 1e9:.1f} GB", hours]
+    return [row["gpu"], *row["set"].values(), f"{row['peak'] / 1e9:.1f} GB", _time(row["hours"])]
+
+
+def _time(hours: list[float]) -> str:
+    """A span of time in the largest unit of which the longer end has one."""
+    longest = max(hours)
+    unit, factor = next((u for u in (("h", 1), ("min", 60)) if longest * u[1] >= 1), ("s", 3600))
+    return "-".join(f"{each * factor:.2g}" for each in hours) + f" {unit}"

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, model, page, seal
-from fintune.config import Config, load_config
+from fintune.config import LOCAL, Config, load_config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
 from fintune.judgings import results_dir
@@ -388,7 +388,7 @@ def _card_values(inputs: Inputs, llama: str | None) -> Json:
         "name": name,
         "adapter": name.replace(" ", "-"),
         "llama": llama,
-        "local": config.model.path is not None and base.id.startswith("local/"),
+        "local": config.model.path is not None and base.id.startswith(LOCAL),
         "commit": base.revision if COMMIT.fullmatch(base.revision) else None,
         "vllm_rank": vllm_rank(config.train.lora.r),
     }
