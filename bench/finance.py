@@ -172,18 +172,19 @@ def run(out: Path, stage: str, seed: int) -> None:
 def write(out: Path, seeds: list[int], options: argparse.Namespace) -> None:
     """Write and print the table: of the first seed the paired interval, of all the accuracies."""
     found = [json.loads((out / f"eval-{seed}/test_results.json").read_text()) for seed in seeds]
-    times = [json.loads(line) for line in (out / "times.jsonl").read_text().splitlines()]
+    trained = json.loads((out / f"train-{seeds[0]}/record.json").read_text())
     metrics = (out / f"train-{seeds[0]}/metrics.jsonl").read_text().splitlines()
     facts: Row = {
         "format": 1,
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores_used": trained["threads"]},
+        "precision": trained["precision"],
         "base": found[0]["provenance"]["base_about"],
         "rows": options.rows,
         "epochs": options.epochs,
         "verdict": [one["verdict"] for one in found],
         "difference": found[0]["accuracy"]["difference"],
         "loss": {name: found[0]["loss"][name] for name in VARIANTS},
-        "stages": times,
+        "stages": [*spent(out).values()],
         "tokens_per_second": json.loads(metrics[-2])["useful_tokens_per_second"],
         "tasks": {name: task(name, found) for name in found[0]["tasks"]},
         "published": {"tasks": ["fpb", "fiqa_sa", "tfns", "nwgi"], "figures": PUBLISHED},
@@ -197,6 +198,16 @@ def write(out: Path, seeds: list[int], options: argparse.Namespace) -> None:
             for name, one in facts["tasks"].items()
         ],
     )
+
+
+def spent(out: Path) -> dict[str, Row]:
+    """Seconds of each stage, of a killed one's parts together, and the most memory."""
+    stages: dict[str, Row] = {}
+    for line in map(json.loads, (out / "times.jsonl").read_text().splitlines()):
+        one = stages.setdefault(f"{line['stage']} {line['seed']}", {**line, "seconds": 0})
+        one["seconds"] = round(one["seconds"] + line["seconds"], 1)
+        one["peak_gb"] = max(one["peak_gb"], line["peak_gb"])
+    return stages
 
 
 def task(name: str, found: list[Row]) -> Row:

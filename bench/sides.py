@@ -5,8 +5,7 @@
 Lines on stdin are orders ("check", "epoch"), lines on stdout are answers in JSON. Everything a
 contestant does between them is what its own library does: its sampler, collator, loop, optimizer.
 Every base is frozen, every adapter fp32 with dropout 0.1. FOLDER/setting.json has the rest:
-`micro`, `accumulation`, `rank`, `cpu`, and the `dtype` of every base (bf16, but fp32 on a CPU
-without AMX).
+`micro`, `accumulation`, `rank`, `cpu`, and the `dtype` of every base (on a CPU what `auto` is).
 """
 
 import importlib.util
@@ -107,7 +106,9 @@ class Gate(TrainerCallback):  # type: ignore[misc]
         """A callback of transformers' Trainer."""
         _wait_for_device()
         seconds = time.perf_counter() - self._start
-        _answer({"seconds": seconds, "peak": _peak() - self._base})
+        peak = _peak() - self._base
+        memory.trim_heap()  # another contestant needs it next
+        _answer({"seconds": seconds, "peak": peak})
 
 
 def _gated(gate: Gate, step: Callable[[RunState], float], run: RunState) -> float:

@@ -54,7 +54,7 @@ from fintune.chat import ChatFormat  # noqa: E402
 from fintune.config import ChatConfig, Config, load_config  # noqa: E402
 from fintune.data.prepare import prepare  # noqa: E402
 from fintune.files import read_json, read_jsonl, write_json  # noqa: E402
-from fintune.model import DTYPES, Base, load_tokenizer  # noqa: E402
+from fintune.model import DTYPES, Base, load_tokenizer, precision  # noqa: E402
 from fintune.training.memory import trim_heap  # noqa: E402
 from fintune.training.metrics import processor  # noqa: E402
 from fintune.training.train import train  # noqa: E402
@@ -89,7 +89,7 @@ SETTING = {
     "accumulation": 16,
     "rank": 8,
     "cpu": True,
-    "dtype": "bf16" if AMX else "fp32",
+    "dtype": precision("auto", torch.device("cpu")),
 }
 """The race deals the same 64 rows into micro-batches of 4: with 16 rows of 2,048 tokens a padded
 contestant takes more than 12 GB."""
