@@ -7,7 +7,7 @@ contestant answers the same questions greedily, with as many prompts at once and
 answer; they take turns, a task each, and a rate is the median over rounds. transformers pads each
 batch on the left, in the order of the file, as its documentation does. Outcomes are graded, and the
 share that agrees is printed: a faster answer that is another one counts for nothing. `likelihood`
-is `eval.label_scoring`. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it
+is `eval.label_scoring`. Where `auto` is bf16 on this processor, ours answers in bf16 too. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it
 is installed. Results go to bench/results/generation.json.
 """
 
@@ -16,12 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src")]
@@ -157,11 +159,19 @@ def main() -> None:
     base = model.find_base(config.model)
     chat = model.load_chat(base, config.chat)
     loaded = model.load_base(base, "none", "fp32").eval()
+    plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    fast = model.precision("auto", torch.device("cpu")) == "bf16"
+    half = model.load_base(base, "none", "bf16").eval() if fast else None
     results: dict[str, Any] = {}
     for name in options.tasks.split(","):
         asked, limit = questions(name, options.questions, chat), TASKS[name][1]
         _say(f"{name}: {len(asked)} questions, {sum(len(ids) for _, ids in asked):,} tokens")
-        contestants = {"ours": ours, "transformers": peer}
+        contestants: dict[str, Callable[..., Answers]] = {
+            "ours": ours,
+            "transformers": partial(_of, peer, plain),
+        }
+        if half is not None:
+            contestants["ours, bf16"] = partial(_of, ours, half)
         if name in LABELS:
             contestants["likelihood"] = likelihood
         if options.llama and find_spec("llama_cpp"):
@@ -174,6 +184,11 @@ def main() -> None:
     facts = {"format": 1, "machine": machine, "base": base.about, "dtype": "fp32"}
     facts |= {"batch": options.batch, "rounds": options.rounds, "tasks": results}
     write_json(ROOT / "bench" / "results" / "generation.json", facts)
+
+
+def _of(answer: Callable[..., Answers], of: Any, _: Any, *given: Any) -> Answers:
+    """The answers of another model than the one that is given."""
+    return answer(of, *given)
 
 
 def _say(text: str) -> None:
