@@ -322,6 +322,7 @@ def whole_race(options: argparse.Namespace) -> None:
         if options.busy:
             results = {"machine": machine()} | (read_json(out) if out.is_file() else {})
             made = make(Path(scratch) / "race", table, BUSY_ROWS, shape, setting)
+            results["busy_dtype"] = setting["dtype"]
             results.setdefault("busy", {})[str(options.busy)] = busy(
                 Path(scratch) / "race",
                 [name for name in ("ours", PADDED) if name in names],
