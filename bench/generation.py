@@ -8,7 +8,8 @@ answer; they take turns, a task each, and a rate is the median over rounds. tran
 batch on the left, in the order of the file, as its documentation does. Outcomes are graded, and the
 share that agrees is printed: a faster answer that is another one counts for nothing. `likelihood`
 is `eval.label_scoring`. Where `auto` is bf16 on this processor, ours answers in bf16
-too. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it is installed. Results go to bench/results/generation.json.
+too. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it is installed. Results
+go to bench/results/generation.json.
 """
 
 import argparse
