@@ -75,3 +75,23 @@ def test_what_a_preset_knows_of_public_rows_is_not_taken_for_others(tmp_path: Pa
     tiny.done(*words, "--out", tmp_path / "own.yaml")
     own = load_config(tmp_path / "own.yaml")
     assert (own.release.samples, own.eval.judge.model, own.data.pii) == ("ids", None, "mask")
+
+
+def test_the_first_rows_propose_columns_encoding_and_language(tmp_path: Path) -> None:
+    lines = [f"Wie hoch ist die Gebühr für Karte {at}?;Gebühren" for at in range(150)]
+    source = tmp_path / "anfragen.csv"
+    text = "\n".join(["Anfrage;Abteilung;Antwort", *(f"{line};Karten" for line in lines)])
+    source.write_bytes(text.encode("cp1252"))
+    said = tiny.done("init", "--source", source, "--out", tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml")
+    assert "150 rows; of the first 100, 100 are read" in said.err
+    assert config.data.encoding == "cp1252" and not config.data.filter_english_only
+    assert config.data.sources[0].columns == {"user": "Anfrage", "assistant": "Antwort"}
+    assert "Qwen3-0.6B" in config.model.id, "SmolLM2 learnt English alone"
+
+
+def test_columns_that_nothing_names_are_asked_for(tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_text("a,b\nWhat is a bond?,A loan.\n")
+    said = tiny.done("init", "--source", source, "--out", tmp_path / "c.yaml")
+    assert "columns a, b: name question and answer: data.sources=" in said.err
