@@ -330,7 +330,9 @@ def whole_race(options: argparse.Namespace) -> None:
                 int(np.sum(made["length"].to_numpy())),
             )
         else:
-            results = quiet(Path(scratch), table, names, options, setting)
+            known = read_json(out) if out.is_file() else {}
+            kept = {key: known[key] for key in ("busy", "busy_dtype") if key in known}
+            results = quiet(Path(scratch), table, names, options, setting) | kept
     write_json(out, results)
     _say(json.dumps({key: results.get(key) for key in ("sides", "busy")}, indent=1))
 
