@@ -32,6 +32,7 @@ SPINE = (
     "sources",
     "example",
     "ngrams",
+    "labels",
     "rewording",
     "documents",
     "template",

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
-from fintune import seal
+from fintune import labels, seal
 from fintune.console import say, warn
 from fintune.errors import GateRefused, OutputError
 from fintune.evals import judge, stats
-from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, load_pairs
+from fintune.evals.grading import PHRASES, VARIANTS, Graded, Item, Pair, as_example, load_pairs
 from fintune.evals.verdict import decide, summary
 from fintune.files import json_text, read_json, read_jsonl, sha256_bytes, write_json
 from fintune.page import save_page
@@ -64,7 +64,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     run = read_json(answered / RUN) | read_json(folder / RUN)
     checked = [pair for pair in pairs if pair.item.kind in CHECKED]
     deciding = deciding_pairs(checked)
-    answers = read_jsonl(answered / ANSWERS)
+    answers = [*read_jsonl(answered / ANSWERS)]
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
     loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
@@ -84,6 +84,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
         "judge": judged,
+        "labels": _label_findings(checked, answers),
         "n": {
             "items": len(pairs),
             "checkable": len(checked),
@@ -290,6 +291,21 @@ def _outcomes(pairs: list[Pair], variant: str) -> Json:
     }
 
 
+def _label_findings(checked: list[Pair], answers: list[Json]) -> list[Json]:
+    """Better assignments of the tasks' labels, by words and by the base's likelihoods."""
+    items = {pair.item.id: pair.item for pair in checked if pair.item.kind == "label"}
+    found = labels.by_words(map(as_example, items.values()))
+    asked: dict[tuple[str, tuple[str, ...]], list[tuple[str, str, list[float]]]] = {}
+    for row in answers:
+        if (known := row.get("choice_logprobs")) and row["model"] == VARIANTS[0]:
+            item = items[row["item"]["id"]]
+            line = (item.id, item.reference, [known[choice] for choice in item.choices])
+            asked.setdefault((item.task, item.choices), []).append(line)
+    return found + [
+        one for key, lines in asked.items() for one in labels.by_likelihood(*key, lines)
+    ]
+
+
 def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
     misses = (g.miss for pair in checked if (g := pair.graded[variant]) and g.miss)
     return dict(Counter(misses).most_common())
@@ -377,6 +393,9 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
             warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
     for sentence in summary(results):
         line(sentence)
+    if found := results["labels"]:
+        answers = read_jsonl(evaluation_of(folder) / ANSWERS)
+        labels.tell(found, (as_example(Item.from_json(row["item"])) for row in answers))
     return results
 
 
