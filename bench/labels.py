@@ -137,7 +137,7 @@ def found(runs: int) -> dict[str, Any]:
 
 
 def signs(examples: list[Example]) -> list[list[labels.Row]]:
-    """Labels and tones of a set, those of tone and of Yes and No apart, as `by_words` reads them."""
+    """Labels and signs of a set, as `by_words` reads them: of tone, and of Yes and No, apart."""
     read: dict[bool, list[Example]] = {False: [], True: []}
     for row in examples:
         if labels._score(label := labels._label(row.messages[-1].content)) is not None:

@@ -110,8 +110,8 @@ def tell(found: list[Json], examples: Iterable[Example]) -> None:
     wanted = {row["id"] for finding in found for row in finding["look_at"]}
     texts = {key: passage(row)[:SHOWN] for row in examples if (key := _key(row)) in wanted}
     for finding in found:
-        rows = [f"  {r['id']} ({r['label']}): {texts.get(r['id'])}" for r in finding["look_at"]]
-        warn("\n".join([f"{finding['says']} No label is changed; look at", *rows]))
+        rows = [f"  {r['id']} ({r['label']}): {texts.get(r['id'], '')}" for r in finding["look_at"]]
+        warn("\n".join([f"{finding['says']} No label is changed; look at:", *rows]))
 
 
 def _key(example: Example) -> str:
@@ -237,17 +237,13 @@ def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | Non
 
 
 def _says(task: str, sign: str, one: Json) -> str:
-    moved, columns = one["assignment"], ", ".join(one["counts"])
-    arrows = [
-        f"{label} {'<->' if moved[to] == label else '->'} {to}"
-        for label, to in moved.items()
-        if moved[to] != label or label < to
-    ]
+    arrows = ", ".join(f"{label} -> {to}" for label, to in one["assignment"].items())
     counts = ", ".join(f"{label} {row}" for label, row in one["counts"].items())
+    columns = "-, 0, +" if sign == "words" else ", ".join(one["counts"])
     return (
-        f"{task}: another assignment of the labels fits the texts better: {', '.join(arrows)}. By "
-        f"the {sign} of {one['rows']} rows it is e^{one['log_odds']} times as likely (the limit is "
-        f"e^{one['limit']}); rows that say {'-, 0, +' if sign == 'words' else columns}: {counts}."
+        f"{task}: another assignment of the labels fits the texts better: {arrows}. By the {sign} "
+        f"of {one['rows']} rows it is e^{one['log_odds']} times as likely (the limit is "
+        f"e^{one['limit']}); rows that say {columns}: {counts}."
     )
 
 
@@ -269,7 +265,7 @@ def _grid(scores: tuple[int, ...]) -> tuple[Array, Array]:
     g, d = (each.reshape(1, -1, 1, 1) for each in np.meshgrid(steps, steps))
     c, t = np.array(scores).reshape(-1, 1), np.array([-1, 0, 1])
     logits = a * abs(t) + b * t + g * c * t + d * abs(c * t)
-    # Texts are about as often good as bad; what Yes and No are asked of has no such balance.
+    # Neutral texts are about as often good as bad; without any, nothing is known of b.
     prior = -2 * b.ravel() ** 2 if 0 in scores else 0 * b.ravel()
     logs = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
     return logs, prior - np.logaddexp.reduce(prior)
@@ -289,5 +285,6 @@ def _knowing(counts: Array, order: Order) -> float:
     for _ in range(50):
         likely = known * right + (1 - known) * guess + 1e-12
         guessed = counts * (1 - known) * guess / likely
-        known, guess = 1 - guessed.sum() / counts.sum(), guessed.sum(0) / guessed.sum()
+        known = 1 - guessed.sum() / counts.sum()
+        guess = guessed.sum(0) / max(guessed.sum(), 1e-300)  # none where the base knows all
     return float((counts * np.log(likely)).sum())
