@@ -393,7 +393,7 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
             warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
     for sentence in summary(results):
         line(sentence)
-    if found := results["labels"]:
+    if found := results.get("labels"):
         answers = read_jsonl(evaluation_of(folder) / ANSWERS)
         labels.tell(found, (as_example(Item.from_json(row["item"])) for row in answers))
     return results
