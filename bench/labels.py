@@ -3,7 +3,8 @@
     python bench/labels.py [found|alarms|shuffled|cost|likelihood ...] [--runs 1000]
 
 found       by words: TFNS with the exchange that it was published with, the five other orders of
-            FPB and FiQA-SA, Yes and No exchanged in Headline; and the same of the training rows
+            FPB and FiQA-SA, Yes and No exchanged in Headline; the same of the training rows; and
+            TFNS exchanged where all rows of the sample are one source
 alarms      by words: resamples (bootstrap) of every set as it is, BANKING77, NER and all rows of
             the sample as one source included
 shuffled    by words: labels dealt at random, which have nothing to do with the texts
@@ -80,7 +81,7 @@ def training(*sources: str) -> list[Example]:
         if all(texts[1:]) and (not sources or name in sources):
             roles = ("system", "user", "assistant")
             turns = zip(roles, texts, strict=True)
-            messages = [Message(role, text) for role, text in turns if (text or "").strip()]  # type: ignore[arg-type]
+            messages = [Message(role, text) for role, text in turns if (text or "").strip()]
             source = name if sources else "sample"
             found.append(Example(source, line, sha256_json(row), tuple(messages)))
     return found
@@ -133,7 +134,11 @@ def found(runs: int) -> dict[str, Any]:
     order = CASES[-1][1]
     given = relabelled(training("headline"), order)
     trained[f"headline: {said(order)}"] = judged(labels.by_words(given), order)
-    return {**counted(cells), "training_rows": counted(trained)}
+    tweets, sample = {row.line for row in training("tfns")}, training()
+    permuted = relabelled([row for row in sample if row.line in tweets], EXCHANGE)
+    mixed = [row for row in sample if row.line not in tweets] + permuted
+    whole = judged(labels.by_words(mixed), EXCHANGE)
+    return {**counted(cells), "training_rows": counted(trained), "tfns_in_the_whole_sample": whole}
 
 
 def signs(examples: list[Example]) -> list[list[labels.Row]]:

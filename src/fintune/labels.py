@@ -221,11 +221,17 @@ def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | Non
         for order in (given, *orders)
     }
     best = max(orders, key=lambda order: evidence[order])
-    often = Counter((row.label, row.sign) for row in rows)
     moved = {labels[at]: labels[to] for at, to in enumerate(best) if at != to}
-    shown = nsmallest(
-        LOOK_AT, (row for row in rows if row.label in moved), lambda row: -often[row[1], row.sign]
-    )
+
+    def off(row: Row) -> tuple[float, int]:
+        """How far a row's sign is from the better label rather than from its own."""
+        to = moved[row.label]
+        if names:
+            return names[row.sign] != to, 0
+        own, better = (abs(row.sign - (_score(label) or 0)) for label in (row.label, to))
+        return better - own, -abs(row.sign)
+
+    shown = nsmallest(LOOK_AT, (row for row in rows if row.label in moved), key=off)
     return {
         "assignment": moved,
         "rows": len(rows),
