@@ -33,6 +33,7 @@ SPINE = (
     "sources",
     "example",
     "ngrams",
+    "labels",
     "rewording",
     "documents",
     "template",

@@ -38,6 +38,7 @@ from fintune.data.texts import mask_messages
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX, Example, Message
 from fintune.files import read_json, sha256_file, staged_folder
+from fintune.labels import tell
 from fintune.model import Base, find_base, load_chat
 from fintune.ngrams import same_facts
 from fintune.rewording import contaminated
@@ -111,6 +112,8 @@ def prepare(config: Config, *, fresh: bool = False) -> dict[str, Any]:
             manifest = write_account(staging, selected, sources, inputs)
             seal.seal(staging, inputs)
     _tell(folder, manifest)
+    kept = (row.example for part in selected.parts.values() for _, row in part)
+    tell(manifest["labels"], kept)
     return manifest
 
 

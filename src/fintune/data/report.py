@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fintune import labels
 from fintune.data.filters import MEANINGS
 from fintune.data.texts import mask, repair
 from fintune.example import Dropped, Example
@@ -176,6 +177,7 @@ def write_account(
         "reasoning": sum(any(m.thought for m in row.example.messages) for _, row in kept),
         "truncated": {"rows": len(cut), "tokens": sum(cut)},
         "chat": {**selected.chat, "tokens_read_again": repeated},
+        "labels": labels.by_words(row.example for _, row in kept),
         "personal_data": _sorted(ledger.personal),
         "contamination": _sorted(Counter(hit["benchmark"] for hit in selected.contaminated)),
         "repairs": _sorted(ledger.repairs),

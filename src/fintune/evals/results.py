@@ -15,12 +15,11 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
-from fintune import seal
+from fintune import labels, seal
 from fintune.console import say, warn
 from fintune.errors import GateRefused, OutputError
-from fintune.evals import judge, stats
-from fintune.evals.calibration import calibration
-from fintune.evals.grading import PHRASES, VARIANTS, Graded, Pair, label_key, load_pairs
+from fintune.evals import judge, label_tasks, stats
+from fintune.evals.grading import PHRASES, VARIANTS, Graded, Item, Pair, as_example, load_pairs
 from fintune.evals.verdict import decide, summary
 from fintune.files import json_text, read_json, read_jsonl, sha256_bytes, write_json
 from fintune.page import save_page
@@ -84,8 +83,9 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
         "tasks": tasks,
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
         "measures": measures,
-        "calibration": _calibration(answers, pairs),
+        "calibration": label_tasks.calibrations(answers, pairs),
         "judge": judged,
+        "labels": label_tasks.findings(checked, answers),
         "n": {
             "items": len(pairs),
             "checkable": len(checked),
@@ -274,7 +274,9 @@ def by_task(checked: list[Pair], deciding: list[Pair], drop: float) -> Json:
         table[name] |= {"difference": stats.paired(change, groups), **_over_majority(decide)}
         table[name] |= {variant: _outcomes(chosen, variant) for variant in VARIANTS}
         if {pair.item.kind for pair in chosen} == {"label"}:
-            table[name]["weighted_f1"] = {each: _weighted_f1(chosen, each) for each in VARIANTS}
+            table[name]["weighted_f1"] = {
+                each: label_tasks.weighted_f1(chosen, each) for each in VARIANTS
+            }
     for name, p in stats.holm(p_values).items():
         task = table[name]
         task["p_lost"], task["lost"] = p, p < stats.LEVEL
@@ -292,26 +294,6 @@ def _outcomes(pairs: list[Pair], variant: str) -> Json:
         "correct_less_wrong": round((right - wrong) / len(pairs), 6),
         "correct_less_3_wrong": round((right - 3 * wrong) / len(pairs), 6),
     }
-
-
-def _weighted_f1(pairs: list[Pair], variant: str) -> float:
-    """Of a label task, the classes as references and answers name them."""
-    read = (pair.graded[variant] for pair in pairs)
-    said = [label_key(graded.read) if graded and graded.read else None for graded in read]
-    return stats.weighted_f1([label_key(pair.item.reference) for pair in pairs], said)
-
-
-def _calibration(answers: list[Json], pairs: list[Pair]) -> Json:
-    """By variant, of the labels whose choices were compared by their likelihoods."""
-    right = {
-        (pair.item.id, name): pair.passes(name, _correct) for pair in pairs for name in VARIANTS
-    }
-    known: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in VARIANTS}
-    for row in answers:
-        if likely := row.get("choice_logprobs"):
-            passed = right[row["item"]["id"], row["model"]]
-            known[row["model"]].append(([*likely.values()], passed))
-    return {name: found for name, each in known.items() if (found := calibration(each))}
 
 
 def _misses(checked: list[Pair], variant: str) -> dict[str, int]:
@@ -401,6 +383,9 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
             warn(f"{name}: {cut} answers ended inside a thought and count as none: {fix}")
     for sentence in summary(results):
         line(sentence)
+    if found := results.get("labels"):
+        answers = read_jsonl(evaluation_of(folder) / ANSWERS)
+        labels.tell(found, (as_example(Item.from_json(row["item"])) for row in answers))
     return results
 
 
