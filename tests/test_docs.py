@@ -18,7 +18,7 @@ COMMANDS = typer.main.get_group(app).commands
 def options(words: list[str]) -> set[str]:
     """Options of a command, or of its subcommand where it has some."""
     command = COMMANDS[words[0]]
-    if hasattr(command, "get_command"):
+    if hasattr(command, "get_command") and not all(w.startswith("-") for w in words[1:]):
         command = command.get_command(None, words[1])
     return {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
 
