@@ -75,6 +75,23 @@ def first_evaluated(data: Path, inputs_sha256: str) -> str | None:
     return min((row["date"] for row in rows if row["inputs"] == inputs_sha256), default=None)
 
 
+def read_forms(evaluation: Path, answers: str) -> Json:
+    """What was found of each form that the adapter was also asked in, by name.
+
+    Args:
+        answers: sha256 of the evaluation's answers; forms compared with others are left out.
+
+    Raises:
+        OutputError: one was changed since.
+    """
+    found = {}
+    for done in sorted(evaluation.glob(f"{seal.FORMS}/*/{seal.DONE}")):
+        sealed = seal.read_seal(done.parent, stage="form", make="fintune eval --form")
+        if sealed["inputs"]["answers"] == answers:
+            found[done.parent.name] = files.read_json(done.with_name(RESULTS))
+    return found
+
+
 def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | None, Json]:
     """The judged file as a release holds it, of the first items that were judged, and what the
     release holds of the data's rows.

@@ -1,0 +1,108 @@
+"""How a released adapter was made: by a run of ours, or by another trainer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fintune import files, model, seal
+from fintune.config import Config, LoraConfig, load_config
+from fintune.errors import OutputError, failing
+from fintune.judgings import prepared
+from fintune.untrusted import checks, static
+
+Json = dict[str, Any]
+RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
+
+
+class Made(NamedTuple):
+    """How the adapter was made, as far as it is known.
+
+    Attributes:
+        folder: of the adapter.
+        recipe: of the training run; of an adapter of others only its shape and base count.
+        manifest: of the prepared data, and `environment`, of the training: {} where not known.
+        arguments: transformers' effective TrainingArguments, {} where not known.
+        hashes: of the files that a release of it states.
+        mismatches: where run and data do not belong together.
+        tested: what an evaluation of it has among its inputs, and how it is told if not.
+        ours: it is of a training run of ours.
+    """
+
+    folder: Path
+    recipe: Config
+    manifest: Json
+    environment: Json
+    arguments: Json
+    hashes: Json
+    mismatches: list[str]
+    tested: dict[str, tuple[Any, str]]
+    ours: bool
+
+
+def of_run(config: Config, base: model.Base) -> Made:
+    """The best adapter of a finished run. Raises OutputError: run or data are unfinished."""
+    run, adapter = config.run_dir, f"best/{checks.ADAPTER}"
+    data = seal.read_data(config.data_dir)
+    trained = seal.read_seal(
+        run, stage="training run", make="fintune train", needed=(adapter, *RUN_FILES)
+    )
+    recipe, environment, arguments = (run / name for name in RUN_FILES)
+    train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
+    sha256 = trained["files"][adapter]["sha256"]
+    hashes = {
+        "adapter_sha256": sha256,
+        "manifest_sha256": data["files"]["manifest.json"]["sha256"],
+    }
+    of_run = trained["inputs"]
+    compared = (
+        ("run was trained on other data", of_run["data"]["train.parquet"], train),
+        ("run was trained on another base", of_run["base"]["revision"], base.revision),
+    )
+    tested = {
+        "adapter": (sha256, "evaluation is of another adapter"),
+        "train": (train, "evaluation compared with other training rows"),
+        "test": (test, "evaluation decided by other rows"),
+    }
+    return Made(
+        run / "best",
+        load_config(recipe),
+        files.read_json(config.data_dir / "manifest.json"),
+        files.read_json(environment),
+        files.read_json(arguments),
+        hashes,
+        [reason for reason, stated, actual in compared if stated != actual],
+        tested,
+        ours=True,
+    )
+
+
+def of_others(config: Config, base: model.Base, folder: Path) -> Made:
+    """An adapter of another trainer: of its training nothing is known but the adapter's shape.
+
+    Raises:
+        OutputError: no adapter is there. GateRefused: one of its files cannot be read.
+    """
+    if not (folder / checks.ADAPTER_CONFIG).is_file():
+        raise OutputError(f"{folder} holds no adapter (adapter_config.json)")
+    static.open_folder(folder, "adapter")
+    stated = checks.read_object(folder, checks.ADAPTER_CONFIG)
+    shape = {key: stated[key] for key in LoraConfig.model_fields if stated.get(key) is not None}
+    if isinstance(names := shape.get("target_modules"), list):  # by their ends, as peft reads them
+        shape["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
+    with failing(f"{checks.ADAPTER_CONFIG} has no shape of an adapter", ValueError):
+        lora = LoraConfig.model_validate(shape)
+    train = config.train.model_copy(update={"lora": lora})
+    data = config.data.model_copy(update={"filter_english_only": False})
+    sha256, rows = files.sha256_file(folder / checks.ADAPTER), prepared(config)
+    test = rows and seal.read_data(rows)["files"]["test.parquet"]["sha256"]
+    tested = {
+        "adapter": (sha256, "evaluation is of another adapter"),
+        "adapter_config": (
+            files.sha256_file(folder / checks.ADAPTER_CONFIG),
+            "evaluation is of this adapter under another adapter_config.json",
+        ),
+        "base_revision": (base.revision, "evaluation is of another base"),
+        "test": (test, "evaluation is of other prepared rows, which --data names"),
+    }
+    recipe = config.model_copy(update={"train": train, "data": data})
+    hashes = {"adapter_sha256": sha256}
+    return Made(folder, recipe, {}, {}, {}, hashes, [], tested, ours=False)
