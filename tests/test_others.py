@@ -95,7 +95,10 @@ def test_its_training_rows_are_not_asked_and_prepared_rows_measure_the_loss(
     run = json.loads((tmp_path / "out" / "eval" / "run.json").read_text())
     assert {f"fpb/{row.get('id', at)}" for at, row in enumerate(asked[:6])} <= {*run["repeated"]}
     told = found["provenance"]["subject"]["decontamination"]
-    assert "6 training rows of rows.jsonl were compared" in told and "6 are repeated" in told
+    assert (
+        "6 training rows of rows.jsonl were compared" in told
+        and "6 are repeated and not asked" in told
+    )
     assert found["loss"]["tokens"] > 0 and "held_out_loss" in found["guards"]
     ours = json.loads((chain.eval / "test_results.json").read_text())
     assert found["loss"]["base"] == ours["loss"]["base"], "rows encoded anew have the same loss"

@@ -131,21 +131,17 @@ class Subject:
         """
         if self.other is None:
             return {}
-        told = "What it was trained on is not known"
-        if self.other.train_rows:
+        told = "What it was trained on is not known, nor whether these questions are among it"
+        if self.data:
+            told += " (they were compared with the training rows of the prepared data alone)"
+        told += "; --train-rows FILE checks it."
+        if rows := len(self.other.train_rows):
             names = ", ".join(name for name, _ in self.other.train_rows_of)
             told = (
-                f"{len(self.other.train_rows):,} training rows of {names} were compared with the "
-                f"questions, of which {repeated} are repeated and not asked. Whether it was "
-                "trained on other rows too is not known."
+                f"{rows:,} training rows of {names} were compared with the questions, of which "
+                f"{repeated} are repeated and not asked; whether it was trained on other rows too "
+                "is not known."
             )
-        elif self.data:
-            told += (
-                ": the questions were compared with the training rows of the prepared data alone, "
-                "and those that it was trained on may hold them (--train-rows FILE checks it)."
-            )
-        else:
-            told += ", nor whether these questions are among it (--train-rows FILE checks it)."
         return {"subject": {**self.facts["subject"], "decontamination": told}}
 
 

@@ -159,12 +159,15 @@ def _read_inputs(config: Config, accept: str | None, told: Told, adapter: Path |
         judged = seal.read_seal(found, stage="judging", make="fintune judge", needed=needed)
     results = files.read_json(found / RESULTS)
     provenance = {
-        **made.hashes,
+        "adapter_sha256": made.tested["adapter"][0],
         "test_results_sha256": judged["files"][RESULTS]["sha256"],
         "release": config.release.model_dump(mode="json", exclude={"out"}),
         "trained_on": made.environment.get("finished"),
         "evaluated_on": first_evaluated(looks_dir(config), tested["inputs_sha256"]),
     }
+    if made.ours:
+        manifest = config.data_dir / "manifest.json"
+        provenance["manifest_sha256"] = files.sha256_file(manifest)
     accepted = Acceptance.of(found, accept, provenance["test_results_sha256"])
     provenance |= accepted.facts
     text, rows = shipped_rows(found, config, judged=bool(results.get("judge")))

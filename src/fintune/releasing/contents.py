@@ -115,7 +115,7 @@ def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | N
             row["graded"] = {name: one and one["outcome"] for name, one in graded.items()}
         return _lines(rows), held
     answered = files.read_jsonl(config.eval_dir / "predictions.jsonl")
-    tasks = seal.recorded_inputs(config.eval_dir)["tasks"]
+    tasks = seal.recorded_inputs(config.eval_dir).get("tasks", {})
     items = (row["item"] for row in answered if row["item"]["task"] not in tasks)
     questions = {row["question"] for row in rows if row.get("question")}
     held["word_for_word"] = max(len({item["id"] for item in items}), len(questions))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from fintune import files, model, seal
 from fintune.config import Config, LoraConfig, load_config
-from fintune.errors import OutputError, failing
+from fintune.errors import failing
 from fintune.judgings import prepared
 from fintune.untrusted import checks, static
 
@@ -21,7 +21,6 @@ class Made(NamedTuple):
         recipe: of the training run; of an adapter of others only its shape and base count.
         manifest: of the prepared data, and `environment`, of the training: {} where not known.
         arguments: transformers' effective TrainingArguments, {} where not known.
-        hashes: of the files that a release of it states.
         mismatches: where run and data do not belong together.
         tested: what an evaluation of it has among its inputs, and how it is told if not.
         ours: it is of a training run of ours.
@@ -32,7 +31,6 @@ class Made(NamedTuple):
     manifest: Json
     environment: Json
     arguments: Json
-    hashes: Json
     mismatches: list[str]
     tested: dict[str, tuple[Any, str]]
     ours: bool
@@ -47,42 +45,29 @@ def of_run(config: Config, base: model.Base) -> Made:
     )
     recipe, environment, arguments = (run / name for name in RUN_FILES)
     train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
-    sha256 = trained["files"][adapter]["sha256"]
-    hashes = {
-        "adapter_sha256": sha256,
-        "manifest_sha256": data["files"]["manifest.json"]["sha256"],
-    }
-    of_run = trained["inputs"]
+    inputs = trained["inputs"]
     compared = (
-        ("run was trained on other data", of_run["data"]["train.parquet"], train),
-        ("run was trained on another base", of_run["base"]["revision"], base.revision),
+        ("run was trained on other data", inputs["data"]["train.parquet"], train),
+        ("run was trained on another base", inputs["base"]["revision"], base.revision),
     )
     tested = {
-        "adapter": (sha256, "evaluation is of another adapter"),
+        "adapter": (trained["files"][adapter]["sha256"], "evaluation is of another adapter"),
         "train": (train, "evaluation compared with other training rows"),
         "test": (test, "evaluation decided by other rows"),
     }
-    return Made(
-        run / "best",
-        load_config(recipe),
-        files.read_json(config.data_dir / "manifest.json"),
-        files.read_json(environment),
-        files.read_json(arguments),
-        hashes,
-        [reason for reason, stated, actual in compared if stated != actual],
-        tested,
-        ours=True,
-    )
+    paths = (config.data_dir / "manifest.json", environment, arguments)
+    manifest, trained_by, arguments_of = map(files.read_json, paths)
+    wrong = [reason for reason, stated, actual in compared if stated != actual]
+    known = (load_config(recipe), manifest, trained_by, arguments_of)
+    return Made(run / "best", *known, wrong, tested, ours=True)
 
 
 def of_others(config: Config, base: model.Base, folder: Path) -> Made:
     """An adapter of another trainer: of its training nothing is known but the adapter's shape.
 
     Raises:
-        OutputError: no adapter is there. GateRefused: one of its files cannot be read.
+        GateRefused: no adapter is there, or a check of its files failed.
     """
-    if not (folder / checks.ADAPTER_CONFIG).is_file():
-        raise OutputError(f"{folder} holds no adapter (adapter_config.json)")
     static.open_folder(folder, "adapter")
     stated = checks.read_object(folder, checks.ADAPTER_CONFIG)
     shape = {key: stated[key] for key in LoraConfig.model_fields if stated.get(key) is not None}
@@ -92,17 +77,16 @@ def of_others(config: Config, base: model.Base, folder: Path) -> Made:
         lora = LoraConfig.model_validate(shape)
     train = config.train.model_copy(update={"lora": lora})
     data = config.data.model_copy(update={"filter_english_only": False})
-    sha256, rows = files.sha256_file(folder / checks.ADAPTER), prepared(config)
+    weights, settings = (
+        files.sha256_file(folder / name) for name in (checks.ADAPTER, checks.ADAPTER_CONFIG)
+    )
+    rows = prepared(config)
     test = rows and seal.read_data(rows)["files"]["test.parquet"]["sha256"]
     tested = {
-        "adapter": (sha256, "evaluation is of another adapter"),
-        "adapter_config": (
-            files.sha256_file(folder / checks.ADAPTER_CONFIG),
-            "evaluation is of this adapter under another adapter_config.json",
-        ),
+        "adapter": (weights, "evaluation is of another adapter"),
+        "adapter_config": (settings, "evaluation is of it under another adapter_config.json"),
         "base_revision": (base.revision, "evaluation is of another base"),
         "test": (test, "evaluation is of other prepared rows, which --data names"),
     }
     recipe = config.model_copy(update={"train": train, "data": data})
-    hashes = {"adapter_sha256": sha256}
-    return Made(folder, recipe, {}, {}, {}, hashes, [], tested, ours=False)
+    return Made(folder, recipe, {}, {}, {}, [], tested, ours=False)
