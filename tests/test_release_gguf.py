@@ -90,3 +90,17 @@ def test_llama_cpp_says_the_same(
             changed += made != greedy(model, ids)
     assert changed > 10, f"the adapter changes {changed} of 20 answers, too few to show anything"
     assert equal == 20, f"{equal} of 20"
+
+
+def test_a_gguf_form_is_held_against_the_adapter_as_trained(
+    chain: tiny.Chain, tmp_path: Path
+) -> None:
+    """`eval --form gguf:FILE`: the merged file answers as the adapter does, another base's not."""
+    copy = chain.copy(tmp_path, "data", "run", "eval", "release")
+    given = ("--base", tiny.base(), "--merged", "--dtype", "f32", "--out", tmp_path / "m.gguf")
+    tiny.done("export", "gguf", copy.release, *given)
+    found = tiny.answer_json("eval", *copy.words(), "--form", f"gguf:{tmp_path / 'm.gguf'}")
+    assert found["equal"]["value"] >= 0.99 and found["equal"]["n"] >= 110
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:5000])
+    said = tiny.fintune("eval", *copy.words(), "--form", f"gguf:{tmp_path / 'cut.gguf'}")
+    assert said.code == 1 and "does not load in llama.cpp" in said.err, said.err

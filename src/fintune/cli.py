@@ -19,8 +19,8 @@ import typer
 
 import fintune
 from fintune import __version__, console, kept, sample
-from fintune.cli_looks import export, looks
-from fintune.errors import FintuneError, OutputError, Stopped, needing
+from fintune.cli_looks import CONFIG, ConfigName, Overrides, export, looks
+from fintune.errors import FintuneError, OutputError, Stopped, UsageError, needing
 from fintune.files import read_json
 from fintune.stop import STOP
 
@@ -34,9 +34,6 @@ app = typer.Typer(
 
 app.add_typer(looks)
 
-ConfigName = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")]
-Set = typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4.")
-Overrides = Annotated[list[str] | None, Set]
 Data = Annotated[
     Path | None, typer.Option("--data", help="A folder of prepared data, or a run that has one.")
 ]
@@ -44,10 +41,16 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Move an existing folder as
 Accept = Annotated[str | None, typer.Option(help="Release without `better`, for this reason.")]
 JudgeHost = Annotated[str, typer.Option(help="A host that may get the judge's key.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-SourceName = Annotated[str | None, typer.Option(help="Only rows of this source.")]
-LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
-Count = Annotated[int, typer.Option(min=1, help="Rows to show.")]
 Release = Annotated[Path, typer.Argument(help="A release folder, or hub id (also ID@REVISION).")]
+MaybeConfig = Annotated[
+    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="An adapter of another trainer: peft's folder.")
+]
+AnyBase = Annotated[
+    str | None, typer.Option("--base", help="Its base: an id, folder or GGUF file.")
+]
 BaseFolder = Annotated[
     Path | None,
     typer.Option(help="Its base, a folder or GGUF file; else the one it was trained on."),
@@ -56,8 +59,6 @@ BaseFolder = Annotated[
 WRITERS = ("demo", "run", "prepare", "train", "eval", "release", "judge", "export")
 """Commands that write a folder, which a signal must not leave half-written."""
 OFFLINE = "--offline"
-CONFIG = "fintune.yaml"
-"""The config where no --config is given; `fintune init` writes it."""
 DEMO_RELEASE = Path("runs/demo/release")
 
 
@@ -197,7 +198,7 @@ def plan(config: ConfigName = CONFIG, overrides: Overrides = None, as_json: Json
 
 @app.command("eval")
 def evaluate(
-    config: ConfigName = CONFIG,
+    config: MaybeConfig = None,
     overrides: Overrides = None,
     data: Data = None,
     fresh: Fresh = False,
@@ -205,16 +206,41 @@ def evaluate(
     judge_host: JudgeHost = "",
     final: Annotated[bool, typer.Option("--final", help="Open the part kept back: once.")] = False,
     again: Annotated[str, typer.Option(help="Why --final opens it again; kept.")] = "",
+    adapter: Adapter = None,
+    merged: Annotated[
+        Path | None, typer.Option("--model", help="A merged model's folder, held against --base.")
+    ] = None,
+    base: AnyBase = None,
+    train_rows: Annotated[
+        Path | None, typer.Option(help="Rows that it was trained on: not asked again.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="Ask also a form that is served: merged, merged:fp16, 4bit, gguf:FILE."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Base against adapter on held-out rows: the verdict is a paired interval."""
+    given: dict[str, Any] = {"fresh": fresh and form is None, "judge_host": judge_host}
+    of_others, other = _of_others(adapter, merged, base, train_rows), None
+    if form:
+        from fintune.evals.forms import Form, answer_as
+
+        if rescore or final or (merged and form.startswith("merged")):
+            raise UsageError("--form is asked of an adapter, and not with --rescore or --final")
+        Form.of(form)  # not after hours of answers
     if rescore:
         from fintune.evals.results import rescore as make_again
 
         results = make_again(rescore)
+    elif of_others:
+        from fintune import others
+
+        loaded = others.load(config, _overrides(overrides, data), of_others, base)
+        other = others.opened(of_others, bool(merged), train_rows)
+        results = fintune.evaluate(loaded, **given, final=final, again=again, other=other)
     else:
-        loaded = _load(config, overrides, data)
-        given: dict[str, Any] = {"fresh": fresh, "judge_host": judge_host}
+        loaded = _load(config or CONFIG, overrides, data)
         if final:
             results = fintune.evaluate(loaded, **given, final=final, again=again)
         else:
@@ -222,64 +248,31 @@ def evaluate(
             from fintune.evals.endpoint import shown_dir
 
             results = read_json(shown_dir(loaded, judge_host) / "test_results.json")
+    if form:
+        results = answer_as(loaded, form, other=other, fresh=fresh)
     console.emit(results, as_json)
 
 
 @app.command()
 def release(
-    config: ConfigName = CONFIG,
+    config: MaybeConfig = None,
     overrides: Overrides = None,
     data: Data = None,
     fresh: Fresh = False,
     accept: Accept = None,
+    adapter: Adapter = None,
+    base: AnyBase = None,
 ) -> None:
     """The adapter with its proof: card, golden prompts, checksums; needs a passing gate."""
-    loaded = _load(config, overrides, data)
     given: dict[str, Any] = {"fresh": fresh, "accept": accept}
-    kept.once(lambda: fintune.release(loaded, **given), loaded, "release", **given)
+    if folder := _of_others(adapter, None, base, None):
+        from fintune import others
 
-
-@app.command()
-def inspect(
-    config: ConfigName = CONFIG,
-    overrides: Overrides = None,
-    row: Annotated[str, typer.Option(help="An example id, or the start of one.")] = "",
-    part: Annotated[
-        Literal["train", "validation", "test"], typer.Option(help="Where to look.")
-    ] = "train",
-    count: Count = 1,
-    source: SourceName = None,
-    line: LineNumber = None,
-) -> None:
-    """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
-    loaded = fintune.load_config(config, overrides)
-    from fintune.data import inspect as shown
-
-    texts, dropped_rows = shown.inspect(loaded, row, part, count, source, line)
-    for text in texts:
-        console.out.print(text)
-    if dropped_rows:
-        _show_dropped(dropped_rows)
-
-
-@app.command()
-def dropped(
-    config: ConfigName = CONFIG,
-    overrides: Overrides = None,
-    reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
-    count: Count = 20,
-    source: SourceName = None,
-    line: LineNumber = None,
-) -> None:
-    """Which rows were dropped, where and why: the ledger of `prepare`."""
-    loaded = fintune.load_config(config, overrides)
-    from fintune.data.inspect import why_dropped
-
-    rows = why_dropped(loaded, source=source, reason=reason, line=line)
-    if reason and not rows:
-        console.result(f"no row was dropped for the reason {reason}")
-        return
-    _show_dropped(rows, count)
+        loaded = others.load(config, _overrides(overrides, data), folder, base)
+        fintune.release(loaded, **given, adapter=folder)
+    else:
+        loaded = _load(config or CONFIG, overrides, data)
+        kept.once(lambda: fintune.release(loaded, **given), loaded, "release", **given)
 
 
 @app.command()
@@ -412,18 +405,33 @@ def _all_stages(config: fintune.Config, **given: Any) -> None:
 
 
 def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintune.Config:
-    """The config, with the prepared data of --data, which may be a run that holds it."""
+    """The config, with the prepared data of --data."""
+    return fintune.load_config(config, _overrides(overrides, data))
+
+
+def _overrides(overrides: list[str] | None, data: Path | None) -> list[str]:
+    """Those of --set, and that of --data, which may be a run that holds it."""
     given = list(overrides or ())
     if data is not None:
         inner = data / "data"
         given.append(f"data.out={json.dumps(str(inner if inner.is_dir() else data))}")
-    return fintune.load_config(config, given)
+    return given
 
 
-def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
-    columns = ["source", "line", "reason", "detail"]
-    cells = ([entry[column] for column in columns] for entry in entries[:count])
-    console.table(f"dropped rows: {len(entries)}", columns, cells)
+def _of_others(
+    adapter: Path | None, merged: Path | None, base: str | None, train_rows: Path | None
+) -> Path | None:
+    """The folder of --adapter or --model, if one is given.
+
+    Raises:
+        UsageError: both are, or an option that belongs to them stands alone.
+    """
+    if adapter and merged:
+        raise UsageError("--adapter and --model: one is judged at a time")
+    if not adapter and not merged and (base or train_rows):
+        what = "--base and --train-rows belong to --adapter or --model"
+        raise UsageError(what, fix="of a run of ours: --set model.id=... or model.path=...")
+    return adapter or merged
 
 
 def _quiet() -> None:

@@ -1,20 +1,73 @@
-"""Commands that only look (at runs, known bases, this machine), and the exports."""
+"""Commands that only look (at rows, runs, known bases, this machine), and the exports."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+import fintune
 from fintune import console
 from fintune.files import read_json
 
+CONFIG = "fintune.yaml"
+"""The config where no --config is given; `fintune init` writes it."""
+
 looks = typer.Typer()
 
+ConfigName = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a preset's name.")]
+Set = typer.Option("--set", "-s", help="Override a key: --set train.learning_rate=2e-4.")
+Overrides = Annotated[list[str] | None, Set]
+SourceName = Annotated[str | None, typer.Option(help="Only rows of this source.")]
+LineNumber = Annotated[int | None, typer.Option(min=1, help="Only the row of this line.")]
+Count = Annotated[int, typer.Option(min=1, help="Rows to show.")]
 Runs = Annotated[Path, typer.Argument(help="The folder that the runs are in.")]
 Page = Annotated[Path | None, typer.Option(help="A page to write: the questions that changed.")]
 Run = Annotated[str, typer.Argument(help="A run's folder, or its name below ./runs.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@looks.command()
+def inspect(
+    config: ConfigName = CONFIG,
+    overrides: Overrides = None,
+    row: Annotated[str, typer.Option(help="An example id, or the start of one.")] = "",
+    part: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="Where to look.")
+    ] = "train",
+    count: Count = 1,
+    source: SourceName = None,
+    line: LineNumber = None,
+) -> None:
+    """A row as the model sees it, trained tokens in green; by --line also a dropped one."""
+    loaded = fintune.load_config(config, overrides)
+    from fintune.data import inspect as shown
+
+    texts, dropped_rows = shown.inspect(loaded, row, part, count, source, line)
+    for text in texts:
+        console.out.print(text)
+    if dropped_rows:
+        _show_dropped(dropped_rows)
+
+
+@looks.command()
+def dropped(
+    config: ConfigName = CONFIG,
+    overrides: Overrides = None,
+    reason: Annotated[str | None, typer.Option(help="Only this reason.")] = None,
+    count: Count = 20,
+    source: SourceName = None,
+    line: LineNumber = None,
+) -> None:
+    """Which rows were dropped, where and why: the ledger of `prepare`."""
+    loaded = fintune.load_config(config, overrides)
+    from fintune.data.inspect import why_dropped
+
+    rows = why_dropped(loaded, source=source, reason=reason, line=line)
+    if reason and not rows:
+        console.result(f"no row was dropped for the reason {reason}")
+        return
+    _show_dropped(rows, count)
 
 
 @looks.command("runs")
@@ -101,6 +154,12 @@ def doctor(as_json: Json = False) -> None:
             console.result(line.rstrip())
     if any(finding["status"] == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
+    columns = ["source", "line", "reason", "detail"]
+    cells = ([entry[column] for column in columns] for entry in entries[:count])
+    console.table(f"dropped rows: {len(entries)}", columns, cells)
 
 
 class _ExportGroup(TyperGroup):

@@ -377,20 +377,20 @@ class Config(Section):
         return self.model_dump(mode="json", include=set(names), exclude=folders)
 
 
-def load_config(name: str | Path, overrides: Iterable[str] | None = None) -> Config:
-    """Read a preset by name or a YAML file by path, apply `key.sub=value` overrides, validate.
+def load_config(name: str | Path | None, overrides: Iterable[str] | None = None) -> Config:
+    """Read a preset by name or a YAML file by path (None: none), apply `key.sub=value` overrides.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a wrong value; all problems at once.
     """
-    path = Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name or ""))
     if not path.is_file() and path.suffix not in {".yaml", ".yml"}:
         path = preset_dir() / f"{name}.yaml"
-    if not path.is_file():
+    if name and not path.is_file():
         near = difflib.get_close_matches(str(name), presets(), n=1)
         fix = f"did you mean {near[0]}?" if near else f"presets: {', '.join(presets())}"
         raise ConfigError(f"no config file at {name}", fix=fix)
-    tree = read_yaml(path.read_bytes(), str(path))
+    tree = read_yaml(path.read_bytes(), str(path)) if name else {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
     for override in overrides or ():
@@ -399,7 +399,7 @@ def load_config(name: str | Path, overrides: Iterable[str] | None = None) -> Con
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError(f"config {name}: " + "\n  ".join(lines)) from None
+        raise ConfigError(f"config {name or ''}: " + "\n  ".join(lines)) from None
 
 
 def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:

@@ -19,3 +19,15 @@ def results_dir(config: Config) -> Path:
     name = re.sub(r"[^\w.-]+", "-", judge.model)[:60]
     asked = sha256_json([judge.model, judge.base_url, RUBRIC])[:8]
     return config.eval_dir / JUDGINGS / f"{name}-{asked}"
+
+
+def prepared(config: Config) -> Path | None:
+    """Folder of the prepared data; None where there is none, as for an adapter of others."""
+    given = config.data.out is not None or config.data_dir.is_dir()
+    return config.data_dir if given else None
+
+
+def looks_dir(config: Config) -> Path:
+    """Where the looks at these questions are counted: in the prepared data, else beside the run, so
+    that other adapters' evaluations that lie beside it count too."""
+    return prepared(config) or config.out.parent

@@ -442,7 +442,7 @@ def load_release(
         ModelError: base, adapter or tokenizer does not load.
     """
     dtype = dtype or inference_dtype()
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder if probe.has_tokenizer(folder) else base.folder)
     golden = checks.read_object(folder, checks.FIXTURE, absent=True)
     settings = settings or ChatConfig(**golden.get("chat", {}).get("settings", {}))
     model = load_adapter(load_base(base, "none", dtype), folder)

@@ -44,12 +44,19 @@ def run(
     return release(config, fresh=fresh, accept=accept)
 
 
-def release(config: Config, *, fresh: bool = False, accept: str | None = None) -> Path:
+def release(
+    config: Config,
+    *,
+    fresh: bool = False,
+    accept: str | None = None,
+    adapter: Path | None = None,
+) -> Path:
     """Compute the results again, then build the release (`bundle.release`).
 
     Args:
         fresh: move an existing release aside when the new one is complete.
         accept: release without the verdict `better`, for this reason, which the card states.
+        adapter: peft's folder of another trainer, in place of the run's; it was evaluated.
 
     Returns:
         The release folder.
@@ -63,7 +70,7 @@ def release(config: Config, *, fresh: bool = False, accept: str | None = None) -
         config = config.model_copy(update={"eval": judging})
     check_results(results_dir(config))
     told = bundle.Told(MEANINGS, _report(config))
-    return bundle.release(config, fresh=fresh, accept=accept, told=told)
+    return bundle.release(config, fresh=fresh, accept=accept, told=told, adapter=adapter)
 
 
 def _report(config: Config) -> str:

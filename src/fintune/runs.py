@@ -64,7 +64,8 @@ def _facts(root: Path) -> Json:
     trained = run["files"][ADAPTER]["sha256"] if _done(run) else None
     current = _done(tested) and (not run or tested["inputs"]["adapter"] == trained)
     found = read_json(results.latest(root / "eval") / results.RESULTS) if current else {}
-    loss = float(found["loss"]["adapter"]) if current else None
+    loss = found["loss"]["adapter"] if current else None
+    loss = None if loss is None else float(loss)
     if not isfinite(loss or 0):
         raise ValueError("a loss that is no number")
     newest = max((path.stat().st_mtime for path in marks), default=0)
@@ -151,7 +152,9 @@ def show(run: str, line: Callable[[str], None]) -> Json:
     with failing(f"{folder} is not of this version", *UNLIKE, fix="fintune eval --fresh"):
         folder = results.latest(folder)
         results.read_evaluation(folder)
-        return results.tell(folder, line)
+        found = results.tell(folder, line)
+        comparison.tell_forms(results.evaluation_of(folder), line)
+        return found
 
 
 def compare(first: str, second: str, page: Path | None) -> Json:

@@ -26,9 +26,11 @@ EVALUATIONS = "evaluations.jsonl"
 """Beside prepared data: a line for each evaluation of them."""
 JUDGINGS = "judgings"
 """In an evaluation: a folder with a seal of its own for each judge."""
-UNREAD = ("checkpoints/", f"{JUDGINGS}/", "judge_calls.jsonl", EVALUATIONS)
-"""Beginnings of names that are not read with a folder: checkpoints and judgings have a seal each,
-and the logs grow when their stage is finished."""
+FORMS = "forms"
+"""In an evaluation: a folder with a seal of its own for each form that its adapter is served in."""
+UNREAD = ("checkpoints/", f"{JUDGINGS}/", f"{FORMS}/", "judge_calls.jsonl", EVALUATIONS)
+"""Beginnings of names that are not read with a folder: checkpoints, judgings and forms have a seal
+each, and the logs grow when their stage is finished."""
 HOLDER = "process "
 """Beginning of a lock file's content."""
 _ELSEWHERE = "choose another folder: --set out=..."

@@ -4,17 +4,20 @@ The statistics are the verdict's: in pairs, the first run (`a`) takes the base's
 (`b`) the adapter's. There are no guards.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fintune import seal
+from fintune.console import say
 from fintune.errors import DataError
 from fintune.evals import results, verdict
 from fintune.evals.grading import PHRASES, VARIANTS, Pair, load_pairs
 from fintune.files import read_json, read_jsonl
 
 Json = dict[str, Any]
+TRAINED = "the adapter as trained"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def compare(a: Side, b: Side) -> tuple[Json, list[Pair]]:
     for task in tasks.values():
         task["a"], task["b"] = task.pop("base"), task.pop("adapter")
     other_base = any(line.startswith(("base", "quantization")) for line in differs)
-    same_rows = a.inputs["test"] == b.inputs["test"]
+    same_rows = a.inputs["test"] == b.inputs["test"] is not None
     return {
         "names": {"a": a.name, "b": b.name},
         "sentences": sentences,
@@ -120,3 +123,19 @@ def _joined(a: Side, b: Side, variant: str) -> tuple[list[Pair], Json, Json]:
     drop = min(a.facts["max_task_drop"], b.facts["max_task_drop"])
     tasks = results.by_task(checked, deciding, drop)
     return pairs, tasks, results.overall(deciding, len(tasks))
+
+
+def tell_form(place: Path, line: Callable[[str], None] = say) -> None:
+    """Print what was found of a form that an adapter is served in (`forms`)."""
+    found = read_json(place / results.RESULTS)
+    low, high = (f"{end:.1%}" for end in found["equal"]["ci95"])
+    share = f"{found['equal']['value']:.1%} ({low} to {high})"
+    line(f"{place.name}: {share} of the answers equal to those of {TRAINED}")
+    for sentence in found["sentences"]:
+        line(sentence)
+
+
+def tell_forms(folder: Path, line: Callable[[str], None]) -> None:
+    """Print what was found of every finished form of an evaluation."""
+    for done in sorted(folder.glob(f"{seal.FORMS}/*/{seal.DONE}")):
+        tell_form(done.parent, line)

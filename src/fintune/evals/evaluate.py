@@ -1,4 +1,4 @@
-"""The evaluation of a run: base and adapter answer the same prompts, are graded and compared.
+"""The evaluation: base and adapter answer the same prompts, are graded and compared.
 
 `eval/` is written in place. `predictions.jsonl` and `heldout.jsonl` get each line as soon as it is
 computed, so that a killed evaluation continues; `test_results.json` and `report.html` are made
@@ -12,11 +12,9 @@ from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from accelerate.utils import send_to_device
 
@@ -25,15 +23,17 @@ from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
 from fintune.console import meter, say, warn
-from fintune.errors import DataError, NotFinite, OutputError
-from fintune.evals import endpoint, history, judge, judging, results, verdict
+from fintune.errors import NotFinite, OutputError
+from fintune.evals import endpoint, history, judge, judging, results, subject, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
+from fintune.evals.subject import Speakers, Subject
 from fintune.evals.tasks import find_questions, identity, suite_tasks, task_items
-from fintune.example import Example, Message
+from fintune.example import Example
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
+from fintune.judgings import looks_dir
 from fintune.loss import causal_model, sum_loss
 from fintune.rewording import contaminated
 from fintune.sources import Source, recorded_commits
@@ -43,8 +43,6 @@ Tasks = dict[str, list[Source]]
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 FINAL = "final"
 """The part of the prepared rows that is kept back (`data.final_share`)."""
-ROWS_AT_ONCE = 20_000
-"""Training rows that are compared with the questions at once: 0.3 GB of rows of 300 words."""
 BATCH_TOKENS = 4096
 """Most tokens of one forward pass of the held-out loss; a longer row is a batch by itself."""
 
@@ -56,8 +54,9 @@ def evaluate(
     judge_host: str = "",
     final: bool = False,
     again: str = "",
+    other: subject.Other | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the best adapter of a run against its base.
+    """Evaluate the best adapter of a run, or another, against its base.
 
     Args:
         fresh: move an existing evaluation aside instead of keeping or continuing it.
@@ -65,24 +64,25 @@ def evaluate(
         final: ask the part of the rows that was kept back (`data.final_share`), without tasks, in
             a folder of its own beside the evaluation's.
         again: why that part is opened another time.
+        other: an adapter of another trainer, or a merged model, in place of the run's.
 
     Returns:
         The content of test_results.json; with a judge, of its judging.
 
     Raises:
         OutputError: the run or its data are unfinished, or the folder belongs to other inputs.
-        DataError: no test row. GateRefused: the judge's budget is spent, or the
-        part kept back was opened before.
+        DataError: no test row. GateRefused: the judge's budget is spent, the part kept back was
+        opened before, or an adapter of others failed a check. ModelError: it lacks a file.
     """
     part = FINAL if final else "test"
     if final:
         place = config.eval_dir.with_name(f"{config.eval_dir.name}-{FINAL}")
         settings = config.eval.model_copy(update={"out": place, "tasks": {}, "suite": None})
         config = config.model_copy(update={"eval": settings})
-    base = model.find_base(config.model, kept_in=[config.run_dir])
-    folder = config.eval_dir
+    folder, looks = config.eval_dir, looks_dir(config)
+    judged = subject.of_others(config, other, part) if other else subject.of_run(config, part)
     tasks = _find_tasks(config, fresh)
-    inputs = _inputs(config, base, tasks, part)
+    inputs = _inputs(config, judged, tasks)
     with seal.lock(folder):
         if fresh:
             seal.move_aside(folder)
@@ -92,13 +92,13 @@ def evaluate(
             most = config.eval.max_items
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             if final:
-                history.open_final(config.data_dir, inputs, again)
+                history.open_final(looks, inputs, again)
             seal.start(folder, inputs)
-            _answer(config, base, folder, inputs, asked, part, fresh)
+            _answer(config, judged, folder, inputs, asked, fresh)
             write_jsonl(folder / judge.NAME, judge.raw_rows(judging.judged_set(folder)))
             found = results.write_results(folder)
             seal.seal(folder, inputs)
-            history.note(config.data_dir, inputs, found["verdict"])
+            history.note(looks, inputs, found["verdict"])
         if config.eval.judge.model and not endpoint.keyless(config.eval.judge, judge_host):
             judging.ask(config, judge_host)
     found = results.tell(endpoint.shown_dir(config, judge_host))
@@ -127,28 +127,14 @@ def _find_tasks(config: Config, fresh: bool) -> Tasks:
     return find_questions(suite_tasks(config.eval), recorded_commits(prepared, begun))
 
 
-def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[str, Any]:
-    data = seal.read_data(config.data_dir)
-    if f"{part}.parquet" not in data["files"]:
-        what = f"{config.data_dir} holds no {part} part"
-        raise DataError(what, fix="prepare with a share of it: --set data.final_share=0.1 --fresh")
-    adapter = "best/adapter_model.safetensors"
-    run = seal.read_seal(
-        config.run_dir, stage="training run", make="fintune train", needed=[adapter]
-    )
-    trained = run["inputs"].get("base", base.record)["revision"]
-    if trained != base.revision:
-        what = f"the run was trained on {base.id} at {trained}, this base is {base.revision}"
-        raise OutputError(what, fix="set model.revision and model.path as they were")
+def _inputs(config: Config, judged: Subject, tasks: Tasks) -> dict[str, Any]:
     excluded = {"out", "judge", "tasks", "suite"}  # paths are others on another machine
     asked = suite_tasks(config.eval)
     return {
-        "train": data["files"]["train.parquet"]["sha256"],
-        "test": data["files"][f"{part}.parquet"]["sha256"],
-        "adapter": run["files"][adapter]["sha256"],
+        **judged.facts,
         "base": config.model.id,
-        "base_revision": base.revision,
-        "base_about": base.about,
+        "base_revision": judged.base.revision,
+        "base_about": judged.base.about,
         "quantization": config.model.quantization,
         "chat": config.chat.model_dump(mode="json"),
         "precision": config.train.precision,
@@ -160,29 +146,24 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[s
 
 def _answer(
     config: Config,
-    base: model.Base,
+    judged: Subject,
     folder: Path,
     inputs: dict[str, Any],
     asked: list[Item],
-    part: str,
     fresh: bool,
 ) -> None:
-    """Held-out loss and answers of base and adapter, from one copy of the base's weights."""
+    """Held-out loss and answers of base and adapter."""
     precision, device = config.train.precision, model.device()
     model.set_threads(model.free_threads())
-    chat = model.load_chat(base, config.chat, config.data_dir)
-    path = config.data_dir / f"{part}.parquet"
-    rows = pq.read_table(path).to_pylist()
-    if not rows:
-        what = f"{path} has no row"
-        raise DataError(what, fix="prepare more rows, or raise data.test_share")
+    chat = judged.chat(config)
+    rows = judged.rows(chat)
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
     dtype = model.precision(precision, device)
-    base_model = model.load_base(base, config.model.quantization, dtype)
-    peft_model = model.load_adapter(base_model, config.run_dir / "best")
-    context = model.context_length(base_model)
-    prompts, run_info = _choose(config, rows, asked, chat, context)
+    speakers = judged.speakers(config.model.quantization, dtype)
+    with speakers.speaking("base") as base:
+        context = model.context_length(base)
+    prompts, run_info = _choose(config, judged, rows, asked, chat, context)
     run_info["provenance"] = {
         **inputs,
         "precision": dtype,
@@ -190,32 +171,36 @@ def _answer(
         "base_answers": "generated, here or in an evaluation before of all that is named here",
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        **judged.provenance(len(run_info["repeated"])),
     }
-    run_info["run"] = {
-        "name": config.name,
-        "date": date.today().isoformat(),
-        "part": f"the {part} part of {config.data_dir.name} and {len(asked)} questions of tasks",
-    }
-    run_info["looks"] = history.looks(config.data_dir, inputs)
+    told = f"{len(asked)} questions of tasks"
+    if judged.data:
+        told = f"the {judged.part} part of {judged.data.name} and {told}"
+    run_info["run"] = {"name": config.name, "date": date.today().isoformat(), "part": told}
+    run_info["looks"] = history.looks(looks_dir(config), inputs)
     write_json(folder / "run.json", run_info)
-    _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
-    packages = run_info["provenance"]["packages"]
-    weights = model.weights_sha256(base.folder)
+    fitting = [row for row in rows if len(row["input_ids"]) <= context]
+    _measure_loss(folder, speakers, fitting, chat.tokenizer.pad_token_id)
     facts = {
-        "weights": weights,
-        "packages": packages,
+        "weights": model.weights_sha256(judged.base.folder),
+        "packages": run_info["provenance"]["packages"],
         "precision": dtype,
         "stops": sorted(chat.stop_token_ids),
     }
     kept = KeptAnswers(facts | {"quantization": config.model.quantization}, read=not fresh)
-    answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
+    answer = partial(generate, chat=chat, batch_size=config.eval.per_device_eval_batch_size)
     labelled = with_choices(chat, prompts) if config.eval.label_scoring == "likelihood" else {}
     limit = config.eval.max_new_tokens
-    _generate(folder, peft_model, answer, prompts, limit, chat, kept, labelled)
+    _generate(folder, speakers, answer, prompts, limit, chat, kept, labelled)
 
 
 def _choose(
-    config: Config, rows: list[dict[str, Any]], asked: list[Item], chat: ChatFormat, context: int
+    config: Config,
+    judged: Subject,
+    rows: list[dict[str, Any]],
+    asked: list[Item],
+    chat: ChatFormat,
+    context: int,
 ) -> tuple[Prompts, dict[str, Any]]:
     """The items to answer with the token ids of their prompts, and the fields of run.json.
 
@@ -233,12 +218,14 @@ def _choose(
     def by_hash(items: list[Item], salt: str = "") -> list[Item]:
         return sorted(items, key=lambda item: sha256_bytes(f"{salt}{item.id}".encode()))
 
-    reader = HeldOutItems(_training_rows(config))
+    reader = HeldOutItems(judged.training_rows())
     # Of a row with an example an answer one line holds the messages; a call is no answer to grade.
     whole = [row for row in rows if row["messages"] and not row["messages"][-1].get("tool_calls")]
     test_items = by_hash([reader.item(row) for row in whole])
-    repeated = _repeated(config, asked)
-    asked = [item for item in asked if item.id not in repeated]
+    repeated = _repeated(judged.known(), asked) | _repeated(judged.given(), asked + test_items)
+    asked, test_items = (
+        [item for item in items if item.id not in repeated] for items in (asked, test_items)
+    )
     items = [item for item in test_items if item.kind != "text"][: config.eval.max_items] + asked
     if sum(item.kind in results.CHECKED for item in items) < verdict.FEWEST_CHECKABLE:
         items += [item for item in test_items if item.kind == "text"][: config.eval.judged_items]
@@ -248,8 +235,7 @@ def _choose(
     encoded = [(item, chat.prompt_ids(item.messages)) for item in items]
     prompts = [(item, ids) for item, ids in encoded if len(ids) <= longest]
     fitting, test_ids = [item for item, _ in prompts], {item.id for item in test_items}
-    groups = pq.read_table(config.data_dir / "train.parquet", columns=["group"])["group"]
-    trained = set(groups.to_pylist())
+    trained = {row["group"] for row in judged.training_rows()}
     contaminated_ids = [item.id for item in fitting if item.group in trained]
     fitting = by_document(fitting)
     prompts = [(item, ids) for item, (_, ids) in zip(fitting, prompts, strict=True)]
@@ -265,20 +251,11 @@ def _choose(
     }
 
 
-def _training_rows(config: Config) -> Iterator[dict[str, Any]]:
-    train = pq.ParquetFile(config.data_dir / "train.parquet")
-    for batch in train.iter_batches(ROWS_AT_ONCE, columns=["messages"]):
-        yield from batch.to_pylist()
-
-
-def _repeated(config: Config, asked: list[Item]) -> set[str]:
-    """Ids of the tasks' questions that a training row repeats, verbatim or reworded."""
+def _repeated(known: Iterator[list[Example]], asked: list[Item]) -> set[str]:
+    """Ids of the questions that a training row repeats, verbatim or reworded."""
     questions, found = [as_example(item) for item in asked], set[str]()
-    rows = (row for row in _training_rows(config) if row["messages"])
-    while questions and (batch := list(islice(rows, ROWS_AT_ONCE))):
-        turns = (tuple(map(Message.of, row["messages"])) for row in batch)
-        known = [Example("train", at, "", messages) for at, messages in enumerate(turns)]
-        found |= {hit["benchmark_sha256"] for hit in contaminated(known, questions).values()}
+    for rows in known if questions else ():
+        found |= {hit["benchmark_sha256"] for hit in contaminated(rows, questions).values()}
     if found:
         names = Counter(item.task for item in asked if item.id in found)
         counts = ", ".join(f"{count} of {name}" for name, count in sorted(names.items()))
@@ -297,19 +274,23 @@ def _warn_of_no_documents(asked: list[Item]) -> None:
         )
 
 
-def _measure_loss(folder: Path, peft_model: Any, rows: list[dict[str, Any]], pad: int) -> None:
+def _measure_loss(folder: Path, speakers: Speakers, rows: list[dict[str, Any]], pad: int) -> None:
     """Append each source's sums of the loss over label tokens, of base and adapter."""
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
         done = {cell["source"] for cell in file.rows()}
-        for source in sorted({row["source"] for row in rows} - done):
-            chosen = [row for row in rows if row["source"] == source]
-            cell = {"source": source, "rows": len(chosen)}
-            for variant in VARIANTS:
-                with model.adapter_set(peft_model, variant == "adapter"):
-                    cell[variant], cell["tokens"] = _loss_sum(peft_model, chosen, pad)
-            file.append(cell)
-            progress.advance(len(chosen))
+        todo = sorted({row["source"] for row in rows} - done)
+        # Where a change of the model loads one, each is loaded once.
+        for group in [[source] for source in todo] if speakers.shared else [todo]:
+            chosen = {name: [row for row in rows if row["source"] == name] for name in group}
+            cells = {name: {"source": name, "rows": len(chosen[name])} for name in group}
+            for variant in VARIANTS if group else ():
+                with speakers.speaking(variant) as speaker:
+                    for name, cell in cells.items():
+                        sums = _loss_sum(speaker, chosen[name], pad)
+                        cell[variant], cell["tokens"] = sums
+            file.append(*cells.values())
+            progress.advance(sum(map(len, chosen.values())))
 
 
 def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[float, int]:
@@ -340,7 +321,7 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
 
 def _generate(
     folder: Path,
-    peft_model: Any,
+    speakers: Speakers,
     answer: Any,
     prompts: Prompts,
     limit: int,
@@ -351,7 +332,7 @@ def _generate(
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
     Args:
-        answer: `generate` with its model, chat format and batch size.
+        answer: `generate` with its chat format and batch size.
         limit: most tokens of an answer.
         kept: answers of the base from earlier evaluations.
         labelled: items by id whose choices are compared by their likelihoods instead.
@@ -367,14 +348,16 @@ def _generate(
                 known = _kept(kept, todo, chat)
                 file.append(*(_line(variant, *by_id[each.id], each) for each in known))
                 progress.advance(len(known))
-            with model.adapter_set(peft_model, variant == "adapter"):
-                asked = [labelled[key] for key in keys if key in labelled]
-                for scored in log_likelihoods(peft_model, asked) if asked else ():
+            asked = [labelled[key] for key in keys if key in labelled]
+            if not asked and not todo:
+                continue
+            with speakers.speaking(variant) as speaker:
+                for scored in log_likelihoods(speaker, asked) if asked else ():
                     file.append(
                         *(_labelled(variant, by_id[q.id][0], q, likely) for q, likely in scored)
                     )
                     progress.advance(len(scored), note=variant)
-                for batch in answer(todo.values()):
+                for batch in answer(speaker, requests=todo.values()):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
                     if variant == "base":
                         kept.keep(batch)

@@ -77,4 +77,4 @@ def _name(judging: Json | None) -> str:
 def _questions(inputs: Json) -> set[str]:
     """What names the test rows, and the questions of every task."""
     tasks = (f"{name} {sha256_json(told)}" for name, told in inputs["tasks"].items())
-    return {inputs["test"], *tasks}
+    return {inputs["test"], *tasks} - {None}

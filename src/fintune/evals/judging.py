@@ -15,7 +15,7 @@ from fintune.errors import ConfigError
 from fintune.evals import history, judge, results
 from fintune.evals.grading import Pair, load_pairs
 from fintune.files import read_json, sha256_bytes, write_json, write_jsonl
-from fintune.judgings import RUBRIC, results_dir
+from fintune.judgings import RUBRIC, looks_dir, results_dir
 
 
 def judge_answers(
@@ -59,11 +59,11 @@ def ask(config: Config, judge_host: str, labels: Path | None = None) -> None:
     rows = judge.raw_rows(pairs, planned, done, settings.model, labels)
     (folder / seal.DONE).unlink(missing_ok=True)
     write_jsonl(folder / judge.NAME, rows)
-    looks = history.looks(config.data_dir, tested["inputs"], inputs)
+    looks = history.looks(looks_dir(config), tested["inputs"], inputs)
     write_json(folder / results.RUN, {"judge": asked, "looks": looks})
     verdict = results.write_results(folder)["verdict"]
     seal.seal(folder, inputs)
-    history.note(config.data_dir, tested["inputs"], verdict, inputs)
+    history.note(looks_dir(config), tested["inputs"], verdict, inputs)
 
 
 def judged_set(folder: Path) -> list[Pair]:

@@ -99,7 +99,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
 
 
 def loss_summary(cells: list[Json]) -> Json:
-    """Loss (nats per label token), overall and by source.
+    """Loss (nats per label token), overall and by source; None where none was measured.
 
     Args:
         cells: rows of heldout.jsonl, the sums of one source each.
@@ -109,8 +109,8 @@ def loss_summary(cells: list[Json]) -> Json:
         tokens = sum(cell["tokens"] for cell in chosen)
         base, adapter = (sum(cell[name] for cell in chosen) / max(tokens, 1) for name in VARIANTS)
         return {
-            "base": round(base, 6),
-            "adapter": round(adapter, 6),
+            "base": round(base, 6) if cells else None,
+            "adapter": round(adapter, 6) if cells else None,
             "change": round(adapter / base - 1, 6) if base else 0.0,
             "rows": sum(cell["rows"] for cell in chosen),
             "tokens": tokens,
@@ -374,8 +374,9 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
     results = read_json(folder / RESULTS)
     accuracy, loss = results["accuracy"], results["loss"]
     for name in VARIANTS:
-        line(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
-    if loss["adapter"] >= loss["base"]:
+        measured = "not measured" if loss[name] is None else f"{loss[name]:.3f}"
+        line(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {measured}")
+    if loss["tokens"] and loss["adapter"] >= loss["base"]:
         warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
     for name, cut in results["n"]["thoughts_cut"].items():
         if cut:

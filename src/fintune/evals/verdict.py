@@ -22,7 +22,8 @@ def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Js
     `lost_tasks`, `small_tasks`, `looks`.
 
     Args:
-        loss: None where two adapters are compared, which has no guards.
+        loss: None where two adapters are compared, which has no guards; its values are None where
+            no row is held out, so that the other guard stands alone.
     """
     by_name = {"accuracy": accuracy["difference"], "macro_accuracy": accuracy["macro"]}
     primary, invalid = run["primary"], list[str]()
@@ -49,7 +50,8 @@ def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Js
         invalid.append(f"{unscored:.1%} of the judge's calls unscored")
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
-    guards = {"held_out_loss": loss["adapter"] <= loss["base"]} if loss else {}
+    measured = loss and loss["base"] is not None
+    guards = {"held_out_loss": loss["adapter"] <= loss["base"]} if loss and measured else {}
     if loss and primary != "win_rate":
         guards["majority_class"] = accuracy["over_majority"]["ci95"][0] > 0
     lost = [name for name, task in tasks.items() if task["lost"]]
@@ -103,4 +105,6 @@ def summary(results: Json, verdicts: dict[str, str] = PHRASES["verdicts"]) -> li
         text.append(f"Evaluation {looks} of these questions: corrected for that, {wide} points.")
     if small := results["small_tasks"]:
         text.append(f"Too small to see a loss of 10 points: {', '.join(small)}.")
+    if other := results.get("provenance", {}).get("subject"):
+        text.append(other["decontamination"])
     return text

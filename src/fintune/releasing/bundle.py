@@ -20,20 +20,30 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import TrainingArguments
 
 from fintune import __version__, console, files, model, page, seal
-from fintune.config import LOCAL, Config, load_config
+from fintune.config import LOCAL, Config
 from fintune.errors import GateRefused, OutputError
 from fintune.hub import COMMIT
-from fintune.judgings import results_dir
-from fintune.releasing.contents import Acceptance, announced, first_evaluated, shipped_rows
+from fintune.judgings import looks_dir, results_dir
+from fintune.releasing.contents import (
+    NOT_STATED,
+    Acceptance,
+    announced,
+    first_evaluated,
+    read_forms,
+    shipped_rows,
+)
+from fintune.releasing.made import Made, of_others, of_run
 from fintune.releasing.verify import make_golden_prompts
 from fintune.sources import LICENCE
 from fintune.untrusted import checks, static
 from fintune.untrusted.checks import CARD, CONFIG, JUDGED, PROVENANCE, REPORT, RESULTS, RISK
+from fintune.untrusted.probe import own_template
 
 Json = dict[str, Any]
-RUN_FILES = ("config.yaml", "environment.json", "training_arguments.json")
-HELD_OUT = "held-out rows"
-"""What results are of where the rows are no single data set of the hub."""
+TOPICS = ("finance", "instruction-tuning")
+"""Tags of what a run of ours was trained on."""
+HELD_OUT, TASKS = "held-out rows", "questions of tasks"
+"""What results are of where the rows are no single data set of the hub, or there are no rows."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (its default is 16; a rank above it fails to load)."""
 _PRIVATE_ARGUMENTS = re.compile(
@@ -61,8 +71,8 @@ class Inputs(NamedTuple):
     """What a release is made of.
 
     Attributes:
-        config: of this command. recipe: of the training run.
-        arguments: transformers' effective TrainingArguments.
+        config: of this command.
+        made: how the adapter was made.
         accepted: the reason given for publishing without the verdict `better`, and who gave it.
         told: what other stages say for the card.
         asked: run.json of the evaluation.
@@ -70,15 +80,13 @@ class Inputs(NamedTuple):
         rows: what the release holds of the data's rows.
         provenance: hashes that the release states.
         mismatches: where data, run and evaluation do not belong together.
+        forms: by name what was found of the forms that it was also asked in.
     """
 
     config: Config
-    recipe: Config
     base: model.Base
-    manifest: Json
+    made: Made
     results: Json
-    environment: Json
-    arguments: Json
     asked: Json
     accepted: Acceptance
     told: Told
@@ -86,10 +94,16 @@ class Inputs(NamedTuple):
     rows: Json
     provenance: Json
     mismatches: list[str]
+    forms: Json
 
 
 def release(
-    config: Config, *, fresh: bool = False, accept: str | None = None, told: Told = NOTHING
+    config: Config,
+    *,
+    fresh: bool = False,
+    accept: str | None = None,
+    told: Told = NOTHING,
+    adapter: Path | None = None,
 ) -> Path:
     """Build `config.release_dir` from the finished data, run and evaluation folders.
 
@@ -97,6 +111,7 @@ def release(
         fresh: replace an existing release, which is moved aside when the new one is complete.
         accept: reason to publish an adapter whose verdict is not `better`; printed on the card.
         told: what other stages say for the card.
+        adapter: peft's folder of another trainer, in place of the run; it was evaluated.
 
     Returns:
         The release folder. An existing one of the same inputs is kept as it is.
@@ -106,7 +121,7 @@ def release(
             its weights are empty or not finite, or a file would name a local path.
         OutputError: an input is unfinished, or the folder holds another release.
     """
-    inputs, final = _read_inputs(config, accept, told), config.release_dir
+    inputs, final = _read_inputs(config, accept, told, adapter), config.release_dir
     with seal.lock(final):
         if not seal.empty(final):
             seal.check_ours(final)
@@ -128,33 +143,31 @@ def release(
     return final
 
 
-def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
-    """Read the three finished folders.
+def _read_inputs(config: Config, accept: str | None, told: Told, adapter: Path | None) -> Inputs:
+    """Read the finished folders.
 
     Raises:
         OutputError: one is absent, unfinished or changed since.
     """
-    run, evaluation, adapter = config.run_dir, config.eval_dir, f"best/{checks.ADAPTER}"
-    found, needed = results_dir(config), (RESULTS, JUDGED, "run.json")
-    data = seal.read_data(config.data_dir)
-    trained = seal.read_seal(
-        run, stage="training run", make="fintune train", needed=(adapter, *RUN_FILES)
-    )
+    evaluation, found = config.eval_dir, results_dir(config)
+    needed = (RESULTS, JUDGED, "run.json")
+    base = model.find_base(config.model, kept_in=() if adapter else [config.run_dir])
+    made = of_others(config, base, adapter) if adapter else of_run(config, base)
     tested = seal.read_seal(evaluation, stage="evaluation", make="fintune eval", needed=needed)
     judged = tested
     if found != evaluation:
         judged = seal.read_seal(found, stage="judging", make="fintune judge", needed=needed)
-    recipe, environment, arguments = (run / name for name in RUN_FILES)
-    base = model.find_base(config.model, kept_in=[run])
     results = files.read_json(found / RESULTS)
     provenance = {
-        "adapter_sha256": trained["files"][adapter]["sha256"],
-        "manifest_sha256": data["files"]["manifest.json"]["sha256"],
+        "adapter_sha256": made.tested["adapter"][0],
         "test_results_sha256": judged["files"][RESULTS]["sha256"],
         "release": config.release.model_dump(mode="json", exclude={"out"}),
-        "trained_on": files.read_json(environment).get("finished"),
-        "evaluated_on": first_evaluated(config.data_dir, tested["inputs_sha256"]),
+        "trained_on": made.environment.get("finished"),
+        "evaluated_on": first_evaluated(looks_dir(config), tested["inputs_sha256"]),
     }
+    if made.ours:
+        manifest = config.data_dir / "manifest.json"
+        provenance["manifest_sha256"] = files.sha256_file(manifest)
     accepted = Acceptance.of(found, accept, provenance["test_results_sha256"])
     provenance |= accepted.facts
     text, rows = shipped_rows(found, config, judged=bool(results.get("judge")))
@@ -163,22 +176,18 @@ def _read_inputs(config: Config, accept: str | None, told: Told) -> Inputs:
     provenance["base"] = base.about
     if model.WEIGHTS.fullmatch(base.revision):
         provenance |= {"base_sha256": base.revision, "base_read_as": base.read_as}
-    train, test = (data["files"][f"{name}.parquet"]["sha256"] for name in ("train", "test"))
-    of_run, of_eval = trained["inputs"], tested["inputs"]
-    compared = [
-        ("run was trained on other data", of_run["data"]["train.parquet"], train),
-        ("run was trained on another base", of_run["base"]["revision"], base.revision),
-        ("evaluation is of another adapter", of_eval["adapter"], provenance["adapter_sha256"]),
-        ("evaluation compared with other training rows", of_eval["train"], train),
-        ("evaluation decided by other rows", of_eval["test"], test),
-        ("evaluation counts contaminated test rows", results["n"]["contaminated"], 0),
-    ]
-    mismatches = [f"the {reason}" for reason, stated, actual in compared if stated != actual]
-    manifest = files.read_json(config.data_dir / "manifest.json")
-    read = (files.read_json(path) for path in (environment, arguments, evaluation / "run.json"))
-    known: tuple[Any, ...] = (config, load_config(recipe), base, manifest, results, *read)
-    made: tuple[Any, ...] = (accepted, told, text, rows, provenance, mismatches)
-    return Inputs(*known, *made)
+    of_eval, clean = tested["inputs"], results["n"]["contaminated"] == 0
+    of_eval = of_eval | {"adapter_config": of_eval.get("subject", {}).get("adapter_config")}
+    wrong = [said for key, (now, said) in made.tested.items() if of_eval.get(key) != now]
+    wrong += [] if clean else ["evaluation counts contaminated test rows"]
+    mismatches = [f"the {reason}" for reason in (*made.mismatches, *wrong)]
+    asked = files.read_json(evaluation / "run.json")
+    known: tuple[Any, ...] = (config, base, made, results, asked, accepted, told)
+    forms = read_forms(evaluation, tested["files"]["predictions.jsonl"]["sha256"])
+    if forms:
+        provenance["forms"] = {name: files.sha256_json(form) for name, form in forms.items()}
+    more: tuple[Any, ...] = (text, rows, provenance, mismatches, forms)
+    return Inputs(*known, *more)
 
 
 def _gate(inputs: Inputs) -> None:
@@ -191,7 +200,7 @@ def _gate(inputs: Inputs) -> None:
     reason = inputs.accepted.reason
     if reason is not None and not reason.strip():
         raise GateRefused("--accept needs a reason", why="the card prints it for every reader")
-    weights = static.check_weights(inputs.config.run_dir / "best")
+    weights = static.check_weights(inputs.made.folder)
     failed = [weights.detail] if weights.status == "failed" else []
     verdict = inputs.results.get("verdict")
     unproved = verdict != "better" and reason is None
@@ -221,36 +230,41 @@ def _keep(final: Path, inputs: Inputs) -> Path:
 
 def _build(staging: Path, inputs: Inputs) -> None:
     """Write every file of the release; SHA256SUMS last."""
-    config, base = inputs.config, inputs.base
-    best = config.run_dir / "best"
-    files.copy_file(best / checks.ADAPTER, staging / checks.ADAPTER)
+    config, base, made = inputs.config, inputs.base, inputs.made
+    files.copy_file(made.folder / checks.ADAPTER, staging / checks.ADAPTER)
     # peft asks the hub for `revision`, so only a commit may stand there.
     revision = base.revision if COMMIT.fullmatch(base.revision) else None
     named = {"base_model_name_or_path": base.id, "revision": revision, "inference_mode": True}
-    tree = files.read_json(best / checks.ADAPTER_CONFIG) | named
+    tree = files.read_json(made.folder / checks.ADAPTER_CONFIG) | named
+    tree.pop("auto_mapping", None)  # a class to import, which nothing here reads
     _write_json(staging / checks.ADAPTER_CONFIG, tree)
-    _write_tokenizer(model.load_tokenizer(base), staging)
-    kept = {k: v for k, v in inputs.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
-    if config.release.training_args_bin:
+    tokenizer = model.load_tokenizer(base)
+    if not made.ours:
+        tokenizer.chat_template = own_template(made.folder) or tokenizer.chat_template
+    _write_tokenizer(tokenizer, staging)
+    kept = {k: v for k, v in made.arguments.items() if not _PRIVATE_ARGUMENTS.search(k)}
+    if config.release.training_args_bin and made.ours:
         files.write_bytes(staging / checks.TRAINING_ARGS, _pickled(kept))
     files.copy_file(results_dir(config) / RESULTS, staging / RESULTS)
     for name, text in ((JUDGED, inputs.judged), (REPORT, inputs.told.report)):
         if text is not None:
             files.write_text(staging / name, text)
-    settings = model.prepared_chat(config.data_dir, inputs.recipe.chat)
+    settings = model.prepared_chat(config.data_dir, made.recipe.chat)
     loaded = model.load_release(staging, base, settings=settings)
     judged = files.read_jsonl(staging / JUDGED) if inputs.judged else ()
     held_out = [(row["question"], row["reference"]) for row in judged if row.get("question")]
     files.write_json(staging / checks.FIXTURE, make_golden_prompts(loaded, held_out))
     llama = _write_llama_license(staging, base)
     values = _card_values(inputs, llama)
-    files.write_text(staging / checks.SETTINGS, page.render("settings.yaml.jinja", **values) + "\n")
+    if made.ours:
+        settings_text = page.render("settings.yaml.jinja", **values)
+        files.write_text(staging / checks.SETTINGS, settings_text + "\n")
     files.write_text(staging / RISK, page.render("model_risk.md.jinja", **values) + "\n")
     facts = {
         "fintune": __version__,
-        "config": _without_paths(inputs.recipe.model_dump(mode="json")),
+        "config": _without_paths(made.recipe.model_dump(mode="json")) if made.ours else NOT_STATED,
         "rows_of_the_data": inputs.rows,
-        "training_arguments": _without_paths(kept),
+        "training_arguments": _without_paths(kept) if made.ours else NOT_STATED,
         PROVENANCE: inputs.provenance,
         "files": {path.name: files.sha256_file(path) for path in sorted(staging.iterdir())},
     }
@@ -332,11 +346,14 @@ def write_card(inputs: Inputs, config_sha256: str, values: Json) -> str:
         config_sha256: of training_config.json, which names the hashes of the other files.
         values: of the templates (`_card_values`).
     """
-    base, english = inputs.base, inputs.recipe.data.filter_english_only
-    tags = ["lora", "finance", "instruction-tuning", "transformers", "adapter"]
-    sources = {name: facts["identity"] for name, facts in inputs.manifest["sources"].items()}
+    base, made = inputs.base, inputs.made
+    english = made.recipe.data.filter_english_only
+    tags = ["lora", *TOPICS, "transformers", "adapter"] if made.ours else ["lora", "transformers"]
+    stated = made.manifest.get("sources", {})
+    sources = {name: facts["identity"] for name, facts in stated.items()}
     of_hub = {name: commit for name, commit in sources.items() if COMMIT.fullmatch(commit)}
-    data, commit = [*of_hub.items()][0] if len(of_hub) == len(sources) == 1 else (HELD_OUT, None)
+    asked = HELD_OUT if inputs.results["loss"].get("tokens", 1) else TASKS
+    data, commit = [*of_hub.items()][0] if len(of_hub) == len(sources) == 1 else (asked, None)
     measured: Any = partial(EvalResult, "text-generation", data, data)
     of_test = partial(measured, dataset_split="test", dataset_revision=commit)
     parts = {name: inputs.results.get(name) or {} for name in ("loss", "accuracy")}
@@ -350,7 +367,9 @@ def write_card(inputs: Inputs, config_sha256: str, values: Json) -> str:
         datasets=sorted({name.partition("#")[0] for name in of_hub}) or None,
         tags=[*tags, "english"] if english else tags,
         model_name=values["name"],
-        eval_results=[of_test(k, v["adapter"]) for k, v in parts.items() if "adapter" in v],
+        eval_results=[
+            of_test(k, v["adapter"]) for k, v in parts.items() if v.get("adapter") is not None
+        ],
     )
     more = {"metadata": metadata.to_yaml(), "config_sha256": config_sha256}
     return page.render("card.md.jinja", **values, **more) + "\n"
@@ -362,10 +381,11 @@ def _card_values(inputs: Inputs, llama: str | None) -> Json:
     Args:
         llama: version of a Llama base, whose licence has duties; None for any other base.
     """
-    config, base, name = inputs.recipe, inputs.base, inputs.config.name
+    made, base, name = inputs.made, inputs.base, inputs.config.name
+    config = made.recipe
     if llama and not name.lower().startswith("llama"):
         name = f"Llama {name}"  # as the base's licence asks
-    chat = inputs.manifest.get("chat") or {"variables": {"date_string": config.chat.date_string}}
+    chat = made.manifest.get("chat") or {"variables": {"date_string": config.chat.date_string}}
     variables = {
         name: json.dumps(value) if isinstance(value, str) else repr(value)
         for name, value in chat["variables"].items()
@@ -377,6 +397,7 @@ def _card_values(inputs: Inputs, llama: str | None) -> Json:
     tree = _without_paths(config.model_dump(mode="json"), ("out",)) | {"name": inputs.config.name}
     return {
         **inputs._asdict(),
+        **made._asdict(),
         "config": config,
         "stated": inputs.config.release,
         "version": __version__,

@@ -75,6 +75,23 @@ def first_evaluated(data: Path, inputs_sha256: str) -> str | None:
     return min((row["date"] for row in rows if row["inputs"] == inputs_sha256), default=None)
 
 
+def read_forms(evaluation: Path, answers: str) -> Json:
+    """What was found of each form that the adapter was also asked in, by name.
+
+    Args:
+        answers: sha256 of the evaluation's answers; forms compared with others are left out.
+
+    Raises:
+        OutputError: one was changed since.
+    """
+    found = {}
+    for done in sorted(evaluation.glob(f"{seal.FORMS}/*/{seal.DONE}")):
+        sealed = seal.read_seal(done.parent, stage="form", make="fintune eval --form")
+        if sealed["inputs"]["answers"] == answers:
+            found[done.parent.name] = files.read_json(done.with_name(RESULTS))
+    return found
+
+
 def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | None, Json]:
     """The judged file as a release holds it, of the first items that were judged, and what the
     release holds of the data's rows.
@@ -98,7 +115,7 @@ def shipped_rows(folder: Path, config: Config, *, judged: bool) -> tuple[str | N
             row["graded"] = {name: one and one["outcome"] for name, one in graded.items()}
         return _lines(rows), held
     answered = files.read_jsonl(config.eval_dir / "predictions.jsonl")
-    tasks = seal.recorded_inputs(config.eval_dir)["tasks"]
+    tasks = seal.recorded_inputs(config.eval_dir).get("tasks", {})
     items = (row["item"] for row in answered if row["item"]["task"] not in tasks)
     questions = {row["question"] for row in rows if row.get("question")}
     held["word_for_word"] = max(len({item["id"] for item in items}), len(questions))

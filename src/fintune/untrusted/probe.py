@@ -83,6 +83,23 @@ def probe_release(folder: Path, base: Path) -> list[Check]:
     return [Check(*row) for row in rows]
 
 
+def probe_merged(folder: Path, base: Path) -> list[Check]:
+    """Whether a merged model has the token ids of its base. Raises GateRefused: a limit."""
+    of = _Release(folder, base)
+    rows = run_limited(lambda: [astuple(ask("token ids", _check_same_ids, of))], folder.name)
+    return [Check(*row) for row in rows]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer; one of a plain peft adapter does not."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template that a checked folder brings, if it brings one."""
+    return read_tokenizer(folder).chat_template if has_tokenizer(folder) else None
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; no code of the folder runs.
 
@@ -195,7 +212,7 @@ def _try_base(folder: Path, weights: bool) -> None:
     architecture = read_architecture(folder)
     if weights:
         empty_model(architecture)
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if has_tokenizer(folder):
         _try_tokenizer(read_tokenizer(folder))
 
 
@@ -250,12 +267,18 @@ class _Release:
 
 
 def _release_checks(of: _Release) -> Iterator[Check]:
-    yield ask("tokenizer", _check_special_tokens, of)
+    own = has_tokenizer(of.folder)
+    if own or of.golden:
+        yield ask("tokenizer", _check_special_tokens, of)
+    else:
+        yield Check("tokenizer", "note", "none here: its base's")
     if of.golden:
         yield ask("tokenizer", _check_same_tokenizer, of)
         yield ask("stop tokens", _check_stop_tokens, of)
         yield ask("fixture", _check_golden_prompts, of)
     else:
+        if own:
+            yield ask("token ids", _check_same_ids, of)
         yield Check("fixture", "note", f"no {checks.FIXTURE}: prompts not checked")
     yield ask("keys", _check_keys, of)
 
@@ -283,6 +306,16 @@ def _check_same_tokenizer(of: _Release) -> str:
     if _identity(of.tokenizer) != _identity(read_tokenizer(of.base)):
         raise Unreadable("BOS, end of turn or tokenizer.json are not the base's")
     return "equals the base's"
+
+
+def _check_same_ids(of: _Release) -> str:
+    """The tokenizer gives the ids of the base's; tokens that it has besides do not matter."""
+    tokenizers = of.tokenizer, read_tokenizer(of.base)
+    _try_tokenizer(of.tokenizer)
+    ids, wanted = ([t(x, add_special_tokens=False).input_ids for x in _PROBES] for t in tokenizers)
+    if ids != wanted:
+        raise Unreadable("its tokenizer gives other ids than its base's")
+    return "as its base's"
 
 
 def _identity(tokenizer: Any) -> tuple[str, str, str]:

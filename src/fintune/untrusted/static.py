@@ -203,10 +203,12 @@ def _check_configs(of: _Folder) -> str:
 
 
 def _check_hooks(of: _Folder) -> str:
-    """No JSON file names code to import; `auto_map` of a base is ignored, with a note."""
+    """No JSON file names code to import; with a note, as nothing here reads them: `auto_map` of a
+    base, and `auto_mapping` of an adapter, which peft writes where no task type was given."""
     trees = [(name, of.trees[name]) for name in of.trees if name not in LIMITS["vocabularies"]]
     hooks = [f"{name}: {hook}" for name, tree in trees for hook in _hooks(tree)]
-    ignored = [hook for hook in hooks if of.role == "base" and hook.endswith(": auto_map")]
+    unread = {"base": ": auto_map", "adapter": f"{checks.ADAPTER_CONFIG}: auto_mapping"}
+    ignored = [hook for hook in hooks if hook.endswith(unread.get(of.role, "no hook"))]
     if imported := [hook for hook in hooks if hook not in ignored]:
         raise Unreadable(f"asks to import code ({some(imported)})")
     if ignored:
