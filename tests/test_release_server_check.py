@@ -223,8 +223,8 @@ PLAIN = {"org/base": base, "adapter": adapter}
         ({"adapter": rounded}, (), 0, "adapter answers as the adapter: 0.02"),
         ({"adapter": base}, (), 3, "the same as the base: the base is served under the adapter's"),
         (PLAIN | {"adapter": base}, LOGPROBS, 3, "the same as the base"),
-        ({"adapter": stranger}, (), 3, "another adapter or other weights: the answers of adapter"),
-        ({"adapter": stranger}, LOGPROBS, 3, "another adapter or other weights"),
+        ({"adapter": stranger}, (), 3, "another adapter, or weights coarser than 8 bits: the"),
+        ({"adapter": stranger}, LOGPROBS, 3, "another adapter, or weights coarser"),
         (PLAIN | {"org/base": adapter}, (), 3, "org/base, the base's name, answers as the adapter"),
         (PLAIN, ("prompt",), 3, "undecided: whether the adapter is applied is asked with token"),
     ],
@@ -263,7 +263,7 @@ def _another_adapter(loaded: LoadedRelease) -> None:
     [
         (lambda _: None, 0, "base answers as the base"),
         (_without_adapter, 3, "the same as the base"),
-        (_another_adapter, 3, "another adapter or other weights"),
+        (_another_adapter, 3, "another adapter, or weights coarser"),
     ],
 )
 def test_our_server_answers_with_the_adapter(

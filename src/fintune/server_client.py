@@ -143,6 +143,14 @@ class Server:
                 self._settled = True
                 return self._completion(tree, ids)
 
+    def whose(
+        self, model: str, rows: Sequence[dict[str, Any]], decode: Callable[[int], str]
+    ) -> tuple[str, str]:
+        """Ask a model the golden prompts `rows`: see the function `whose`."""
+        most = max(len(row[key]["ids"]) for row in rows for key in RECORDED.values())
+        heard = [self.complete(model, row["prompt_ids"], most, **LOGPROBS) for row in rows]
+        return whose(heard, rows, decode)
+
     def _completion(self, tree: dict[str, Any], ids: Sequence[int]) -> Completion:
         try:
             choice, usage = tree["choices"][0], tree.get("usage") or {}

@@ -30,6 +30,7 @@ from fintune.evals import endpoint, history, judge, judging, results, verdict
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
+from fintune.evals.served import Served, find_models
 from fintune.evals.tasks import find_questions, identity, suite_tasks, task_items
 from fintune.example import Example, Message
 from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
@@ -40,6 +41,7 @@ from fintune.sources import Source, recorded_commits
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
+Json = dict[str, Any]
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 FINAL = "final"
 """The part of the prepared rows that is kept back (`data.final_share`)."""
@@ -93,6 +95,8 @@ def evaluate(
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             if final:
                 history.open_final(config.data_dir, inputs, again)
+            if config.eval.server.url:
+                find_models(config.eval.server)
             seal.start(folder, inputs)
             _answer(config, base, folder, inputs, asked, part, fresh)
             write_jsonl(folder / judge.NAME, judge.raw_rows(judging.judged_set(folder)))
@@ -140,9 +144,12 @@ def _inputs(config: Config, base: model.Base, tasks: Tasks, part: str) -> dict[s
     if trained != base.revision:
         what = f"the run was trained on {base.id} at {trained}, this base is {base.revision}"
         raise OutputError(what, fix="set model.revision and model.path as they were")
-    excluded = {"out", "judge", "tasks", "suite"}  # paths are others on another machine
+    # Paths are others on another machine.
+    excluded = {"out", "judge", "tasks", "suite", "server"}
+    served = {name: getattr(config.eval.server, name) for name in VARIANTS}
     asked = suite_tasks(config.eval)
     return {
+        **({"server": served} if config.eval.server.url else {}),
         "train": data["files"]["train.parquet"]["sha256"],
         "test": data["files"][f"{part}.parquet"]["sha256"],
         "adapter": run["files"][adapter]["sha256"],
@@ -176,6 +183,15 @@ def _answer(
     if not rows:
         what = f"{path} has no row"
         raise DataError(what, fix="prepare more rows, or raise data.test_share")
+    about = {
+        "name": config.name,
+        "date": date.today().isoformat(),
+        "part": f"the {part} part of {config.data_dir.name} and {len(asked)} questions of tasks",
+    }
+    run = {"run": about, "looks": history.looks(config.data_dir, inputs)}
+    if config.eval.server.url:
+        _answer_served(config, Served(config, base.folder, chat), folder, inputs, rows, asked, run)
+        return
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
     dtype = model.precision(precision, device)
@@ -191,13 +207,7 @@ def _answer(
         "packages": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    run_info["run"] = {
-        "name": config.name,
-        "date": date.today().isoformat(),
-        "part": f"the {part} part of {config.data_dir.name} and {len(asked)} questions of tasks",
-    }
-    run_info["looks"] = history.looks(config.data_dir, inputs)
-    write_json(folder / "run.json", run_info)
+    write_json(folder / "run.json", run_info | run)
     _measure_loss(folder, peft_model, rows, chat.tokenizer.pad_token_id)
     packages = run_info["provenance"]["packages"]
     weights = model.weights_sha256(base.folder)
@@ -209,9 +219,30 @@ def _answer(
     }
     kept = KeptAnswers(facts | {"quantization": config.model.quantization}, read=not fresh)
     answer = partial(generate, peft_model, chat, batch_size=config.eval.per_device_eval_batch_size)
+    score = partial(log_likelihoods, peft_model)
     labelled = with_choices(chat, prompts) if config.eval.label_scoring == "likelihood" else {}
     limit = config.eval.max_new_tokens
-    _generate(folder, peft_model, answer, prompts, limit, chat, kept, labelled)
+    _generate(folder, peft_model, answer, score, prompts, limit, chat, kept, labelled)
+
+
+def _answer_served(
+    config: Config,
+    server: Served,
+    folder: Path,
+    inputs: Json,
+    rows: list[Json],
+    asked: list[Item],
+    run: Json,
+) -> None:
+    """Held-out loss and answers of base and adapter by a server, once both were found there."""
+    prompts, run_info = _choose(config, rows, asked, server.chat, server.context)
+    run |= server.measure(config, folder, inputs, rows, [ids for _, ids in prompts])
+    write_json(folder / "run.json", run_info | run)
+    likely = config.eval.label_scoring == "likelihood"
+    labelled = with_choices(server.chat, prompts) if likely else {}
+    limit = config.eval.max_new_tokens
+    ask, score, chat = server.answer, server.score, server.chat
+    _generate(folder, server, ask, score, prompts, limit, chat, None, labelled)
 
 
 def _choose(
@@ -342,18 +373,19 @@ def _generate(
     folder: Path,
     peft_model: Any,
     answer: Any,
+    score: Any,
     prompts: Prompts,
     limit: int,
     chat: ChatFormat,
-    kept: KeptAnswers,
+    kept: KeptAnswers | None,
     labelled: dict[str, Labelled],
 ) -> None:
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
     Args:
-        answer: `generate` with its model, chat format and batch size.
+        answer: `generate` with its model, chat format and batch size; `score`: `log_likelihoods`.
         limit: most tokens of an answer.
-        kept: answers of the base from earlier evaluations.
+        kept: answers of the base from earlier evaluations; None: none is kept.
         labelled: items by id whose choices are compared by their likelihoods instead.
     """
     path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}
@@ -363,20 +395,20 @@ def _generate(
         for variant in VARIANTS:
             keys = [key for key in by_id if (variant, key) not in done]
             todo = {key: Request(key, by_id[key][1], limit) for key in keys if key not in labelled}
-            if variant == "base":
+            if variant == "base" and kept:
                 known = _kept(kept, todo, chat)
                 file.append(*(_line(variant, *by_id[each.id], each) for each in known))
                 progress.advance(len(known))
             with model.adapter_set(peft_model, variant == "adapter"):
                 asked = [labelled[key] for key in keys if key in labelled]
-                for scored in log_likelihoods(peft_model, asked) if asked else ():
+                for scored in score(asked) if asked else ():
                     file.append(
                         *(_labelled(variant, by_id[q.id][0], q, likely) for q, likely in scored)
                     )
                     progress.advance(len(scored), note=variant)
                 for batch in answer(todo.values()):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
-                    if variant == "base":
+                    if variant == "base" and kept:
                         kept.keep(batch)
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}

@@ -66,7 +66,8 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     deciding = deciding_pairs(checked)
     answers = list(read_jsonl(answered / ANSWERS))
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
-    loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
+    missing = run.get("loss_missing")
+    loss = None if missing else loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
     tasks = by_task(checked, deciding, run["max_task_drop"])
@@ -79,6 +80,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     return {
         **decide(run, loss, accuracy, tasks, judged),
         "loss": loss,
+        **({"loss_missing": missing} if missing else {}),
         "accuracy": accuracy,
         "tasks": tasks,
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},
@@ -374,8 +376,9 @@ def tell(folder: Path, line: Callable[[str], None] = say) -> Json:
     results = read_json(folder / RESULTS)
     accuracy, loss = results["accuracy"], results["loss"]
     for name in VARIANTS:
-        line(f"{name}: accuracy {accuracy[name] or 0:.1%}, held-out loss {loss[name]:.3f}")
-    if loss["adapter"] >= loss["base"]:
+        nats = f", held-out loss {loss[name]:.3f}" if loss else ""
+        line(f"{name}: accuracy {accuracy[name] or 0:.1%}{nats}")
+    if loss and loss["adapter"] >= loss["base"]:
         warn("the adapter's held-out loss is NOT BELOW THE BASE'S: it learnt nothing that holds")
     for name, cut in results["n"]["thoughts_cut"].items():
         if cut:

@@ -22,7 +22,8 @@ def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Js
     `lost_tasks`, `small_tasks`, `looks`.
 
     Args:
-        loss: None where two adapters are compared, which has no guards.
+        loss: None where two adapters are compared, which has no guards, and where `run` says that
+            it is missing.
     """
     by_name = {"accuracy": accuracy["difference"], "macro_accuracy": accuracy["macro"]}
     primary, invalid = run["primary"], list[str]()
@@ -50,7 +51,7 @@ def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Js
     if run["contaminated"]:
         invalid.append(f"{len(run['contaminated'])} decision rows also occur in training")
     guards = {"held_out_loss": loss["adapter"] <= loss["base"]} if loss else {}
-    if loss and primary != "win_rate":
+    if (loss or run.get("loss_missing")) and primary != "win_rate":
         guards["majority_class"] = accuracy["over_majority"]["ci95"][0] > 0
     lost = [name for name, task in tasks.items() if task["lost"]]
     return {
@@ -101,6 +102,8 @@ def summary(results: Json, verdicts: dict[str, str] = PHRASES["verdicts"]) -> li
         ends = stats.corrected(primary, looks)
         wide = " to ".join(f"{100 * end:+.1f}" for end in ends)
         text.append(f"Evaluation {looks} of these questions: corrected for that, {wide} points.")
+    if missing := results.get("loss_missing"):
+        text.append(f"The held-out loss was not measured, so it guards nothing: {missing}.")
     if small := results["small_tasks"]:
         text.append(f"Too small to see a loss of 10 points: {', '.join(small)}.")
     return text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.errors import ModelError
-from fintune.server_client import LOGPROBS, RECORDED, Refused, Server, whose
+from fintune.server_client import Refused, Server
 from fintune.untrusted.checks import FIXTURE, Check
 
 CONTROL = "control"
@@ -17,8 +17,8 @@ CONTROL = "control"
 that tokenises the rendered prompt reads them as control tokens. Reported, never a failure."""
 WRONG = {
     "base": "the same as the base: the base is served under the adapter's name {model}",
-    "other": "another adapter or other weights: the answers of {model} are neither the adapter's"
-    " nor the base's",
+    "other": "another adapter, or weights coarser than 8 bits: the answers of {model} are neither"
+    " the adapter's nor the base's",
     "undecided": "undecided: nothing shows whether {model} is the adapter or the base",
 }
 
@@ -114,16 +114,15 @@ def check_models(
 ) -> Iterator[Check]:
     """The model of the adapter's name gives the adapter's recorded answers, and that of the base's
     name, where the server has one, does not."""
-    most = max(len(row[key]["ids"]) for row in rows for key in RECORDED.values())
+    decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
     names = {"adapter": server.adapter} | ({"base": server.base} if server.base else {})
     for expected, model in names.items():
         try:
-            heard = [server.complete(model, row["prompt_ids"], most, **LOGPROBS) for row in rows]
+            found, evidence = server.whose(model, rows, decode)
         except Refused as error:
             said = "undecided: whether the adapter is applied is asked with token ids; "
             yield Check("server", "failed", said + error.what)
             return
-        found, evidence = whose(heard, rows, lambda token: str(tokenizer.decode([token])))
         model = model or "(unnamed)"
         if found == expected:
             yield Check("server", "ok", f"{model} answers as the {expected}: {evidence}")
