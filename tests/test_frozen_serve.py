@@ -244,8 +244,10 @@ def test_verify_finds_the_trained_prompt_at_the_server(
     given = ("--base", tiny.base(), "--server", server.url, "--json")
     checks = json.loads(tiny.done("verify", chain.release, *given).out)
     last = [check for check in checks if check["name"] == "server"]
-    assert [check["status"] for check in last] == ["ok", "note"]
+    assert [check["status"] for check in last] == ["ok", "note", "ok", "ok"]
     assert last[0]["detail"].startswith("equal: ")
+    for check, name in zip(last[2:], ("adapter", "base"), strict=True):
+        assert check["detail"].startswith(f"{name} answers as the {name}: ")
     nobody = f"http://127.0.0.1:{tiny.free_port()}"
     said = tiny.fintune("verify", chain.release, "--base", tiny.base(), "--server", nobody)
     assert (said.code, "no answer from" in said.err) == (1, True)

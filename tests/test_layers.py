@@ -22,6 +22,7 @@ SPINE = (
     "console",
     "files",
     "formats",
+    "server_client",
     "hub",
     "stop",
     "seal",

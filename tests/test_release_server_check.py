@@ -1,4 +1,8 @@
-"""`verify --server` against servers that prompt in another way; ours is a frozen test."""
+"""`verify --server` against servers that prompt in another way, or answer with another model.
+
+`_Other` is a double of vLLM, from its documentation: what it lists, `/tokenize`, and completions of
+token ids with `logprobs`, `return_tokens_as_token_ids` and `return_token_ids`.
+"""
 
 import json
 import subprocess
@@ -13,16 +17,22 @@ from typing import Any
 import frozen
 import pytest
 import tiny
+import torch
+from tiny_server import served
 
 from fintune.errors import ModelError
-from fintune.releasing.server_check import Server
+from fintune.model import LoadedRelease
+from fintune.releasing.server_check import ReleaseServer
+from fintune.server_client import Completion, whose
 
 
 class _Other(BaseHTTPRequestHandler):
     """A server with its own idea of the prompt's ids."""
 
     prompts: dict[str, list[int]]
+    answers: dict[str, dict[str, dict[str, Any]]]
     shows_ids = False
+    lacks: tuple[str, ...] = ()
 
     broken: tuple[str, int, bytes] | None = None
 
@@ -36,20 +46,39 @@ class _Other(BaseHTTPRequestHandler):
         return fine
 
     def do_GET(self) -> None:
-        self._send({"data": [{"id": "only"}]})
+        parents = {name: None if "/" in name else "org/base" for name in self.answers}
+        self._send({"data": [{"id": name, "parent": of} for name, of in parents.items()]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         listed = not (self.broken and self.broken[0] == "/v1/models")
-        assert body.get("model") == ("only" if listed else None)
-        ids = self.prompts[json.dumps(body["messages"])]
-        if self.path == "/v1/chat/completions":
+        assert (body.get("model") in self.answers) if listed else "model" not in body
+        ids = self.prompts.get(json.dumps(body.get("messages")), [])
+        if self.path == "/v1/completions" and not any(name in body for name in self.lacks):
+            self._send(self._completion(body))
+        elif self.path == "/v1/chat/completions":
             choice = {"message": {"content": "It is."}}
             self._send({"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
         elif self.path == "/tokenize" and self.shows_ids:
-            self._send({"tokens": ids})
+            self._send({"count": len(ids), "max_model_len": 256, "tokens": ids})
         else:
-            self.send_error(404)
+            self.send_error(400 if self.lacks else 404)
+
+    def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self.answers[body.get("model", "adapter")][json.dumps(body["prompt"])]
+        assert len(answer["ids"]) <= body["max_tokens"] and body["temperature"] == 0
+        choice: dict[str, Any] = {"text": answer["text"], "finish_reason": "length"}
+        if "logprobs" in body:
+            names = [f"token_id:{token}" for token in answer["ids"]]
+            values = [*map(float, answer["logprobs"])]
+            likely = [{name: value} for name, value in zip(names, values, strict=True)]
+            likely[-1] |= answer.get("tie", {})
+            choice["logprobs"] = {
+                "tokens": names, "token_logprobs": values, "top_logprobs": likely,
+            }  # fmt: skip
+        if "return_token_ids" in body:
+            choice["token_ids"] = answer["ids"]
+        return {"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"])}}
 
     def log_message(self, *_: object) -> None:
         pass
@@ -64,17 +93,47 @@ class _Other(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+Answers = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def adapter(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(row["answer"])
+
+
+def base(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(row["base_answer"])
+
+
+def stranger(row: dict[str, Any]) -> dict[str, Any]:
+    ids = row["answer"]["ids"]
+    return {"ids": [5] * len(ids), "logprobs": [-0.1] * len(ids), "text": "5 5 5"}
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's answers in coarser numbers, which flip a near tie at their last token."""
+    ids, logprobs = row["answer"]["ids"], [value + 0.03 for value in row["answer"]["logprobs"]]
+    tie = {f"token_id:{ids[-1]}": logprobs[-1] - 0.02}
+    return {"ids": [*ids[:-1], 5], "logprobs": logprobs, "text": "It is 5", "tie": tie}
+
+
 @contextmanager
 def other(
     chain: tiny.Chain,
-    change: Callable[[list[int]], list[int]],
+    change: Callable[[list[int]], list[int]] = list,
     *,
-    shows_ids: bool,
+    shows_ids: bool = True,
     broken: tuple[str, int, bytes] | None = None,
+    models: dict[str, Answers] | None = None,
+    lacks: tuple[str, ...] = (),
 ) -> Iterator[str]:
     rows = frozen.read_json(chain.release / "prompt_fixture.json")["conversations"]
     prompts = {json.dumps(row["messages"][:-1]): change(row["prompt_ids"]) for row in rows}
-    kind = type("Other", (_Other,), {"prompts": prompts, "shows_ids": shows_ids, "broken": broken})
+    answers = {
+        name: {json.dumps(row["prompt_ids"]): said(row) for row in rows}
+        for name, said in (models or {"adapter": adapter}).items()
+    }
+    known = {"prompts": prompts, "answers": answers, "shows_ids": shows_ids}
+    kind = type("Other", (_Other,), {**known, "broken": broken, "lacks": lacks})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
@@ -143,12 +202,76 @@ def test_nonsense_of_a_server_is_one_message(chain: tiny.Chain, body: bytes) -> 
     question = rows[0]["messages"][:-1]
     for path in ("/tokenize", "/v1/chat/completions"):
         with other(chain, list, shows_ids=False, broken=(path, 200, body)) as url:
-            checked = Server(url, chain.release)
+            checked = ReleaseServer(url, chain.release)
             if path == "/tokenize":
                 assert checked.prompt(question, None)[0] is None
                 continue
             with pytest.raises(ModelError, match="prompt tokens|no answer"):
                 checked.prompt(question, None)
+
+
+LOGPROBS = ("return_token_ids", "logprobs")
+PLAIN = {"org/base": base, "adapter": adapter}
+
+
+@pytest.mark.parametrize(
+    ("models", "lacks", "code", "words"),
+    [
+        (PLAIN, (), 0, "adapter answers as the adapter"),
+        (PLAIN, ("return_token_ids",), 0, "org/base answers as the base"),
+        (PLAIN, LOGPROBS, 0, "adapter answers as the adapter: no log-probabilities are shown"),
+        ({"adapter": rounded}, (), 0, "adapter answers as the adapter: 0.02"),
+        ({"adapter": base}, (), 3, "the same as the base: the base is served under the adapter's"),
+        (PLAIN | {"adapter": base}, LOGPROBS, 3, "the same as the base"),
+        ({"adapter": stranger}, (), 3, "another adapter, or weights coarser than 8 bits: the"),
+        ({"adapter": stranger}, LOGPROBS, 3, "another adapter, or weights coarser"),
+        (PLAIN | {"org/base": adapter}, (), 3, "org/base, the base's name, answers as the adapter"),
+        (PLAIN, ("prompt",), 3, "undecided: whether the adapter is applied is asked with token"),
+    ],
+)  # fmt: skip
+def test_a_server_like_vllm_answers_with_the_adapter(
+    chain: tiny.Chain, models: dict[str, Answers], lacks: tuple[str, ...], code: int, words: str
+) -> None:
+    with other(chain, models=models, lacks=lacks) as url:
+        said = verify(chain, url)
+    assert (said.code, words in said.out + said.err) == (code, True), said.out + said.err
+
+
+def test_answers_alike_without_log_probabilities_decide_nothing() -> None:
+    row = {"answer": {"text": "It is."}, "base_answer": {"text": "It is. "}}
+    heard = Completion("It is.")
+    assert whose([heard], [row], str)[0] == "undecided"
+
+
+def _without_adapter(loaded: LoadedRelease) -> None:
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+
+
+def _another_adapter(loaded: LoadedRelease) -> None:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in loaded.model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(weight[torch.randperm(len(weight))])
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda _: None, 0, "base answers as the base"),
+        (_without_adapter, 3, "the same as the base"),
+        (_another_adapter, 3, "another adapter, or weights coarser"),
+    ],
+)
+def test_our_server_answers_with_the_adapter(
+    chain: tiny.Chain, change: Callable[[LoadedRelease], object], code: int, words: str
+) -> None:
+    with served(release=(chain.release, tiny.base()), change=change) as server:
+        said = verify(chain, server.url)
+    assert (said.code, words in said.out + said.err) == (code, True), said.out + said.err
 
 
 def test_the_address_is_asked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "judged_items": ("eval.judged_items", 4),
     "max_new_tokens": ("eval.max_new_tokens", 8),
     "eval_batch_size": ("eval.per_device_eval_batch_size", 8),
+    "server": ("eval.server", "http://127.0.0.1:1/v1"),
     "judge": ("eval.judge.model", "judge-1"),
     "judge_url": ("eval.judge.base_url", "http://127.0.0.1:1/v1"),
     "judge_key": ("eval.judge.key_variable", "OPENAI_API_KEY"),

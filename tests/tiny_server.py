@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(*, key: str | None = None) -> Iterator[Served]:
-    """Serve the tiny release."""
-    folder, base = built()
+def served(
+    *,
+    key: str | None = None,
+    release: tuple[Path, Path] | None = None,
+    change: Callable[[LoadedRelease], object] = lambda _: None,
+) -> Iterator[Served]:
+    """Serve a release: the tiny one, or one given with its base.
+
+    Args:
+        change: of what was loaded, before it is served.
+    """
+    folder, base = release or built()
     loaded, port = load_release(folder, open_release(folder, base)), free_port()
+    change(loaded)
     arguments = {"host": "127.0.0.1", "port": port, "key": key}
     with running(loaded, folder, **arguments) as server:  # type: ignore[arg-type]
         thread = threading.Thread(target=server.run, daemon=True)

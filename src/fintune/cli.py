@@ -306,11 +306,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Is this release what it says? Checksums, contents, loading, prompts, answers; exit 0 or 3."""
-    from fintune.releasing.server_check import Server
+    from fintune.releasing.server_check import ReleaseServer
 
     try:
         if server is not None:
-            Server(server, folder)  # before 10 s of imports; `verify` asks it again
+            ReleaseServer(server, folder)  # before 10 s of imports; `verify` asks it again
         _check_release(folder)
         report = fintune.verify(
             folder, base=base, no_pickle=no_pickle, server=server, require=require

@@ -1,8 +1,7 @@
 """Every setting: one typed, frozen tree, read from YAML and dotted overrides. Imports no torch.
 
 `load_config("llama-3.1-8b-finance", ["train.learning_rate=2e-4"])` finds a preset by name or a
-file by path, applies the overrides, checks everything at once and returns a `Config`. An unknown
-key is an error that names the nearest known one.
+file by path, applies the overrides, checks everything at once and returns a `Config`.
 """
 
 import difflib
@@ -20,7 +19,7 @@ from fintune.errors import ConfigError
 from fintune.files import read_toml
 from fintune.presets import preset_dir
 from fintune.presets import presets as presets
-from fintune.yaml_reader import read_yaml, redacted
+from fintune.yaml_reader import read_yaml, redacted, set_key
 
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")
 """Key of version 0.2.0 -> its name now."""
@@ -36,6 +35,7 @@ _KNOWN = {key: f"^({'|'.join(names)})$" for key, names in read_toml(__file__, "n
 LOCAL = "local/"
 """What the id of a base begins with that is named after its folder."""
 Price = Annotated[float, Field(ge=0)]
+_URL_ALONE = BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)
 ColumnName = Annotated[str, Field(pattern="^(system|user|assistant|messages|history|context_id)$")]
 
 
@@ -264,6 +264,19 @@ class JudgeConfig(Section):
         return self
 
 
+class ServerConfig(Section):
+    """A running OpenAI-compatible server that answers in place of a model loaded here."""
+
+    url: str | None = Field(None, pattern=URL)
+    """its address; absent: the model is loaded here"""
+    base_url: str | None = Field(None, pattern=URL)
+    """of the base's server, where it is another one"""
+    adapter: str = "adapter"
+    """the adapter's name there"""
+    base: str = "base"
+    """the base's name there"""
+
+
 class EvalConfig(Section):
     """Base against adapter."""
 
@@ -287,6 +300,8 @@ class EvalConfig(Section):
     """label tasks: grade a generated answer, or take the choice that is likeliest as one"""
     per_device_eval_batch_size: int = Field(32, ge=1)
     """prompts answered at once"""
+    server: Annotated[ServerConfig, _URL_ALONE] = ServerConfig()
+    """the server that answers; an address alone is its url"""
     judge: JudgeConfig = JudgeConfig()
     """the judge"""
 
@@ -394,7 +409,7 @@ def load_config(name: str | Path | None, overrides: Iterable[str] | None = None)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys", fix="start from one: fintune init")
     for override in overrides or ():
-        _apply(tree, override)
+        set_key(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -417,18 +432,6 @@ def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML, every key written out."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    *sections, last = key.strip().split(".")
-    if not equals or not last:
-        raise ConfigError(f"--set {redacted(override)}: not of the form key=value")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {redacted(key)}: {section} is a value, not a section")
-    tree[last] = read_yaml(value, f"--set {key}: the value")
 
 
 def _explain(problem: dict[str, Any]) -> str:

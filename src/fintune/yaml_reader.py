@@ -66,3 +66,16 @@ def read_yaml(text: str | bytes, where: str) -> Any:
 def redacted(text: str) -> str:
     """A text without what looks like a secret."""
     return SECRETS.sub("[redacted]", text)
+
+
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Apply `key.sub=value`. Raises ConfigError where it has another form."""
+    key, equals, value = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not last:
+        raise ConfigError(f"--set {redacted(override)}: not of the form key=value")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {redacted(key)}: {section} is a value, not a section")
+    tree[last] = read_yaml(value, f"--set {key}: the value")

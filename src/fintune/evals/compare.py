@@ -71,13 +71,14 @@ def compare(a: Side, b: Side) -> tuple[Json, list[Pair]]:
     for task in tasks.values():
         task["a"], task["b"] = task.pop("base"), task.pop("adapter")
     other_base = any(line.startswith(("base", "quantization")) for line in differs)
-    same_rows = a.inputs["test"] == b.inputs["test"] is not None
+    losses = [side.facts["loss"]["adapter"] for side in (a, b)]
+    same_rows = a.inputs["test"] == b.inputs["test"] is not None and None not in losses
     return {
         "names": {"a": a.name, "b": b.name},
         "sentences": sentences,
         **found,
         "accuracy": {"a": accuracy["base"], "b": accuracy["adapter"]},
-        "loss": [side.facts["loss"]["adapter"] for side in (a, b)] if same_rows else None,
+        "loss": losses if same_rows else None,
         "tasks": dict(sorted(tasks.items(), key=lambda task: task[1]["difference"]["value"])),
         "bases": _joined(a, b, "base")[2]["difference"] if other_base else None,
         "differs": differs,

@@ -28,10 +28,11 @@ from fintune.evals import endpoint, history, judge, judging, results, subject, v
 from fintune.evals.grading import VARIANTS, HeldOutItems, Item, as_example, by_document
 from fintune.evals.kept import KeptAnswers
 from fintune.evals.likelihood import Labelled, log_likelihoods, with_choices
+from fintune.evals.served import Served, find_models
 from fintune.evals.subject import Speakers, Subject
 from fintune.evals.tasks import find_questions, identity, suite_tasks, task_items
 from fintune.example import Example
-from fintune.files import JsonlLog, sha256_bytes, sha256_json, write_json, write_jsonl
+from fintune.files import JsonlLog, read_json, sha256_bytes, sha256_json, write_json, write_jsonl
 from fintune.generation import Request, generate
 from fintune.judgings import looks_dir
 from fintune.loss import causal_model, sum_loss
@@ -40,6 +41,7 @@ from fintune.sources import Source, recorded_commits
 
 Prompts = list[tuple[Item, list[int]]]
 Tasks = dict[str, list[Source]]
+Json = dict[str, Any]
 PACKAGES = ("fintune", "torch", "transformers", "peft")
 FINAL = "final"
 """The part of the prepared rows that is kept back (`data.final_share`)."""
@@ -93,6 +95,8 @@ def evaluate(
             asked = [item for name in tasks for item in task_items(name, tasks[name], most)]
             if final:
                 history.open_final(looks, inputs, again)
+            if config.eval.server.url:
+                find_models(config.eval.server)
             seal.start(folder, inputs)
             _answer(config, judged, folder, inputs, asked, fresh)
             write_jsonl(folder / judge.NAME, judge.raw_rows(judging.judged_set(folder)))
@@ -128,9 +132,12 @@ def _find_tasks(config: Config, fresh: bool) -> Tasks:
 
 
 def _inputs(config: Config, judged: Subject, tasks: Tasks) -> dict[str, Any]:
-    excluded = {"out", "judge", "tasks", "suite"}  # paths are others on another machine
+    # Paths are others on another machine.
+    excluded = {"out", "judge", "tasks", "suite", "server"}
+    served = {name: getattr(config.eval.server, name) for name in VARIANTS}
     asked = suite_tasks(config.eval)
     return {
+        **({"server": served} if config.eval.server.url else {}),
         **judged.facts,
         "base": config.model.id,
         "base_revision": judged.base.revision,
@@ -157,6 +164,11 @@ def _answer(
     model.set_threads(model.free_threads())
     chat = judged.chat(config)
     rows = judged.rows(chat)
+    run: Json = {"run": _about(config, judged, folder, len(asked))}
+    run["looks"] = history.looks(looks_dir(config), inputs)
+    if config.eval.server.url:
+        _answer_served(config, judged, chat, folder, inputs, rows, asked, run)
+        return
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"  # the answers are then those of transformers' own `generate`
     dtype = model.precision(precision, device)
@@ -173,13 +185,9 @@ def _answer(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         **judged.provenance(len(run_info["repeated"])),
     }
-    told = f"{len(asked)} questions of tasks"
-    if judged.data:
-        told = f"the {judged.part} part of {judged.data.name} and {told}"
-    run_info["run"] = {"name": config.name, "date": date.today().isoformat(), "part": told}
-    run_info["looks"] = history.looks(looks_dir(config), inputs)
-    write_json(folder / "run.json", run_info)
     fitting = [row for row in rows if len(row["input_ids"]) <= context]
+    run_info |= run | ({} if fitting else {"loss_missing": "no row is held out"})
+    write_json(folder / "run.json", run_info)
     _measure_loss(folder, speakers, fitting, chat.tokenizer.pad_token_id)
     facts = {
         "weights": model.weights_sha256(judged.base.folder),
@@ -191,7 +199,38 @@ def _answer(
     answer = partial(generate, chat=chat, batch_size=config.eval.per_device_eval_batch_size)
     labelled = with_choices(chat, prompts) if config.eval.label_scoring == "likelihood" else {}
     limit = config.eval.max_new_tokens
-    _generate(folder, speakers, answer, prompts, limit, chat, kept, labelled)
+    _generate(folder, speakers, answer, log_likelihoods, prompts, limit, chat, kept, labelled)
+
+
+def _about(config: Config, judged: Subject, folder: Path, questions: int) -> dict[str, str]:
+    """Name, date and rows of an evaluation; one that is continued keeps the day that it began."""
+    path, part = folder / "run.json", f"{questions} questions of tasks"
+    begun = read_json(path).get("run", {}).get("date") if path.is_file() else None
+    if judged.data:
+        part = f"the {judged.part} part of the prepared rows and {part}"
+    return {"name": config.name, "date": begun or date.today().isoformat(), "part": part}
+
+
+def _answer_served(
+    config: Config,
+    judged: Subject,
+    chat: ChatFormat,
+    folder: Path,
+    inputs: Json,
+    rows: list[Json],
+    asked: list[Item],
+    run: Json,
+) -> None:
+    """Held-out loss and answers of base and adapter by a server, once both were found there."""
+    server = Served(config, judged.base.folder, judged.folder, chat)
+    prompts, run_info = _choose(config, judged, rows, asked, chat, server.context)
+    run_info |= run | server.measure(folder, inputs, rows, [ids for _, ids in prompts])
+    run_info["provenance"] |= judged.provenance(len(run_info["repeated"]))
+    write_json(folder / "run.json", run_info)
+    likely = config.eval.label_scoring == "likelihood"
+    labelled = with_choices(chat, prompts) if likely else {}
+    limit = config.eval.max_new_tokens
+    _generate(folder, server, Served.answer, Served.score, prompts, limit, chat, None, labelled)
 
 
 def _choose(
@@ -321,20 +360,21 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
 
 def _generate(
     folder: Path,
-    speakers: Speakers,
+    speakers: Speakers | Served,
     answer: Any,
+    score: Any,
     prompts: Prompts,
     limit: int,
     chat: ChatFormat,
-    kept: KeptAnswers,
+    kept: KeptAnswers | None,
     labelled: dict[str, Labelled],
 ) -> None:
     """Answer every item by base and adapter; lines of an interrupted evaluation are kept.
 
     Args:
-        answer: `generate` with its chat format and batch size.
+        answer: `generate` with its chat format and batch size; `score`: `log_likelihoods`.
         limit: most tokens of an answer.
-        kept: answers of the base from earlier evaluations.
+        kept: answers of the base from earlier evaluations; None: none is kept.
         labelled: items by id whose choices are compared by their likelihoods instead.
     """
     path, by_id = folder / "predictions.jsonl", {item.id: (item, ids) for item, ids in prompts}
@@ -344,7 +384,7 @@ def _generate(
         for variant in VARIANTS:
             keys = [key for key in by_id if (variant, key) not in done]
             todo = {key: Request(key, by_id[key][1], limit) for key in keys if key not in labelled}
-            if variant == "base":
+            if variant == "base" and kept:
                 known = _kept(kept, todo, chat)
                 file.append(*(_line(variant, *by_id[each.id], each) for each in known))
                 progress.advance(len(known))
@@ -352,14 +392,14 @@ def _generate(
             if not asked and not todo:
                 continue
             with speakers.speaking(variant) as speaker:
-                for scored in log_likelihoods(speaker, asked) if asked else ():
+                for scored in score(speaker, asked) if asked else ():
                     file.append(
                         *(_labelled(variant, by_id[q.id][0], q, likely) for q, likely in scored)
                     )
                     progress.advance(len(scored), note=variant)
                 for batch in answer(speaker, requests=todo.values()):
                     file.append(*(_line(variant, *by_id[each.id], each) for each in batch))
-                    if variant == "base":
+                    if variant == "base" and kept:
                         kept.keep(batch)
                     progress.advance(len(batch), note=variant)
         rows = {(row["item"]["id"], row["model"]): row for row in file.rows()}

@@ -66,6 +66,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     deciding = deciding_pairs(checked)
     answers = list(read_jsonl(answered / ANSWERS))
     cut = Counter(row["model"] for row in answers if row.get("in_thought"))
+    missing = run.get("loss_missing")
     loss = loss_summary(list(read_jsonl(answered / "heldout.jsonl")))
     known = {pair.item.id: (pair.better, pair.item.group) for pair in pairs}
     judged = judge_summary(list(read_jsonl(folder / judge.NAME)), known)
@@ -79,6 +80,7 @@ def compute_results(folder: Path, pairs: list[Pair]) -> Json:
     return {
         **decide(run, loss, accuracy, tasks, judged),
         "loss": loss,
+        **({"loss_missing": missing} if missing else {}),
         "accuracy": accuracy,
         "tasks": tasks,
         "misses": {variant: _misses(checked, variant) for variant in VARIANTS},

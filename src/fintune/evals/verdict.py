@@ -103,6 +103,8 @@ def summary(results: Json, verdicts: dict[str, str] = PHRASES["verdicts"]) -> li
         ends = stats.corrected(primary, looks)
         wide = " to ".join(f"{100 * end:+.1f}" for end in ends)
         text.append(f"Evaluation {looks} of these questions: corrected for that, {wide} points.")
+    if missing := results.get("loss_missing"):
+        text.append(f"The held-out loss was not measured, so it guards nothing: {missing}.")
     if small := results["small_tasks"]:
         text.append(f"Too small to see a loss of 10 points: {', '.join(small)}.")
     if other := results.get("provenance", {}).get("subject"):

@@ -1,63 +1,55 @@
-"""The prompts of a running OpenAI-compatible server, held against the golden ones of a release.
+"""A running OpenAI-compatible server, held against the golden prompts of a release: it asks the
+model the same prompts, and the adapter is the one that answers.
 
 Nothing here imports torch, so that a wrong address is told before anything is loaded.
 """
 
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from fintune.console import printable
-from fintune.errors import ConfigError, ModelError
+from fintune.errors import ModelError
+from fintune.server_client import Refused, Server
 from fintune.untrusted.checks import FIXTURE, Check
 
-KEY_VARIABLE = "FINTUNE_API_KEY"
-"""Holds the key of whatever server is asked."""
-TIMEOUT_S = 120.0
-MAX_BYTES = 4 << 20
-"""Bytes read of a server's answer."""
-SHOWN = 300
-"""Characters that are shown of a refusal."""
 CONTROL = "control"
 """The golden prompt whose user's text spells control tokens: plain characters here, while a server
 that tokenises the rendered prompt reads them as control tokens. Reported, never a failure."""
+WRONG = {
+    "base": "the same as the base: the base is served under the adapter's name {model}",
+    "other": "another adapter, or weights coarser than 8 bits: the answers of {model} are neither"
+    " the adapter's nor the base's",
+    "undecided": "undecided: nothing shows whether {model} is the adapter or the base",
+}
 
 
-class Server:
-    """The few requests that are sent to an OpenAI-compatible server."""
+class ReleaseServer(Server):
+    """The server of a release.
+
+    Attributes:
+        adapter: the model that is asked; empty where the server lists none.
+        base: the model that should be the base; empty where none is listed as such.
+    """
 
     def __init__(self, url: str, release: Path) -> None:
-        """Ask for its models and choose one.
-
-        Args:
-            url: address of the server, with or without /v1.
-            release: `adapter` is chosen, or the name of this folder; else the only model. None is
-                named to a server that lists none (`transformers serve` of one folder).
+        """Ask for its models and choose: `adapter`, or the name of the release's folder, else the
+        only one; as the base `base`, or what vLLM names as the adapter's parent.
 
         Raises:
             ConfigError: `url` is no address.
             ModelError: no server there, or none of the models.
         """
-        if not url.startswith(("http://", "https://")):
-            what = f"--server {url}: no address of a server"
-            raise ConfigError(what, fix=f"http://{url}, or https://{url}")
-        self.url, self._head = url.rstrip("/").removesuffix("/v1"), dict[str, str]()
-        rows = self._ask("/v1/models", None).get("data")
-        listed = rows if isinstance(rows, list) else [None]
-        served = [str(row["id"]) for row in listed if isinstance(row, dict) and "id" in row]
-        names = ["adapter", release.resolve().name]
+        super().__init__(url)
+        names, served = ["adapter", release.resolve().name], [*self.models]
         chosen = [name for name in names if name in served] or (served if len(served) == 1 else [])
-        if listed and not chosen:
+        if self.lists and not chosen:
             raise ModelError(
                 f"{url} lists {', '.join(served) or 'no models'}, none called {' or '.join(names)}",
                 fix="serve the adapter under the name of its release folder, OpenAI-compatible",
             )
-        self._head = {"model": chosen[0]} if chosen else {}
+        self.adapter = chosen[0] if chosen else ""
+        parent = self.models.get(self.adapter, {}).get("parent")
+        self.base = next((name for name in ("base", parent) if name in served), "")
 
     def prompt(self, messages: Any, tokenizer: Any) -> tuple[list[int] | None, int]:
         """Ids of a conversation's prompt, None where the server shows none, and their number.
@@ -65,9 +57,9 @@ class Server:
         Raises:
             ModelError: no such answer, or it does not count its prompt's tokens.
         """
-        asked = {"messages": messages}
-        ids = self._ask("/tokenize", asked, needed=False).get("tokens")
-        text = "" if ids else self._ask("/apply-template", asked, needed=False).get("prompt")
+        asked = {"messages": messages} | ({"model": self.adapter} if self.adapter else {})
+        ids = self.ask("/tokenize", asked, needed=False).get("tokens")
+        text = "" if ids else self.ask("/apply-template", asked, needed=False).get("prompt")
         if text and isinstance(text, str):
             ids = tokenizer.encode(text, add_special_tokens=False)
             # llama.cpp leaves BOS out of the text that it shows and adds it when it tokenises.
@@ -76,45 +68,16 @@ class Server:
         if ids and isinstance(ids, list):
             return ids, len(ids)
         body = asked | {"max_tokens": 1, "temperature": 0}
-        usage = self._ask("/v1/chat/completions", body).get("usage")
+        usage = self.ask("/v1/chat/completions", body).get("usage")
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if not isinstance(count, int):
             raise ModelError(f"{self.url} does not count prompt tokens")
         return None, count
 
-    def _ask(
-        self, path: str, asked: dict[str, Any] | None, *, needed: bool = True
-    ) -> dict[str, Any]:
-        """The JSON object of an answer; empty where the server refuses and it is not `needed`."""
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        data = None if asked is None else json.dumps(self._head | asked).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            try:
-                response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
-            except urllib.error.HTTPError as error:  # an answer too
-                response = error
-            with response:
-                status, body = response.status, response.read(MAX_BYTES)
-            tree = json.loads(body) if status == 200 else {}
-        except (OSError, ValueError, HTTPException, RecursionError) as error:
-            if not needed and isinstance(error, ValueError | RecursionError):  # a page, not JSON
-                return {}
-            what = f"no answer from {self.url}{path} ({type(error).__name__})"
-            raise ModelError(what, fix="start the server, or check the address") from None
-        if status in (401, 403) or needed and status != 200:
-            # A server may give back the key that it was sent.
-            said = body.decode("utf-8", "replace").replace(key or "\0", "[redacted]")
-            what = f"{self.url}{path} refused the request (HTTP {status}): "
-            what += printable(" ".join(said.split())[:SHOWN])
-            raise ModelError(what, fix=f"see the server's log, or set {KEY_VARIABLE} to its key")
-        return tree if isinstance(tree, dict) else {}
 
-
-def check_server(server: Server, golden: dict[str, Any], tokenizer: Any) -> Iterator[Check]:
-    """The server's prompts are the golden ones: by ids where it shows them.
+def check_server(server: ReleaseServer, golden: dict[str, Any], tokenizer: Any) -> Iterator[Check]:
+    """The server's prompts are the golden ones, by ids where it shows them, and so are the answers
+    that it gives them under the names of the adapter and of the base.
 
     Equal numbers of tokens alone decide nothing, since another prompt may have the same length.
 
@@ -143,3 +106,32 @@ def check_server(server: Server, golden: dict[str, Any], tokenizer: Any) -> Iter
         said += "; an address that answers /tokenize or /apply-template would decide it: the one"
         yield Check("server", "failed", f"{said} behind a proxy, or that of another kind of server")
     yield Check("server", "note", f"control tokens in a user's text {how} there")
+    yield from check_models(server, rows, tokenizer)
+
+
+def check_models(
+    server: ReleaseServer, rows: list[dict[str, Any]], tokenizer: Any
+) -> Iterator[Check]:
+    """The model of the adapter's name gives the adapter's recorded answers, and that of the base's
+    name, where the server has one, does not."""
+    decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
+    names = {"adapter": server.adapter} | ({"base": server.base} if server.base else {})
+    for expected, model in names.items():
+        try:
+            found, evidence = server.whose(model, rows, decode)
+        except Refused as error:
+            said = "undecided: whether the adapter is applied is asked with token ids; "
+            yield Check("server", "failed", said + error.what)
+            return
+        model = model or "(unnamed)"
+        if found == expected:
+            yield Check("server", "ok", f"{model} answers as the {expected}: {evidence}")
+        elif expected == "adapter":
+            said = WRONG[found].format(model=model)
+            yield Check("server", "failed", f"{said} ({evidence})")
+        elif found == "adapter":
+            said = f"{model}, the base's name, answers as the adapter"
+            yield Check("server", "failed", f"{said} ({evidence})")
+        else:
+            said = f"{model} does not answer as the recorded base: {evidence}"
+            yield Check("server", "note", said)

@@ -25,7 +25,7 @@ from fintune.example import Message
 from fintune.files import read_json
 from fintune.generation import Request, generate
 from fintune.releasing.contents import standing
-from fintune.releasing.server_check import Server, check_server
+from fintune.releasing.server_check import ReleaseServer, check_server
 from fintune.untrusted import static
 from fintune.untrusted.checks import FIXTURE, Check, Report, read_object
 from fintune.untrusted.probe import read_tokenizer
@@ -155,7 +155,7 @@ def verify(
         ModelError: the base is not on this machine and cannot be fetched, or the server does not
             answer.
     """
-    asked = Server(server, folder) if server is not None else None
+    asked = ReleaseServer(server, folder) if server is not None else None
     report, folder = Report(folder), model.find_release(folder)
     if not folder.is_dir():
         raise OutputError(f"no release folder at {folder}")

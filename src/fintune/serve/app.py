@@ -115,6 +115,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 async def models(request: Request, model: protocol.ModelName | None = None) -> dict[str, Any]:
     """The two models, or one of them."""
     facts = {"object": "model", "created": request.app.state.started, "owned_by": "fintune"}
+    facts |= {"max_model_len": request.app.state.engine.max_context}
     if model:
         return {"id": model, **facts}
     return {"object": "list", "data": [{"id": name, **facts} for name in MODELS]}

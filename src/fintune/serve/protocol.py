@@ -175,6 +175,8 @@ class CompletionRequest(SamplingRequest):
     """Body of /v1/completions: a text, token ids, or several of either.
 
     `echo` with `logprobs` gives the log-probabilities of the prompt, as lm-eval asks for them.
+    As in vLLM `return_token_ids` adds the ids of prompt and answer, `return_tokens_as_token_ids`
+    names tokens by their ids in `logprobs`.
     """
 
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
@@ -182,6 +184,8 @@ class CompletionRequest(SamplingRequest):
     echo: bool = False
     logprobs: Annotated[int | None, BeforeValidator(_none)] = Field(None, ge=0, le=20)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, of which there may be one alone."""
@@ -277,6 +281,8 @@ class Answer:
             message = {"message": {"role": "assistant", "content": text}}
             content = message if self._chat else {"text": text}
             (choice,) = self._tree(content, finish_reason)["choices"]
+            if getattr(self._body, "return_token_ids", False):
+                choice |= {"token_ids": request.token_ids, "prompt_token_ids": request.prompt_ids}
             choices.append({**choice, "index": index, **await self._logprobs(request)})
         return self._tree({}, None) | {"choices": choices, "usage": self._usage()}
 
@@ -286,13 +292,15 @@ class Answer:
             return {}
         prompt, body = request.prompt_ids, self._body
         ids = [*prompt, *request.token_ids]
-        names = [self._decode(token) for token in ids]
+        by_id = getattr(body, "return_tokens_as_token_ids", False)
+        name: Callable[[int], str] = "token_id:{}".format if by_id else self._decode
+        names = [name(token) for token in ids]
         found = self._scorer.score(ids, adapter=body.model == "adapter")
         scored: list[Any] = [None, *await asyncio.wrap_future(found)]
 
         def top(at: int, count: int) -> dict[str, float] | None:
             likely = scored[at]
-            return likely and {self._decode(token): value for token, value in likely.top[:count]}
+            return likely and {name(token): value for token, value in likely.top[:count]}
 
         if isinstance(body, ChatRequest):
             rows = []

@@ -89,7 +89,7 @@ class Report:
         if self.failed and self.failed[0].name == "server":
             raise GateRefused(
                 f"{self.folder.name} is verified, its server is not: {failed}",
-                why="a different prompt gets a different answer than the adapter was trained for",
+                why="another prompt or another model gets other answers than were evaluated",
             )
         if self.failed and self.failed[0].name == "verdict":
             raise GateRefused(
