@@ -64,7 +64,8 @@ def _facts(root: Path) -> Json:
     trained = run["files"][ADAPTER]["sha256"] if _done(run) else None
     current = _done(tested) and (not run or tested["inputs"]["adapter"] == trained)
     found = read_json(results.latest(root / "eval") / results.RESULTS) if current else {}
-    loss = float(found["loss"]["adapter"]) if current and found["loss"] else None
+    known = current and found["loss"] is not None  # a server may give none
+    loss = float(found["loss"]["adapter"]) if known else None
     if not isfinite(loss or 0):
         raise ValueError("a loss that is no number")
     newest = max((path.stat().st_mtime for path in marks), default=0)
