@@ -21,12 +21,14 @@ from fintune.evals.likelihood import Labelled
 from fintune.example import IGNORE_INDEX
 from fintune.files import JsonlLog, sha256_file, write_jsonl
 from fintune.generation import Request
-from fintune.server_client import LOGPROBS, REFUSES_FIELDS, Refused, Server
+from fintune.server_client import LOGPROBS, Refused, Server
 from fintune.untrusted.checks import ADAPTER, FIXTURE, read_object
 from fintune.untrusted.probe import read_architecture
 
 Json = dict[str, Any]
 RETRIES = 5
+REFUSES_ROW = (400, 413, 422, 501)
+"""Statuses of a server that has no prompt_logprobs, or not of so long a row."""
 PROMPTS, TOKENS = 8, 24
 """Of the check that base and adapter differ."""
 SAME = 0.01
@@ -187,7 +189,7 @@ class Served:
         try:
             return server.complete(name, ids, 1, prompt_logprobs=1).prompt_logprobs
         except Refused as error:
-            if error.status not in REFUSES_FIELDS:
+            if error.status not in REFUSES_ROW:
                 raise
             return ()
 
