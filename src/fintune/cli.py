@@ -423,7 +423,8 @@ def _load(config: str, overrides: list[str] | None, data: Path | None) -> fintun
 def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
     columns = ["source", "line", "reason", "detail"]
     cells = ([entry[column] for column in columns] for entry in entries[:count])
-    console.table(f"dropped rows: {len(entries)}", columns, cells)
+    rest = f", the first {count} (more: --count)" if len(entries) > count else ""
+    console.table(f"dropped rows: {len(entries)}{rest}", columns, cells)
 
 
 def _quiet() -> None:
