@@ -216,9 +216,11 @@ def test_inspect_shows_a_row_with_its_line_and_its_trained_tokens(chain: tiny.Ch
 
 def test_inspect_tells_why_rows_were_dropped(chain: tiny.Chain) -> None:
     said = tiny.done("dropped", "--reason", "not_english", *chain.words())
-    assert "dropped rows: 2" in said.out
+    assert "dropped rows: 2" in said.out and "--count" not in said.out
     lines = [line for line, reason in tiny.planted().items() if reason == "not_english"]
     assert all(f" {line} " in said.out for line in lines)
+    first = tiny.done("dropped", "--reason", "not_english", "--count", 1, *chain.words())
+    assert "dropped rows: 2, the first 1 (more: --count)" in first.out
     assert "wrong_cells" not in frozen.read_json(chain.data / "manifest.json")["rows"]["dropped"]
     none = tiny.done("dropped", "--reason", "wrong_cells", *chain.words())
     assert none.out.strip() == "no row was dropped for the reason wrong_cells"

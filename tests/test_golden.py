@@ -32,7 +32,6 @@ def run(root: Path) -> list[dict[str, float]]:
         "train.per_device_train_batch_size": 4,
         "train.gradient_accumulation_steps": 2,
         "train.eval_steps": 6,
-        "train.logging_steps": 1,
         "train.lora.lora_dropout": 0.1,
     }
     settings = load_config("demo", [f"{key}={value}" for key, value in changes.items()])

@@ -225,7 +225,7 @@ def test_what_is_cached_is_read_without_the_hub(hub: Hub, tmp_path: Path) -> Non
         refused(
             prepare({"path": SET, "split": "test"}),
             SET,
-            "or not whole (main: test.jsonl)",
+            "or not whole (missing of main: test.jsonl)",
             "--offline",
         )
         refused(prepare("acme/other"), "acme/other", "offline")

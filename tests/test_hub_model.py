@@ -544,7 +544,7 @@ ANSWERS = {
         lambda hub: hub.fault(times=-1, status=407), (f"the hub and {BASE}: HTTP 407",)
     ),
     "gone": Answer(
-        lambda hub: hub.stop(), ("cannot be reached", "ConnectionRefusedError", "check the network")
+        lambda hub: hub.stop(), ("cannot be reached", "Connection refused", "check the network")
     ),
     "closes every connection": Answer(
         lambda hub: hub.fault(times=-1, close=True), ("cannot be reached", "check the network")

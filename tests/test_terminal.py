@@ -123,6 +123,20 @@ def test_a_narrow_terminal_keeps_step_and_time(width: int, monkeypatch: pytest.M
     assert "…" not in out.getvalue() and "GB" not in out.getvalue()
 
 
+def test_a_terminal_breaks_lines_between_words_but_never_a_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    narrow = Console(file=out, force_terminal=True, width=60, soft_wrap=True, color_system=None)
+    monkeypatch.setattr(console, "err", narrow)
+    monkeypatch.setattr(console, "PROGRAM", ["fintune"])
+    monkeypatch.setattr(console, "GIVEN", ["--config", "tickets.yaml"])
+    console.warn("questions " * 20)
+    assert all(set(line.split()) <= {"note:", "questions"} for line in out.getvalue().splitlines())
+    console.fail("other inputs: choose another folder, or make it again: fintune eval --fresh")
+    assert out.getvalue().endswith("again: fintune eval --fresh --config tickets.yaml\n")
+
+
 def test_hints_repeat_the_config(tmp_path: Path) -> None:
     words = ("-c", tiny.config(), "-s", f"out={tmp_path / 'a b'}")
     said = tiny.fintune("train", *words)

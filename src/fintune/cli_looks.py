@@ -159,7 +159,8 @@ def doctor(as_json: Json = False) -> None:
 def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
     columns = ["source", "line", "reason", "detail"]
     cells = ([entry[column] for column in columns] for entry in entries[:count])
-    console.table(f"dropped rows: {len(entries)}", columns, cells)
+    rest = f", the first {count} (more: --count)" if len(entries) > count else ""
+    console.table(f"dropped rows: {len(entries)}{rest}", columns, cells)
 
 
 class _ExportGroup(TyperGroup):

@@ -234,7 +234,7 @@ class TrainConfig(Section):
     max_eval_samples: int = Field(1_000, ge=1)
     """most validation rows of an evaluation while training, by hash"""
     logging_steps: int = Field(10, ge=1)
-    """optimizer steps between lines of metrics.jsonl"""
+    """optimizer steps between lines of metrics.jsonl; fewer in a run of less than 20 such lines"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device has it (and it is faster), else fp16/fp32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"

@@ -60,24 +60,31 @@ def some(names: Collection[str], most: int = 3) -> str:
     return ", ".join(sorted(names)[:most]) + rest
 
 
+def _notice(text: str, mark: str = "") -> None:
+    """A line to standard error. A terminal's ends between words, but where a command may be copied:
+    a line break within one would run the first half of it."""
+    whole = not err.is_terminal or " ".join(PROGRAM) in text
+    err.print(mark + safe_markup(text), soft_wrap=whole)
+
+
 def say(text: str) -> None:
     """One line of progress or notice, to standard error."""
-    err.print(safe_markup(text))
+    _notice(text)
 
 
 def heading(text: str) -> None:
     """The start of a stage, to standard error."""
-    err.print(f"[bold cyan]{safe_markup(text)}[/]")
+    err.print(f"[bold cyan]{safe_markup(text)}[/]", soft_wrap=not err.is_terminal)
 
 
 def warn(text: str) -> None:
     """Something a user should read but that does not stop the run."""
-    err.print(f"[yellow]note:[/] {safe_markup(repeating(text))}")
+    _notice(repeating(text), "[yellow]note:[/] ")
 
 
 def fail(text: str) -> None:
     """The one message of a failed command."""
-    err.print(f"[bold red]error:[/] {safe_markup(repeating(text))}")
+    _notice(repeating(text), "[bold red]error:[/] ")
 
 
 def result(text: str) -> None:

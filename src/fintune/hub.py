@@ -254,7 +254,9 @@ def hub_errors(
         get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
-        raise hub_error(error, name, setting, revision=revision, missing=missing or "all") from None
+        raise hub_error(
+            error, name, setting, revision=revision, missing=missing or "all files"
+        ) from None
 
 
 def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> FintuneError:
@@ -272,11 +274,11 @@ def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> Fintun
     said = str(error) if status is None else getattr(_error_of_hub(error), "server_message", "")
     said = console.printable((said or "").strip().partition("\n")[0])[:200]
     place = "model.path (or --base)" if setting == "model.path" else setting
-    absent = "{name} is not on this machine, or not whole ({revision}: {missing})"
+    absent = "{name} is not on this machine, or not whole (missing of {revision}: {missing})"
     absent = absent.format(name=name, **facts)
     facts |= {"name": name, "kind": kind, "status": status, "said": said}
     facts |= {"endpoint": constants.ENDPOINT, "cache": constants.HF_HUB_CACHE, "place": place}
-    facts |= {"error": type(error).__name__, "cause": type(causes[-1]).__name__}
+    facts |= {"error": type(error).__name__, "cause": _reason(causes[-1])}
     facts |= {
         "page": f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}",
         "token": "HF_TOKEN" if held else "no token: set HF_TOKEN",
@@ -289,6 +291,11 @@ def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> Fintun
     happened = _happened(causes, status, setting)
     raised = NoSpace if happened == "full" else _CLASSES.get(setting, DataError)
     return raised(**{part: text.format(**facts) for part, text in SAID[happened].items()})
+
+
+def _reason(cause: BaseException) -> str:
+    """The system's words, such as `Connection refused`; else the kind: a text may hold a token."""
+    return getattr(cause, "strerror", None) or type(cause).__name__
 
 
 def _happened(causes: list[BaseException], status: int | None, setting: str) -> str:

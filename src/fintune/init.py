@@ -78,7 +78,8 @@ def init(
     with reaching(out):
         write_text(out, render("config.yaml.jinja", preset=preset, out=out, lines=lines))
     where = "" if config.model.path else " of the hub"
-    about = ", ".join([f"base {config.model.id}{where}", *proposed])
+    plain = [each for each in proposed if not each.startswith("data.source")]
+    about = ", ".join([f"base {config.model.id}{where}", *plain])
     next_command = console.repeating("fintune prepare")
     console.result(f"wrote {out} ({about}); next: {next_command} --config {shlex.quote(str(out))}")
 
@@ -115,6 +116,7 @@ def _look(config: Config) -> list[str]:
     share = config.data.test_share or share_of_test(count or 0)
     checkable = sum(kind != "text" for kind in kinds) / max(1, len(head)) * (count or 0) * share
     said = f"{path}: {count} rows; of the first {len(head)}, {len(asked)} are read"
+    said += ", questions in {user}, answers in {assistant}".format(**columns) if columns else ""
     needed = f"about {checkable:.0f} checkable questions, {FEWEST_CHECKABLE} make a verdict"
     console.say(f"{said}; {needed}")
     return [*proposed, 'data.source=""'] if columns else proposed
@@ -139,6 +141,7 @@ def _columns(rows: list[Any]) -> dict[str, str] | None:
 def _lines(values: BaseModel, defaults: BaseModel, indent: str = "") -> list[str]:
     """A line for every key with its meaning; those that hold their default are commented out."""
     lines, plain = [], values.model_dump(mode="json")
+    plain |= values.model_dump(mode="json", exclude_defaults=True)  # no key of a source left unset
     for name, field in type(values).model_fields.items():
         value, default = getattr(values, name), getattr(defaults, name)
         text = indent + ("# " if value == default else "") + f"{name}:"

@@ -290,7 +290,7 @@ def show(planned: Facts) -> None:
     facts = [item for part in parts for item in planned[part].items()]
     defaults = TrainingArguments().to_dict().items()
     changed = [item for item in planned["training_arguments"].items() if item not in defaults]
-    console.table("training arguments, but transformers' defaults", ["key", "value"], changed)
+    console.table("training arguments other than transformers' defaults", ["key", "value"], changed)
     cells = ([key.replace("_", " "), _shown(value)] for key, value in facts)
     console.table("the run", ["what", "value"], cells)
     title = f"memory in GB, +-{MEMORY_BAND:.0%} (*: configured)"

@@ -20,7 +20,6 @@ from fintune.data.report import PARTS, Ledger
 from fintune.errors import DataError
 from fintune.example import IGNORE_INDEX
 from fintune.files import read_json
-from fintune.model import find_base, load_tokenizer
 
 
 def inspect(
@@ -81,6 +80,8 @@ def _matching(config: Config, name: str, **wanted: str | int | None) -> Any:
 
 def _texts(config: Config, tables: dict[str, Any]) -> list[Text]:
     """Rows of parts for a terminal: what is trained in green, what is only read dimmed."""
+    from fintune.model import find_base, load_tokenizer  # torch, which the ledger does not need
+
     tokenizer = load_tokenizer(find_base(config.model, weights=False, kept_in=[config.data_dir]))
     texts = []
     for part, row in ((part, row) for part, rows in tables.items() for row in rows.to_pylist()):

@@ -131,7 +131,7 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
     if cut := manifest["repairs"].get("inline_turns"):
         warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
     if manifest["inputs"]["settings"]["test_share"] != (share := manifest["test_share"]):
-        say(f"data.test_share is not set: {share:.0%} of so many rows are test rows")
+        say(f"data.test_share is not set: {share:.0%} of the texts are kept for the test")
     kept = " + ".join(f"{rows[part]} {part}" for part in (*PARTS, FINAL) if part in rows)
     say(f"{folder}: {rows['read']} rows read = {kept} + {out.total()} dropped")
     if (most := manifest["related"]["largest"]) > (rows["read"] - out.total()) / 2:

@@ -22,6 +22,8 @@ from fintune.training.distributed import world_size
 from fintune.training.memory import in_use, peak_in_use
 from fintune.training.run_state import PACKAGES, RunState
 
+LINES = 20
+"""Lines of steps that a run of at least as many has, though `train.logging_steps` be longer."""
 PANELS = ("loss", "learning_rate", "grad_norm", "useful_tokens_per_second")
 
 

@@ -96,7 +96,8 @@ def train(config: Config, *, fresh: bool = False, force_resume: str | None = Non
 def _train(base: Base, tokenizer: Any, state: RunState) -> None:
     """The stage, by the only run that writes its folder."""
     rows, epochs = read_train(state.config.data_dir), state.config.train.num_train_epochs
-    heading(f"train: {len(rows):,} rows, {epochs} epochs, {base.about}")
+    passes = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    heading(f"train: {len(rows):,} rows, {passes}, {base.about}")
     build(base, tokenizer, rows, state)
     fit(state)
     distributed.from_rank0(lambda: _finish(state))
@@ -181,6 +182,7 @@ def fit(state: RunState) -> None:
     train, at = state.config.train, checkpoint.resume(state)
     again, begun = at.get("pending_evaluation", False), bool(at)
     needed = state.checkpoint_bytes * (1 if begun else KEEP + 1)
+    log_steps = min(train.logging_steps, max(1, state.total // metrics.LINES))
     distributed.from_rank0(lambda: files.require_free_space(state.folder, needed))
     state.energy = metrics.EnergyMeter()
     if distributed.is_rank0():
@@ -204,7 +206,7 @@ def fit(state: RunState) -> None:
             spent += (*tokens, time.monotonic() - start)
             state.at.tokens += tokens[0]
             state.bar.advance()
-            if state.at.step == 1 or state.at.step % train.logging_steps == 0:
+            if state.at.step == 1 or state.at.step % log_steps == 0:
                 log(state, metrics.line_of_steps(state, rate, norm, spent))
                 spent[:] = 0
             if last or state.at.step % train.eval_steps == 0:
@@ -274,7 +276,7 @@ def _finite(state: RunState, loss: float, norm: float) -> float:
 
 
 def log(state: RunState, values: dict[str, float]) -> None:
-    """Hook: called for the first step and every `train.logging_steps`, and for each evaluation.
+    """Hook: called for each evaluation, the first step and every `train.logging_steps` or fewer.
 
     Args:
         values: numbers by name, added to a line of `metrics.jsonl`.
