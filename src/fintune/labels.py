@@ -31,7 +31,7 @@ from fintune.ngrams import normal, passage
 
 LEVEL = 0.001
 """Most of the tasks with right labels that may be called permuted."""
-MOST_ROWS, FEWEST_ROWS, FEWEST_OF_FORM = 4000, 20, 50
+MOST_ROWS, FEWEST_ROWS, FEWEST_OF_FORM = 4000, 20, 100
 """Rows of a source that are read, by hash; fewer are not tested, nor is one form of question."""
 SHARED_ROWS = 5
 """A sentence that so many prompts have belongs to an instruction."""
@@ -96,6 +96,7 @@ def by_likelihood(
     """
     labels = (*map(_label, choices),)
     scores = np.array([likely for *_, likely in asked])
+    scores -= np.logaddexp.reduce(scores, 1, keepdims=True)  # whether it answers at all is no sign
     picked = ((scores - scores.mean(0)) / (scores.std(0) + 1e-9)).argmax(1).tolist()
     rows = [
         Row(key, _label(label), "", 0, pick)
