@@ -61,7 +61,7 @@ class Served:
 
     Attributes:
         context: most tokens of prompt and answer, of the base and where a server says it.
-        models: name and address of each.
+        models: name of each; no address, because a release holds what is recorded.
         chat: the format of the prompts.
     """
 
@@ -76,7 +76,7 @@ class Served:
         rows = [server.models[name] for server, name in self._of.values()]
         own = getattr(read_architecture(base).get_text_config(), "max_position_embeddings", 2**31)
         self.context = min(own, *(int(row.get("max_model_len") or own) for row in rows))
-        self.models = {variant: f"{name} at {s.url}" for variant, (s, name) in self._of.items()}
+        self.models = {variant: name for variant, (_, name) in self._of.items()}
 
     @contextmanager
     def speaking(self, variant: str) -> Iterator["Served"]:
