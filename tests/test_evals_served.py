@@ -119,7 +119,11 @@ def test_our_server_gives_the_same_outcomes_and_the_same_verdict(
     for name in ("base", "adapter"):
         assert found["loss"][name] == pytest.approx(before["loss"][name], abs=1e-4)
     said = found["provenance"]["server"]
-    assert said["models"]["base"] == f"base at {server.url}"
+    assert said["models"] == {"base": "base", "adapter": "adapter"}
+    written = (copy.eval / "test_results.json").read_text() + (
+        copy.eval / "report.html"
+    ).read_text()
+    assert server.url not in written, "a release would hold the address"
     assert "nats a token from the adapter's recorded answers" in said["proof"]
     assert "token ids that a server was sent" in (copy.eval / "report.html").read_text()
     assert tiny.answer_json("eval", *copy.words(server=server.url)) == found, "kept"
