@@ -57,9 +57,8 @@ _SENTENCE = re.compile(r"(?<=[.?!:}])\s+|\n+")
 
 
 class Row(NamedTuple):
-    """A row as it is compared: its label (by words all labels of one side: "mildly positive/strong
-    positive"), the form of its question, its stratum (rows of one a and b), and its sign: the tone,
-    or the number of the likeliest label."""
+    """A row as it is compared: its label, the form of its question, its stratum (rows of one a and
+    b), and its sign: the tone, or the number of the likeliest label."""
 
     id: str
     label: str
@@ -140,8 +139,6 @@ def _side(label: str) -> int:
 
 def _rows(examples: list[Example], yes_no: bool) -> Iterator[Row]:
     labels = [_label(row.messages[-1].content) for row in examples]
-    known = {*labels}
-    sides = {a: "/".join(sorted(b for b in known if _score(b) == _score(a))) for a in known}
     prompts = [normal("\n".join(m.content for m in row.messages[:-1])) for row in examples]
     parts = [_SENTENCE.split(prompt[-CHARACTERS:]) for prompt in prompts]
     often = Counter(part for each in parts for part in {*each})
@@ -152,13 +149,13 @@ def _rows(examples: list[Example], yes_no: bool) -> Iterator[Row]:
         words = " ".join(part for part in own if often[part] < SHARED_ROWS).replace("’", "'")
         said = [_kind(token) for token in _TOKEN.findall(words)]
         if not yes_no:
-            yield Row(_key(example), sides[label], form, 0, _tone(said))
+            yield Row(_key(example), label, form, 0, _tone(said))
             continue
         question = prompt.replace(text, " ") + form
         for stratum, (asks, yes, no) in enumerate(_QUESTIONS):
             if asks.search(question):
                 signs = (bool(kind & yes) - bool(kind & no) for kind in said)
-                yield Row(_key(example), sides[label], "", stratum, next(filter(None, signs), 0))
+                yield Row(_key(example), label, "", stratum, next(filter(None, signs), 0))
                 break
 
 
@@ -207,19 +204,22 @@ def _findings(task: str, sign: str, rows: list[Row], names: tuple[str, ...] = ()
 
 
 def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | None:
-    """The best assignment other than the one given, its log odds against it, and their limit.
+    """The best assignment other than the one given, its log odds against it, and their limit; by
+    words, all labels of one side are one ("mildly positive/strong positive").
 
     Args:
         names: of the choices that signs are numbers of; none for tones.
         tests: as many are made of this task.
     """
-    labels = names or sorted({row.label for row in rows}, key=_side)
-    strata = sorted({row.stratum for row in rows})
-    if len(rows) < FEWEST_ROWS or len({row.label for row in rows}) == 1:
+    known = {row.label for row in rows}
+    side = {a: "/".join(sorted(b for b in known if _score(b) == _score(a))) for a in known}
+    side = {name: name for name in names} or side
+    labels = names or sorted({*side.values()}, key=_side)
+    if len(rows) < FEWEST_ROWS or len({side[label] for label in known}) == 1:
         return None
-    counts = np.zeros((len(strata), len(labels), len(names) or 3), int)
+    counts = np.zeros((1 + max(row.stratum for row in rows), len(labels), len(names) or 3), int)
     for row in rows:
-        counts[strata.index(row.stratum), labels.index(row.label), row.sign + (not names)] += 1
+        counts[row.stratum, labels.index(side[row.label]), row.sign + (not names)] += 1
     given, *orders = _orders(len(labels))
     scores = tuple(map(_side, labels))
     evidence = {
@@ -231,13 +231,13 @@ def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | Non
 
     def off(row: Row) -> tuple[float, int]:
         """How far a row's sign is from the better label rather than from its own."""
-        to = moved[row.label]
+        to = moved[side[row.label]]
         if names:
             return names[row.sign] != to, 0
         own, better = (abs(row.sign - _side(label)) for label in (row.label, to))
         return better - own, -abs(row.sign)
 
-    shown = nsmallest(LOOK_AT, (row for row in rows if row.label in moved), key=off)
+    shown = nsmallest(LOOK_AT, (row for row in rows if side[row.label] in moved), key=off)
     return {
         "assignment": moved,
         "rows": len(rows),
