@@ -57,8 +57,8 @@ _SENTENCE = re.compile(r"(?<=[.?!:}])\s+|\n+")
 
 
 class Row(NamedTuple):
-    """A row as it is compared: the form of its question, its stratum (rows of one a and b), and its
-    sign: the tone, or the number of the likeliest label."""
+    """A row as it is compared: its label, the form of its question, its stratum (rows of one a and
+    b), and its sign: the tone, or the number of the likeliest label."""
 
     id: str
     label: str
@@ -75,10 +75,9 @@ def by_words(examples: Iterable[Example]) -> list[Json]:
     """
     tasks = defaultdict[tuple[str, bool], list[Example]](list)
     for example in examples:
-        if len(example.messages[-1].content) <= LABEL_CHARACTERS:
-            label = _label(example.messages[-1].content)
-            if _score(label) is not None:
-                tasks[example.source, label in ("yes", "no")].append(example)
+        short = len(example.messages[-1].content) <= LABEL_CHARACTERS
+        if short and _score(label := _label(example.messages[-1].content)) is not None:
+            tasks[example.source, label in ("yes", "no")].append(example)
     found = []
     for (source, yes_no), rows in tasks.items():
         chosen = nsmallest(MOST_ROWS, rows, key=attrgetter("row_sha256"))
@@ -108,10 +107,14 @@ def by_likelihood(
 
 def tell(found: list[Json], examples: Iterable[Example]) -> None:
     """Warn of findings, with the beginnings of the texts to look at."""
-    wanted = {row["id"] for finding in found for row in finding["look_at"]}
-    texts = {key: passage(row)[:SHOWN] for row in examples if (key := _key(row)) in wanted}
+    wanted = {key for finding in found for key in finding["look_at"]}
+    shown = {
+        key: f"  {key} ({_label(row.messages[-1].content)}): {passage(row)[:SHOWN]}"
+        for row in examples
+        if (key := _key(row)) in wanted
+    }
     for finding in found:
-        rows = [f"  {r['id']} ({r['label']}): {texts.get(r['id'], '')}" for r in finding["look_at"]]
+        rows = (shown.get(key, f"  {key}") for key in finding["look_at"])
         warn("\n".join([f"{finding['says']} No label is changed; look at:", *rows]))
 
 
@@ -130,24 +133,29 @@ def _score(label: str) -> int | None:
     return _SCORES.get(name) if {*degrees} <= {*_LEXICON["degrees"].split()} else None
 
 
+def _side(label: str) -> int:
+    return _score(label.split("/")[0]) or 0
+
+
 def _rows(examples: list[Example], yes_no: bool) -> Iterator[Row]:
+    labels = [_label(row.messages[-1].content) for row in examples]
     prompts = [normal("\n".join(m.content for m in row.messages[:-1])) for row in examples]
     parts = [_SENTENCE.split(prompt[-CHARACTERS:]) for prompt in prompts]
     often = Counter(part for each in parts for part in {*each})
-    for example, prompt, sentences in zip(examples, prompts, parts, strict=True):
+    for example, label, prompt, sentences in zip(examples, labels, prompts, parts, strict=True):
         form = " ".join(part for part in sentences if often[part] >= SHARED_ROWS)
         text = passage(example)[:CHARACTERS] if yes_no else ""
         own = _SENTENCE.split(text) if yes_no else sentences
-        said = _kinds(" ".join(part for part in own if often[part] < SHARED_ROWS))
-        key, label = _key(example), _label(example.messages[-1].content)
+        words = " ".join(part for part in own if often[part] < SHARED_ROWS).replace("’", "'")
+        said = [_kind(token) for token in _TOKEN.findall(words)]
         if not yes_no:
-            yield Row(key, label, form, 0, _tone(said))
+            yield Row(_key(example), label, form, 0, _tone(said))
             continue
         question = prompt.replace(text, " ") + form
         for stratum, (asks, yes, no) in enumerate(_QUESTIONS):
             if asks.search(question):
                 signs = (bool(kind & yes) - bool(kind & no) for kind in said)
-                yield Row(key, label, "", stratum, next(filter(None, signs), 0))
+                yield Row(_key(example), label, "", stratum, next(filter(None, signs), 0))
                 break
 
 
@@ -158,10 +166,6 @@ def _kind(token: str) -> frozenset[str]:
         return frozenset({"up" if token[0] == "+" else "down"})
     token = "figure" if token.lstrip("$")[0].isdigit() else token
     return frozenset(name for name, words in _WORDS.items() if words.fullmatch(token))
-
-
-def _kinds(text: str) -> list[frozenset[str]]:
-    return [_kind(token) for token in _TOKEN.findall(text.replace("’", "'"))]
 
 
 def _tone(kinds: list[frozenset[str]]) -> int:
@@ -200,23 +204,24 @@ def _findings(task: str, sign: str, rows: list[Row], names: tuple[str, ...] = ()
 
 
 def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | None:
-    """The best assignment other than the one given, its log odds against it, and their limit.
+    """The best assignment other than the one given, its log odds against it, and their limit; by
+    words, all labels of one side are one ("mildly positive/strong positive").
 
     Args:
         names: of the choices that signs are numbers of; none for tones.
         tests: as many are made of this task.
     """
-    labels = names or sorted(
-        {row.label for row in rows}, key=lambda name: (_score(name) or 0, name)
-    )
-    strata = sorted({row.stratum for row in rows})
-    if len(rows) < FEWEST_ROWS or len({row.label for row in rows}) == 1:
+    known = {row.label for row in rows}
+    side = {a: "/".join(sorted(b for b in known if _score(b) == _score(a))) for a in known}
+    side = {name: name for name in names} or side
+    labels = names or sorted({*side.values()}, key=_side)
+    if len(rows) < FEWEST_ROWS or len({side[label] for label in known}) == 1:
         return None
-    counts = np.zeros((len(strata), len(labels), len(names) or 3), int)
+    counts = np.zeros((1 + max(row.stratum for row in rows), len(labels), len(names) or 3), int)
     for row in rows:
-        counts[strata.index(row.stratum), labels.index(row.label), row.sign + (not names)] += 1
+        counts[row.stratum, labels.index(side[row.label]), row.sign + (not names)] += 1
     given, *orders = _orders(len(labels))
-    scores = tuple(_score(label) or 0 for label in labels)
+    scores = tuple(map(_side, labels))
     evidence = {
         order: _knowing(counts[0], order) if names else _ordinal(counts, scores, order)
         for order in (given, *orders)
@@ -226,20 +231,20 @@ def _compared(rows: list[Row], names: tuple[str, ...], tests: int) -> Json | Non
 
     def off(row: Row) -> tuple[float, int]:
         """How far a row's sign is from the better label rather than from its own."""
-        to = moved[row.label]
+        to = moved[side[row.label]]
         if names:
             return names[row.sign] != to, 0
-        own, better = (abs(row.sign - (_score(label) or 0)) for label in (row.label, to))
+        own, better = (abs(row.sign - _side(label)) for label in (row.label, to))
         return better - own, -abs(row.sign)
 
-    shown = nsmallest(LOOK_AT, (row for row in rows if row.label in moved), key=off)
+    shown = nsmallest(LOOK_AT, (row for row in rows if side[row.label] in moved), key=off)
     return {
         "assignment": moved,
         "rows": len(rows),
         "log_odds": round(evidence[best] - evidence[given], 1),
         "limit": round(log(tests * len(orders) / LEVEL), 1),
         "counts": dict(zip(labels, counts.sum(0).tolist(), strict=True)),
-        "look_at": [{"id": row.id, "label": row.label} for row in shown],
+        "look_at": [row.id for row in shown],
     }
 
 
