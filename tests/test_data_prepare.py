@@ -106,7 +106,9 @@ def test_a_benchmark_that_changed_is_read_again(tmp_path: Path) -> None:
         prepare(done.config)
 
 
-def test_no_personal_value_in_any_file_and_masked_rows_are_listed(tmp_path: Path) -> None:
+def test_no_personal_value_in_any_file_and_masked_rows_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = "My card is 4111 1111 1111 1111, what does the company do for me about the fee?"
     holder = "I cannot provide what was asked of us by the holder of card number"
     refused = {"user": told, "assistant": f"{holder} 4111 1111 1111 1111, john.doe@acme.com."}
@@ -127,6 +129,8 @@ def test_no_personal_value_in_any_file_and_masked_rows_are_listed(tmp_path: Path
     assert done.manifest["personal_data"] == {"card": 2}
     page = (done.folder / "report.html").read_text(encoding="utf-8")
     assert "<td>bench.jsonl</td><td class=n>1</td>" in page
+    assert "Each was masked, such as [EMAIL]. Names and addresses are not looked for." in page
+    assert "personal data masked: 2 card; names and addresses" in capsys.readouterr().err
 
 
 def test_one_prompt_with_two_labels_is_dropped_and_shown(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_options_are_answers(tmp_path: Path) -> None:
     config = load_config(out)
     assert (config.name, str(config.out), config.data.source) == ("7", "runs/7", str(source))
     assert (config.model.id, config.model.path) == ("local/base", base)
+    assert config.release.license is None, "a preset's is its own base's"
     (tmp_path / "b.Q4_1.gguf").touch()
     tiny.done("init", "--out", tmp_path / "gguf.yaml", "--base", tmp_path / "b.Q4_1.gguf")
     assert load_config(tmp_path / "gguf.yaml").model.id == "local/b.Q4_1"

@@ -10,7 +10,7 @@ HOSTILE = "<script>alert(1)</script> \u202etxt.exe\u2066 \x1b[31m {{ 7 * 7 }} \"
 
 def test_text_of_others_stays_text(tmp_path: Path) -> None:
     item = {
-        "id": "x", "task": f"t{HOSTILE}", "kind": "number", "group": HOSTILE,
+        "id": "x", "task": f"t:{HOSTILE}", "kind": "number", "group": HOSTILE,
         "messages": [{"role": "user", "content": HOSTILE}], "reference": "5",
         "choices": [HOSTILE], "majority": HOSTILE,
     }  # fmt: skip
@@ -19,7 +19,7 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
     assert page.count(r"\u202etxt.exe\u2066 \x1b[31m {{ 7 * 7 }}") >= 4
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", page)
     assert "<script" not in page
-    assert "&lt;script&gt;" in page
+    assert "t:<wbr>&lt;script&gt;" in page
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert policy is not None
     assert policy[1] == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -166,4 +166,5 @@ def _overrides(name: str | None, source: str | None, base: str | None) -> list[s
         if not there and (not HUB_ID.fullmatch(base) or Path(base).parent.is_dir()):
             raise ConfigError(f"no base at {base}", fix="give a folder, a GGUF file or a hub id")
         chosen |= local if there else {"model.id": base}
+        chosen["release.license"] = None  # a preset's is its own base's
     return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from fintune.console import printable
 from fintune.files import write_text
@@ -39,6 +40,13 @@ def _show(value: object) -> object:
     return printable(str(value))
 
 
+def breakable(text: object) -> object:
+    """A name that a narrow column may break behind a colon, as `rows.csv:label`."""
+    if not isinstance(text, str):
+        return text
+    return Markup(":<wbr>").join(printable(text).split(":"))
+
+
 def percent(value: float | None, sign: str = "") -> str:
     """A share in percent with one decimal."""
     return "–" if value is None else f"{100 * value:{sign}.1f} %"
@@ -52,4 +60,4 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"percent": percent}
+_ENVIRONMENT.filters |= {"percent": percent, "breakable": breakable}

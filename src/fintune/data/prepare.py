@@ -130,6 +130,9 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
         say(f"{thoughts} rows hold reasoning (chat.thinking: {thinking})")
     if cut := manifest["repairs"].get("inline_turns"):
         warn(f"{cut} questions hold a chat and became turns; data.inline_turns=keep: one text")
+    if found := Counter(manifest["personal_data"]):
+        dealt = "masked" if manifest["inputs"]["settings"]["pii"] == "mask" else "rows dropped"
+        say(f"personal data {dealt}: {_listed(found)}; names and addresses are not looked for")
     if manifest["inputs"]["settings"]["test_share"] != (share := manifest["test_share"]):
         say(f"data.test_share is not set: {share:.0%} of the texts are kept for the test")
     kept = " + ".join(f"{rows[part]} {part}" for part in (*PARTS, FINAL) if part in rows)

@@ -154,11 +154,13 @@ def standing(folder: Path, require: str | None) -> Iterator[Check]:
         yield Check("accepted", "ok", "no exception was made")
     else:
         who, when = (stated.get(f"accepted_{key}", NOT_STATED) for key in ("by", "on"))
-        yield Check("accepted", "note", f"although {verdict}, by {who}, {when}: {reason}")
+        by = f"by {who}" if who != NOT_STATED else "account not stated"
+        yield Check("accepted", "note", f"although {verdict}, {by}, {when}: {reason}")
     days = None
     with suppress(ValueError):
         days = (_today() - date.fromisoformat(str(stated.get("evaluated_on")))).days
-    told = f"{days} days since its evaluation ({stated.get('evaluated_on')})"
+    passed = "1 day" if days == 1 else f"{days} days"
+    told = f"{passed} since its evaluation ({stated.get('evaluated_on')})"
     yield Check("age", "note", "not stated") if days is None else Check("age", "ok", told)
     if require is not None and verdict != require:
         yield Check("verdict", "failed", f"its verdict is {verdict}, not {require}")
