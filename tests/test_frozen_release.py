@@ -186,7 +186,7 @@ def test_verify_accepts_it_and_names_its_checks(chain: tiny.Chain) -> None:
     unusual = {check["name"]: check["detail"] for check in checks if check["status"] != "ok"}
     assert unusual.keys() == {"accepted", "verdict"}
     assert unusual["verdict"] == "no_detectable_difference"
-    assert unusual["accepted"].startswith("although no_detectable_difference, by ")
+    assert unusual["accepted"].startswith("although no_detectable_difference, ")
     assert unusual["accepted"].endswith(f": {tiny.REASON}")
     names = ["files", "checksums", "provenance", "card", "config", "code hooks", "template"]
     names += ["weights", "paths", "base", "tokenizer", "tokenizer", "stop tokens", "fixture"]
