@@ -173,4 +173,4 @@ def test_a_release_on_it_says_so_and_finds_it_again(tmp_path: Path) -> None:
     for path in (tmp_path / "cache" / "fintune" / "gguf").glob("*/gguf.json"):
         path.unlink()
     said = tiny.fintune("verify", release)
-    assert said.code == 1 and "--base FILE.gguf" in said.err and about in said.err
+    assert said.code == 1 and "--base PATH" in said.err and about in said.err

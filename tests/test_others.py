@@ -90,7 +90,8 @@ def test_its_training_rows_are_not_asked_and_prepared_rows_measure_the_loss(
     known = [{"prompt": row["prompt"], "completion": row["answer"]} for row in asked[:4]]
     texts = [{"text": f"User: {row['prompt']} Assistant: {row['answer']}"} for row in asked[4:6]]
     rows.write_text("".join(json.dumps(row) + "\n" for row in known + texts))
-    given = ("--data", str(chain.out), "--train-rows", str(rows))
+    copy = chain.copy(tmp_path / "copy", "data")
+    given = ("--data", str(copy.out), "--train-rows", str(rows))
     found = tiny.answer_json("eval", *words(adapter, tmp_path / "out", *given))
     run = json.loads((tmp_path / "out" / "eval" / "run.json").read_text())
     assert {f"fpb/{row.get('id', at)}" for at, row in enumerate(asked[:6])} <= {*run["repeated"]}
@@ -102,7 +103,7 @@ def test_its_training_rows_are_not_asked_and_prepared_rows_measure_the_loss(
     assert found["loss"]["tokens"] > 0 and "held_out_loss" in found["guards"]
     ours = json.loads((chain.eval / "test_results.json").read_text())
     assert found["loss"]["base"] == ours["loss"]["base"], "rows encoded anew have the same loss"
-    lines = tiny.read_lines(chain.data / "evaluations.jsonl")
+    lines = tiny.read_lines(copy.data / "evaluations.jsonl")
     assert lines[-1]["adapter"] == tiny.file_sha256(adapter / "adapter_model.safetensors")
 
 
