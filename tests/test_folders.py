@@ -1,6 +1,7 @@
 """Folders of the user: what is never written, moved or shared, and how a signal leaves them."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shlex
@@ -21,9 +22,10 @@ from victims import at_call, harmed, send
 from fintune import cli
 from fintune.config import load_config
 from fintune.data import prepare as preparing
-from fintune.errors import ConfigError
+from fintune.errors import ConfigError, OutputError
 from fintune.evals import evaluate as evaluating
 from fintune.evals import judge
+from fintune.evals.results import rescore
 from fintune.releasing import bundle, export
 
 KEYS = {"prepare": "data.out", "train": "train.out", "eval": "eval.out", "release": "release.out"}
@@ -247,6 +249,19 @@ def test_every_verb_that_writes_takes_the_lock(
         said = tiny.fintune(*given)
         assert (said.code, "written by process 77" in said.err) == (1, True), said.err
         assert tree(tmp_path) == before
+
+
+def test_a_volume_that_takes_no_file_is_named(
+    chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(chain.eval, tmp_path / "eval")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OutputError, match="eval cannot be written: Read-only file system"):
+        rescore(folder)
 
 
 @pytest.mark.parametrize("words", [["eval", "--rescore", "no/eval"], ["judge", "-c", "demo"]])

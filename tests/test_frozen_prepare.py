@@ -221,6 +221,7 @@ def test_inspect_tells_why_rows_were_dropped(chain: tiny.Chain) -> None:
     assert all(f" {line} " in said.out for line in lines)
     first = tiny.done("dropped", "--reason", "not_english", "--count", 1, *chain.words())
     assert "dropped rows: 2, the first 1 (more: --count)" in first.out
+    assert "not_english: " in first.err
     assert "wrong_cells" not in frozen.read_json(chain.data / "manifest.json")["rows"]["dropped"]
     none = tiny.done("dropped", "--reason", "wrong_cells", *chain.words())
     assert none.out.strip() == "no row was dropped for the reason wrong_cells"

@@ -16,7 +16,8 @@ PAGE = ROOT / "docs" / "python.md"
 def test_every_public_name_exists_and_importing_is_cheap() -> None:
     for name in fintune.__all__:
         assert getattr(fintune, name).__module__.startswith("fintune."), name
-    code = "import fintune, sys; print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
+    code = "import fintune, sys; assert 'prepare' in dir(fintune)\n"
+    code += "print({'torch', 'transformers', 'pydantic'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

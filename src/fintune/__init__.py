@@ -4,6 +4,7 @@ The names below are the public interface; docs/python.md walks through them. Eac
 it is first used, so that `import fintune` loads neither torch nor transformers.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,13 @@ _MODULES = {
 }
 __all__ = [*_MODULES]
 __version__ = "0.3.0"
+
+# At each import it tells of a kernel that a CPU lacks, and nothing here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

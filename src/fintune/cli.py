@@ -5,7 +5,6 @@ is said before torch is loaded.
 """
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -441,7 +440,6 @@ def _quiet() -> None:
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # A release names its base's public id; loading it onto a local folder is what we mean to do.
     warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")

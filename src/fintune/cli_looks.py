@@ -161,6 +161,10 @@ def _show_dropped(entries: list[dict[str, Any]], count: int = 20) -> None:
     cells = ([entry[column] for column in columns] for entry in entries[:count])
     rest = f", the first {count} (more: --count)" if len(entries) > count else ""
     console.table(f"dropped rows: {len(entries)}{rest}", columns, cells)
+    from fintune.data.filters import MEANINGS
+
+    for reason in sorted({entry["reason"] for entry in entries[:count]}):
+        console.say(f"{reason}: {MEANINGS.get(reason, 'not known to this version')}")
 
 
 class _ExportGroup(TyperGroup):

@@ -60,16 +60,16 @@ def some(names: Collection[str], most: int = 3) -> str:
     return ", ".join(sorted(names)[:most]) + rest
 
 
-def _notice(text: str, mark: str = "") -> None:
-    """A line to standard error. A terminal's ends between words, but where a command may be copied:
-    a line break within one would run the first half of it."""
-    whole = not err.is_terminal or " ".join(PROGRAM) in text
-    err.print(mark + safe_markup(text), soft_wrap=whole)
+def _print(to: Console, text: str, mark: str = "") -> None:
+    """A text whose lines end between words on a terminal, but where a command may be copied: a line
+    break within one would run the first half of it."""
+    whole = not to.is_terminal or " ".join(PROGRAM) in text
+    to.print(mark + safe_markup(text), soft_wrap=whole)
 
 
 def say(text: str) -> None:
     """One line of progress or notice, to standard error."""
-    _notice(text)
+    _print(err, text)
 
 
 def heading(text: str) -> None:
@@ -79,17 +79,17 @@ def heading(text: str) -> None:
 
 def warn(text: str) -> None:
     """Something a user should read but that does not stop the run."""
-    _notice(repeating(text), "[yellow]note:[/] ")
+    _print(err, repeating(text), "[yellow]note:[/] ")
 
 
 def fail(text: str) -> None:
     """The one message of a failed command."""
-    _notice(repeating(text), "[bold red]error:[/] ")
+    _print(err, repeating(text), "[bold red]error:[/] ")
 
 
 def result(text: str) -> None:
     """A command's result, to standard output."""
-    out.print(safe_markup(text))
+    _print(out, text)
 
 
 def stream(text: str) -> None:

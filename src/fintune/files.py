@@ -99,7 +99,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only volume refuses this too
+            temporary.unlink()
         raise
     _sync(path.parent)
 

@@ -21,7 +21,7 @@ from fintune.errors import GateRefused, OutputError
 from fintune.evals import judge, label_tasks, stats
 from fintune.evals.grading import PHRASES, VARIANTS, Graded, Item, Pair, as_example, load_pairs
 from fintune.evals.verdict import decide, summary
-from fintune.files import json_text, read_json, read_jsonl, sha256_bytes, write_json
+from fintune.files import json_text, reaching, read_json, read_jsonl, sha256_bytes, write_json
 from fintune.page import save_page
 
 Json = dict[str, Any]
@@ -358,10 +358,10 @@ def rescore(folder: Path) -> Json:
 
     Raises:
         OutputError: the evaluation is absent or unfinished, a raw file was changed since it was
-            sealed, or another process writes the folder.
+            sealed, the folder cannot be written, or another process writes it.
     """
     done = read_evaluation(folder, unread=(RESULTS, REPORT))
-    with seal.lock(folder):
+    with seal.lock(folder), reaching(folder, fix="copy it to a place that can be written"):
         write_results(folder)
         seal.seal(folder, done["inputs"])
     return tell(folder)
