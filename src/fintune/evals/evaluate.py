@@ -7,7 +7,7 @@ from these files alone (`results.rescore`).
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -204,11 +204,12 @@ def _answer(
 
 def _about(config: Config, judged: Subject, folder: Path, questions: int) -> dict[str, str]:
     """Name, date and rows of an evaluation; one that is continued keeps the day that it began."""
-    path, part = folder / "run.json", f"{questions} questions of tasks"
+    path = folder / "run.json"
     begun = read_json(path).get("run", {}).get("date") if path.is_file() else None
-    if judged.data:
-        part = f"the {judged.part} part of the prepared rows and {part}"
-    return {"name": config.name, "date": begun or date.today().isoformat(), "part": part}
+    parts = [f"the {judged.part} part of the prepared rows"] if judged.data else []
+    parts += [f"{questions} questions of tasks"] if questions else []
+    day = begun or date.today().isoformat()
+    return {"name": config.name, "date": day, "part": " and ".join(parts)}
 
 
 def _answer_served(
@@ -316,7 +317,8 @@ def _warn_of_no_documents(asked: list[Item]) -> None:
 def _measure_loss(folder: Path, speakers: Speakers, rows: list[dict[str, Any]], pad: int) -> None:
     """Append each source's sums of the loss over label tokens, of base and adapter."""
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", len(rows)) as progress:
+    count = len(VARIANTS) * len(rows)
+    with JsonlLog(folder / "heldout.jsonl") as file, meter("held-out loss", count) as progress:
         done = {cell["source"] for cell in file.rows()}
         todo = sorted({row["source"] for row in rows} - done)
         # Where a change of the model loads one, each is loaded once.
@@ -326,18 +328,20 @@ def _measure_loss(folder: Path, speakers: Speakers, rows: list[dict[str, Any]], 
             for variant in VARIANTS if group else ():
                 with speakers.speaking(variant) as speaker:
                     for name, cell in cells.items():
-                        sums = _loss_sum(speaker, chosen[name], pad)
+                        sums = _loss_sum(speaker, chosen[name], pad, progress.advance)
                         cell[variant], cell["tokens"] = sums
             file.append(*cells.values())
-            progress.advance(sum(map(len, chosen.values())))
 
 
-def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[float, int]:
+def _loss_sum(
+    peft_model: Any, rows: list[dict[str, Any]], pad: int, done: Callable[[int], None]
+) -> tuple[float, int]:
     """Sum of the cross-entropy (nats) over the label tokens of rows, and their number.
 
     Args:
         rows: the longest first.
         pad: id of the padding token.
+        done: takes the number of rows of each batch.
 
     Raises:
         NotFinite: the loss is NaN or infinite.
@@ -353,6 +357,7 @@ def _loss_sum(peft_model: Any, rows: list[dict[str, Any]], pad: int) -> tuple[fl
             loss, count = sum_loss(peft_model, send_to_device(tensors, peft_model.device))
         total += float(loss)
         tokens += count
+        done(len(batch))
     if not math.isfinite(total):
         raise NotFinite("the held-out loss is not finite", fix="or try --set train.precision=fp32")
     return total, tokens
