@@ -241,3 +241,17 @@ def test_what_a_server_lacks_or_does_to_prompts_is_named(
     nobody = f"http://127.0.0.1:{tiny.free_port()}"
     gone = tiny.fintune("eval", *copy.words(server=nobody))
     assert (gone.code, "no answer from" in gone.err) == (1, True)
+
+
+@pytest.mark.parametrize("url", ["https://models.example/v1", "http://models.example/v1"])
+def test_a_config_alone_sends_no_key_beyond_this_machine(
+    url: str, chain: tiny.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINTUNE_API_KEY", "sesame1")
+    copy = chain.copy(tmp_path, "data", "run")
+    said = tiny.fintune("eval", *copy.words(server=url))
+    assert said.code == 1 and "is not for models.example" in said.err and "sesame1" not in said.err
+    monkeypatch.setenv("FINTUNE_API_HOST", "models.example")
+    again = tiny.fintune("--offline", "eval", *copy.words(server=url))
+    word = "--offline" if url.startswith("https") else "is not for models.example"
+    assert again.code == 1 and word in again.err, "over https alone"

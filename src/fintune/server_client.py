@@ -23,6 +23,9 @@ from fintune.errors import ConfigError, ModelError
 
 KEY_VARIABLE = "FINTUNE_API_KEY"
 """Holds the key of whatever server is asked."""
+HOST_VARIABLE = "FINTUNE_API_HOST"
+"""Names the host beyond this machine that gets the key though only a config names it."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT_S = 300.0
 MAX_BYTES = 16 << 20
 """Bytes read of a server's answer."""
@@ -101,10 +104,10 @@ class Server:
             ModelError: no server there.
         """
         if not url.startswith(("http://", "https://")):
-            what = f"{option} {url}: no address of a server"
-            raise ConfigError(what, fix=f"http://{url}, or https://{url}")
+            what, place = f"{option} {url}: no address of a server", url.rpartition("://")[2]
+            raise ConfigError(what, fix=f"http://{place}, or https://{place}")
         handlers: list[Any] = [_NoRedirect]
-        if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
+        if urlsplit(url).hostname in LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))
         elif "FINTUNE_OFFLINE" in os.environ:
             raise ConfigError(f"--offline, and {option} is at {url}")
@@ -217,6 +220,20 @@ class Server:
         said = body.decode("utf-8", "replace").replace(key or "\0", "[redacted]")
         said = printable(" ".join(said.split())[:SHOWN])
         return status, said, float(after) if after.isdecimal() else 0.0, tree
+
+
+def check_key(url: str, option: str) -> None:
+    """Whether the key may go to the address of a config, which may be of somebody else.
+
+    Raises:
+        ConfigError: beyond this machine, to a host that HOST_VARIABLE does not name or without TLS.
+    """
+    host, named = urlsplit(url).hostname, os.environ.get(HOST_VARIABLE)
+    meant = host == named and url.startswith("https://")
+    if KEY_VARIABLE in os.environ and host not in LOOPBACK and not meant:
+        what = f"{option}: the key in {KEY_VARIABLE} is not for {host}"
+        why = "a config may be of somebody else, so the host is named outside of it, and has https"
+        raise ConfigError(what, why=why, fix=f"export {HOST_VARIABLE}={host}, or unset the key")
 
 
 def _steps(shown: dict[str, Any]) -> list[Step]:

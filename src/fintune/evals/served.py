@@ -21,7 +21,7 @@ from fintune.evals.likelihood import Labelled
 from fintune.example import IGNORE_INDEX
 from fintune.files import JsonlLog, sha256_file, write_jsonl
 from fintune.generation import Request
-from fintune.server_client import LOGPROBS, Refused, Server
+from fintune.server_client import LOGPROBS, Refused, Server, check_key
 from fintune.untrusted.checks import ADAPTER, FIXTURE, read_object
 from fintune.untrusted.probe import read_architecture
 
@@ -40,9 +40,12 @@ def find_models(asked: ServerConfig) -> dict[str, tuple[Server, str]]:
     """The server of each variant and the model's name there.
 
     Raises:
+        ConfigError: as of `check_key`.
         ModelError: no server there, or it lacks one of the models.
     """
     urls = {"base": str(asked.base_url or asked.url), "adapter": str(asked.url)}
+    for url in urls.values():
+        check_key(url, "eval.server")
     servers = {url: Server(url, "eval.server") for url in {*urls.values()}}
     found = {}
     for variant, url in urls.items():
