@@ -68,6 +68,14 @@ def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     assert said.code == 1 and "eval.suite: no task's file in" in said.err
 
 
+def test_a_file_is_never_taken_for_the_folder_of_an_export(tmp_path: Path) -> None:
+    suite = write(tmp_path / "suite", "tfns_test.jsonl", HUB)
+    (tmp_path / "there").write_text("mine")
+    said = tiny.fintune("tasks", "export", tmp_path / "there", "-s", f"eval.suite={suite}")
+    assert said.code == 1 and "name a new folder" in said.err
+    assert (tmp_path / "there").read_text() == "mine"
+
+
 def test_weighted_f1_is_that_of_the_field() -> None:
     pairs = [("a", "a"), ("a", "b"), ("a", "a"), ("b", "b"), ("b", "")]
     assert weighted_f1(pairs) == pytest.approx(0.6 * 0.8 + 0.4 * 0.5)

@@ -57,8 +57,8 @@ def export(config: Config, folder: Path) -> list[str]:
     if not asked:
         what = "no task to export"
         raise OutputError(what, fix="--set eval.suite=FOLDER, or --set eval.tasks.fpb=FILE")
-    if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder} is not empty", fix="name a new folder")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputError(f"{folder} is a file or not empty", fix="name a new folder")
     for name, items in asked.items():
         rows = [{"question": item.messages[-1].content, "item": asdict(item)} for item in items]
         path, task = folder / f"{name}.jsonl", TASKS[name]
