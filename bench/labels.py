@@ -152,45 +152,38 @@ def signs(examples: list[Example]) -> list[list[labels.Row]]:
 
 def alarms(runs: int) -> dict[str, Any]:
     rng, cells = np.random.default_rng(1), {}
+
+    def drawn(rows: list[labels.Row]) -> list[labels.Row]:
+        chosen = rng.integers(0, len(rows), len(rows)).tolist()
+        return [rows[at]._replace(id=str(number)) for number, at in enumerate(chosen)]
+
     for name, examples in (sets() | {"the whole sample": training()}).items():
-        read = signs(examples)
-        alarmed = 0
-        for _ in range(runs):
-            alarmed += any(
-                labels._findings(
-                    name,
-                    "words",
-                    [
-                        rows[at]._replace(id=str(number))
-                        for number, at in enumerate(rng.integers(0, len(rows), len(rows)).tolist())
-                    ],
-                )
-                for rows in read
-            )
-        cells[name] = {"as_it_is": len(labels.by_words(examples)), "alarms": alarmed / runs}
+        share = alarmed(name, signs(examples), runs, drawn)
+        cells[name] = {"as_it_is": len(labels.by_words(examples)), "alarms": share}
         result(f"{name}: {cells[name]}")
     return {"most": max(cell["alarms"] for cell in cells.values()), "cells": cells}
 
 
 def shuffled(runs: int) -> dict[str, Any]:
-    rng, cells = np.random.default_rng(2), {}
-    for name, examples in sets().items():
-        read = signs(examples)
-        alarmed = 0
-        for _ in range(runs):
-            alarmed += any(
-                labels._findings(
-                    name,
-                    "words",
-                    [
-                        row._replace(label=rows[at].label)
-                        for row, at in zip(rows, rng.permutation(len(rows)).tolist(), strict=True)
-                    ],
-                )
-                for rows in read
-            )
-        cells[name] = alarmed / runs
+    rng = np.random.default_rng(2)
+
+    def dealt(rows: list[labels.Row]) -> list[labels.Row]:
+        order = rng.permutation(len(rows)).tolist()
+        return [row._replace(label=rows[at].label) for row, at in zip(rows, order, strict=True)]
+
+    cells = {name: alarmed(name, signs(each), runs, dealt) for name, each in sets().items()}
     return {"most": max(cells.values()), "cells": cells}
+
+
+def alarmed(
+    name: str,
+    read: list[list[labels.Row]],
+    runs: int,
+    draw: Callable[[list[labels.Row]], list[labels.Row]],
+) -> float:
+    """Share of draws of a set's rows in which another assignment is called better."""
+    found = (any(labels._findings(name, "words", draw(r)) for r in read) for _ in range(runs))
+    return sum(found) / runs
 
 
 def cost(runs: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import yaml
 
-from fintune.config import dotted_keys, load_config, presets
+from fintune.config import dotted_keys, load_config
+from fintune.presets import presets
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -11,9 +11,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from fintune import attention
 from fintune.collate import padding_free_batch
-from fintune.config import load_config, presets
+from fintune.config import load_config
 from fintune.model import attach
 from fintune.plan import count
+from fintune.presets import presets
 from fintune.training import lora, pointwise
 from fintune.training.memory import PROBE_TOKENS, model_size
 

@@ -17,8 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fintune.errors import ConfigError
 from fintune.files import read_toml
-from fintune.presets import preset_dir
-from fintune.presets import presets as presets
+from fintune.presets import preset_dir, presets
 from fintune.yaml_reader import read_yaml, redacted, set_key
 
 RENAMED: dict[str, str] = read_toml(__file__, "renamed.toml")

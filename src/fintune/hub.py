@@ -254,9 +254,8 @@ def hub_errors(
         get_session().timeout = httpx2.Timeout(SILENCE_S)
         yield
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
-        raise hub_error(
-            error, name, setting, revision=revision, missing=missing or "all files"
-        ) from None
+        lacks = missing or "all files"
+        raise hub_error(error, name, setting, revision=revision, missing=lacks) from None
 
 
 def hub_error(error: Exception, name: str, setting: str, **facts: Any) -> FintuneError:

@@ -48,8 +48,7 @@ def _mark(config: Config, last: str, asked: list[Any]) -> Path | None:
     facts, base, data = list[Any](), config.model, config.data
     named = [(str(base.path or base.id), base.revision), (data.source, None)]
     sets = (*data.sources, *data.benchmarks, *config.eval.tasks.values())
-    named += [(each.path, each.revision) for each in sets]
-    named += [(config.eval.suite or "", None)]
+    named += [(config.eval.suite or "", None), *((each.path, each.revision) for each in sets)]
     with suppress(OSError):
         for name, revision in named:
             if name in ("", SAMPLE):

@@ -32,10 +32,7 @@ def load(name: str | None, overrides: Iterable[str], folder: Path, base: str | N
         raise OutputError(f"no folder at {folder}", fix="name the folder that peft saved")
     given = []
     if name is None:
-        own = (
-            re.sub(r"^[^A-Za-z0-9]+|[^\w.-]+", "-", folder.resolve().name).lstrip("-_.")
-            or "adapter"
-        )
+        own = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-_.") or "adapter"
         given = [f"name={json.dumps(own)}", f"out={json.dumps(f'runs/{own}')}"]
     config = load_config(name, [*given, *overrides])
     stated = checks.read_object(folder, checks.ADAPTER_CONFIG, absent=True)

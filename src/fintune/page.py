@@ -40,11 +40,9 @@ def _show(value: object) -> object:
     return printable(str(value))
 
 
-def breakable(text: object) -> object:
+def breakable(cell: object) -> object:
     """A name that a narrow column may break behind a colon, as `rows.csv:label`."""
-    if not isinstance(text, str):
-        return text
-    return Markup(":<wbr>").join(printable(text).split(":"))
+    return Markup(":<wbr>").join(printable(cell).split(":")) if isinstance(cell, str) else cell
 
 
 def percent(value: float | None, sign: str = "") -> str:

@@ -49,6 +49,7 @@ HERE_SHARE = (0.4, 0.9)
 in fp32, SmolLM2-135M on two cores of an AMD EPYC."""
 TIMED = 1024
 """Rows and columns of that product."""
+UNITS = (("h", 1), ("min", 60), ("s", 3600))
 HELD = ("weights", "activations", "working")
 """Parts of the memory that the table shows; adapter, gradients and optimizer are a few percent."""
 EVALUATION_WARNING = 0.10
@@ -330,6 +331,5 @@ def _gpu_row(row: Facts) -> list[str]:
 
 def _time(hours: list[float]) -> str:
     """A span of time in the largest unit of which the longer end has one."""
-    longest = max(hours)
-    unit, factor = next((u for u in (("h", 1), ("min", 60)) if longest * u[1] >= 1), ("s", 3600))
+    unit, factor = next((u for u in UNITS if max(hours) * u[1] >= 1), UNITS[-1])
     return "-".join(f"{each * factor:.2g}" for each in hours) + f" {unit}"
