@@ -44,8 +44,23 @@ TOO_LONG = ("convfinqa", "financebench", "finer", "pacific", "xbrl_extract", "xb
 """The last is graded by a judge only; PACIFIC asks of TAT-QA's documents."""
 FILES = {"finqa": "finqa_test_evidence.jsonl"}
 """FinQA over its gold evidence; a whole page is longer than any row."""
-BANKING_SHARE = 0.3
+BANKING_SHARE = 0.5
 """Of the rows of BANKING77 that are also asked with all intents, ten times as long."""
+SEVEN = [
+    f"{how} {tone}"
+    for tone in ("negative", "positive")
+    for how in ("strong", "moderately", "mildly")
+]
+WORDINGS = (
+    "Is this {options} for an investor?\n{text}\nAnswer: ",
+    "Classify the tone of the text as {options}.\nText: {text}\nTone: ",
+    "{text}\nTone ({options}): ",
+)
+"""More ways to ask for a tone. A text is then seen five times in an epoch, a page of a report once:
+labels are 3 % of the answers' tokens."""
+INTENT = "A customer of a bank writes: {text}\nIn a word, what about?"
+HEADS = 2
+"""More ways in which a question about a headline of gold is asked, each of another row's."""
 NAMES = {"fiqasa": "fiqa_sa"}
 """Tasks whose rows have another name in the provenance file."""
 PUBLISHED = {
@@ -92,17 +107,40 @@ def training_rows(most: int) -> Iterator[Row]:
     numbered = list(zip(lines, origins, strict=True))
     numbered.sort(key=lambda line: sha256(line[0].encode()).digest())
     intents = sorted({json.loads(line)["assistant"] for line, of in numbered if of == "banking77"})
-    for at, (line, origin) in enumerate(numbered[:most]):
-        row = json.loads(line)
+    rows = [(json.loads(line), origin) for line, origin in numbered[:most]]
+    heads = heads_of([row["user"] for row, origin in rows if origin == "headline"])
+    for at, (row, origin) in enumerate(rows):
         yield {**row, "source": origin}
-        if origin == "banking77" and at % 10 >= 10 * BANKING_SHARE:
-            continue
-        for question, answer in as_asked(NAMES.get(origin, origin), row, intents):
+        name = NAMES.get(origin, origin)
+        asked = as_asked(name, row, intents if at % 10 < 10 * BANKING_SHARE else [])
+        for question, answer in (*asked, *other_heads(name, row, heads)):
             yield {"user": question, "assistant": answer, "source": f"{origin} as asked"}
 
 
+def heads_of(questions: list[str]) -> dict[str, list[str]]:
+    """Ways in which each thing about a headline is asked, by their first sentence."""
+    heads = sorted({question.split("\nText: ")[0] for question in questions})
+    return {
+        head.split("..")[0]: [h for h in heads if h.startswith(head.split("..")[0])]
+        for head in heads
+    }
+
+
+def other_heads(name: str, row: Row, heads: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """A question about a headline in the words of other rows."""
+    if name == "headline" and row["assistant"]:
+        mine, _, text = row["user"].partition("\nText: ")
+        others = [head for head in heads[mine.split("..")[0]] if head != mine]
+        others.sort(key=lambda head: sha256(f"{head}{text}".encode()).digest())
+        yield from ((f"{head}\nText: {text}", row["assistant"]) for head in others[:HEADS])
+
+
 def as_asked(name: str, row: Row, intents: list[str]) -> Iterator[tuple[str, str]]:
-    """A row of a label task in the words of the task's questions, with its answer."""
+    """A row of a label task in the words of the task's questions and in others, with its answer.
+
+    Args:
+        intents: of BANKING77; none: not in the words that list them.
+    """
     task, user, said = TASKS.get(name), str(row.get("user") or ""), str(row.get("assistant") or "")
     if task is None or not task.ask or not said:
         return
@@ -115,8 +153,12 @@ def as_asked(name: str, row: Row, intents: list[str]) -> Iterator[tuple[str, str
         user if row.get("system", "").strip() else re.split(r"\n(?:Text: )?", user, maxsplit=1)[-1]
     )
     answer = said if name in ("banking77", "nwgi") else said.lower()
-    values = {"text": text.removesuffix("\nAnswer:"), "options": ", ".join(intents)}
-    yield task.prompt(values), answer
+    options = intents if name == "banking77" else task.choices or ["neutral", *SEVEN]
+    values = {"text": text.removesuffix("\nAnswer:"), "options": ", ".join(options)}
+    if options:
+        yield task.prompt(values), answer
+    for words in [INTENT] if name == "banking77" else WORDINGS:
+        yield words.format(**values), answer
 
 
 def config(out: Path, epochs: int, quick: bool) -> str:
