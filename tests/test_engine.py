@@ -289,6 +289,28 @@ def test_off_the_cpu_grouped_heads_are_repeated() -> None:
     assert found.shape == (1, 9, 4, 8)
 
 
+@pytest.mark.parametrize("sizes", [(40, 3, 192, 1), (256, 257), (600,)])
+def test_attention_of_bf16_on_a_cpu_is_causal_attention(sizes: tuple[int, ...]) -> None:
+    """Output and gradients against float64 by torch's kernel; values narrower than keys."""
+    torch.manual_seed(0)
+    tokens, ends = sum(sizes), torch.tensor([0, *sizes]).cumsum(0)
+    shapes = (1, 6, tokens, 32), (1, 2, tokens, 32), (1, 2, tokens, 16)
+    inputs = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
+    gradient = torch.randn(1, tokens, 6, 16).to(torch.bfloat16)
+
+    def found(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [each.to(dtype, copy=True).requires_grad_() for each in inputs]
+        output, _ = attention.attend(
+            torch.nn.Module(), *leaves, None, scaling=0.3, cu_seq_lens_q=ends
+        )
+        output.backward(gradient.to(dtype))
+        return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    for one, exact in zip(found(torch.bfloat16), found(torch.float64), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert float((one - exact).norm()) < 0.006 * float(exact.norm())
+
+
 def test_neighbours_do_not_see_each_other() -> None:
     """Other tokens in one sequence leave the others' input gradients bit-identical."""
     peft = model(torch.float32)

@@ -40,6 +40,7 @@ SPINE = (
     "template",
     "chat",
     "untrusted",
+    "cpu_attention",
     "attention",
     "targets",
     "gguf_base",

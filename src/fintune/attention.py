@@ -70,7 +70,7 @@ def attend(
         return attended[None], None
     sizes = cu_seq_lens_q.diff().tolist()
     on_cpu = query.device.type == "cpu"
-    if on_cpu and query.dtype == torch.bfloat16:
+    if on_cpu and query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query[0], key[0], value[0], sizes, factor)[None], None
     gqa = grouped and on_cpu  # elsewhere torch has no fast kernel that groups

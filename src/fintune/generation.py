@@ -50,6 +50,8 @@ SHARED_SHARE = 0.2
 """Of the tokens of a group that must be shared, or prefilling end to end is faster."""
 PART_SHARE = 0.75
 """Rows behind a shared beginning are prefilled with those that are at least as long a share."""
+PREFILL_TOKENS = 8192
+"""Most tokens of prompts in one forward pass; a longer prompt is one by itself."""
 _PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 """Layers of transformers' cache that hold keys and values alone, or nothing."""
 
@@ -180,6 +182,21 @@ def of_like_lengths(prompts: Sequence[P], shared: int) -> list[list[P]]:
     return parts
 
 
+def of_few_tokens(prompts: Sequence[P], shared: int) -> list[list[P]]:
+    """Cut prompts so that no part has more than PREFILL_TOKENS behind what they share, padding
+    included."""
+    parts: list[list[P]] = [[]]
+    longest = 0
+    for prompt in prompts:
+        own = len(prompt.prompt_ids) - shared
+        longest = max(longest, own)
+        if parts[-1] and longest * (len(parts[-1]) + 1) > PREFILL_TOKENS:
+            parts.append([])
+            longest = own
+        parts[-1].append(prompt)
+    return parts
+
+
 class Batch:
     """Requests that are answered together. `add` gives new rows a token, `step` every row.
 
@@ -215,7 +232,8 @@ class Batch:
         with torch.inference_mode():
             shared = self._shared(new)
             parts = of_like_lengths(new, shared) if shared else [new]
-            logits = [self._join(*self._prefill(part, shared)) for part in parts]
+            small = [rows for part in parts for rows in of_few_tokens(part, shared)]
+            logits = [self._join(*self._prefill(rows, shared)) for rows in small]
             self.requests = [*self.requests, *new]
             return self._append(torch.cat(logits))
 
