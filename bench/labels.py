@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("src", "bench", "tests")]
 
 from prepare import machine  # noqa: E402
 
-from fintune import labels  # noqa: E402
+from fintune import cpu, labels  # noqa: E402
 from fintune.config import DatasetConfig  # noqa: E402
 from fintune.console import result  # noqa: E402
 from fintune.evals.grading import Item, as_example  # noqa: E402
@@ -213,7 +213,7 @@ def likelihood(runs: int) -> dict[str, Any]:
     base = model.find_base(config.model)
     chat = model.load_chat(base, config.chat)
     loaded = model.load_base(base, "none", "fp32")
-    model.set_threads(model.free_threads())
+    cpu.set_threads(cpu.free_threads())
     asked, rng = {}, np.random.default_rng(3)
     for task in FILES:
         if task == "banking77":  # more labels than are compared

@@ -21,12 +21,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fintune import attention, config
+from fintune import attention, config, cpu
 from fintune.batches import plan_epoch
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.example import IGNORE_INDEX
 from fintune.loss import chunked_cross_entropy, sum_loss
-from fintune.model import Base, attach, free_threads, load_base
+from fintune.model import Base, attach, load_base
 from fintune.training import lora, pointwise
 
 LENGTHS = (10, 30, 17, 5)
@@ -311,6 +311,21 @@ def test_attention_of_bf16_on_a_cpu_is_causal_attention(sizes: tuple[int, ...]) 
         assert float((one - exact).norm()) < 0.006 * float(exact.norm())
 
 
+def test_linear_layers_of_inference_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's product on an AMD processor: with and without a bias; gradients go on as before."""
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_f": True}
+    )
+    layers = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 24, bias=False))
+    x = torch.randn(2, 20, 48)
+    expected = layers(x)
+    cpu.speed_up_linear(layers)
+    with torch.inference_mode():
+        torch.testing.assert_close(layers(x), expected.detach())
+        torch.testing.assert_close(layers(x[:, :1]), expected[:, :1].detach())
+    assert layers(x).requires_grad
+
+
 def test_neighbours_do_not_see_each_other() -> None:
     """Other tokens in one sequence leave the others' input gradients bit-identical."""
     peft = model(torch.float32)
@@ -425,8 +440,8 @@ def test_threads_are_as_many_as_cores_are_free(
     monkeypatch.setattr(os, "nice", lambda _: 0)
     times = SimpleNamespace(idle=100.0 - busy, nice=0.0)
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda _: times)
-    assert free_threads() == threads
+    assert cpu.free_threads() == threads
     times.idle, times.nice = 0.0, 100.0 - busy
-    assert free_threads() == threads, "work of a lower priority gives way"
+    assert cpu.free_threads() == threads, "work of a lower priority gives way"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert free_threads() == 4
+    assert cpu.free_threads() == 4

@@ -40,7 +40,7 @@ SPINE = (
     "template",
     "chat",
     "untrusted",
-    "cpu_attention",
+    "cpu",
     "attention",
     "targets",
     "gguf_base",

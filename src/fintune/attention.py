@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fintune.cpu_attention import causal_attention
+from fintune.cpu import causal_attention
 
 NAME = "fintune_varlen"
 _TRIAL = "fintune_trial"

@@ -97,7 +97,7 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     targets = labels[counted]
     causal = causal_model(model)
     head, full = causal.get_output_embeddings(), why_full_logits(causal)
-    whole = head.forward
+    whole, own = head.forward, vars(head).get("forward")
 
     def of_labels(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden[counted][None]
@@ -108,6 +108,8 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         hidden = model(**inputs, use_cache=False).logits[0]
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own
     if full:
         return F.cross_entropy(hidden.to(torch.float32), targets, reduction="sum"), len(targets)
     weight = head.weight

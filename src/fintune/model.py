@@ -11,14 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fintune import attention, console, gguf_base, seal
+from fintune import attention, console, cpu, gguf_base, seal
 from fintune.chat import ChatFormat
 from fintune.config import LOCAL, ChatConfig, LoraConfig, ModelConfig
 from fintune.errors import ConfigError, ModelError, OutputError, failing
@@ -36,8 +35,6 @@ _UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError)
 """What transformers and peft raise for files that they cannot take."""
 disable_progress_bar()  # loading a base has a line of ours
 
-BUSY_SECONDS = 0.5
-"""How long other processes' work is watched before torch's threads are chosen."""
 WEIGHTS = re.compile(r"[0-9a-f]{64}")
 """A `Base.revision` that is no commit of the hub."""
 SMALL_FILES = (*LIMITS["loaded_json"], *LIMITS["loaded_files"])
@@ -97,28 +94,6 @@ def precision(choice: str, on: torch.device) -> PrecisionName:
     has = torch.cpu.get_capabilities()
     amd = str(has.get("cpu_name")).startswith("AMD")
     return "bf16" if has.get("avx512_bf16" if amd else "amx_bf16") else "fp32"
-
-
-def free_threads() -> int:
-    """Threads for torch on a CPU: as many as cores are free, unless OMP_NUM_THREADS says. They wait
-    for each other a thousand times a step, so one on a busy core holds up all: two beside one busy
-    process made a tenth of the tokens of one thread."""
-    most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
-    if most == 1 or "OMP_NUM_THREADS" in os.environ:
-        return most
-    times, lower = psutil.cpu_times_percent(BUSY_SECONDS), os.nice(0) <= 0
-    idle = times.idle + (getattr(times, "nice", 0.0) if lower else 0.0)  # which gives way
-    free = int(idle / 100 * cores + 0.5)
-    if free < most:
-        console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
-    return max(1, min(most, free))
-
-
-def set_threads(count: int) -> None:
-    """Give torch this many threads; where it has them already, nothing is touched, as torch 2.13
-    cannot in a fork of a process of one thread."""
-    if count != torch.get_num_threads():
-        torch.set_num_threads(count)
 
 
 def find_base(config: ModelConfig, *, weights: bool = True, kept_in: Iterable[Path] = ()) -> Base:
@@ -367,6 +342,7 @@ def load_base(base: Base, quantization: str, dtype: PrecisionName, *, on_cpu: bo
         raise ModelError(what, why=why, fix=again)
     model.requires_grad_(False)
     attention.traits(model)
+    cpu.speed_up_linear(model)
     return model
 
 

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, TrainingArguments
 
-from fintune import attention, console
+from fintune import attention, console, cpu
 from fintune.batches import Ints, plan_epoch
 from fintune.config import Config
 from fintune.data.split import share_of_test
 from fintune.errors import failing
 from fintune.evals.outlook import outlook, tell
 from fintune.files import read_toml
-from fintune.model import DTYPES, attach, find_base, free_threads, precision, set_threads
+from fintune.model import DTYPES, attach, find_base, precision
 from fintune.model import device as here
 from fintune.seal import DONE, read_data
 from fintune.sources import rows_on_disk
@@ -271,7 +271,7 @@ def _here(config: Config, settings: list[Facts]) -> Facts:
     """The rate of a product of matrices on this machine, and the hours that follow from it."""
     device = here()
     name = precision(config.train.precision, device)
-    set_threads(threads := free_threads())
+    cpu.set_threads(threads := cpu.free_threads())
     left = torch.ones(TIMED, TIMED, dtype=DTYPES[name], device=device)
     seconds = []
     for _ in range(5):
@@ -288,7 +288,8 @@ def _here(config: Config, settings: list[Facts]) -> Facts:
 def show(planned: Facts) -> None:
     """A plan as tables of at most 80 columns."""
     parts = ("lora_config", "base", "adapter", "rows", "batches", "flops")
-    facts = [item for part in parts for item in planned[part].items()]
+    told = [item for part in parts for item in planned[part].items()]
+    facts = [(key, value) for key, value in told if value not in (None, {}, [])]
     defaults = TrainingArguments().to_dict().items()
     changed = [item for item in planned["training_arguments"].items() if item not in defaults]
     console.table("training arguments other than transformers' defaults", ["key", "value"], changed)

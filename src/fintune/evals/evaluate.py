@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from fintune import attention, model, seal
+from fintune import attention, cpu, model, seal
 from fintune.chat import ChatFormat
 from fintune.collate import padded_batch, padding_free_batch
 from fintune.config import Config
@@ -161,7 +161,7 @@ def _answer(
 ) -> None:
     """Held-out loss and answers of base and adapter."""
     precision, device = config.train.precision, model.device()
-    model.set_threads(model.free_threads())
+    cpu.set_threads(cpu.free_threads())
     chat = judged.chat(config)
     rows = judged.rows(chat)
     run: Json = {"run": _about(config, judged, folder, len(asked))}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fintune import model, seal
+from fintune import cpu, model, seal
 from fintune.chat import ChatFormat
 from fintune.config import Config, ModelConfig
 from fintune.console import meter, say
@@ -141,7 +141,7 @@ def _answer(config: Config, judged: Subject, form: Form, place: Path) -> None:
     if labelled and form.file:
         what = "a GGUF file cannot be asked for the likelihoods of labels"
         raise ConfigError(what, fix="evaluate with --set eval.label_scoring=generate")
-    model.set_threads(model.free_threads())
+    cpu.set_threads(cpu.free_threads())
     limit, size = config.eval.max_new_tokens, config.eval.per_device_eval_batch_size
     with JsonlLog(place / results.ANSWERS) as file, meter("answers", len(prompts)) as progress:
         done = {row["id"] for row in file.rows()}

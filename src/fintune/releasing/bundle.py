@@ -204,7 +204,8 @@ def _gate(inputs: Inputs) -> None:
     failed = [weights.detail] if weights.status == "failed" else []
     verdict = inputs.results.get("verdict")
     unproved = verdict != "better" and reason is None
-    reasons = [f"the verdict is {verdict!r}, not 'better'"] if unproved else []
+    why = "".join(f" ({reason})" for reason in inputs.results.get("invalid_reasons") or ())
+    reasons = [f"the verdict is {verdict!r}{why}, not 'better'"] if unproved else []
     if reasons := [*reasons, *inputs.mismatches, *failed]:
         fix = 'a verdict may be accepted with a reason: --accept "..." (the card prints it);'
         fix += " for anything else train or evaluate again"

@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, send_to_device
 from transformers import Trainer, get_scheduler
 
-from fintune import files, seal
+from fintune import cpu, files, seal
 from fintune.attention import why_padded
 from fintune.batches import plan_evaluation
 from fintune.collate import CPU_PAD_MULTIPLE, Collator
@@ -35,11 +35,9 @@ from fintune.model import (
     attach,
     device,
     find_base,
-    free_threads,
     load_base,
     load_chat,
     precision,
-    set_threads,
 )
 from fintune.stop import STOP
 from fintune.targets import find_targets, resolve_targets
@@ -114,7 +112,7 @@ def build(base: Base, tokenizer: Any, rows: Rows, state: RunState) -> None:
     memory.retain_heap()
     if on_cpu and distributed.world_size() == 1:
         # Recorded: sums over another number of parts end in other bits.
-        set_threads(state.resolve("threads", free_threads))
+        cpu.set_threads(state.resolve("threads", cpu.free_threads))
     model, name, padding_free = _model(base, state)
 
     multiple = CPU_PAD_MULTIPLE if on_cpu else 1

@@ -1,24 +1,77 @@
-"""Causal attention within sequences for bf16 on a CPU, as products that oneDNN computes.
+"""What torch needs on a CPU: threads by what is free, and oneDNN, which is in it, where that is
+faster.
 
-torch's flash kernel for CPUs computes a bf16 product in fp32, on an AMD processor without AVX-512:
-with it attention was 38 % of a training step of SmolLM2, and is 30 % of a step a fifth shorter here
-(629 and 773 useful tokens a second). As flash attention on a GPU does, this multiplies bf16, adds
-up in fp32, takes the softmax in fp32 and keeps none of it for the backward pass.
+*Attention in bf16.* torch's flash kernel computes a bf16 product in fp32, on an AMD processor
+without AVX-512: with it attention was 38 % of a training step of SmolLM2, and is 30 % of a step a
+fifth shorter here (629 and 773 useful tokens a second). As flash attention on a GPU does, this
+multiplies bf16, adds up in fp32, takes the softmax in fp32 and keeps none of it for the backward
+pass.
+
+*Linear layers in fp32.* torch gives them to MKL, which uses AVX-512 on Intel's processors alone.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fintune import console
+
+BUSY_SECONDS = 0.5
+"""How long other processes' work is watched before torch's threads are chosen."""
 BLOCK = 256
 """Queries at a time; scores are (heads, BLOCK, keys up to the last query)."""
 PAD_MULTIPLE = 32
 """Sizes of products are multiples of this: oneDNN compiles each new size, for about 7 ms."""
+LEAST_ROWS = 8
+"""Below, a product is as fast in MKL."""
+
+
+def free_threads() -> int:
+    """Threads for torch on a CPU: as many as cores are free, unless OMP_NUM_THREADS says. They wait
+    for each other a thousand times a step, so one on a busy core holds up all: two beside one busy
+    process made a tenth of the tokens of one thread."""
+    most, cores = int(torch.get_num_threads()), psutil.cpu_count() or 1
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return most
+    times, lower = psutil.cpu_times_percent(BUSY_SECONDS), os.nice(0) <= 0
+    idle = times.idle + (getattr(times, "nice", 0.0) if lower else 0.0)  # which gives way
+    free = int(idle / 100 * cores + 0.5)
+    if free < most:
+        console.say(f"{max(1, free)} of {most} threads: other processes work on the cores")
+    return max(1, min(most, free))
+
+
+def set_threads(count: int) -> None:
+    """Give torch this many threads; where it has them already, nothing is touched, as torch 2.13
+    cannot in a fork of a process of one thread."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
+
+
+def speed_up_linear(model: Any) -> None:
+    """Give a frozen fp32 model's linear layers oneDNN's product in inference, on AMD alone. The
+    order of summation is another one."""
+    has = torch.cpu.get_capabilities()
+    if not (str(has.get("cpu_name")).startswith("AMD") and has.get("avx512_f")):
+        return
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32:
+            layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+
+
+def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    weight, rows = layer.weight, x.numel() // x.shape[-1]
+    other = torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu"
+    if other or rows < LEAST_ROWS:
+        return F.linear(x, weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def causal_attention(
