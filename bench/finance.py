@@ -110,11 +110,24 @@ def training_rows(most: int) -> Iterator[Row]:
     rows = [(json.loads(line), origin) for line, origin in numbered[:most]]
     heads = heads_of([row["user"] for row, origin in rows if origin == "headline"])
     for at, (row, origin) in enumerate(rows):
-        yield {**row, "source": origin}
         name = NAMES.get(origin, origin)
+        # A text and its wordings are one document, so that they fall into one part.
+        one = {"context_id": text_of(row)} if name in TASKS and TASKS[name].kind == "label" else {}
+        yield {**row, "source": origin, **one}
         asked = as_asked(name, row, intents if at % 10 < 10 * BANKING_SHARE else [])
         for question, answer in (*asked, *other_heads(name, row, heads)):
-            yield {"user": question, "assistant": answer, "source": f"{origin} as asked"}
+            said = {"user": question, "assistant": answer, "source": f"{origin} as asked"}
+            yield {**said, **one}
+
+
+def text_of(row: Row) -> str:
+    """What a row asks about: all of its question, or what stands behind an instruction in it."""
+    user = str(row.get("user") or "")
+    if "\nText: " in user:
+        user = user.split("\nText: ")[-1]
+    elif not (row.get("system") or "").strip():
+        user = user.split("\n", maxsplit=1)[-1]
+    return user.removesuffix("\nAnswer:")
 
 
 def heads_of(questions: list[str]) -> dict[str, list[str]]:
@@ -141,20 +154,16 @@ def as_asked(name: str, row: Row, intents: list[str]) -> Iterator[tuple[str, str
     Args:
         intents: of BANKING77; none: not in the words that list them.
     """
-    task, user, said = TASKS.get(name), str(row.get("user") or ""), str(row.get("assistant") or "")
+    task, text, said = TASKS.get(name), text_of(row), str(row.get("assistant") or "")
     if task is None or not task.ask or not said:
         return
     if name == "ner":
-        text = user.split("\nText: ")[-1].removesuffix("\nAnswer:")
         for entity, kind in re.findall(r"^(.+), (PER|ORG|LOC)$", said, re.MULTILINE):
             yield task.prompt({"text": text, "entity": entity}), ENTITIES[kind]
         return
-    text = (
-        user if row.get("system", "").strip() else re.split(r"\n(?:Text: )?", user, maxsplit=1)[-1]
-    )
     answer = said if name in ("banking77", "nwgi") else said.lower()
     options = intents if name == "banking77" else task.choices or ["neutral", *SEVEN]
-    values = {"text": text.removesuffix("\nAnswer:"), "options": ", ".join(options)}
+    values = {"text": text, "options": ", ".join(options)}
     if options:
         yield task.prompt(values), answer
     for words in [INTENT] if name == "banking77" else WORDINGS:

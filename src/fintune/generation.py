@@ -233,22 +233,26 @@ class Batch:
             shared = self._shared(new)
             parts = of_like_lengths(new, shared) if shared else [new]
             small = [rows for part in parts for rows in of_few_tokens(part, shared)]
-            logits = [self._join(*self._prefill(rows, shared)) for rows in small]
+            logits, masks, caches = zip(
+                *(self._prefill(rows, shared) for rows in small), strict=True
+            )
+            self._join(masks, caches)
             self.requests = [*self.requests, *new]
             return self._append(torch.cat(logits))
 
-    def _join(self, logits: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """Add rows to those of the batch; returns their logits."""
-        last = torch.zeros_like(mask[:, :1])
+    def _join(self, masks: Sequence[Tensor], caches: Sequence[Cache]) -> None:
+        """Add rows to those of the batch, all in one copy."""
+        last = [torch.zeros_like(mask[:, :1]) for mask in masks]
         if self._cache is not None:
-            width = max(self._mask.shape[1], mask.shape[1])
-            for old, joining in zip(self._cache.layers, cache.layers, strict=True):
-                old.join(joining, width)
-            cache = self._cache
-            mask = torch.cat([left_padded(part, width) for part in (self._mask, mask)])
-            last = torch.cat([self._last, last])
-        self._cache, self._mask, self._last = cache, mask, last
-        return logits
+            masks, caches = [self._mask, *masks], [self._cache, *caches]
+            last = [self._last, *last]
+        width = max(mask.shape[1] for mask in masks)
+        self._cache = caches[0]
+        if len(caches) > 1:
+            for first, *others in zip(*(cache.layers for cache in caches), strict=True):
+                first.join(others, width)
+        self._mask = torch.cat([left_padded(mask, width) for mask in masks])
+        self._last = torch.cat(last)
 
     def _prefill(self, new: list[Request], shared: int) -> tuple[Tensor, Tensor, Cache]:
         """Logits of the prompts' last tokens, their mask, and the cache, padded on the left."""

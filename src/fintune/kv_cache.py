@@ -1,5 +1,6 @@
 """Keys and values of a batch whose rows come and go: views of buffers that grow in place."""
 
+from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
@@ -53,13 +54,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         )
         self._buffers = None
 
-    def join(self, other: DynamicLayer, width: int) -> None:
-        """Append another layer's rows; all rows are padded on the left to `width` tokens."""
-        pairs = (self.keys, other.keys), (self.values, other.values)
-        self.keys, self.values = (
-            torch.cat([left_padded(part, width, 2) for part in pair]) for pair in pairs
-        )
-        self._buffers = None
+    def join(self, others: Iterable[DynamicLayer], width: int) -> None:
+        """Append other layers' rows; all rows are padded on the left to `width` tokens."""
+        every = [self, *others]
+        self.keys = torch.cat([left_padded(each.keys, width, 2) for each in every])
+        self.values = torch.cat([left_padded(each.values, width, 2) for each in every])
+        for each in every:  # the others give their memory back, layer by layer
+            each._buffers = None
+            if each is not self:
+                each.keys = each.values = None
 
     def select(self, rows: Tensor, first: int) -> None:
         """Keep these rows, and of them the tokens from column `first` on."""
