@@ -57,7 +57,7 @@ WORDINGS = (
     "{text}\nTone ({options}): ",
 )
 """More ways to ask for a tone. A text is then seen five times in an epoch, a page of a report once:
-labels are 3 % of the answers' tokens."""
+a label is a token or two of the loss, an answer in prose hundreds."""
 INTENT = "A customer of a bank writes: {text}\nIn a word, what about?"
 HEADS = 2
 """More ways in which a question about a headline of gold is asked, each of another row's."""
@@ -213,9 +213,7 @@ def run(out: Path, stage: str, seed: int) -> None:
     words += ["--set", f"seed={seed}", "--set", f"data.out={out / 'data'}"]
     for name in ("train", "eval"):
         words += ["--set", f"{name}.out={out / f'{name}-{seed}'}"]
-    if (
-        stage == "eval"
-    ):  # in the precision of the training, which is faster than fp32 where it can be
+    if stage == "eval":  # in the precision of the training
         record = json.loads((out / f"train-{seed}/record.json").read_text(encoding="utf-8"))
         words += ["--set", f"train.precision={record['precision']}"]
     path, started = str(ROOT / "src"), time.monotonic()
