@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fintune import attention, config, cpu
 from fintune.batches import plan_epoch
-from fintune.collate import padded_batch, padding_free_batch
+from fintune.collate import Collator, padded_batch, padding_free_batch
 from fintune.example import IGNORE_INDEX
 from fintune.loss import chunked_cross_entropy, sum_loss
 from fintune.model import Base, attach, load_base
@@ -100,6 +100,27 @@ def test_accumulated_steps_are_one_step(dtype: torch.dtype) -> None:
     dealt = gradients(peft, *(padding_free_batch([examples[i] for i in batch]) for batch in step))
     assert len(step) == 4
     assert_same(whole, dealt, dtype)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_by_example_an_answer_of_one_token_counts_as_a_long_one(
+    padding_free: bool, full_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is the mean over examples of the mean over each one's label tokens."""
+    if full_logits:
+        monkeypatch.setattr("fintune.loss.why_full_logits", lambda _: "asked for")
+    peft, examples = model(torch.float32), rows((5, 40, 17))
+    collator = Collator(padding_free, 0, 32, by_example=True)
+    batches = [collator(examples[:2]), collator(examples[2:])]
+    found = gradients(peft, *batches)
+    assert [collator.loss_count(batch) for batch in batches] == [2, 1]
+    peft.zero_grad()
+    alone = [sum_loss(peft, padding_free_batch([row])) for row in examples]
+    loss = sum(total / count for total, count in alone) / 3
+    loss.backward()
+    mean = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
+    assert_same(found, (float(loss), mean), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

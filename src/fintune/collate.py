@@ -74,11 +74,17 @@ def padded_batch(rows: Sequence[Mapping[str, Tokens]], pad_token_id: int) -> Bat
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """What a DataLoader calls: padding-free where the model takes it, padded where it does not."""
+    """What a DataLoader calls: padding-free where the model takes it, padded where it does not.
+
+    Attributes:
+        by_example: the loss is the mean of the examples' own means: a batch has `loss_weights`,
+            fp32, one for each label token.
+    """
 
     padding_free: bool
     pad_token_id: int
     pad_to_multiple_of: int = 1
+    by_example: bool = False
 
     def padded_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of these lengths takes, padding included."""
@@ -88,8 +94,25 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Tokens]]) -> Batch:
         if self.padding_free:
-            return padding_free_batch(rows, self.pad_to_multiple_of)
-        return padded_batch(rows, self.pad_token_id)
+            batch = padding_free_batch(rows, self.pad_to_multiple_of)
+        else:
+            batch = padded_batch(rows, self.pad_token_id)
+        if self.by_example:
+            counts = torch.tensor([_count(_shift(row["labels"])) for row in rows])
+            batch["loss_weights"] = (1 / counts).repeat_interleave(counts)
+        return batch
+
+    def loss_count(self, batch: Batch) -> int:
+        """What a batch's loss is the mean over: its label tokens, or its examples."""
+        return (
+            round(float(batch["loss_weights"].sum()))
+            if self.by_example
+            else _count(batch["labels"])
+        )
+
+
+def _count(labels: torch.Tensor) -> int:
+    return int((labels != IGNORE_INDEX).sum())
 
 
 def _shift(labels: Tokens) -> torch.Tensor:

@@ -214,6 +214,8 @@ class TrainConfig(Section):
     """how examples become batches"""
     bucket_boundaries: tuple[int, ...] | None = None
     """lengths that end a bucket, for `bucketed`, in any order; absent: 8 quantiles"""
+    loss_aggregation: Literal["token", "example"] = "token"
+    """mean over the label tokens of a step, or over its examples, of each one's own mean"""
     optim: str = Field("adamw_torch", pattern=_KNOWN["optim"])
     """transformers' name of the optimiser"""
     learning_rate: float = Field(1e-4, gt=0)

@@ -2,7 +2,8 @@
 
 `sum_loss` returns a sum and a count; only the caller divides, by the label tokens of the
 whole step (over micro-batches and processes). A mean of means would weigh a token by how many
-others happened to share its micro-batch.
+others happened to share its micro-batch. Where a batch has `loss_weights`, an example counts as
+much as another: its tokens are weighed by one over their number, and the count is of examples.
 
 The hidden states of label tokens alone go through the output layer, a chunk at a time, so logits
 never take more than `CHUNK_BYTES`. The gradient with respect to the hidden states is made together
@@ -30,22 +31,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        shares: torch.Tensor,
+        rows: int,
     ) -> torch.Tensor:
-        """hidden: (positions, width); weight: (vocabulary, width); targets: (positions,), where
-        IGNORE_INDEX does not count (its hidden state gets a gradient that nothing reads)."""
+        """hidden: (positions, width); weight: (vocabulary, width); targets, shares: (positions,);
+        a share is what a position counts."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            counted = targets[part, None] != IGNORE_INDEX
-            target = targets[part, None].clamp_min(0)
+            target, share = targets[part, None], shares[part, None]
             scores = torch.log_softmax(hidden[part] @ weight.T, dim=1, dtype=precise)
-            total -= (scores.gather(1, target) * counted).sum()
+            total -= (scores.gather(1, target) * share).sum()
             if gradient is not None:
                 scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
-                gradient[part] = scores.to(weight.dtype) @ weight
+                gradient[part] = (scores.to(weight.dtype) @ weight) * share.to(weight.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -54,11 +59,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of a frozen output layer.
 
@@ -66,18 +74,20 @@ def chunked_cross_entropy(
         hidden: shape (positions, width).
         weight: output layer, shape (vocabulary, width), frozen.
         targets: int64 token ids, shape (positions,).
+        shares: what each position counts, shape (positions,); None: 1.
 
     Returns:
         fp32 scalar, differentiable with respect to `hidden` only.
     """
     rows = max(1, CHUNK_BYTES // ((4 + weight.element_size()) * weight.shape[0]))
+    shares = torch.ones(targets.shape, device=targets.device) if shares is None else shares
     if hidden.device.type == "cpu":
         # Few different sizes, see CPU_PAD_MULTIPLE; padding counts for nothing.
         padding = -len(hidden) % CPU_PAD_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, padding))
-        targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
+        targets, shares = F.pad(targets, (0, padding)), F.pad(shares, (0, padding))
     hidden = hidden.to(weight.dtype)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call, no-any-return]
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, shares, rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -89,12 +99,14 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         batch: of `collate`, on the model's device; shifted labels.
 
     Returns:
-        The fp32 sum of the cross-entropy, and the number of label tokens.
+        The fp32 sum of the cross-entropy, and the number of label tokens; of a batch with
+        `loss_weights` the weighed sum, and the number of examples.
     """
-    labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels, shares = batch["labels"], batch.get("loss_weights")
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "loss_weights")}
     counted = labels != IGNORE_INDEX
     targets = labels[counted]
+    count = len(targets) if shares is None else round(float(shares.sum()))
     causal = causal_model(model)
     head, full = causal.get_output_embeddings(), why_full_logits(causal)
     whole, own = head.forward, vars(head).get("forward")
@@ -111,11 +123,12 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         if own is not None:
             head.forward = own
     if full:
-        return F.cross_entropy(hidden.to(torch.float32), targets, reduction="sum"), len(targets)
+        each = F.cross_entropy(hidden.to(torch.float32), targets, reduction="none")
+        return (each if shares is None else each * shares).sum(), count
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()
-    return chunked_cross_entropy(hidden, weight, targets), len(targets)
+    return chunked_cross_entropy(hidden, weight, targets, shares), count
 
 
 def why_full_logits(causal: Any) -> str | None:

@@ -28,7 +28,6 @@ from fintune.collate import CPU_PAD_MULTIPLE, Collator
 from fintune.config import Config
 from fintune.console import heading, meter, say, warn
 from fintune.errors import NotFinite, OutputError, Stopped
-from fintune.example import IGNORE_INDEX
 from fintune.loss import sum_loss, why_full_logits
 from fintune.model import (
     Base,
@@ -116,7 +115,8 @@ def build(base: Base, tokenizer: Any, rows: Rows, state: RunState) -> None:
     model, name, padding_free = _model(base, state)
 
     multiple = CPU_PAD_MULTIPLE if on_cpu else 1
-    collator = Collator(padding_free, tokenizer.pad_token_id, multiple)
+    by_example = config.train.loss_aggregation == "example"
+    collator = Collator(padding_free, tokenizer.pad_token_id, multiple, by_example)
     more = max((each["micro_batches"] for each in state.resolved["out_of_memory"]), default=0)
     state.order = order = Order(config, rows, collator, distributed.world_size(), more)
     state.validation = read_validation(config.data_dir, config.train.max_eval_samples)
@@ -220,7 +220,7 @@ def fit(state: RunState) -> None:
 
 def step(state: RunState) -> float:
     """One optimizer step: its micro-batches, each with its share of the mean loss over the label
-    tokens of the whole step. Collective.
+    tokens (or examples) of the whole step. Collective.
 
     Returns:
         The gradient norm before it was clipped.
@@ -232,7 +232,7 @@ def step(state: RunState) -> float:
     rank, processes = accelerator.process_index, accelerator.num_processes
     indices = order.rank_batches(at.step, rank)
     batches = [order.collator([order.rows[index] for index in batch]) for batch in indices]
-    labels = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    labels = sum(map(order.collator.loss_count, batches))
     count = accelerator.reduce(torch.tensor(labels, device=device()))
     loss = torch.zeros((), device=device())
     for number, batch in enumerate(batches):
@@ -286,7 +286,7 @@ def log(state: RunState, values: dict[str, float]) -> None:
 @torch.no_grad()
 def evaluate(state: RunState) -> None:
     """Hook: called every `train.eval_steps` and after the last step. Mean loss over the label
-    tokens of the validation rows; keeps the best adapter. Collective.
+    tokens (or examples) of the validation rows; keeps the best adapter. Collective.
 
     Raises:
         Stopped: a stop was asked for; a checkpoint that repeats this evaluation is saved.
