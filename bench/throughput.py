@@ -123,14 +123,26 @@ AGREES = 1e-3
 
 
 class Side:
-    """A contestant's process."""
+    """A contestant's process.
 
-    def __init__(self, name: str, folder: Path, epochs: int) -> None:
+    Args:
+        threads: of torch; None: as many as the contestant chooses. Where several start at once ours
+            would find the cores busy and take fewer than the others.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, epochs: int, threads: int | None = os.cpu_count()
+    ) -> None:
         command = [sys.executable, str(ROOT / "bench" / "sides.py"), name, str(folder), str(epochs)]
         self.name = name
         self._errors = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         )
 
     def ask(self, order: str) -> dict[str, Any]:
@@ -391,7 +403,7 @@ def busy(folder: Path, names: list[str], spinning: int, tokens: int) -> dict[str
         for beside in (0, spinning):
             loops = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(beside)]
             try:
-                side = Side(name, folder, 3)
+                side = Side(name, folder, 3, threads=None)
                 side.ask("epoch")
                 label = f"{name}, {'busy' if beside else 'quiet'}"
                 found[label] = round(tokens / side.ask("epoch")["seconds"])
