@@ -347,7 +347,7 @@ class Batch:
         first = int((mask.cumsum(-1) == 0).sum(-1).min())  # columns of padding in every row
         self._mask, self._last = mask[:, first:], self._last[index]
         for layer in self._cache.layers:
-            layer.select(index, first)
+            layer.select(kept, first)
 
 
 @contextmanager

@@ -57,17 +57,35 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def join(self, others: Iterable[DynamicLayer], width: int) -> None:
         """Append other layers' rows; all rows are padded on the left to `width` tokens."""
         every = [self, *others]
-        self.keys = torch.cat([left_padded(each.keys, width, 2) for each in every])
-        self.values = torch.cat([left_padded(each.values, width, 2) for each in every])
+        self._buffers = [_joined([each.keys for each in every], width)]
+        self._buffers.append(_joined([each.values for each in every], width))
         for each in every:  # the others give their memory back, layer by layer
-            each._buffers = None
-            if each is not self:
-                each.keys = each.values = None
+            each.keys = each.values = None
+        self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
 
-    def select(self, rows: Tensor, first: int) -> None:
-        """Keep these rows, and of them the tokens from column `first` on."""
-        self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
-        self._buffers = None
+    def select(self, rows: list[int], first: int) -> None:
+        """Keep these rows, in place, and of them the tokens from column `first` on.
+
+        Args:
+            rows: in increasing order.
+        """
+        stay = next((new for new, old in enumerate(rows) if new != old), len(rows))
+        for whole in (self.keys, self.values):
+            if stay < len(rows):
+                whole[stay : len(rows)] = whole[rows[stay:]]
+        kept = slice(len(rows)), slice(None), slice(first, None)
+        self.keys, self.values = self.keys[kept], self.values[kept]
+        if self._buffers is not None:
+            self._buffers = [buffer[kept] for buffer in self._buffers]
+
+
+def _joined(parts: list[Tensor], width: int) -> Tensor:
+    """Rows of [rows, heads, tokens, size], padded on the left to `width`, with space for more."""
+    first, rows = parts[0], sum(map(len, parts))
+    whole = first.new_zeros(rows, first.shape[1], width + CACHE_GROWTH, first.shape[3])
+    for part, place in zip(parts, whole.split(list(map(len, parts))), strict=True):
+        place[:, :, width - part.shape[2] : width] = part
+    return whole
 
 
 def left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:

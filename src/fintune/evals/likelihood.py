@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from fintune.chat import ChatFormat
 from fintune.errors import ConfigError, NotFinite
 from fintune.evals.grading import Item
 from fintune.example import IGNORE_INDEX, Message
-from fintune.generation import by_beginning, of_like_lengths, open_batch
+from fintune.generation import PREFILL_TOKENS, by_beginning, of_like_lengths, open_batch
 from fintune.kv_cache import growing_cache
 
 MOST_LOGITS = 2**27
@@ -76,23 +77,34 @@ def log_likelihoods(
         raise ConfigError(what, fix="--set eval.label_scoring=generate")
     vocabulary = model.get_output_embeddings().weight.shape[0]
     for group in by_beginning(questions, lambda question: question.choice_ids):
-        most = MOST_LOGITS // (vocabulary * (1 + len(_nodes(group[0].choice_ids))))
-        size, shared = max(1, most), commonprefix([each.prompt_ids[:-1] for each in group])
+        nodes = len(_nodes(group[0].choice_ids))
+        shared = list(commonprefix([each.prompt_ids[:-1] for each in group]))
+        begun = _begin(model, shared)
         for part in of_like_lengths(list(group), len(shared)):
+            most = PREFILL_TOKENS // (len(part[0].prompt_ids) - len(shared) + nodes)
+            size = max(1, min(most, MOST_LOGITS // (vocabulary * (1 + nodes))))
             for start in range(0, len(part), size):
                 rows = part[start : start + size]
-                yield list(zip(rows, _scores(model, rows), strict=True))
+                yield list(zip(rows, _scores(model, rows, shared, begun), strict=True))
 
 
 @torch.inference_mode()
-def _scores(model: Any, rows: list[Labelled]) -> list[list[float]]:
-    """Log-probabilities of the choices that all rows have in common, a list a row."""
-    device, choices = model.device, rows[0].choice_ids
-    shared = list(commonprefix([row.prompt_ids[:-1] for row in rows]))
+def _begin(model: Any, shared: list[int]) -> Cache:
+    """Keys and values of what the questions of a group begin with, one row."""
     cache = growing_cache()
     if shared:
-        model(input_ids=torch.tensor([shared], device=device), past_key_values=cache)
-        cache.layers = [layer.repeated(len(rows)) for layer in cache.layers]
+        ids = torch.tensor([shared], device=model.device)
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.inference_mode()
+def _scores(
+    model: Any, rows: list[Labelled], shared: list[int], begun: Cache
+) -> list[list[float]]:
+    """Log-probabilities of the choices that all rows have in common, a list a row."""
+    device, choices, cache = model.device, rows[0].choice_ids, growing_cache()
+    cache.layers = [layer.repeated(len(rows)) for layer in begun.layers]
     nodes = _nodes(choices)
     ends = [row.prompt_ids[len(shared) :] for row in rows]
     longest = max(map(len, ends))
