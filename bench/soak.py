@@ -6,6 +6,7 @@ kills        kill -9 at 100 random moments, the same command again
 boundaries   kill -9 before every touch of a file in a save, then 10 runs killed five deep there
 damage       every file of a checkpoint x missing, empty, half, one bit, another run's
 drift        config, data, tokenizer, template or base changed in 12 ways
+threads      kill -9 after a save, continued with another number of threads
 signals      SIGTERM and Ctrl-C in every place, and a second one
 finite       NaN and infinity in loss, gradient, evaluation; first, middle, last step
 disk         a volume with 12 amounts of free space at a save
@@ -22,6 +23,7 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -89,6 +91,34 @@ def kills(bench: Bench) -> Row:
         made, runs = made + own, runs + 1
         same += print_of(config) == bench.mark
     return {"kills": made, "runs": runs, "identical_runs": same, "save_every": SAVE}
+
+
+def threads(bench: Bench) -> Row:
+    """One thread, killed, then two, and the reverse: both end as the run that kept its threads."""
+
+    def command(config: Config, count: int, *, kill: bool = False) -> bool:
+        """Whether the process was killed, after its first save."""
+        file = bench.folder / "threads.json"
+        file.write_text(config.model_dump_json(exclude_none=True))
+        words = [sys.executable, "-m", "fintune", "train", "-c", str(file)]
+        more = {"OMP_NUM_THREADS": str(count), "PYTHONPATH": str(ROOT / "src")}
+        with subprocess.Popen(words, env=os.environ | more) as process:
+            while kill and process.poll() is None and not usable(config):
+                time.sleep(0.005)
+            alive = process.poll() is None
+            if kill:
+                process.kill()
+        return kill and alive
+
+    found: Row = {}
+    for first, then in ((1, 2), (2, 1)):
+        whole, broken = bench.new(), bench.new()
+        command(whole, first)
+        killed = command(broken, first, kill=True)
+        command(broken, then)
+        same = print_of(broken) == print_of(whole)
+        found[f"{first}, then {then}"] = {"killed": killed, "identical": same}
+    return {"orders": found}
 
 
 def boundaries(bench: Bench) -> Row:
@@ -416,7 +446,7 @@ def cost(bench: Bench) -> Row:
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     row.__name__: row
-    for row in (kills, boundaries, damage, drift, signals, finite, disk, best, long, cost)
+    for row in (kills, threads, boundaries, damage, drift, signals, finite, disk, best, long, cost)
 }
 
 

@@ -99,9 +99,7 @@ def _begin(model: Any, shared: list[int]) -> Cache:
 
 
 @torch.inference_mode()
-def _scores(
-    model: Any, rows: list[Labelled], shared: list[int], begun: Cache
-) -> list[list[float]]:
+def _scores(model: Any, rows: list[Labelled], shared: list[int], begun: Cache) -> list[list[float]]:
     """Log-probabilities of the choices that all rows have in common, a list a row."""
     device, choices, cache = model.device, rows[0].choice_ids, growing_cache()
     cache.layers = [layer.repeated(len(rows)) for layer in begun.layers]
