@@ -7,7 +7,7 @@ contestant answers the same questions greedily, with as many prompts at once and
 answer; they take turns, a task each, and a rate is the median over rounds. transformers pads each
 batch on the left, in the order of the file, as its documentation does. Outcomes are graded, and the
 share that agrees is printed: a faster answer that is another one counts for nothing. `likelihood`
-is `eval.label_scoring`. Where `auto` is bf16 on this processor, ours answers in bf16
+is `eval.label_scoring`. A task that is left out keeps its figures. Where `auto` is bf16 on this processor, ours answers in bf16
 too. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it is installed. Results
 go to bench/results/generation.json.
 """
@@ -35,7 +35,7 @@ from fintune.config import load_config  # noqa: E402
 from fintune.evals.grading import Item  # noqa: E402
 from fintune.evals.likelihood import log_likelihoods, with_choices  # noqa: E402
 from fintune.evals.tasks import find_questions, task_items  # noqa: E402
-from fintune.files import write_json  # noqa: E402
+from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
 from fintune.training.metrics import processor  # noqa: E402
 
@@ -183,8 +183,11 @@ def main() -> None:
         }
     machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__}
     facts = {"format": 1, "machine": machine, "base": base.about, "dtype": "fp32"}
-    facts |= {"batch": options.batch, "rounds": options.rounds, "tasks": results}
-    write_json(ROOT / "bench" / "results" / "generation.json", facts)
+    facts |= {"batch": options.batch, "rounds": options.rounds}
+    path = ROOT / "bench" / "results" / "generation.json"
+    known = read_json(path) if path.is_file() else {}
+    before = known.pop("tasks", {}) if facts.items() <= known.items() else {}
+    write_json(path, facts | {"tasks": before | results})
 
 
 def _of(answer: Callable[..., Answers], of: Any, _: Any, *given: Any) -> Answers:
