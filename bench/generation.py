@@ -7,9 +7,9 @@ contestant answers the same questions greedily, with as many prompts at once and
 answer; they take turns, a task each, and a rate is the median over rounds. transformers pads each
 batch on the left, in the order of the file, as its documentation does. Outcomes are graded, and the
 share that agrees is printed: a faster answer that is another one counts for nothing. `likelihood`
-is `eval.label_scoring`. A task that is left out keeps its figures. Where `auto` is bf16 on this processor, ours answers in bf16
-too. llama.cpp (llama-cpp-python, f32, one prompt at a time) is asked where it is installed. Results
-go to bench/results/generation.json.
+is `eval.label_scoring`. Where `auto` is bf16 on this processor, ours answers in bf16 too. llama.cpp
+(llama-cpp-python, f32, one prompt at a time) is asked where it is installed. Results go to
+bench/results/generation.json; a task that is left out keeps its figures.
 """
 
 import argparse
