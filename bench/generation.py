@@ -21,6 +21,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from fintune.evals.likelihood import log_likelihoods, with_choices  # noqa: E402
 from fintune.evals.tasks import find_questions, task_items  # noqa: E402
 from fintune.files import read_json, write_json  # noqa: E402
 from fintune.generation import Request, generate  # noqa: E402
+from fintune.releasing import gguf  # noqa: E402
 from fintune.training.metrics import processor  # noqa: E402
 
 BENCHMARKS = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -90,11 +92,15 @@ def peer(loaded: Any, chat: ChatFormat, asked: Questions, limit: int, batch: int
     return found
 
 
-def llama_cpp(path: str) -> Callable[..., Answers]:
-    """llama.cpp, with two threads and its own cache of the prompt before."""
+def llama_cpp(base: model.Base, loaded: Any, chat: ChatFormat) -> Callable[..., Answers]:
+    """llama.cpp on the same weights, with two threads and its own cache of the prompt before."""
     from llama_cpp import Llama
 
-    served = Llama(path, n_ctx=4096, n_threads=2, verbose=False, logits_all=False)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "base.gguf"
+        release = model.LoadedRelease(base, loaded, "fp32", chat)
+        gguf.write_model(release, path, "f32", "SmolLM2-135M-Instruct")
+        served = Llama(str(path), n_ctx=4096, n_threads=2, use_mmap=False, verbose=False)
 
     def answer(_: Any, chat: ChatFormat, asked: Questions, limit: int, batch: int) -> Answers:
         found = {}
@@ -176,7 +182,7 @@ def main() -> None:
         if name in LABELS:
             contestants["likelihood"] = likelihood
         if options.llama and find_spec("llama_cpp"):
-            contestants["llama.cpp"] = llama_cpp(os.environ["FINTUNE_F32_GGUF"])
+            contestants["llama.cpp"] = llama_cpp(base, loaded, chat)
         given = (loaded, chat, asked, limit, options.batch)
         results[name] = {"questions": len(asked), "longest_answer": limit} | {
             "sides": race(contestants, given, options.rounds)
