@@ -39,7 +39,7 @@ from fintune.chat import ChatFormat
 from fintune.collate import padding_free_batch
 from fintune.console import warn
 from fintune.errors import NotFinite
-from fintune.kv_cache import growing_cache, left_padded
+from fintune.kv_cache import growing_cache
 from fintune.loss import causal_model
 
 REFILL_SHARE = 0.25
@@ -251,7 +251,7 @@ class Batch:
         if len(caches) > 1:
             for first, *others in zip(*(cache.layers for cache in caches), strict=True):
                 first.join(others, width)
-        self._mask = torch.cat([left_padded(mask, width) for mask in masks])
+        self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
         self._last = torch.cat(last)
 
     def _prefill(self, new: list[Request], shared: int) -> tuple[Tensor, Tensor, Cache]:

@@ -1,10 +1,9 @@
 """Keys and values of a batch whose rows come and go: views of buffers that grow in place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
@@ -48,19 +47,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def cut(self, lengths: list[int]) -> None:
         """Make rows of the one that this is: of so many tokens, padded on the left."""
-        self.keys, self.values = (
-            torch.cat([left_padded(part, max(lengths), 2) for part in whole.split(lengths, 2)])
-            for whole in (self.keys, self.values)
-        )
-        self._buffers = None
+        self._fill(self.keys.split(lengths, 2), self.values.split(lengths, 2), max(lengths))
 
     def join(self, others: Iterable[DynamicLayer], width: int) -> None:
         """Append other layers' rows; all rows are padded on the left to `width` tokens."""
         every = [self, *others]
-        self._buffers = [_joined([each.keys for each in every], width)]
-        self._buffers.append(_joined([each.values for each in every], width))
-        for each in every:  # the others give their memory back, layer by layer
-            each.keys = each.values = None
+        self._fill([each.keys for each in every], [each.values for each in every], width)
+        for each in every[1:]:  # they give their memory back, layer by layer
+            each.keys = each.values = each._buffers = None
+
+    def _fill(self, keys: Sequence[Tensor], values: Sequence[Tensor], width: int) -> None:
+        self._buffers = [_joined(keys, width), _joined(values, width)]
         self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
 
     def select(self, rows: list[int], first: int) -> None:
@@ -79,16 +76,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self._buffers = [buffer[kept] for buffer in self._buffers]
 
 
-def _joined(parts: list[Tensor], width: int) -> Tensor:
+def _joined(parts: Sequence[Tensor], width: int) -> Tensor:
     """Rows of [rows, heads, tokens, size], padded on the left to `width`, with space for more."""
-    first, rows = parts[0], sum(map(len, parts))
-    whole = first.new_zeros(rows, first.shape[1], width + CACHE_GROWTH, first.shape[3])
-    for part, place in zip(parts, whole.split(list(map(len, parts))), strict=True):
+    sizes, (_, heads, _, size) = list(map(len, parts)), parts[0].shape
+    whole = parts[0].new_zeros(sum(sizes), heads, width + CACHE_GROWTH, size)
+    for part, place in zip(parts, whole.split(sizes), strict=True):
         place[:, :, width - part.shape[2] : width] = part
     return whole
-
-
-def left_padded(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
-    """Zeros before [rows, tokens] or, with `dim` 2, [rows, heads, tokens, size]."""
-    missing = width - tensor.shape[dim]
-    return pad(tensor, (missing, 0) if dim == 1 else (0, 0, missing, 0))
