@@ -47,7 +47,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def cut(self, lengths: list[int]) -> None:
         """Make rows of the one that this is: of so many tokens, padded on the left."""
-        self._fill(self.keys.split(lengths, 2), self.values.split(lengths, 2), max(lengths))
+        keys, values = (whole[:, :, : sum(lengths)] for whole in (self.keys, self.values))
+        self._fill(keys.split(lengths, 2), values.split(lengths, 2), max(lengths))
 
     def join(self, others: Iterable[DynamicLayer], width: int) -> None:
         """Append other layers' rows; all rows are padded on the left to `width` tokens."""
