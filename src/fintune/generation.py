@@ -53,6 +53,9 @@ PART_SHARE = 0.75
 """Rows behind a shared beginning are prefilled with those that are at least as long a share."""
 PREFILL_TOKENS = 8192
 """Most tokens of prompts in one forward pass; a longer prompt is one by itself."""
+CACHE_TOKENS = 32_768
+"""Most tokens of a batch's rows, padding included: of one long prompt among many all would be as
+long. 1.5 GB of keys and values of SmolLM2-135M in fp32, 4.3 GB of Llama 3.1 8B in bf16."""
 _PADDED = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 """Layers of transformers' cache that hold keys and values alone, or nothing."""
 
@@ -130,12 +133,13 @@ def generate(
     stops = chat.stop_token_ids if stop_token_ids is None else stop_token_ids
     batch, begun = open_batch(model, stops), None
     while waiting or batch.requests:
-        if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * batch_size:
+        most = _most_rows(batch, waiting[0][0], batch_size) if waiting else 0
+        if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * most:
             group = waiting[0]
             if len(group) >= SHARED_ROWS and group is not begun:
                 batch.begin(group)
                 begun = group
-            free = min(batch_size - len(batch.requests), len(group))
+            free = min(most - len(batch.requests), len(group))
             done = batch.add([group.popleft() for _ in range(free)])
             if not group:
                 waiting.popleft()
@@ -145,6 +149,12 @@ def generate(
             request.text, request.in_thought = chat.answer(request.token_ids)
         if done:
             yield done
+
+
+def _most_rows(batch: "Batch", longest: Request, batch_size: int) -> int:
+    """Rows of a batch that takes this prompt, by its number and by CACHE_TOKENS."""
+    width = max(batch.width, len(longest.prompt_ids)) + longest.max_new_tokens
+    return max(1, min(batch_size, CACHE_TOKENS // width))
 
 
 class _Prompt(Protocol):
@@ -223,6 +233,11 @@ class Batch:
         self.requests: list[Request] = []
         self._cache: Cache | None = None
         self._mask = self._last = torch.empty(0)  # [rows, tokens so far] and [rows, 1]
+
+    @property
+    def width(self) -> int:
+        """Tokens of each row so far, padding included."""
+        return self._mask.shape[1] if self.requests and self._mask.ndim > 1 else 0
 
     def add(self, new: list[Request]) -> list[Request]:
         """Prefill prompts and add them to the batch; returns those that are finished at once.
