@@ -213,9 +213,6 @@ def run(out: Path, stage: str, seed: int) -> None:
     words += ["--set", f"seed={seed}", "--set", f"data.out={out / 'data'}"]
     for name in ("train", "eval"):
         words += ["--set", f"{name}.out={out / f'{name}-{seed}'}"]
-    if stage == "eval":  # in the precision of the training
-        record = json.loads((out / f"train-{seed}/record.json").read_text(encoding="utf-8"))
-        words += ["--set", f"train.precision={record['precision']}"]
     path, started = str(ROOT / "src"), time.monotonic()
     subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": path})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

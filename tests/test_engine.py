@@ -332,13 +332,17 @@ def test_attention_of_bf16_on_a_cpu_is_causal_attention(sizes: tuple[int, ...]) 
         assert float((one - exact).norm()) < 0.006 * float(exact.norm())
 
 
-def test_linear_layers_of_inference_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's product on an AMD processor: with and without a bias; gradients go on as before."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_of_inference_are_torchs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """42 rows are filled up to 48; in fp32 oneDNN's product as on an AMD processor; with and
+    without a bias; gradients go on as before."""
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_f": True}
     )
     layers = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 24, bias=False))
-    x = torch.randn(2, 20, 48)
+    layers, x = layers.to(dtype), torch.randn(2, 21, 48, dtype=dtype)
     expected = layers(x)
     cpu.speed_up_linear(layers)
     with torch.inference_mode():

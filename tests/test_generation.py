@@ -92,6 +92,26 @@ def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny)
     assert len(found) == 9
 
 
+def test_a_long_prompt_makes_no_batch_of_long_rows(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are bounded in tokens, padding included, whatever the batch size; the answers stay."""
+    monkeypatch.setattr("fintune.generation.CACHE_TOKENS", 300)
+    rows, kept = [prompts(1)[0] * 200, *prompts()], list[int]()
+    rows[0] = rows[0][:200]
+    step = Batch.step
+
+    def noted(batch: Batch) -> list[Request]:
+        kept.append(len(batch.requests) * (batch.width + 1))
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", noted)
+    assert answers(tiny, rows, 20, batch_size=12) == [
+        one_by_one(tiny[2], ids, 20, tiny[3]) for ids in rows
+    ]
+    assert max(kept) <= 300 and max(kept) > 200
+
+
 def one_by_one(loaded: Any, ids: list[int], limit: int, ends: list[int]) -> list[int]:
     out = loaded.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
