@@ -77,11 +77,12 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
 
 
 def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny) -> None:
-    """Questions of several lengths behind one beginning; choices of one token and of several."""
-    beginning, rows = prompts(1)[0] * 3, prompts(9)
+    """Questions of several lengths behind two beginnings, or none; choices of
+    one token and of several."""
+    one, two = (ids * 60 for ids in prompts(2))
+    rows = [[one[:50], two[:90], []][at % 3] + ids for at, ids in enumerate(prompts(9))]
     choices = ((50, 3), (60, 61, 62, 3), (70, 3))
-    questions = [Labelled(f"{n}", beginning + ids, ("a", "b", "c"), choices) for n, ids in
-                 enumerate(rows)]  # fmt: skip
+    questions = [Labelled(f"{n}", ids, ("a", "b", "c"), choices) for n, ids in enumerate(rows)]
     found = [pair for part in log_likelihoods(tiny[2], questions) for pair in part]
     for question, scores in found:
         for ids, score in zip(choices, scores, strict=True):

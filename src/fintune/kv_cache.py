@@ -45,6 +45,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         layer._buffers = None
         return layer
 
+    def picked(self, rows: list[int]) -> "GrowingLayer":
+        """A copy of these rows, each as often as it is named."""
+        layer: GrowingLayer = copy(self)
+        layer.keys, layer.values, layer._buffers = self.keys[rows], self.values[rows], None
+        return layer
+
     def cut(self, lengths: list[int]) -> None:
         """Make rows of the one that this is: of so many tokens, padded on the left."""
         keys, values = (whole[:, :, : sum(lengths)] for whole in (self.keys, self.values))

@@ -1,26 +1,28 @@
 """Labels by their likelihoods: every choice of a question in one forward pass.
 
-A row is the question behind the beginning that questions share, then a tree of the choices' tokens:
-a node for each way in which some choice begins, which sees the question and its own ancestors. The
-last token of a choice is asked for and not read. A choice counts by the log-probability of its
-tokens and of the end of the turn, as training taught it; nothing is divided by its length.
+A row is the question behind a beginning that questions share, computed once, then a tree of the
+choices' tokens: a node for each way in which some choice begins, which sees the question and its
+own ancestors. The last token of a choice is asked for and not read. A choice counts by the
+log-probability of its tokens and of the end of the turn, as training taught it; nothing is divided
+by its length.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from fintune.chat import ChatFormat
 from fintune.errors import ConfigError, NotFinite
 from fintune.evals.grading import Item
 from fintune.example import IGNORE_INDEX, Message
-from fintune.generation import PREFILL_TOKENS, by_beginning, of_like_lengths, open_batch
-from fintune.kv_cache import growing_cache
+from fintune.generation import CACHE_TOKENS, PART_SHARE, PREFILL_TOKENS, SHARED_TOKENS, open_batch
+from fintune.kv_cache import GrowingLayer, growing_cache
 
 MOST_LOGITS = 2**27
 """Of a forward pass: 0.5 GB in fp32."""
@@ -34,6 +36,12 @@ class Labelled:
     prompt_ids: list[int]
     choices: tuple[str, ...]
     choice_ids: tuple[tuple[int, ...], ...]
+    beginning: tuple[int, ...] = ()
+
+    @property
+    def own(self) -> int:
+        """Tokens behind the beginning that it shares with others."""
+        return len(self.prompt_ids) - len(self.beginning)
 
 
 def choice_ids(
@@ -76,49 +84,98 @@ def log_likelihoods(
         what = "eval.label_scoring=likelihood: this base keeps a window or a state, not all keys"
         raise ConfigError(what, fix="--set eval.label_scoring=generate")
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    for group in by_beginning(questions, lambda question: question.choice_ids):
-        nodes = len(_nodes(group[0].choice_ids))
-        shared = list(commonprefix([each.prompt_ids[:-1] for each in group]))
-        begun = _begin(model, shared)
-        for part in of_like_lengths(list(group), len(shared)):
-            most = PREFILL_TOKENS // (len(part[0].prompt_ids) - len(shared) + nodes)
-            size = max(1, min(most, MOST_LOGITS // (vocabulary * (1 + nodes))))
-            for start in range(0, len(part), size):
-                rows = part[start : start + size]
-                yield list(zip(rows, _scores(model, rows, shared, begun), strict=True))
+    for group in _alike(questions):
+        begun = _begin(model, sorted({row.beginning for row in group}))
+        nodes = 1 + len(_nodes(group[0].choice_ids))
+        group.sort(key=lambda row: (-row.own, row.id))
+        start = 0
+        while start < len(group):
+            longest = group[start].own
+            most = min(
+                PREFILL_TOKENS // (longest + nodes),
+                CACHE_TOKENS // (begun.width + longest + nodes),
+                MOST_LOGITS // (vocabulary * nodes),
+            )
+            near = (row for row in group[start:] if row.own >= PART_SHARE * longest)
+            rows = [*islice(near, max(1, most))]
+            yield list(zip(rows, _scores(model, rows, begun), strict=True))
+            start += len(rows)
+
+
+def _alike(questions: Iterable[Labelled]) -> Iterator[list[Labelled]]:
+    """Questions of the same choices, each with the beginning that it shares; so many that the keys
+    of their beginnings fit."""
+    by_choices = defaultdict[Any, list[Labelled]](list)
+    for question in questions:
+        by_choices[question.choice_ids].append(question)
+    for every in by_choices.values():
+        common, group, seen = _common(every), list[Labelled](), set[tuple[int, ...]]()
+        every.sort(key=lambda row: row.prompt_ids)
+        for _, run in groupby(every, key=lambda row: row.prompt_ids[:SHARED_TOKENS]):
+            rows = list(run)
+            beginning = _common(rows) if len(rows) > 1 else common
+            seen.add(beginning)
+            if group and len(seen) * max(map(len, seen)) > CACHE_TOKENS // 2:
+                yield group
+                group, seen = [], {beginning}
+            group += [replace(row, beginning=beginning) for row in rows]
+        yield group
+
+
+def _common(rows: list[Labelled]) -> tuple[int, ...]:
+    """What prompts begin with, less at least the last token of each."""
+    return tuple(commonprefix([row.prompt_ids[:-1] for row in rows]))
+
+
+class _Begun(NamedTuple):
+    """Keys and values of beginnings, padded on the left to `width` tokens, and the row of each."""
+
+    layers: list[GrowingLayer]
+    row: dict[tuple[int, ...], int]
+    width: int
 
 
 @torch.inference_mode()
-def _begin(model: Any, shared: list[int]) -> Cache:
-    """Keys and values of what the questions of a group begin with, one row."""
-    cache = growing_cache()
-    if shared:
-        ids = torch.tensor([shared], device=model.device)
-        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-    return cache
+def _begin(model: Any, beginnings: list[tuple[int, ...]]) -> _Begun:
+    cache, longest = growing_cache(), max(map(len, beginnings))
+    if longest:
+        left = [longest - len(ids) for ids in beginnings]
+        ids = [[0] * pad + [*own] for pad, own in zip(left, beginnings, strict=True)]
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in left])
+        model(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=None if mask.all() else mask.to(model.device),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    return _Begun(cache.layers, {ids: row for row, ids in enumerate(beginnings)}, longest)
 
 
 @torch.inference_mode()
-def _scores(model: Any, rows: list[Labelled], shared: list[int], begun: Cache) -> list[list[float]]:
+def _scores(model: Any, rows: list[Labelled], begun: _Begun) -> list[list[float]]:
     """Log-probabilities of the choices that all rows have in common, a list a row."""
     device, choices, cache = model.device, rows[0].choice_ids, growing_cache()
-    cache.layers = [layer.repeated(len(rows)) for layer in begun.layers]
-    nodes = _nodes(choices)
-    ends = [row.prompt_ids[len(shared) :] for row in rows]
-    longest = max(map(len, ends))
-    padding = [longest - len(ids) for ids in ends]
+    cache.layers = [layer.picked([begun.row[r.beginning] for r in rows]) for layer in begun.layers]
+    width, nodes = begun.width, _nodes(choices)
     tail = [node[-1] for node in nodes]
-    ids = [[0] * left + end + tail for left, end in zip(padding, ends, strict=True)]
+    longest = rows[0].own
+    padding = [longest - row.own for row in rows]
+    ids = [
+        [0] * left + row.prompt_ids[len(row.beginning) :] + tail
+        for left, row in zip(padding, rows, strict=True)
+    ]
     places = [
         [0] * left
-        + list(range(len(shared), len(row.prompt_ids)))
+        + list(range(len(row.beginning), len(row.prompt_ids)))
         + [len(row.prompt_ids) + len(node) - 1 for node in nodes]
         for left, row in zip(padding, rows, strict=True)
     ]
+    mask = _mask([width - len(row.beginning) for row in rows], width, longest, padding, nodes)
     logits = model(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(places, device=device),
-        attention_mask=_mask(len(shared), longest, padding, nodes).to(device, model.dtype),
+        attention_mask=mask.to(device, model.dtype),
         past_key_values=cache,
         logits_to_keep=len(nodes) + 1,
     ).logits
@@ -139,16 +196,24 @@ def _nodes(choices: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
     return sorted({choice[:size] for choice in choices for size in range(1, len(choice))})
 
 
-def _mask(shared: int, longest: int, padding: list[int], nodes: list[tuple[int, ...]]) -> Tensor:
-    """What is added to attention's scores, [rows, 1, queries, keys]: 0, or the least number."""
+def _mask(
+    before: list[int], width: int, longest: int, padding: list[int], nodes: list[tuple[int, ...]]
+) -> Tensor:
+    """What is added to attention's scores, [rows, 1, queries, keys]: 0, or the least number.
+
+    Args:
+        before: padding of each row's beginning, of `width` tokens with it.
+        padding: of each row's own tokens, `longest` with it.
+    """
     size = longest + len(nodes)
     seen = torch.ones(size, size, dtype=torch.bool).tril()
     seen[longest:, longest:] = torch.tensor(
         [[other == node[: len(other)] for other in nodes] for node in nodes], dtype=torch.bool
     ).view(len(nodes), len(nodes))
-    rows = torch.cat([torch.ones(size, shared, dtype=torch.bool), seen], 1)
-    rows = rows.repeat(len(padding), 1, 1)
-    for row, left in enumerate(padding):
-        rows[row, :, shared : shared + left] = False
-        rows[row, :left, shared] = True  # a query that sees nothing would be NaN
+    whole = torch.cat([torch.ones(size, width, dtype=torch.bool), seen], 1)
+    rows = whole.repeat(len(padding), 1, 1)
+    for row, (first, left) in enumerate(zip(before, padding, strict=True)):
+        rows[row, :, :first] = False
+        rows[row, :, width : width + left] = False
+        rows[row, :left, width] = True  # a query that sees nothing would be NaN
     return torch.zeros(rows.shape).masked_fill(~rows, torch.finfo(torch.float32).min)[:, None]
