@@ -194,6 +194,7 @@ def config(out: Path, epochs: int, quick: bool) -> str:
         },
         "train": {
             "num_train_epochs": epochs,
+            "loss_aggregation": "example",  # a label is a token or two, an answer in prose hundreds
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1.3e-3,
