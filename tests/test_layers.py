@@ -49,6 +49,7 @@ SPINE = (
     "collate",
     "loss",
     "kv_cache",
+    "prompt_groups",
     "generation",
     "page",
 )

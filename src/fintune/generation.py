@@ -16,13 +16,12 @@ state than keys and values (Mamba, convolutions, linear attention) answers its r
 with transformers' own cache.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os.path import commonprefix
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
@@ -42,18 +41,12 @@ from fintune.cpu import few_sizes
 from fintune.errors import NotFinite
 from fintune.kv_cache import growing_cache
 from fintune.loss import causal_model
+from fintune.prompt_groups import SHARED_ROWS, by_beginning, of_few_tokens, of_like_lengths
 
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
-SHARED_TOKENS, SHARED_ROWS = 48, 4
-"""Tokens in which prompts are alike, and how many such prompts there are, that are grouped."""
 SHARED_SHARE = 0.2
 """Of the tokens of a group that must be shared, or prefilling end to end is faster."""
-PART_SHARE = 0.75
-"""Rows behind a shared beginning are prefilled with those that are at least as long a share."""
-PREFILL_TOKENS = 2048
-"""Most tokens of prompts in one forward pass; a longer prompt is one by itself. On two cores 8,192
-were a fifth slower."""
 CACHE_TOKENS = 32_768
 """Most tokens of a batch's rows, padding included: of one long prompt among many all would be as
 long. 1.5 GB of keys and values of SmolLM2-135M in fp32, 4.3 GB of Llama 3.1 8B in bf16."""
@@ -156,57 +149,6 @@ def _most_rows(batch: "Batch", longest: Request, batch_size: int) -> int:
     """Rows of a batch that takes this prompt, by its number and by CACHE_TOKENS."""
     width = max(batch.width, len(longest.prompt_ids)) + longest.max_new_tokens
     return max(1, min(batch_size, CACHE_TOKENS // width))
-
-
-class _Prompt(Protocol):
-    """What has an id and a prompt."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def prompt_ids(self) -> list[int]: ...
-
-
-P = TypeVar("P", bound=_Prompt)
-
-
-def by_beginning(prompts: Iterable[P], kind: Callable[[P], Hashable]) -> deque[deque[P]]:
-    """Groups of prompts that begin alike, and of each kind one of all that begin like few others;
-    the longest prompt first, of groups and within each."""
-    alike = defaultdict[Hashable, list[P]](list)
-    for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.prompt_ids), prompt.id)):
-        alike[kind(prompt), *prompt.prompt_ids[:SHARED_TOKENS]].append(prompt)
-    groups = defaultdict[Hashable, list[P]](list)
-    for key, group in alike.items():
-        groups[key if len(group) >= SHARED_ROWS else kind(group[0])] += group
-    longest = sorted(groups.values(), key=lambda group: -len(group[0].prompt_ids))
-    return deque(map(deque, longest))
-
-
-def of_like_lengths(prompts: Sequence[P], shared: int) -> list[list[P]]:
-    """Cut prompts, the longest first, where they are much shorter behind what they share."""
-    parts: list[list[P]] = []
-    for prompt in prompts:
-        own = len(prompt.prompt_ids) - shared
-        if not parts or own < PART_SHARE * (len(parts[-1][0].prompt_ids) - shared):
-            parts.append([])
-        parts[-1].append(prompt)
-    return parts
-
-
-def of_few_tokens(prompts: Sequence[P], shared: int) -> list[list[P]]:
-    """Cut prompts so that no part has more than PREFILL_TOKENS behind what they share, padding
-    included."""
-    parts: list[list[P]] = [[]]
-    longest = 0
-    for prompt in prompts:
-        own = len(prompt.prompt_ids) - shared
-        longest = max(longest, own)
-        if parts[-1] and longest * (len(parts[-1]) + 1) > PREFILL_TOKENS:
-            parts.append([])
-            longest = own
-        parts[-1].append(prompt)
-    return parts
 
 
 class Batch:

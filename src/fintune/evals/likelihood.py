@@ -21,8 +21,9 @@ from fintune.chat import ChatFormat
 from fintune.errors import ConfigError, NotFinite
 from fintune.evals.grading import Item
 from fintune.example import IGNORE_INDEX, Message
-from fintune.generation import CACHE_TOKENS, PART_SHARE, PREFILL_TOKENS, SHARED_TOKENS, open_batch
+from fintune.generation import CACHE_TOKENS, open_batch
 from fintune.kv_cache import GrowingLayer, growing_cache
+from fintune.prompt_groups import PART_SHARE, PREFILL_TOKENS, SHARED_TOKENS
 
 MOST_LOGITS = 2**27
 """Of a forward pass: 0.5 GB in fp32."""
