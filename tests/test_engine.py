@@ -345,9 +345,10 @@ def test_linear_layers_of_inference_are_torchs(
     layers, x = layers.to(dtype), torch.randn(2, 21, 48, dtype=dtype)
     expected = layers(x)
     cpu.speed_up_linear(layers)
+    near = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
     with torch.inference_mode():
-        torch.testing.assert_close(layers(x), expected.detach())
-        torch.testing.assert_close(layers(x[:, :1]), expected[:, :1].detach())
+        torch.testing.assert_close(layers(x), expected.detach(), **near)
+        torch.testing.assert_close(layers(x[:, :1]), expected[:, :1].detach(), **near)
     assert layers(x).requires_grad
 
 

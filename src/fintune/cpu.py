@@ -63,23 +63,24 @@ def few_sizes(rows: int) -> int:
 
 
 def speed_up_linear(model: Any) -> None:
-    """Give a frozen model's linear layers on a CPU few sizes of product in inference and, of fp32
+    """Give a frozen model's linear layers few sizes of product in inference on a CPU and, of fp32
     on AMD alone, oneDNN's product: its order of summation is another one."""
     has = torch.cpu.get_capabilities()
-    amd = str(has.get("cpu_name")).startswith("AMD") and has.get("avx512_f")
-    products = {torch.bfloat16: F.linear} | ({torch.float32: _onednn} if amd else {})
+    amd = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_f"))
     for layer in model.modules():
-        product = products.get(layer.weight.dtype) if type(layer) is torch.nn.Linear else None
-        if product and layer.weight.device.type == "cpu":
-            layer.forward = partial(_linear, layer, product)
+        if type(layer) is torch.nn.Linear and layer.weight.device.type == "cpu":
+            layer.forward = partial(_linear, layer, amd)  # type: ignore[method-assign]
 
 
-def _linear(layer: torch.nn.Linear, product: Any, x: torch.Tensor) -> torch.Tensor:
+def _linear(layer: torch.nn.Linear, amd: bool, x: torch.Tensor) -> torch.Tensor:
     weight, rows = layer.weight, x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or x.dtype != weight.dtype or rows < LEAST_ROWS:
+    half, single = weight.dtype == torch.bfloat16, weight.dtype == torch.float32
+    ours = (half or (single and amd)) and rows >= LEAST_ROWS and not torch.is_grad_enabled()
+    # A model may have been cast, or moved to another device, since.
+    if not ours or x.dtype != weight.dtype or x.device.type != "cpu":
         return F.linear(x, weight, layer.bias)
     flat = F.pad(x.reshape(rows, -1), (0, 0, 0, few_sizes(rows) - rows))
-    output: torch.Tensor = product(flat, weight, layer.bias)[:rows]
+    output = (F.linear if half else _onednn)(flat, weight, layer.bias)[:rows]
     return output.view(*x.shape[:-1], -1)
 
 

@@ -307,8 +307,9 @@ class Batch:
         mask = self._mask[index]
         first = int((mask.cumsum(-1) == 0).sum(-1).min())  # columns of padding in every row
         self._mask, self._last = mask[:, first:], self._last[index]
+        stay = next((new for new, old in enumerate(kept) if new != old), len(kept))
         for layer in self._cache.layers:
-            layer.select(kept, first)
+            layer.select(stay, index[stay:], first)
 
 
 @contextmanager

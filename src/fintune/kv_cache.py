@@ -67,17 +67,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers = [_joined(keys, width), _joined(values, width)]
         self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
 
-    def select(self, rows: list[int], first: int) -> None:
-        """Keep these rows, in place, and of them the tokens from column `first` on.
+    def select(self, stay: int, moved: Tensor, first: int) -> None:
+        """Keep rows, in place, and of them the tokens from column `first` on.
 
         Args:
-            rows: in increasing order.
+            stay: so many of the first rows.
+            moved: the others that are kept, in increasing order.
         """
-        stay = next((new for new, old in enumerate(rows) if new != old), len(rows))
-        for whole in (self.keys, self.values):
-            if stay < len(rows):
-                whole[stay : len(rows)] = whole[rows[stay:]]
-        kept = slice(len(rows)), slice(None), slice(first, None)
+        end = stay + len(moved)
+        for whole in (self.keys, self.values) if len(moved) else ():
+            whole[stay:end] = whole[moved]
+        kept = slice(end), slice(None), slice(first, None)
         self.keys, self.values = self.keys[kept], self.values[kept]
         if self._buffers is not None:
             self._buffers = [buffer[kept] for buffer in self._buffers]

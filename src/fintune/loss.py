@@ -50,16 +50,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total -= (scores.gather(1, target) * share).sum()
             if gradient is not None:
                 scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
-                gradient[part] = (scores.to(weight.dtype) @ weight) * share.to(weight.dtype)
+                gradient[part] = scores.to(weight.dtype) @ weight
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, shares)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        gradient, shares = ctx.saved_tensors
+        # A share of a thousandth would be rounded away in fp16 without the scaler's factor.
+        factor = (grad * shares[:, None].to(grad.dtype)).to(gradient.dtype)
+        return gradient * factor, None, None, None, None
 
 
 def chunked_cross_entropy(

@@ -110,16 +110,20 @@ def _alike(questions: Iterable[Labelled]) -> Iterator[list[Labelled]]:
     for question in questions:
         by_choices[question.choice_ids].append(question)
     for every in by_choices.values():
-        common, group, seen = _common(every), list[Labelled](), set[tuple[int, ...]]()
         every.sort(key=lambda row: row.prompt_ids)
+        common, runs = _common(every), defaultdict[tuple[int, ...], list[Labelled]](list)
         for _, run in groupby(every, key=lambda row: row.prompt_ids[:SHARED_TOKENS]):
             rows = list(run)
             beginning = _common(rows) if len(rows) > 1 else common
-            seen.add(beginning)
-            if group and len(seen) * max(map(len, seen)) > CACHE_TOKENS // 2:
+            runs[beginning] += [replace(row, beginning=beginning) for row in rows]
+        group, longest, count = list[Labelled](), 0, 0
+        for beginning in sorted(runs, key=lambda ids: (-len(ids), ids)):
+            full = (count + 1) * longest > CACHE_TOKENS // 2
+            if group and (full or len(beginning) < PART_SHARE * longest):
                 yield group
-                group, seen = [], {beginning}
-            group += [replace(row, beginning=beginning) for row in rows]
+                group, count = [], 0
+            longest, count = longest if group else len(beginning), count + 1
+            group += runs[beginning]
         yield group
 
 
@@ -136,21 +140,32 @@ class _Begun(NamedTuple):
     width: int
 
 
-@torch.inference_mode()
 def _begin(model: Any, beginnings: list[tuple[int, ...]]) -> _Begun:
-    cache, longest = growing_cache(), max(map(len, beginnings))
-    if longest:
-        left = [longest - len(ids) for ids in beginnings]
-        ids = [[0] * pad + [*own] for pad, own in zip(left, beginnings, strict=True)]
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in left])
-        model(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=None if mask.all() else mask.to(model.device),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-    return _Begun(cache.layers, {ids: row for row, ids in enumerate(beginnings)}, longest)
+    longest, layers = max(map(len, beginnings)), list[GrowingLayer]()
+    size = max(1, PREFILL_TOKENS // max(1, longest))
+    for start in range(0, len(beginnings) if longest else 0, size):
+        part = _prefilled(model, beginnings[start : start + size], longest)
+        for layer, more in zip(layers, part, strict=False):
+            layer.join([more], longest)
+        layers = layers or part
+    return _Begun(layers, {ids: row for row, ids in enumerate(beginnings)}, longest)
+
+
+@torch.inference_mode()
+def _prefilled(model: Any, rows: list[tuple[int, ...]], longest: int) -> list[GrowingLayer]:
+    """Keys and values of rows, padded on the left."""
+    cache, left = growing_cache(), [longest - len(ids) for ids in rows]
+    ids = [[0] * pad + [*own] for pad, own in zip(left, rows, strict=True)]
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in left])
+    model(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=None if mask.all() else mask.to(model.device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    layers: list[GrowingLayer] = cache.layers
+    return layers
 
 
 @torch.inference_mode()
