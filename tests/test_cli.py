@@ -1,6 +1,8 @@
 """The command line: one readable message and the right exit code; nothing half-written."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -176,3 +178,20 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
 ) -> None:
     code, _, said = run(capsys, "prepare", "-c", "demo", "-s", f"data.out={place.format(tmp_path)}")
     assert (code, "cannot be written" in said, "rows read" in said) == (1, True, False), said
+
+
+def test_an_interrupt_while_modules_are_loaded_shows_no_traceback() -> None:
+    code = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "fintune.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from fintune.__main__ import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (-signal.SIGINT, "", "")
