@@ -255,3 +255,13 @@ def test_a_config_alone_sends_no_key_beyond_this_machine(
     again = tiny.fintune("--offline", "eval", *copy.words(server=url))
     word = "--offline" if url.startswith("https") else "is not for models.example"
     assert again.code == 1 and word in again.err, "over https alone"
+
+
+def test_an_adapter_of_others_is_asked_tasks_alone_through_a_server(
+    chain: tiny.Chain, server: tiny.Server, tmp_path: Path
+) -> None:
+    asked = tiny.words(tasks=tiny.tasks(), max_new_tokens=3, server=server.url)
+    words = ("--adapter", chain.run / "best", "-s", f"out={tmp_path}", *asked)
+    tiny.done("eval", *map(str, words))
+    found = json.loads((tmp_path / "eval" / "test_results.json").read_text())
+    assert found["loss"]["base"] is None and found["tasks"]

@@ -199,11 +199,12 @@ class Served:
     def _measure_loss(self, folder: Path, rows: list[Json]) -> str:
         """Append each row's sums of the loss over label tokens, of base and adapter; why not, where
         the server gives no prompt_logprobs."""
-        if not rows:
-            return "no row is held out"
-        path, shortest = folder / "heldout.jsonl", min(rows, key=lambda row: len(row["input_ids"]))
+        path = folder / "heldout.jsonl"
         with JsonlLog(path) as file, meter("held-out loss", len(rows)) as progress:
+            if not rows:
+                return "no row is held out"
             done = {cell["row"] for cell in file.rows()}
+            shortest = min(rows, key=lambda row: len(row["input_ids"]))
             if not all(self._logprobs(name, shortest["input_ids"]) for name in VARIANTS):
                 return "the server gives no prompt_logprobs"
             todo = [(at, row) for at, row in enumerate(rows) if at not in done]

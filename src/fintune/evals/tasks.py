@@ -175,10 +175,18 @@ def _read(name: str, source: Source) -> Iterator[tuple[Row, int, str]]:
         row.setdefault("prompt", TASKS[name].prompt(row))
         try:
             row["answer"] = _labelled(TASKS[name], row.get("answer"))
-            yield TASKS[name].read(row), line, source.name
+            found = TASKS[name].read(row)
+            yield {key: _whole(value) for key, value in found.items()}, line, source.name
         except (LookupError, TypeError):
             what = f"{place}: columns are missing"
             raise DataError(what, fix="a line needs what the task reads") from None
+
+
+def _whole(value: Any) -> Any:
+    """A text whose lone surrogates, half a character each, are U+FFFD."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _labelled(task: Task, answer: Any) -> Any:
@@ -236,7 +244,7 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ValueError(f"{str(value)[:80]} is no text or number, but a {type(value).__name__}")
-    return str(value).strip()
+    return str(_whole(str(value))).strip()
 
 
 def _choices(given: Any) -> tuple[str, ...]:
