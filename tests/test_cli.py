@@ -189,6 +189,7 @@ class Interrupt:
         if name == "fintune.cli":
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.meta_path.insert(0, Interrupt())
 from fintune.__main__ import main
 main()
