@@ -77,8 +77,8 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
 
 
 def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny) -> None:
-    """Questions of several lengths behind two beginnings, or none; choices of
-    one token and of several."""
+    """Questions of several lengths behind two shared prefixes, or none; choices of one token and of
+    several."""
     one, two = (ids * 60 for ids in prompts(2))
     rows = [[one[:50], two[:90], []][at % 3] + ids for at, ids in enumerate(prompts(9))]
     choices = ((50, 3), (60, 61, 62, 3), (70, 3))

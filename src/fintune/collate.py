@@ -104,11 +104,9 @@ class Collator:
 
     def loss_count(self, batch: Batch) -> int:
         """What a batch's loss is the mean over: its label tokens, or its examples."""
-        return (
-            round(float(batch["loss_weights"].sum()))
-            if self.by_example
-            else _count(batch["labels"])
-        )
+        if self.by_example:
+            return round(float(batch["loss_weights"].sum()))
+        return _count(batch["labels"])
 
 
 def _count(labels: torch.Tensor) -> int:

@@ -56,15 +56,15 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def few_sizes(rows: int) -> int:
-    """Rows of a product, rounded up to one of few sizes: oneDNN compiles each new one, for about 7
-    ms, and keeps 3 MB of code."""
+def padded_size(rows: int) -> int:
+    """Rows of a matrix product, rounded up to one of few sizes: oneDNN compiles a kernel for each
+    new size (about 7 ms) and caches it (3 MB)."""
     return rows + -rows % (8 if rows <= 64 else 32 if rows <= 1024 else 256)
 
 
 def speed_up_linear(model: Any) -> None:
-    """Give a frozen model's linear layers few sizes of product in inference on a CPU and, of fp32
-    on AMD alone, oneDNN's product: its order of summation is another one."""
+    """Pad the inputs of a frozen model's linear layers to few sizes, in inference on a CPU. In fp32
+    on AMD alone they also take oneDNN's product, whose order of summation is another one."""
     has = torch.cpu.get_capabilities()
     amd = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_f"))
     for layer in model.modules():
@@ -79,7 +79,7 @@ def _linear(layer: torch.nn.Linear, amd: bool, x: torch.Tensor) -> torch.Tensor:
     # A model may have been cast, or moved to another device, since.
     if not ours or x.dtype != weight.dtype or x.device.type != "cpu":
         return F.linear(x, weight, layer.bias)
-    flat = F.pad(x.reshape(rows, -1), (0, 0, 0, few_sizes(rows) - rows))
+    flat = F.pad(x.reshape(rows, -1), (0, 0, 0, padded_size(rows) - rows))
     output = (F.linear if half else _onednn)(flat, weight, layer.bias)[:rows]
     return output.view(*x.shape[:-1], -1)
 

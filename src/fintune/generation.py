@@ -37,7 +37,7 @@ from fintune.attention import why_padded
 from fintune.chat import ChatFormat
 from fintune.collate import padding_free_batch
 from fintune.console import warn
-from fintune.cpu import few_sizes
+from fintune.cpu import padded_size
 from fintune.errors import NotFinite
 from fintune.kv_cache import growing_cache
 from fintune.loss import causal_model
@@ -228,7 +228,7 @@ class Batch:
             return self._forward(new, ids, mask, cache), mask, cache
         rows = [{"input_ids": request.prompt_ids, "labels": request.prompt_ids} for request in new]
         tokens, on_cpu = int(mask.sum()), self._model.device.type == "cpu"
-        size = few_sizes(tokens) if on_cpu else tokens
+        size = padded_size(tokens) if on_cpu else tokens
         batch = send_to_device(padding_free_batch(rows, size), self._model.device)
         del batch["labels"]
         last = batch["cu_seq_lens_q"][1 : len(new) + 1] - 1

@@ -3,7 +3,7 @@
 `sum_loss` returns a sum and a count; only the caller divides, by the label tokens of the
 whole step (over micro-batches and processes). A mean of means would weigh a token by how many
 others happened to share its micro-batch. Where a batch has `loss_weights`, an example counts as
-much as another: its tokens are weighed by one over their number, and the count is of examples.
+much as another: its tokens are weighted by one over their number, and the count is of examples.
 
 The hidden states of label tokens alone go through the output layer, a chunk at a time, so logits
 never take more than `CHUNK_BYTES`. The gradient with respect to the hidden states is made together
@@ -35,32 +35,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        shares: torch.Tensor,
+        loss_weights: torch.Tensor,
         rows: int,
     ) -> torch.Tensor:
-        """hidden: (positions, width); weight: (vocabulary, width); targets, shares: (positions,);
-        a share is what a position counts."""
+        """hidden: (positions, width); weight: (vocabulary, width); targets and loss_weights:
+        (positions,)."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            target, share = targets[part, None], shares[part, None]
+            target = targets[part, None]
             scores = torch.log_softmax(hidden[part] @ weight.T, dim=1, dtype=precise)
-            total -= (scores.gather(1, target) * share).sum()
+            total -= (scores.gather(1, target) * loss_weights[part, None]).sum()
             if gradient is not None:
                 scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.0))
                 gradient[part] = scores.to(weight.dtype) @ weight
         if gradient is not None:
-            ctx.save_for_backward(gradient, shares)
+            ctx.save_for_backward(gradient, loss_weights)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, shares = ctx.saved_tensors
-        # A share of a thousandth would be rounded away in fp16 without the scaler's factor.
-        factor = (grad * shares[:, None].to(grad.dtype)).to(gradient.dtype)
+        gradient, loss_weights = ctx.saved_tensors
+        # Here, not in the forward pass: in fp16 a weight of 1/1000 underflows without the scale.
+        factor = (grad * loss_weights[:, None].to(grad.dtype)).to(gradient.dtype)
         return gradient * factor, None, None, None, None
 
 
@@ -68,7 +68,7 @@ def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    shares: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of a frozen output layer.
 
@@ -76,20 +76,21 @@ def chunked_cross_entropy(
         hidden: shape (positions, width).
         weight: output layer, shape (vocabulary, width), frozen.
         targets: int64 token ids, shape (positions,).
-        shares: what each position counts, shape (positions,); None: 1.
+        loss_weights: fp32, shape (positions,); None: 1 for each.
 
     Returns:
         fp32 scalar, differentiable with respect to `hidden` only.
     """
     rows = max(1, CHUNK_BYTES // ((4 + weight.element_size()) * weight.shape[0]))
-    shares = torch.ones(targets.shape, device=targets.device) if shares is None else shares
+    if loss_weights is None:
+        loss_weights = torch.ones(targets.shape, device=targets.device)
     if hidden.device.type == "cpu":
         # Few different sizes, see CPU_PAD_MULTIPLE; padding counts for nothing.
         padding = -len(hidden) % CPU_PAD_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, padding))
-        targets, shares = F.pad(targets, (0, padding)), F.pad(shares, (0, padding))
+        targets, loss_weights = F.pad(targets, (0, padding)), F.pad(loss_weights, (0, padding))
     hidden = hidden.to(weight.dtype)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, shares, rows)  # type: ignore[no-untyped-call, no-any-return]
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, loss_weights, rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -102,13 +103,13 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
     Returns:
         The fp32 sum of the cross-entropy, and the number of label tokens; of a batch with
-        `loss_weights` the weighed sum, and the number of examples.
+        `loss_weights` the weighted sum, and the number of examples.
     """
-    labels, shares = batch["labels"], batch.get("loss_weights")
+    labels, loss_weights = batch["labels"], batch.get("loss_weights")
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "loss_weights")}
     counted = labels != IGNORE_INDEX
     targets = labels[counted]
-    count = len(targets) if shares is None else round(float(shares.sum()))
+    count = len(targets) if loss_weights is None else round(float(loss_weights.sum()))
     causal = causal_model(model)
     head, full = causal.get_output_embeddings(), why_full_logits(causal)
     whole, own = head.forward, vars(head).get("forward")
@@ -126,11 +127,11 @@ def sum_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
             head.forward = own
     if full:
         each = F.cross_entropy(hidden.to(torch.float32), targets, reduction="none")
-        return (each if shares is None else each * shares).sum(), count
+        return (each if loss_weights is None else each * loss_weights).sum(), count
     weight = head.weight
     if isinstance(weight, DTensor):  # FSDP2 has taken its shards apart again after the forward pass
         weight = weight.full_tensor()
-    return chunked_cross_entropy(hidden, weight, targets, shares), count
+    return chunked_cross_entropy(hidden, weight, targets, loss_weights), count
 
 
 def why_full_logits(causal: Any) -> str | None:
