@@ -76,11 +76,15 @@ def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.Mon
     assert shared == [one_by_one(tiny[2], ids, 12, tiny[3]) for ids in rows]
 
 
-def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(tiny: Tiny) -> None:
-    """Questions of several lengths behind two shared prefixes, or none; choices of one token and of
-    several."""
+@pytest.mark.parametrize("tokens", [100, 2048])
+def test_choices_in_one_pass_have_the_likelihood_that_each_has_alone(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Questions of several lengths behind two shared prefixes, in one pass or in two, or behind
+    none; choices of one token and of several."""
+    monkeypatch.setattr("fintune.evals.likelihood.PREFILL_TOKENS", tokens)
     one, two = (ids * 60 for ids in prompts(2))
-    rows = [[one[:50], two[:90], []][at % 3] + ids for at, ids in enumerate(prompts(9))]
+    rows = [[one[:50], two[:60], []][at % 3] + ids for at, ids in enumerate(prompts(9))]
     choices = ((50, 3), (60, 61, 62, 3), (70, 3))
     questions = [Labelled(f"{n}", ids, ("a", "b", "c"), choices) for n, ids in enumerate(rows)]
     found = [pair for part in log_likelihoods(tiny[2], questions) for pair in part]

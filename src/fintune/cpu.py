@@ -3,8 +3,7 @@ faster.
 
 *Attention in bf16.* torch's flash kernel computes a bf16 product in fp32, on an AMD processor
 without AVX-512: with it attention was 38 % of a training step of SmolLM2, and is 30 % of a step a
-fifth shorter here (629 and 773 useful tokens a second). As flash attention on a GPU does, this
-multiplies bf16, adds up in fp32, takes the softmax in fp32 and keeps none of it for the backward
+fifth shorter here. As flash attention on a GPU does, this multiplies bf16, adds up in fp32, takes the softmax in fp32 and keeps none of it for the backward
 pass.
 
 *Linear layers of inference.* In fp32 torch gives them to MKL, which uses AVX-512 on Intel's

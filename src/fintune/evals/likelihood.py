@@ -1,6 +1,6 @@
 """Labels by their likelihoods: every choice of a question in one forward pass.
 
-A row is the question behind a beginning that questions share, computed once, then a tree of the
+A row is the question behind a prefix that questions share, computed once, then a tree of the
 choices' tokens: a node for each way in which some choice begins, which sees the question and its
 own ancestors. The last token of a choice is asked for and not read. A choice counts by the
 log-probability of its tokens and of the end of the turn, as training taught it; nothing is divided
@@ -37,12 +37,12 @@ class Labelled:
     prompt_ids: list[int]
     choices: tuple[str, ...]
     choice_ids: tuple[tuple[int, ...], ...]
-    beginning: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
 
     @property
     def own(self) -> int:
-        """Tokens behind the beginning that it shares with others."""
-        return len(self.prompt_ids) - len(self.beginning)
+        """Tokens behind the prefix that it shares with others."""
+        return len(self.prompt_ids) - len(self.prefix)
 
 
 def choice_ids(
@@ -85,8 +85,8 @@ def log_likelihoods(
         what = "eval.label_scoring=likelihood: this base keeps a window or a state, not all keys"
         raise ConfigError(what, fix="--set eval.label_scoring=generate")
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    for group in _alike(questions):
-        begun = _begin(model, sorted({row.beginning for row in group}))
+    for group in _by_choices(questions):
+        prefixes = _prefill(model, sorted({row.prefix for row in group}))
         nodes = 1 + len(_nodes(group[0].choice_ids))
         group.sort(key=lambda row: (-row.own, row.id))
         start = 0
@@ -94,65 +94,66 @@ def log_likelihoods(
             longest = group[start].own
             most = min(
                 PREFILL_TOKENS // (longest + nodes),
-                CACHE_TOKENS // (begun.width + longest + nodes),
+                CACHE_TOKENS // (prefixes.width + longest + nodes),
                 MOST_LOGITS // (vocabulary * nodes),
             )
             near = (row for row in group[start:] if row.own >= PART_SHARE * longest)
             rows = [*islice(near, max(1, most))]
-            yield list(zip(rows, _scores(model, rows, begun), strict=True))
+            yield list(zip(rows, _scores(model, rows, prefixes), strict=True))
             start += len(rows)
 
 
-def _alike(questions: Iterable[Labelled]) -> Iterator[list[Labelled]]:
-    """Questions of the same choices, each with the beginning that it shares; so many that the keys
-    of their beginnings fit."""
+def _by_choices(questions: Iterable[Labelled]) -> Iterator[list[Labelled]]:
+    """Questions of the same choices, each with the prefix that it shares; so many that the keys
+    of their prefixes fit."""
     by_choices = defaultdict[Any, list[Labelled]](list)
     for question in questions:
         by_choices[question.choice_ids].append(question)
     for every in by_choices.values():
         every.sort(key=lambda row: row.prompt_ids)
-        common, runs = _common(every), defaultdict[tuple[int, ...], list[Labelled]](list)
+        common, runs = _common_prefix(every), defaultdict[tuple[int, ...], list[Labelled]](list)
         for _, run in groupby(every, key=lambda row: row.prompt_ids[:SHARED_TOKENS]):
             rows = list(run)
-            beginning = _common(rows) if len(rows) > 1 else common
-            runs[beginning] += [replace(row, beginning=beginning) for row in rows]
+            prefix = _common_prefix(rows) if len(rows) > 1 else common
+            runs[prefix] += [replace(row, prefix=prefix) for row in rows]
         group, longest, count = list[Labelled](), 0, 0
-        for beginning in sorted(runs, key=lambda ids: (-len(ids), ids)):
+        for prefix in sorted(runs, key=lambda ids: (-len(ids), ids)):
             full = (count + 1) * longest > CACHE_TOKENS // 2
-            if group and (full or len(beginning) < PART_SHARE * longest):
+            if group and (full or len(prefix) < PART_SHARE * longest):
                 yield group
                 group, count = [], 0
-            longest, count = longest if group else len(beginning), count + 1
-            group += runs[beginning]
+            longest, count = longest if group else len(prefix), count + 1
+            group += runs[prefix]
         yield group
 
 
-def _common(rows: list[Labelled]) -> tuple[int, ...]:
+def _common_prefix(rows: list[Labelled]) -> tuple[int, ...]:
     """What prompts begin with, less at least the last token of each."""
     return tuple(commonprefix([row.prompt_ids[:-1] for row in rows]))
 
 
-class _Begun(NamedTuple):
-    """Keys and values of beginnings, padded on the left to `width` tokens, and the row of each."""
+class _Prefixes(NamedTuple):
+    """Keys and values of prefixes, padded on the left to `width` tokens, and the row of each."""
 
     layers: list[GrowingLayer]
     row: dict[tuple[int, ...], int]
     width: int
 
 
-def _begin(model: Any, beginnings: list[tuple[int, ...]]) -> _Begun:
-    longest, layers = max(map(len, beginnings)), list[GrowingLayer]()
-    size = max(1, PREFILL_TOKENS // max(1, longest))
-    for start in range(0, len(beginnings) if longest else 0, size):
-        part = _prefilled(model, beginnings[start : start + size], longest)
-        for layer, more in zip(layers, part, strict=False):
-            layer.join([more], longest)
-        layers = layers or part
-    return _Begun(layers, {ids: row for row, ids in enumerate(beginnings)}, longest)
-
-
 @torch.inference_mode()
-def _prefilled(model: Any, rows: list[tuple[int, ...]], longest: int) -> list[GrowingLayer]:
+def _prefill(model: Any, prefixes: list[tuple[int, ...]]) -> _Prefixes:
+    longest = max(map(len, prefixes))
+    size = max(1, PREFILL_TOKENS // max(1, longest))
+    starts = range(0, len(prefixes) if longest else 0, size)
+    parts = [_prefill_part(model, prefixes[at : at + size], longest) for at in starts]
+    if len(parts) > 1:
+        for first, *others in zip(*parts, strict=True):
+            first.join(others, longest)
+    layers = parts[0] if parts else []
+    return _Prefixes(layers, {ids: row for row, ids in enumerate(prefixes)}, longest)
+
+
+def _prefill_part(model: Any, rows: list[tuple[int, ...]], longest: int) -> list[GrowingLayer]:
     """Keys and values of rows, padded on the left."""
     cache, left = growing_cache(), [longest - len(ids) for ids in rows]
     ids = [[0] * pad + [*own] for pad, own in zip(left, rows, strict=True)]
@@ -169,25 +170,27 @@ def _prefilled(model: Any, rows: list[tuple[int, ...]], longest: int) -> list[Gr
 
 
 @torch.inference_mode()
-def _scores(model: Any, rows: list[Labelled], begun: _Begun) -> list[list[float]]:
+def _scores(model: Any, rows: list[Labelled], prefixes: _Prefixes) -> list[list[float]]:
     """Log-probabilities of the choices that all rows have in common, a list a row."""
     device, choices, cache = model.device, rows[0].choice_ids, growing_cache()
-    cache.layers = [layer.picked([begun.row[r.beginning] for r in rows]) for layer in begun.layers]
-    width, nodes = begun.width, _nodes(choices)
+    cache.layers = [
+        layer.picked([prefixes.row[r.prefix] for r in rows]) for layer in prefixes.layers
+    ]
+    width, nodes = prefixes.width, _nodes(choices)
     tail = [node[-1] for node in nodes]
     longest = rows[0].own
     padding = [longest - row.own for row in rows]
     ids = [
-        [0] * left + row.prompt_ids[len(row.beginning) :] + tail
+        [0] * left + row.prompt_ids[len(row.prefix) :] + tail
         for left, row in zip(padding, rows, strict=True)
     ]
     places = [
         [0] * left
-        + list(range(len(row.beginning), len(row.prompt_ids)))
+        + list(range(len(row.prefix), len(row.prompt_ids)))
         + [len(row.prompt_ids) + len(node) - 1 for node in nodes]
         for left, row in zip(padding, rows, strict=True)
     ]
-    mask = _mask([width - len(row.beginning) for row in rows], width, longest, padding, nodes)
+    mask = _mask([width - len(row.prefix) for row in rows], width, longest, padding, nodes)
     logits = model(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(places, device=device),
@@ -208,7 +211,7 @@ def _scores(model: Any, rows: list[Labelled], begun: _Begun) -> list[list[float]
 
 
 def _nodes(choices: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
-    """Every beginning of a choice that another token of it follows."""
+    """Every prefix of a choice that another token of it follows."""
     return sorted({choice[:size] for choice in choices for size in range(1, len(choice))})
 
 
@@ -218,7 +221,7 @@ def _mask(
     """What is added to attention's scores, [rows, 1, queries, keys]: 0, or the least number.
 
     Args:
-        before: padding of each row's beginning, of `width` tokens with it.
+        before: padding of each row's prefix, of `width` tokens with it.
         padding: of each row's own tokens, `longest` with it.
     """
     size = longest + len(nodes)
