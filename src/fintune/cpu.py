@@ -3,8 +3,8 @@ faster.
 
 *Attention in bf16.* torch's flash kernel computes a bf16 product in fp32, on an AMD processor
 without AVX-512: with it attention was 38 % of a training step of SmolLM2, and is 30 % of a step a
-fifth shorter here. As flash attention on a GPU does, this multiplies bf16, adds up in fp32, takes the softmax in fp32 and keeps none of it for the backward
-pass.
+fifth shorter here. As flash attention on a GPU does, this multiplies bf16, adds up in fp32, takes
+the softmax in fp32 and keeps none of it for the backward pass.
 
 *Linear layers of inference.* In fp32 torch gives them to MKL, which uses AVX-512 on Intel's
 processors alone. In bf16 oneDNN compiles each number of rows anew, and here rows come and go.
