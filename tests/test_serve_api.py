@@ -6,6 +6,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from fintune.serve import app, protocol
 
 openai = pytest.importorskip("openai", reason="the official openai client is not installed")
 
+HEALTH = b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n"
 ASK = [{"role": "user", "content": "What is EBITDA?"}]
 
 
@@ -347,11 +349,34 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
             time.sleep(0.1)
     time.sleep(0.1)
     for _ in range(40):
-        status, tree = raw(server, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        status, tree = raw(server, HEALTH)
         if (status, tree["running"], tree["waiting"]) == (200, 0, 0):
             return
         time.sleep(0.02)
     raise AssertionError("a row outlived its client")
+
+
+def test_long_prompts_run_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch are bounded in tokens, padding included, and the answers stay the same."""
+    prompts, seen, done = ["what is a bond " * 12, *"abcde"], list[int](), threading.Event()
+    more = {"prompt": prompts, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    with served() as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+        free = completed(client, **more)
+        longest = completed(client, prompt=prompts[0], max_tokens=1).usage.prompt_tokens
+        monkeypatch.setattr("fintune.serve.engine.CACHE_TOKENS", 3 * longest)
+
+        def watch() -> None:
+            while not done.is_set():
+                seen.append(raw(server, HEALTH)[1]["running"])
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        bounded = completed(client, **more)
+        done.set()
+        watching.join()
+    assert [each.text for each in bounded.choices] == [each.text for each in free.choices]
+    assert 1 < max(seen) <= 3
 
 
 def test_all_that_is_refused_is_named_at_once_in_plain_words(server: Any) -> None:

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from fintune.chat import AnswerReader
 from fintune.errors import ModelError
-from fintune.generation import FinishReason, Request, open_batch
+from fintune.generation import CACHE_TOKENS, FinishReason, Request, open_batch
 from fintune.model import LoadedRelease, adapter_set, context_length
 
 MAX_ROWS = 64
@@ -23,8 +23,7 @@ MAX_ROWS = 64
 PREFILL_TOKENS = 8192
 """Padded tokens of one prefill, during which the running rows wait."""
 MAX_CONTEXT = 8192
-"""Most tokens of prompt and answer, also where the base takes more: keys and values of MAX_ROWS
-requests are in the memory of one process."""
+"""Most tokens of prompt and answer, also where the base takes more."""
 
 MAX_SCORED = 2048
 """Tokens of a text whose log-probabilities are asked for: all its logits are in memory at once."""
@@ -195,9 +194,12 @@ class Engine:
                 future.set_exception(ModelError(FAILED))
 
     def _admit(self) -> list[StreamedRequest]:
-        """Take waiting requests up to MAX_ROWS and PREFILL_TOKENS; cancelled ones are dropped."""
+        """Take waiting requests up to MAX_ROWS, CACHE_TOKENS and PREFILL_TOKENS; cancelled ones are
+        dropped. A request that alone is larger waits until nothing runs."""
         self._waiting = deque(request for request in self._waiting if not request.cancelled)
-        free = MAX_ROWS - len(self._batch.requests)
-        lengths = [len(request.prompt_ids) for request in islice(self._waiting, free)]
-        count = min(len(lengths), max(1, PREFILL_TOKENS // max(lengths, default=1)))
+        running = len(self._batch.requests)
+        lengths = [len(request.prompt_ids) for request in islice(self._waiting, MAX_ROWS - running)]
+        longest = max([1, *lengths])
+        free = CACHE_TOKENS // max(longest, self._batch.width) - running
+        count = min(len(lengths), max(1, PREFILL_TOKENS // longest), max(free, not running))
         return [self._waiting.popleft() for _ in range(count)]
