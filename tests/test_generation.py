@@ -56,7 +56,7 @@ def answers(
     return [found.token_ids for found in sorted(sum(parts, []), key=lambda found: found.id)]
 
 
-def test_a_shared_beginning_is_computed_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_prefix_is_computed_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks of ten prompts each: fewer tokens pass the model, the answers are the same."""
     first, second = prompts(50)[:2], prompts(20)
     tasks = [ids * (1 + 80 // len(ids)) for ids in first]

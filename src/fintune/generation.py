@@ -7,7 +7,7 @@ Why not transformers' `generate`:
 - Rows of base and adapter share a forward pass (peft's `adapter_names`), so that no adapter has
   to be switched on or off between requests.
 - The cache grows in place; DynamicCache copies every key and value at every token.
-- A beginning that the prompts of a batch share (the instruction of a task) is computed once.
+- A prefix that the prompts of a batch share (the instruction of a task) is computed once.
 
 Prompts are padded on the left; padding is masked out and positions count from each row's first
 token, so an answer does not depend on its neighbours (in fp32; in bf16 and fp16 the order of
@@ -41,7 +41,7 @@ from fintune.cpu import padded_size
 from fintune.errors import NotFinite
 from fintune.kv_cache import growing_cache
 from fintune.loss import causal_model
-from fintune.prompt_groups import SHARED_ROWS, by_beginning, of_few_tokens, of_like_lengths
+from fintune.prompt_groups import SHARED_ROWS, by_prefix, of_few_tokens, of_like_lengths
 
 REFILL_SHARE = 0.25
 """Share of a batch that must be free before `generate` prefills more prompts."""
@@ -111,8 +111,8 @@ def generate(
 ) -> Iterator[list[Request]]:
     """Answer requests; yield lists of them as they are finished.
 
-    Prompts that begin alike are answered together, the longest first, so that memory that does not
-    suffice shows at once.
+    Prompts with a common prefix are answered together, the longest first, so that memory that does
+    not suffice shows at once.
 
     Args:
         model: a causal language model of transformers, or a PeftModel (adapter on or off).
@@ -123,16 +123,16 @@ def generate(
     Raises:
         NotFinite: the model's logits are NaN or infinite.
     """
-    waiting = by_beginning(requests, lambda request: request.adapter)
+    waiting = by_prefix(requests, lambda request: request.adapter)
     stops = chat.stop_token_ids if stop_token_ids is None else stop_token_ids
-    batch, begun = open_batch(model, stops), None
+    batch, shared = open_batch(model, stops), None
     while waiting or batch.requests:
         most = _most_rows(batch, waiting[0][0], batch_size) if waiting else 0
         if waiting and len(batch.requests) <= (1 - REFILL_SHARE) * most:
             group = waiting[0]
-            if len(group) >= SHARED_ROWS and group is not begun:
-                batch.begin(group)
-                begun = group
+            if len(group) >= SHARED_ROWS and group is not shared:
+                batch.share_prefix(group)
+                shared = group
             free = min(most - len(batch.requests), len(group))
             done = batch.add([group.popleft() for _ in range(free)])
             if not group:
@@ -155,7 +155,7 @@ class Batch:
     """Requests that are answered together. `add` gives new rows a token, `step` every row.
 
     Args:
-        sharing: whether a beginning that prompts share is computed once. Padding then stands behind
+        sharing: whether a prefix that prompts share is computed once. Padding then stands behind
             it, within a row, so a base that counts a window of keys by their place cannot.
         flat: whether prompts are computed end to end, without padding.
     """
@@ -171,8 +171,8 @@ class Batch:
         self._model, self._stop_token_ids = model, frozenset(stop_token_ids)
         self._flat = flat
         self.sharing = sharing
-        self._beginning: tuple[bool, list[int]] = True, []
-        self._begun: Cache | None = None  # of the last beginning, one row
+        self._prefix: tuple[bool, list[int]] = True, []
+        self._prefix_cache: Cache | None = None  # of the last prefix, one row
         self.requests: list[Request] = []
         self._cache: Cache | None = None
         self._mask = self._last = torch.empty(0)  # [rows, tokens so far] and [rows, 1]
@@ -220,8 +220,8 @@ class Batch:
         ones = [torch.ones_like(prompt) for prompt in prompts]
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         ids, mask = (padded(rows).to(self._model.device) for rows in (prompts, ones))
-        if shared and self._begun is not None:
-            cache.layers = [layer.repeated(len(new)) for layer in self._begun.layers]
+        if shared and self._prefix_cache is not None:
+            cache.layers = [layer.repeated(len(new)) for layer in self._prefix_cache.layers]
         alike = len({request.adapter for request in new}) == 1
         if shared or not self._flat or not alike or mask.all():
             mask = pad(mask, (shared, 0), value=1)
@@ -240,24 +240,24 @@ class Batch:
             layer.cut([len(prompt) for prompt in prompts])
         return _finite(logits), mask, cache
 
-    def begin(self, prompts: Sequence[Request]) -> None:
-        """Compute what these prompts begin with, of which all ask for base or adapter alike; rows
-        that are added later and begin so are computed from there."""
+    def share_prefix(self, prompts: Sequence[Request]) -> None:
+        """Compute the common prefix of these prompts, of which all ask for base or adapter alike;
+        rows that are added later and have it are computed from there."""
         # Each prompt keeps a token of its own, of which the logits are wanted.
         shared = list(commonprefix([request.prompt_ids[:-1] for request in prompts]))
         tokens = sum(len(request.prompt_ids) for request in prompts)
         if self.sharing and len(shared) * len(prompts) >= SHARED_SHARE * tokens:
-            self._beginning, self._begun = (prompts[0].adapter, shared), growing_cache()
+            self._prefix, self._prefix_cache = (prompts[0].adapter, shared), growing_cache()
             ids = torch.tensor([shared], device=self._model.device)
             with torch.inference_mode():
-                self._forward([prompts[0]], ids, torch.ones_like(ids), self._begun)
+                self._forward([prompts[0]], ids, torch.ones_like(ids), self._prefix_cache)
 
     def _shared(self, new: list[Request]) -> int:
-        """Tokens of the beginning that is computed, where every one of these rows begins so."""
-        adapter, known = self._beginning
-        begins = (r.adapter is adapter and r.prompt_ids[: len(known)] == known for r in new)
+        """Tokens of the prefix that is computed, where every one of these rows has it."""
+        adapter, known = self._prefix
+        alike = (r.adapter is adapter and r.prompt_ids[: len(known)] == known for r in new)
         fits = all(len(request.prompt_ids) > len(known) for request in new)
-        return len(known) if fits and all(begins) else 0
+        return len(known) if fits and all(alike) else 0
 
     def step(self) -> list[Request]:
         """Generate one token of every row; returns the rows that leave, finished or cancelled."""
@@ -268,7 +268,7 @@ class Batch:
 
     def _forward(self, requests: list[Request], ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
-        # Behind a beginning, several tokens without a mask would be taken for the first ones.
+        # Behind a prefix, several tokens without a mask would be taken for the first ones.
         plain = ids.shape[1] in (1, mask.shape[1])
         with _adapter_of_each_row(self._model, requests):
             logits: Tensor = self._model(

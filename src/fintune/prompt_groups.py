@@ -1,13 +1,13 @@
-"""Which prompts are answered together: those that begin alike, of like lengths, of few tokens."""
+"""Which prompts are answered together: those of one prefix, of like lengths, of few tokens."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 SHARED_TOKENS, SHARED_ROWS = 48, 4
-"""Tokens in which prompts are alike, and how many such prompts there are, that are grouped."""
+"""Tokens of a common prefix, and prompts that have it, from which on they are a group."""
 PART_SHARE = 0.75
-"""Rows behind a shared beginning are prefilled with those that are at least as long a share."""
+"""Rows behind a shared prefix are prefilled with those that are at least as long a share."""
 PREFILL_TOKENS = 2048
 """Most tokens of prompts in one forward pass; a longer prompt is one by itself. On two cores 8,192
 were a fifth slower."""
@@ -25,9 +25,9 @@ class Prompt(Protocol):
 P = TypeVar("P", bound=Prompt)
 
 
-def by_beginning(prompts: Iterable[P], kind: Callable[[P], Hashable]) -> deque[deque[P]]:
-    """Groups of prompts that begin alike, and of each kind one of all that begin like few others;
-    the longest prompt first, of groups and within each."""
+def by_prefix(prompts: Iterable[P], kind: Callable[[P], Hashable]) -> deque[deque[P]]:
+    """Groups of prompts with a common prefix, and of each kind one of those that have none; the
+    longest prompt first, of groups and within each."""
     alike = defaultdict[Hashable, list[P]](list)
     for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.prompt_ids), prompt.id)):
         alike[kind(prompt), *prompt.prompt_ids[:SHARED_TOKENS]].append(prompt)

@@ -128,7 +128,7 @@ def _by_choices(questions: Iterable[Labelled]) -> Iterator[list[Labelled]]:
 
 
 def _common_prefix(rows: list[Labelled]) -> tuple[int, ...]:
-    """What prompts begin with, less at least the last token of each."""
+    """The common prefix of prompts, less at least the last token of each."""
     return tuple(commonprefix([row.prompt_ids[:-1] for row in rows]))
 
 

@@ -38,7 +38,7 @@ def decide(run: Json, loss: Json | None, accuracy: Json, tasks: Json, judged: Js
         invalid.append(f"{reason} and no judge was asked")
     difference = by_name[primary]
     if difference["n"] < FEWEST_ITEMS:
-        invalid.append(f"{difference['n']} items; fewer than {FEWEST_ITEMS} decide nothing")
+        invalid.append(f"{difference['n']} of the {FEWEST_ITEMS} questions that a verdict needs")
     elif difference["effective"] < FEWEST_DOCUMENTS:
         invalid.append(
             f"{difference['effective']:g} effective documents; "
