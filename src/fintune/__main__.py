@@ -1,6 +1,5 @@
 """`python -m fintune`, and the command `fintune`."""
 
-import os
 import signal
 
 
@@ -10,9 +9,6 @@ def main() -> None:
     loading = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if loading:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # torch reads it at its first allocation: blocks of 2 MB and more get huge pages, where Linux
-    # offers them on request. In a virtual machine a small page costs a fault and two page walks.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from fintune import cli
 
     if loading:
