@@ -210,9 +210,8 @@ def config(out: Path, options: argparse.Namespace) -> str:
 
 
 def run(out: Path, stage: str, seed: int, processes: int = 1) -> None:
-    """One stage as a user runs it; its time and memory go into times.jsonl. Two processes of one
-    thread each train the same adapter as one, on two cores with AMX 15 % faster than two threads.
-    """
+    """One stage as a user runs it; its time and memory (of all its processes together) go into
+    times.jsonl."""
     several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     words = [sys.executable, *(several if processes > 1 else []), "-m", "fintune", stage]
     words += ["-c", str(out / "config.yaml")]
