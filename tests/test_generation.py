@@ -69,7 +69,7 @@ def test_a_shared_prefix_is_computed_once(tiny: Tiny, monkeypatch: pytest.Monkey
     hook = tiny[2].register_forward_pre_hook(counted, with_kwargs=True)
     shared = answers(tiny, rows, 12)
     tokens = sum(seen)
-    monkeypatch.setattr(Batch, "begin", lambda batch, prompts: None)
+    monkeypatch.setattr(Batch, "share_prefix", lambda batch, prompts: None)
     assert shared == answers(tiny, rows, 12)
     hook.remove()
     assert tokens < 0.5 * (sum(seen) - tokens)
