@@ -32,7 +32,6 @@ from fintune.console import table  # noqa: E402
 from fintune.evals.grading import VARIANTS  # noqa: E402
 from fintune.evals.tasks import TASKS  # noqa: E402
 from fintune.files import sha256_file  # noqa: E402
-from fintune.training.metrics import processor  # noqa: E402
 
 Row = dict[str, Any]
 DATA = ROOT.parent / "shared" / "data"
@@ -252,9 +251,8 @@ def write(out: Path, options: argparse.Namespace) -> None:
         "runs": runs,
         "published": {"tasks": ["fpb", "fiqa_sa", "tfns", "nwgi"], "figures": PUBLISHED},
     }
-    (out / "finance.json" if options.quick else RESULTS).write_text(
-        json.dumps(facts, indent=1) + "\n"
-    )
+    path = out / "finance.json" if options.quick else RESULTS
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     table(
         f"seeds {', '.join(runs)}: {', '.join(run['verdict'] for run in runs.values())}",
         ["task", "base", "adapter"],
@@ -268,17 +266,16 @@ def write(out: Path, options: argparse.Namespace) -> None:
 def found(out: Path, seed: int) -> Row:
     """What a seed's run came to."""
     results = json.loads((out / f"eval-{seed}/test_results.json").read_text())
-    record = json.loads((out / f"train-{seed}/record.json").read_text())
+    trained = json.loads((out / f"train-{seed}/environment.json").read_text())
     lines = map(json.loads, (out / f"train-{seed}/metrics.jsonl").read_text().splitlines())
-    stages = spent(out)
-    processes = stages[f"train {seed}"].get("processes", 1)
+    stages, cores = spent(out), trained["processes"] * trained["threads"]
     return {
         "base": results["provenance"]["base_about"],
         "verdict": results["verdict"],
         "difference": results["accuracy"]["difference"],
         "loss": {name: results["loss"][name] for name in VARIANTS},
-        "machine": {"processor": processor(), "cores_used": processes * record["threads"]},
-        "precision": record["precision"],
+        "machine": {"processor": trained["processor"], "cores_used": cores},
+        "precision": trained["precision"],
         "tokens_per_second": median(line[RATE] for line in lines if RATE in line),
         "stages": {
             stage: stages[key]
