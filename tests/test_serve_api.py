@@ -318,7 +318,8 @@ def test_fuzzed_bodies_are_answered_or_refused(monkeypatch: pytest.MonkeyPatch) 
                 assert "server_error" not in str(tree), message
             else:
                 assert status in (400, 404, 413) and tree["error"]["message"], message
-        assert idle(server)
+        _, tree = raw(server, HEALTH)
+        assert tree == {"status": "ok", "running": 0, "waiting": 0}
     assert statuses.count(200) > FUZZED / 6 and statuses.count(400) > FUZZED / 5
 
 
@@ -334,16 +335,6 @@ def test_a_failed_model_says_500_and_nothing_of_itself(monkeypatch: pytest.Monke
         assert raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 503
 
 
-def idle(server: Any) -> bool:
-    """Whether nothing runs or waits, within a second: a row leaves at its next token."""
-    for _ in range(50):
-        status, tree = raw(server, HEALTH)
-        if status == 200 and tree == {"status": "ok", "running": 0, "waiting": 0}:
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
     stream = said(client, stream=True, max_tokens=400)
     next(iter(stream))
@@ -357,7 +348,12 @@ def test_hanging_up_frees_the_row(server: Any, client: Any) -> None:
             connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
             time.sleep(0.1)
     time.sleep(0.1)
-    assert idle(server), "a row outlived its client"
+    for _ in range(40):
+        status, tree = raw(server, HEALTH)
+        if (status, tree["running"], tree["waiting"]) == (200, 0, 0):
+            return
+        time.sleep(0.02)
+    raise AssertionError("a row outlived its client")
 
 
 def test_long_prompts_run_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,7 @@ async def health(request: Request) -> Response:
     """Rows running and requests waiting; status 503 after the model failed."""
     engine = request.app.state.engine
     running, waiting = engine.load
-    status = "failed" if engine.closed else "ok"
-    state = {"status": status, "running": running, "waiting": waiting}
+    state = {"status": "failed" if engine.closed else "ok", "running": running, "waiting": waiting}
     return JSONResponse(state, 503 if engine.closed else 200)
 
 

@@ -152,8 +152,8 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests running and waiting."""
-        return len(self._batch.requests), len(self._waiting)
+        """Requests running and waiting. A finished one may still have its row for a moment."""
+        return sum(not row.finish_reason for row in self._batch.requests), len(self._waiting)
 
     def close(self) -> None:
         """Stop after the current token; unfinished requests end with `error`."""
